@@ -1,0 +1,245 @@
+//! Matrices of mixed shapes in one arena.
+
+use super::device::{Backend, Device};
+use super::{Precision, Tier};
+use crate::{Error, Matrix, Result};
+
+/// Rows and columns.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Shape {
+    /// Rows.
+    pub rows: usize,
+    /// Columns.
+    pub cols: usize,
+}
+
+impl Shape {
+    /// A shape.
+    pub const fn new(rows: usize, cols: usize) -> Self {
+        Self { rows, cols }
+    }
+
+    /// Number of elements.
+    pub const fn len(self) -> usize {
+        self.rows * self.cols
+    }
+
+    /// Whether there are no elements.
+    pub const fn is_empty(self) -> bool {
+        self.len() == 0
+    }
+}
+
+/// What the elements of a batch are, and so where it lives.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Element {
+    /// f32 on the GPU.
+    F32,
+    /// f64 on the GPU.
+    F64,
+    /// Pairs (high, low) of f32 on the GPU, whose sum is the value.
+    DoubleSingle,
+    /// f64 on the host.
+    Host,
+}
+
+impl Element {
+    pub(crate) fn bytes(self) -> u64 {
+        match self {
+            Self::F32 => 4,
+            Self::F64 | Self::DoubleSingle | Self::Host => 8,
+        }
+    }
+}
+
+impl Device {
+    /// The element type of factors and products.
+    pub fn product(&self) -> Element {
+        match (self.is_gpu(), self.precision()) {
+            (false, _) => Element::Host,
+            (true, Precision::Auto) => Element::F32,
+            (true, _) => self.sum(),
+        }
+    }
+
+    /// The element type of factors as they are read: f32 holds every input exactly.
+    pub fn factor(&self) -> Element {
+        match self.is_gpu() {
+            false => Element::Host,
+            true => Element::F32,
+        }
+    }
+
+    /// The element type of sums and factorisations.
+    pub fn sum(&self) -> Element {
+        match self.tier() {
+            Tier::F64 => Element::F64,
+            Tier::DoubleSingle => Element::DoubleSingle,
+            Tier::Host => Element::Host,
+        }
+    }
+}
+
+/// Matrices of mixed shapes, row-major, in one arena on the device or on the host.
+#[derive(Debug)]
+pub struct Batch {
+    shapes: Vec<Shape>,
+    offsets: Vec<usize>,
+    len: usize,
+    pub(crate) storage: Storage,
+}
+
+#[derive(Debug)]
+pub(crate) enum Storage {
+    Host(Vec<f64>),
+    Gpu { buffer: wgpu::Buffer, element: Element },
+}
+
+/// Matrices start at multiples of this many elements, so that vector loads of 16 bytes are aligned.
+const ALIGN: usize = 4;
+
+impl Batch {
+    /// All zeros.
+    ///
+    /// # Errors
+    /// [`Error::Device`] if the arena is larger than the device can bind at once.
+    pub fn zeros(device: &Device, element: Element, shapes: &[Shape]) -> Result<Self> {
+        let mut offsets = Vec::with_capacity(shapes.len());
+        let mut len = 0;
+        for shape in shapes {
+            offsets.push(len);
+            len += shape.len().next_multiple_of(ALIGN);
+        }
+        let storage = match (&device.backend, element) {
+            (_, Element::Host) => Storage::Host(vec![0.0; len]),
+            (Backend::Cpu, _) => return Err(Error::Device("the CPU holds no batches of a GPU".into())),
+            (Backend::Gpu(gpu), _) => {
+                Storage::Gpu { buffer: gpu.buffer("batch", len as u64 * element.bytes())?, element }
+            }
+        };
+        Ok(Self { shapes: shapes.to_vec(), offsets, len, storage })
+    }
+
+    /// Copies host matrices, rounded to `element`.
+    pub fn upload(device: &Device, element: Element, matrices: &[Matrix]) -> Result<Self> {
+        let shapes: Vec<_> = matrices.iter().map(|m| Shape::new(m.rows, m.cols)).collect();
+        let mut batch = Self::zeros(device, element, &shapes)?;
+        let mut values = vec![0.0; batch.len];
+        for (matrix, &offset) in matrices.iter().zip(&batch.offsets) {
+            values[offset..offset + matrix.data.len()].copy_from_slice(&matrix.data);
+        }
+        match &mut batch.storage {
+            Storage::Host(data) => *data = values,
+            Storage::Gpu { buffer, element } => {
+                let bytes = Self::encode(*element, &values);
+                device.gpu()?.write(buffer, 0, &bytes)?;
+            }
+        }
+        Ok(batch)
+    }
+
+    /// Copies all matrices to the host, widened to f64.
+    pub fn download(&self, device: &Device) -> Result<Vec<Matrix>> {
+        let values = match &self.storage {
+            Storage::Host(data) => data.clone(),
+            Storage::Gpu { buffer, element } => {
+                Self::decode(*element, &device.gpu()?.read(buffer, self.len as u64 * element.bytes())?)
+            }
+        };
+        Ok(self
+            .shapes
+            .iter()
+            .zip(&self.offsets)
+            .map(|(s, &o)| Matrix { rows: s.rows, cols: s.cols, data: values[o..o + s.len()].to_vec() })
+            .collect())
+    }
+
+    /// The shapes, in order.
+    pub fn shapes(&self) -> &[Shape] {
+        &self.shapes
+    }
+
+    /// Number of matrices.
+    pub fn len(&self) -> usize {
+        self.shapes.len()
+    }
+
+    /// Whether there are no matrices.
+    pub fn is_empty(&self) -> bool {
+        self.shapes.is_empty()
+    }
+
+    /// What the elements are.
+    pub fn element(&self) -> Element {
+        match &self.storage {
+            Storage::Host(_) => Element::Host,
+            Storage::Gpu { element, .. } => *element,
+        }
+    }
+
+    /// The first element of matrix `i` in the arena.
+    pub(crate) fn offset(&self, i: usize) -> usize {
+        self.offsets[i]
+    }
+
+    /// The elements of matrix `i` of a host batch.
+    pub(crate) fn host(&self, i: usize) -> Option<&[f64]> {
+        match &self.storage {
+            Storage::Host(data) => Some(&data[self.offsets[i]..][..self.shapes[i].len()]),
+            Storage::Gpu { .. } => None,
+        }
+    }
+
+    /// The elements of every matrix of a host batch, apart, for parallel work.
+    pub(crate) fn host_mut(&mut self) -> Option<Vec<&mut [f64]>> {
+        let Storage::Host(data) = &mut self.storage else { return None };
+        let mut rest = data.as_mut_slice();
+        Some(
+            self.shapes
+                .iter()
+                .map(|shape| {
+                    let (matrix, tail) =
+                        std::mem::take(&mut rest).split_at_mut(shape.len().next_multiple_of(ALIGN));
+                    rest = tail;
+                    &mut matrix[..shape.len()]
+                })
+                .collect(),
+        )
+    }
+
+    /// The buffer of a device batch.
+    pub(crate) fn buffer(&self) -> Result<&wgpu::Buffer> {
+        match &self.storage {
+            Storage::Gpu { buffer, .. } => Ok(buffer),
+            Storage::Host(_) => Err(Error::Device("a batch of the host was given to a kernel".into())),
+        }
+    }
+
+    /// The bytes of values, rounded to an element type.
+    pub(crate) fn encode(element: Element, values: &[f64]) -> Vec<u8> {
+        match element {
+            Element::F32 => values.iter().flat_map(|&v| (v as f32).to_le_bytes()).collect(),
+            Element::F64 | Element::Host => bytemuck::cast_slice(values).to_vec(),
+            Element::DoubleSingle => values
+                .iter()
+                .flat_map(|&v| {
+                    let high = v as f32;
+                    // Infinity minus infinity would be NaN: keep an overflow an infinity.
+                    let low = if high.is_finite() { (v - f64::from(high)) as f32 } else { 0.0 };
+                    [high, low]
+                })
+                .flat_map(f32::to_le_bytes)
+                .collect(),
+        }
+    }
+
+    /// The values of bytes of an element type.
+    pub(crate) fn decode(element: Element, bytes: &[u8]) -> Vec<f64> {
+        let f32_at = |b: &[u8]| f64::from(f32::from_le_bytes([b[0], b[1], b[2], b[3]]));
+        match element {
+            Element::F32 => bytes.chunks_exact(4).map(f32_at).collect(),
+            Element::F64 | Element::Host => bytemuck::pod_collect_to_vec(bytes),
+            Element::DoubleSingle => bytes.chunks_exact(8).map(|b| f32_at(b) + f32_at(&b[4..])).collect(),
+        }
+    }
+}

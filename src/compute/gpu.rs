@@ -1,0 +1,329 @@
+//! A wgpu device with its pipelines, scratch buffers and command recording.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use super::capabilities::{Capabilities, Disable};
+use super::shaders::Kernel;
+use crate::{Error, Result};
+
+/// Workgroups in one row of a dispatch grid; WebGPU's default limit of a dimension.
+const GRID_WIDTH: u32 = 65535;
+
+/// Bytes that may be staged for upload before we wait for the queue.
+const MAX_STAGED: u64 = 256 << 20;
+
+pub(crate) struct Gpu {
+    pub name: String,
+    pub device: wgpu::Device,
+    pub queue: wgpu::Queue,
+    pub capabilities: Capabilities,
+    pub disable: Disable,
+    params: wgpu::Buffer,
+    pipelines: Mutex<HashMap<Kernel, wgpu::ComputePipeline>>,
+    scratch: Mutex<Vec<wgpu::Buffer>>,
+    staged: AtomicU64,
+    error: Arc<Mutex<Option<String>>>,
+}
+
+impl std::fmt::Debug for Gpu {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Gpu").field("name", &self.name).finish_non_exhaustive()
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Each guarded value is valid after every statement, so a panic elsewhere does not spoil it.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Gpu {
+    pub fn new(adapter: &wgpu::Adapter, device: wgpu::Device, queue: wgpu::Queue, disable: Disable) -> Self {
+        let info = adapter.get_info();
+        let capabilities = Capabilities::read(adapter, device.features(), &device.limits(), disable);
+        let params = device.create_buffer(&wgpu::BufferDescriptor {
+            label: Some("params"),
+            size: 16,
+            usage: wgpu::BufferUsages::UNIFORM | wgpu::BufferUsages::COPY_DST,
+            mapped_at_creation: false,
+        });
+        // The first word is the zero that shaders hide sums behind: it must not be a compile-time constant.
+        queue.write_buffer(&params, 0, bytemuck::cast_slice(&[0, GRID_WIDTH, 0, 0]));
+        Self {
+            name: format!("{} ({:?})", info.name, info.backend),
+            device,
+            queue,
+            capabilities,
+            disable,
+            params,
+            pipelines: Mutex::default(),
+            scratch: Mutex::default(),
+            staged: AtomicU64::new(0),
+            error: Arc::default(),
+        }
+    }
+
+    /// Turns wgpu's uncaptured errors, which would panic, into errors of the next download.
+    /// For devices of our own: a host keeps its own handler.
+    pub fn record_errors(&self) {
+        let slot = self.error.clone();
+        self.device.on_uncaptured_error(Arc::new(move |error: wgpu::Error| {
+            lock(&slot).get_or_insert_with(|| error.to_string());
+        }));
+    }
+
+    fn check(&self) -> Result<()> {
+        match lock(&self.error).take() {
+            None => Ok(()),
+            Some(message) => Err(Error::Device(format!("{}: {message}", self.name))),
+        }
+    }
+
+    /// Bytes that one binding, and so one arena, may have.
+    pub fn max_arena(&self) -> u64 {
+        let limit = self.capabilities.max_binding.min(self.capabilities.max_buffer);
+        limit.min(u64::from(u32::MAX)) & !255
+    }
+
+    /// A buffer for a batch; its content is zero.
+    pub fn buffer(&self, label: &str, bytes: u64) -> Result<wgpu::Buffer> {
+        if bytes > self.max_arena() {
+            return Err(Error::Device(format!(
+                "{label} of {bytes} bytes exceeds the {} bytes that {} can bind at once",
+                self.max_arena(),
+                self.name
+            )));
+        }
+        Ok(self.device.create_buffer(&wgpu::BufferDescriptor {
+            label: Some(label),
+            size: bytes.next_multiple_of(256).max(256),
+            usage: wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_DST | wgpu::BufferUsages::COPY_SRC,
+            mapped_at_creation: false,
+        }))
+    }
+
+    /// A buffer of at least `bytes` whose content is whatever its last user left. It goes back to the
+    /// pool when dropped; the queue's order keeps users apart.
+    pub fn scratch(self: &Arc<Self>, bytes: u64) -> Result<Scratch> {
+        let mut pool = lock(&self.scratch);
+        let fit = pool
+            .iter()
+            .enumerate()
+            .filter(|(_, b)| b.size() >= bytes && b.size() / 4 <= bytes.max(1 << 20))
+            .min_by_key(|(_, b)| b.size())
+            .map(|(i, _)| i);
+        let buffer = match fit {
+            Some(i) => pool.swap_remove(i),
+            None => {
+                drop(pool);
+                self.buffer("scratch", bytes)?
+            }
+        };
+        Ok(Scratch { gpu: self.clone(), buffer: Some(buffer) })
+    }
+
+    /// Copies host bytes (a multiple of 4) into a buffer, through wgpu's staging memory.
+    pub fn write(&self, buffer: &wgpu::Buffer, offset: u64, bytes: &[u8]) -> Result<()> {
+        let len = bytes.len() as u64;
+        if self.staged.fetch_add(len, Ordering::Relaxed) + len > MAX_STAGED {
+            self.queue.submit([]);
+            self.wait()?;
+        }
+        self.queue.write_buffer(buffer, offset, bytes);
+        Ok(())
+    }
+
+    /// Waits until everything submitted is done, and frees its staging memory.
+    pub fn wait(&self) -> Result<()> {
+        self.staged.store(0, Ordering::Relaxed);
+        self.device
+            .poll(wgpu::PollType::wait_indefinitely())
+            .map_err(|e| Error::Device(format!("{}: {e}", self.name)))?;
+        self.check()
+    }
+
+    /// Reads the first `bytes` of a buffer back.
+    pub fn read(&self, buffer: &wgpu::Buffer, bytes: u64) -> Result<Vec<u8>> {
+        if bytes == 0 {
+            return self.check().map(|()| Vec::new());
+        }
+        let size = bytes.next_multiple_of(4);
+        let staging = self.device.create_buffer(&wgpu::BufferDescriptor {
+            label: Some("read back"),
+            size,
+            usage: wgpu::BufferUsages::MAP_READ | wgpu::BufferUsages::COPY_DST,
+            mapped_at_creation: false,
+        });
+        let mut encoder = self.device.create_command_encoder(&Default::default());
+        encoder.copy_buffer_to_buffer(buffer, 0, &staging, 0, size);
+        self.queue.submit([encoder.finish()]);
+        let (send, receive) = std::sync::mpsc::channel();
+        staging.map_async(wgpu::MapMode::Read, .., move |result| drop(send.send(result)));
+        self.wait()?;
+        match receive.recv() {
+            Ok(Ok(())) => {}
+            Ok(Err(e)) => return Err(Error::Device(format!("{}: cannot read back: {e}", self.name))),
+            Err(_) => return Err(Error::Device(format!("{}: the device was lost", self.name))),
+        }
+        let view = staging
+            .get_mapped_range(..)
+            .map_err(|e| Error::Device(format!("{}: cannot read back: {e}", self.name)))?;
+        Ok(view[..bytes as usize].to_vec())
+    }
+
+    fn pipeline(&self, kernel: Kernel) -> wgpu::ComputePipeline {
+        lock(&self.pipelines)
+            .entry(kernel)
+            .or_insert_with(|| {
+                let module = shader_module(&self.device, &kernel.label(), &kernel.source());
+                self.device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
+                    label: Some(&kernel.label()),
+                    layout: None,
+                    module: &module,
+                    entry_point: Some("main"),
+                    compilation_options: wgpu::PipelineCompilationOptions {
+                        // Kernels write workgroup memory before they read it.
+                        zero_initialize_workgroup_memory: false,
+                        ..Default::default()
+                    },
+                    cache: None,
+                })
+            })
+            .clone()
+    }
+
+    /// Starts recording.
+    pub fn commands(&self) -> Commands<'_> {
+        let encoder = self.device.create_command_encoder(&Default::default());
+        Commands { gpu: self, encoder: Some(encoder), pass: None }
+    }
+}
+
+/// The one place where shader modules are made: checked in debug builds and tests, unchecked in release.
+fn shader_module(device: &wgpu::Device, label: &str, source: &str) -> wgpu::ShaderModule {
+    let descriptor =
+        wgpu::ShaderModuleDescriptor { label: Some(label), source: wgpu::ShaderSource::Wgsl(source.into()) };
+    if cfg!(debug_assertions) {
+        device.create_shader_module(descriptor)
+    } else {
+        // SAFETY: only sources of this crate come here. Their loops end (each counts to a bound that
+        // it does not change), they divide integers only by constants other than zero and by table
+        // fields that launchers set to 1 or more, and every index is either checked against its job's
+        // shape or derived from the shape that the launcher sized the buffer by. The parity tests run
+        // the same sources with all checks on.
+        unsafe { device.create_shader_module_trusted(descriptor, wgpu::ShaderRuntimeChecks::unchecked()) }
+    }
+}
+
+/// A pooled buffer.
+pub(crate) struct Scratch {
+    gpu: Arc<Gpu>,
+    buffer: Option<wgpu::Buffer>,
+}
+
+impl std::ops::Deref for Scratch {
+    type Target = wgpu::Buffer;
+    fn deref(&self) -> &wgpu::Buffer {
+        self.buffer.as_ref().expect("present until dropped")
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        if let Some(buffer) = self.buffer.take() {
+            let mut pool = lock(&self.gpu.scratch);
+            pool.push(buffer);
+            // Enough for the operations of one step; the oldest goes when there are more.
+            if pool.len() > 16 {
+                pool.remove(0);
+            }
+        }
+    }
+}
+
+/// What one workgroup does, as a kernel's header comment says: usually job, tile row, tile column, part.
+pub(crate) type Work = [u32; 4];
+
+/// A command encoder with one open compute pass.
+pub(crate) struct Commands<'a> {
+    gpu: &'a Gpu,
+    encoder: Option<wgpu::CommandEncoder>,
+    pass: Option<wgpu::ComputePass<'static>>,
+}
+
+impl Commands<'_> {
+    /// Dispatches one workgroup for each entry of `work`. Bindings are: 0 params, 1 `jobs`, 2 `work`,
+    /// 3 and up `buffers`.
+    pub fn launch<J: bytemuck::NoUninit>(
+        &mut self,
+        kernel: Kernel,
+        jobs: &[J],
+        work: &[Work],
+        buffers: &[wgpu::BufferBinding<'_>],
+    ) {
+        if work.is_empty() {
+            return;
+        }
+        let gpu = self.gpu;
+        let pipeline = gpu.pipeline(kernel);
+        let job_bytes: &[u8] = bytemuck::cast_slice(jobs);
+        let work_bytes: &[u8] = bytemuck::cast_slice(work);
+        // 256 is the coarsest offset alignment that WebGPU allows a device to ask for.
+        let work_offset = job_bytes.len().next_multiple_of(256);
+        let tables = gpu.device.create_buffer(&wgpu::BufferDescriptor {
+            label: Some("job and work tables"),
+            size: (work_offset + work_bytes.len()) as u64,
+            usage: wgpu::BufferUsages::STORAGE,
+            mapped_at_creation: true,
+        });
+        if let Ok(mut view) = tables.get_mapped_range_mut(..) {
+            view.slice(..job_bytes.len()).copy_from_slice(job_bytes);
+            view.slice(work_offset..).copy_from_slice(work_bytes);
+        }
+        tables.unmap();
+        let part = |offset: usize, len: usize| {
+            wgpu::BindingResource::Buffer(wgpu::BufferBinding {
+                buffer: &tables,
+                offset: offset as u64,
+                size: wgpu::BufferSize::new(len as u64),
+            })
+        };
+        let mut entries = vec![
+            wgpu::BindGroupEntry { binding: 0, resource: gpu.params.as_entire_binding() },
+            wgpu::BindGroupEntry { binding: 1, resource: part(0, job_bytes.len()) },
+            wgpu::BindGroupEntry { binding: 2, resource: part(work_offset, work_bytes.len()) },
+        ];
+        entries.extend(buffers.iter().enumerate().map(|(i, b)| wgpu::BindGroupEntry {
+            binding: 3 + i as u32,
+            resource: wgpu::BindingResource::Buffer(b.clone()),
+        }));
+        let group = gpu.device.create_bind_group(&wgpu::BindGroupDescriptor {
+            label: None,
+            layout: &pipeline.get_bind_group_layout(0),
+            entries: &entries,
+        });
+        let encoder = self.encoder.as_mut().expect("present until submitted");
+        let pass = self
+            .pass
+            .get_or_insert_with(|| encoder.begin_compute_pass(&Default::default()).forget_lifetime());
+        pass.set_pipeline(&pipeline);
+        pass.set_bind_group(0, &group, &[]);
+        let count = work.len() as u32;
+        pass.dispatch_workgroups(count.min(GRID_WIDTH), count.div_ceil(GRID_WIDTH), 1);
+    }
+
+    /// Submits what was recorded.
+    pub fn submit(mut self) -> Result<()> {
+        self.pass = None;
+        if let Some(encoder) = self.encoder.take() {
+            self.gpu.queue.submit([encoder.finish()]);
+        }
+        self.gpu.check()
+    }
+}
+
+/// The whole of a buffer.
+pub(crate) fn whole(buffer: &wgpu::Buffer) -> wgpu::BufferBinding<'_> {
+    buffer.as_entire_buffer_binding()
+}

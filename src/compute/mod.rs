@@ -1,0 +1,19 @@
+//! The device, and the operations that methods are written in.
+//!
+//! Nothing here knows what a LoRA is. A [`Device`] is a GPU, shared with a host or our own, or the CPU.
+//! Operations work on a [`Batch`]: matrices of mixed shapes in one arena. Each is one file of
+//! [`ops`] that holds the launcher of the shader of the same name and its f64 CPU twin.
+
+mod batch;
+mod capabilities;
+mod device;
+mod gpu;
+pub mod ops;
+mod self_test;
+pub mod shaders;
+
+pub use batch::{Batch, Element, Shape};
+pub use capabilities::{
+    Capabilities, Disable, Precision, Tier, required_features, required_limits, wanted_features,
+};
+pub use device::{AdapterSummary, Device, DeviceOptions, Select};

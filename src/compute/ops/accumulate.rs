@@ -1,0 +1,255 @@
+use std::collections::HashSet;
+
+use super::gram::{self, GramJob, gram_cpu};
+use super::project::{self, ProjectJob, parts, project_cpu};
+use super::{mismatch, same_count};
+use crate::compute::gpu::whole;
+use crate::compute::{Batch, Device, Element, Shape};
+use crate::{Dtype, Error, RawMatrix, Result};
+use rayon::prelude::*;
+
+/// Inputs of a linear layer, one token a row.
+#[derive(Clone, Copy, Debug)]
+pub enum Activations<'a> {
+    /// On the host.
+    Host(RawMatrix<'a>),
+    /// In a buffer of the device, with usage `STORAGE`.
+    Buffer {
+        /// The buffer.
+        buffer: &'a wgpu::Buffer,
+        /// Its first byte that counts; a multiple of 4.
+        offset: u64,
+        /// Element type.
+        dtype: Dtype,
+        /// Rows.
+        tokens: usize,
+        /// Columns.
+        width: usize,
+    },
+}
+
+impl<'a> From<RawMatrix<'a>> for Activations<'a> {
+    fn from(matrix: RawMatrix<'a>) -> Self {
+        Self::Host(matrix)
+    }
+}
+
+impl Activations<'_> {
+    /// Tokens × width.
+    pub fn shape(&self) -> Shape {
+        match *self {
+            Self::Host(matrix) => Shape::new(matrix.rows, matrix.cols),
+            Self::Buffer { tokens, width, .. } => Shape::new(tokens, width),
+        }
+    }
+
+    /// Element type.
+    pub fn dtype(&self) -> Dtype {
+        match self {
+            Self::Host(matrix) => matrix.dtype,
+            Self::Buffer { dtype, .. } => *dtype,
+        }
+    }
+}
+
+/// `S += (X·Aᵀ)ᵀ(X·Aᵀ)`: [`project`](super::project) and [`gram`](super::gram) in one, with Z never at full
+/// length: activations go through in windows that fit the device.
+///
+/// `inputs`: activations (tokens × width) and the index of the A (rank × width) and S (rank × rank) that
+/// they go with. Precision as of the two operations; results do not depend on how inputs are grouped into
+/// calls beyond rounding.
+///
+/// # Errors
+/// [`Error::Invalid`] if shapes differ.
+pub fn accumulate(
+    device: &Device,
+    inputs: &[(usize, Activations)],
+    a: &Batch,
+    sums: &mut Batch,
+) -> Result<()> {
+    same_count("accumulate", a, sums)?;
+    for (i, x) in inputs {
+        let Some(shape) = a.shapes().get(*i) else {
+            return Err(Error::Invalid(format!("accumulate: there is no A number {i}")));
+        };
+        if x.shape().cols != shape.cols {
+            return Err(mismatch("accumulate", x.shape(), *shape));
+        }
+        if sums.shapes()[*i] != Shape::new(shape.rows, shape.rows) {
+            return Err(mismatch("accumulate", *shape, sums.shapes()[*i]));
+        }
+    }
+    match device.is_gpu() {
+        true => accumulate_gpu(device, inputs, a, sums),
+        false => accumulate_cpu(inputs, a, sums),
+    }
+}
+
+/// Rows of a block on the CPU: large enough for fast products, small enough for the cache.
+const CPU_ROWS: usize = 256;
+
+fn accumulate_cpu(inputs: &[(usize, Activations)], a: &Batch, sums: &mut Batch) -> Result<()> {
+    for (i, x) in inputs {
+        let Activations::Host(x) = x else {
+            return Err(Error::Device("activations in a GPU's buffer were given to the CPU".into()));
+        };
+        let (a, shape) = (a.host(*i).unwrap_or_default(), a.shapes()[*i]);
+        let n = shape.rows;
+        let sum = &mut sums.host_mut().unwrap_or_default()[*i];
+        if sum.is_empty() {
+            continue;
+        }
+        // A fixed number of blocks at a time, added in their order: deterministic on any number of threads.
+        let blocks: Vec<_> = (0..x.rows).step_by(CPU_ROWS).collect();
+        for group in blocks.chunks(16) {
+            let partial: Vec<Vec<f64>> = group
+                .par_iter()
+                .map(|&first| {
+                    let block = x.rows(first, (first + CPU_ROWS).min(x.rows));
+                    let mut z = vec![0.0; block.rows * n];
+                    project_cpu(block, a, &mut z, faer::Par::Seq);
+                    let mut g = vec![0.0; n * n];
+                    gram_cpu(&z, Shape::new(block.rows, n), &mut g, faer::Par::Seq);
+                    g
+                })
+                .collect();
+            for g in partial {
+                sum.iter_mut().zip(g).for_each(|(s, g)| *s += g);
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Tokens of one input that go through at a time.
+struct Window<'a> {
+    index: usize,
+    input: Activations<'a>,
+    first: usize,
+    tokens: usize,
+}
+
+fn accumulate_gpu(
+    device: &Device,
+    inputs: &[(usize, Activations)],
+    a: &Batch,
+    sums: &mut Batch,
+) -> Result<()> {
+    let limit = device.gpu()?.max_arena().min(device.memory() / 4);
+    let mut windows = Vec::new();
+    for &(index, input) in inputs {
+        let shape = input.shape();
+        let row = (shape.cols * input.dtype().size()) as u64;
+        // Z may be split into up to 16 parts of 4 bytes, or be 8 bytes wide.
+        let z_row = (a.shapes()[index].rows * 64) as u64;
+        let rows = (limit / row.max(z_row).max(1)).clamp(1, 16384) as usize;
+        // An even number of rows keeps windows of halves on whole words.
+        let rows = if rows > 1 { rows & !1 } else { rows };
+        for first in (0..shape.rows).step_by(rows) {
+            windows.push(Window { index, input, first, tokens: rows.min(shape.rows - first) });
+        }
+    }
+    // Host windows share uploads. Each group adds to a sum at most once, since its additions run at once.
+    let mut group: Vec<Window> = Vec::new();
+    let mut seen = HashSet::new();
+    let mut bytes = 0;
+    for window in windows {
+        let shape = window.input.shape();
+        let size = (window.tokens * shape.cols * window.input.dtype().size()) as u64;
+        let alone = matches!(window.input, Activations::Buffer { .. });
+        if !group.is_empty() && (alone || bytes + size > limit || seen.contains(&window.index)) {
+            run_group(device, &group, a, sums)?;
+            group.clear();
+            seen.clear();
+            bytes = 0;
+        }
+        seen.insert(window.index);
+        bytes += size.next_multiple_of(4);
+        group.push(window);
+        if alone {
+            run_group(device, &group, a, sums)?;
+            group.clear();
+            seen.clear();
+            bytes = 0;
+        }
+    }
+    match group.is_empty() {
+        true => Ok(()),
+        false => run_group(device, &group, a, sums),
+    }
+}
+
+/// Alignment of a bound range that every device accepts.
+const BIND_ALIGN: u64 = 256;
+
+fn run_group(device: &Device, group: &[Window], a: &Batch, sums: &mut Batch) -> Result<()> {
+    let gpu = device.gpu()?;
+    let element = match device.product() {
+        Element::Host => Element::F32,
+        element => element,
+    };
+    let mut project_jobs = Vec::new();
+    let mut gram_jobs = Vec::new();
+    let mut z_len = 0;
+    let mut x_bytes = 0;
+    for window in group {
+        let shape = a.shapes()[window.index];
+        let parts = parts(element, window.tokens, shape, group.len());
+        project_jobs.push(ProjectJob {
+            x_word: x_bytes / 4,
+            tokens: window.tokens,
+            dtype: window.input.dtype(),
+            a: window.index,
+            z: z_len,
+            parts,
+        });
+        gram_jobs.push(GramJob {
+            z: z_len,
+            tokens: window.tokens,
+            rank: shape.rows,
+            z_parts: parts,
+            sum: window.index,
+        });
+        z_len += parts * window.tokens * shape.rows;
+        x_bytes += (window.tokens * shape.cols * window.input.dtype().size()).next_multiple_of(4);
+    }
+    let z = gpu.scratch(z_len as u64 * element.bytes())?;
+    let mut commands = gpu.commands();
+    let upload;
+    let x = match group[0].input {
+        Activations::Buffer { buffer, offset, dtype, width, .. } => {
+            let start = offset + (group[0].first * width * dtype.size()) as u64;
+            if start % 4 != 0 || start + x_bytes as u64 > buffer.size().next_multiple_of(4) {
+                return Err(Error::Invalid(format!(
+                    "activations of {x_bytes} bytes at byte {start} do not lie in their buffer of {} bytes \
+                     on a multiple of 4",
+                    buffer.size()
+                )));
+            }
+            let aligned = start - start % BIND_ALIGN;
+            project_jobs[0].x_word = ((start - aligned) / 4) as usize;
+            let size = (start - aligned + x_bytes as u64).min(buffer.size() - aligned);
+            wgpu::BufferBinding { buffer, offset: aligned, size: wgpu::BufferSize::new(size) }
+        }
+        Activations::Host(_) => {
+            upload = gpu.scratch(x_bytes as u64)?;
+            for (window, job) in group.iter().zip(&project_jobs) {
+                if let Activations::Host(matrix) = window.input {
+                    let bytes = matrix.rows(window.first, window.first + window.tokens).bytes;
+                    let whole_words = bytes.len() & !3;
+                    let place = job.x_word as u64 * 4;
+                    gpu.write(&upload, place, &bytes[..whole_words])?;
+                    if whole_words < bytes.len() {
+                        let last = [bytes[whole_words], bytes[whole_words + 1], 0, 0];
+                        gpu.write(&upload, place + whole_words as u64, &last)?;
+                    }
+                }
+            }
+            whole(&upload)
+        }
+    };
+    project::encode(&mut commands, x, &project_jobs, a, whole(&z), element)?;
+    let pending = gram::encode(&mut commands, gpu, device, whole(&z), element, &gram_jobs, sums)?;
+    commands.submit()?;
+    pending.finish(gpu, sums)
+}

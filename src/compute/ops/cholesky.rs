@@ -1,0 +1,92 @@
+use bytemuck::NoUninit;
+use rayon::prelude::*;
+
+use super::{mismatch, view_mut};
+use crate::Result;
+use crate::compute::gpu::{Work, whole};
+use crate::compute::shaders::Kernel;
+use crate::compute::{Batch, Device, Shape};
+
+/// A matrix that is not safely positive definite.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PivotFailure {
+    /// The first pivot that was not above `order · ε · A_kk`, or was NaN.
+    pub index: usize,
+}
+
+/// Batched Cholesky factorisation `A = UᵀU`, in place; U is upper triangular with zeros below.
+///
+/// `a[i]`: order × order, symmetric; only the upper triangle is read. Computed in the batch's element
+/// type (f64 or double-single), with a backward error of about order · ε.
+///
+/// The result has an entry for each matrix. `Err`: it is singular to working precision, indefinite or not
+/// finite; its factor must not be used. The others are not affected.
+///
+/// # Errors
+/// [`Error::Invalid`](crate::Error::Invalid) if a matrix is not square.
+pub fn cholesky(device: &Device, a: &mut Batch) -> Result<Vec<std::result::Result<(), PivotFailure>>> {
+    for shape in a.shapes() {
+        if shape.rows != shape.cols {
+            return Err(mismatch("cholesky", *shape, Shape::new(shape.rows, shape.rows)));
+        }
+    }
+    let orders: Vec<_> = a.shapes().iter().map(|s| s.rows).collect();
+    if let Some(matrices) = a.host_mut() {
+        return Ok(matrices.into_par_iter().zip(orders).map(|(a, n)| cholesky_cpu(a, n)).collect());
+    }
+    let gpu = device.gpu()?;
+    let table: Vec<_> = orders
+        .iter()
+        .enumerate()
+        .map(|(i, &n)| Job { matrix: a.offset(i) as u32, order: n as u32 })
+        .collect();
+    let work: Vec<Work> = (0..table.len()).map(|i| [i as u32, 0, 0, 0]).collect();
+    let bytes = table.len() as u64 * 4;
+    let status = gpu.scratch(bytes)?;
+    let mut commands = gpu.commands();
+    commands.launch(Kernel::Cholesky(a.element()), &table, &work, &[whole(a.buffer()?), whole(&status)]);
+    commands.submit()?;
+    let status: Vec<u32> = bytemuck::pod_collect_to_vec(&gpu.read(&status, bytes)?);
+    Ok(status
+        .into_iter()
+        .map(|code| match code.checked_sub(1) {
+            None => Ok(()),
+            Some(index) => Err(PivotFailure { index: index as usize }),
+        })
+        .collect())
+}
+
+#[derive(Clone, Copy, NoUninit)]
+#[repr(C)]
+struct Job {
+    matrix: u32,
+    order: u32,
+}
+
+/// The CPU twin for one matrix.
+fn cholesky_cpu(a: &mut [f64], n: usize) -> std::result::Result<(), PivotFailure> {
+    use faer::linalg::cholesky::llt::factor::{cholesky_in_place, cholesky_in_place_scratch};
+    if n == 0 {
+        return Ok(());
+    }
+    let diagonal: Vec<f64> = (0..n).map(|i| a[i * n + i]).collect();
+    // Row-major upper is column-major lower: view the transpose, and UᵀU is its LLᵀ.
+    let lower = view_mut(a, Shape::new(n, n)).transpose_mut();
+    let par = if n >= 256 { faer::get_global_parallelism() } else { faer::Par::Seq };
+    let mut memory =
+        faer::dyn_stack::MemBuffer::new(cholesky_in_place_scratch::<f64>(n, par, Default::default()));
+    let stack = faer::dyn_stack::MemStack::new(&mut memory);
+    cholesky_in_place(lower, Default::default(), par, stack, Default::default()).map_err(
+        |faer::linalg::cholesky::llt::factor::LltError::NonPositivePivot { index }| PivotFailure { index },
+    )?;
+    for i in 0..n {
+        let pivot = a[i * n + i] * a[i * n + i];
+        let least = n as f64 * f64::EPSILON * diagonal[i];
+        // Written so that NaN fails.
+        if !(pivot > least) {
+            return Err(PivotFailure { index: i });
+        }
+        a[i * n..i * n + i].fill(0.0);
+    }
+    Ok(())
+}

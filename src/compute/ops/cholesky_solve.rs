@@ -1,0 +1,82 @@
+use bytemuck::NoUninit;
+use rayon::prelude::*;
+
+use super::{mismatch, same_count, view, view_mut};
+use crate::compute::gpu::{Work, whole};
+use crate::compute::shaders::Kernel;
+use crate::compute::{Batch, Device, Shape};
+use crate::{Error, Result};
+
+/// Solves `X·UᵀU = Q` for X, in place of Q, with factors of [`cholesky`](super::cholesky).
+///
+/// `factors[i]`: order × order upper triangular, `q[i]`: rows × order, a right-hand side a row. Both of one
+/// element type. Residual `‖X·A − Q‖ / (‖X‖·‖A‖ + ‖Q‖)` at most 1e-12 in f64 and 1e-10 in double-single.
+///
+/// # Errors
+/// [`Error::Invalid`] if shapes or element types differ.
+pub fn cholesky_solve(device: &Device, factors: &Batch, q: &mut Batch) -> Result<()> {
+    same_count("cholesky_solve", factors, q)?;
+    if factors.element() != q.element() {
+        return Err(Error::Invalid(format!(
+            "cholesky_solve: factors of {:?} do not go with right-hand sides of {:?}",
+            factors.element(),
+            q.element()
+        )));
+    }
+    for (factor, q) in factors.shapes().iter().zip(q.shapes()) {
+        if factor.rows != factor.cols || factor.cols != q.cols {
+            return Err(mismatch("cholesky_solve", *factor, *q));
+        }
+    }
+    let shapes = q.shapes().to_vec();
+    if let Some(right) = q.host_mut() {
+        right.into_par_iter().zip(shapes).enumerate().for_each(|(i, (q, shape))| {
+            cholesky_solve_cpu(factors.host(i).unwrap_or_default(), q, shape);
+        });
+        return Ok(());
+    }
+    let gpu = device.gpu()?;
+    let table: Vec<_> = (0..q.len())
+        .map(|i| Job {
+            factor: factors.offset(i) as u32,
+            order: shapes[i].cols as u32,
+            right: q.offset(i) as u32,
+            rows: shapes[i].rows as u32,
+        })
+        .collect();
+    let work: Vec<Work> = table
+        .iter()
+        .enumerate()
+        .flat_map(|(i, job)| (0..job.rows.div_ceil(16)).map(move |block| [i as u32, block, 0, 0]))
+        .collect();
+    let mut commands = gpu.commands();
+    commands.launch(
+        Kernel::CholeskySolve(q.element()),
+        &table,
+        &work,
+        &[whole(factors.buffer()?), whole(q.buffer()?)],
+    );
+    commands.submit()
+}
+
+#[derive(Clone, Copy, NoUninit)]
+#[repr(C)]
+struct Job {
+    factor: u32,
+    order: u32,
+    right: u32,
+    rows: u32,
+}
+
+/// The CPU twin for one matrix.
+fn cholesky_solve_cpu(factor: &[f64], q: &mut [f64], shape: Shape) {
+    use faer::linalg::triangular_solve::{solve_lower_triangular_in_place, solve_upper_triangular_in_place};
+    if shape.is_empty() {
+        return;
+    }
+    let u = view(factor, Shape::new(shape.cols, shape.cols));
+    // X·UᵀU = Q is UᵀU·Xᵀ = Qᵀ.
+    let mut right = view_mut(q, shape).transpose_mut();
+    solve_lower_triangular_in_place(u.transpose(), right.as_mut(), faer::Par::Seq);
+    solve_upper_triangular_in_place(u, right, faer::Par::Seq);
+}

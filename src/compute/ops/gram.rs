@@ -1,0 +1,242 @@
+use bytemuck::NoUninit;
+
+use super::{ENOUGH_WORKGROUPS, mismatch, same_count, view, view_mut};
+use crate::compute::gpu::{Commands, Gpu, Work, whole};
+use crate::compute::shaders::Kernel;
+use crate::compute::{Batch, Device, Element, Precision, Shape};
+use crate::{Error, Result};
+use std::sync::Arc;
+
+/// `S += ZᵀZ`: blocked Gram accumulation.
+///
+/// `z[i]`: tokens × rank, `sums[i]`: rank × rank, symmetric. Each tile of the lower triangle is summed over
+/// parts of the tokens, in f32 or the device's tier; the parts are added to `sums` in a fixed order in
+/// full precision and mirrored. So the error of a long sum is that of one part (relative 1e-7), however
+/// many calls it takes.
+///
+/// # Errors
+/// [`Error::Invalid`] if shapes differ.
+pub fn gram(device: &Device, z: &Batch, sums: &mut Batch) -> Result<()> {
+    same_count("gram", z, sums)?;
+    for (z, sum) in z.shapes().iter().zip(sums.shapes()) {
+        if *sum != Shape::new(z.cols, z.cols) {
+            return Err(mismatch("gram", *z, *sum));
+        }
+    }
+    if z.element() == Element::Host {
+        let shapes = z.shapes().to_vec();
+        for (i, sum) in sums.host_mut().unwrap_or_default().into_iter().enumerate() {
+            gram_cpu(z.host(i).unwrap_or_default(), shapes[i], sum, faer::get_global_parallelism());
+        }
+        return Ok(());
+    }
+    let gpu = device.gpu()?;
+    let jobs: Vec<_> = (0..z.len())
+        .map(|i| GramJob {
+            z: z.offset(i),
+            tokens: z.shapes()[i].rows,
+            rank: z.shapes()[i].cols,
+            z_parts: 1,
+            sum: i,
+        })
+        .collect();
+    let mut commands = gpu.commands();
+    let pending = encode(&mut commands, gpu, device, whole(z.buffer()?), z.element(), &jobs, sums)?;
+    commands.submit()?;
+    pending.finish(gpu, sums)
+}
+
+/// The CPU twin for one matrix.
+pub(super) fn gram_cpu(z: &[f64], shape: Shape, sum: &mut [f64], par: faer::Par) {
+    if shape.is_empty() {
+        return;
+    }
+    use faer::linalg::matmul::triangular::{BlockStructure, matmul};
+    let n = shape.cols;
+    let z = view(z, shape);
+    matmul(
+        view_mut(sum, Shape::new(n, n)),
+        BlockStructure::TriangularLower,
+        faer::Accum::Add,
+        z.transpose(),
+        BlockStructure::Rectangular,
+        z,
+        BlockStructure::Rectangular,
+        1.0,
+        par,
+    );
+    for i in 0..n {
+        for j in 0..i {
+            sum[j * n + i] = sum[i * n + j];
+        }
+    }
+}
+
+/// One Gram matrix of a launch.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct GramJob {
+    /// First element of Z in its buffer.
+    pub z: usize,
+    pub tokens: usize,
+    pub rank: usize,
+    /// Summands that Z is stored as.
+    pub z_parts: usize,
+    /// Which matrix of the sums; no two jobs of a launch may share one.
+    pub sum: usize,
+}
+
+#[derive(Clone, Copy, NoUninit)]
+#[repr(C)]
+struct Job {
+    z: u32,
+    gram: u32,
+    tokens: u32,
+    rank: u32,
+    z_parts: u32,
+    part_tokens: u32,
+}
+
+#[derive(Clone, Copy, NoUninit)]
+#[repr(C)]
+struct RealJob {
+    z: u32,
+    gram: u32,
+    tokens: u32,
+    rank: u32,
+    part_tokens: u32,
+}
+
+#[derive(Clone, Copy, Debug, NoUninit)]
+#[repr(C)]
+struct ReduceJob {
+    gram: u32,
+    sums: u32,
+    rank: u32,
+    parts: u32,
+}
+
+/// Partial Gram matrices that the host has to add, where the GPU has no tier of full precision.
+pub(super) struct Pending {
+    partial: Option<(crate::compute::gpu::Scratch, u64, Vec<(ReduceJob, usize)>)>,
+}
+
+fn tile(rank: usize) -> u32 {
+    match rank {
+        0..=32 => 32,
+        33..=192 => 64,
+        _ => 128,
+    }
+}
+
+/// Tokens summed in f32 before full precision takes over: few enough for an error near one rounding,
+/// and enough parts to fill the GPU.
+fn part_tokens(tokens: usize, rank: usize) -> usize {
+    let tiles = rank.div_ceil(tile(rank) as usize);
+    let triangle = tiles * (tiles + 1) / 2;
+    let wanted = tokens.div_ceil((ENOUGH_WORKGROUPS / triangle).max(1));
+    wanted.clamp(64, 512).next_multiple_of(16)
+}
+
+/// Records Gram matrices of Z that lies in one buffer.
+pub(super) fn encode(
+    commands: &mut Commands<'_>,
+    gpu: &Arc<Gpu>,
+    device: &Device,
+    z: wgpu::BufferBinding<'_>,
+    z_element: Element,
+    jobs: &[GramJob],
+    sums: &Batch,
+) -> Result<Pending> {
+    let wide = sums.element();
+    // A forced precision also holds for products of f32 factors.
+    let real = device.precision() != Precision::Auto || z_element != Element::F32;
+    let part_element = if real { wide } else { Element::F32 };
+    if part_element == Element::Host {
+        return Err(Error::Device("wide products cannot be summed on the host".into()));
+    }
+    let mut len = 0;
+    let reduce: Vec<_> = jobs
+        .iter()
+        .map(|job| {
+            let parts = job.tokens.div_ceil(part_tokens(job.tokens, job.rank));
+            let gram = len as u32;
+            len += parts * job.rank * job.rank;
+            ReduceJob { gram, sums: sums.offset(job.sum) as u32, rank: job.rank as u32, parts: parts as u32 }
+        })
+        .collect();
+    let bytes = len as u64 * part_element.bytes();
+    let partial = gpu.scratch(bytes)?;
+    let buffers = [z, whole(&partial)];
+    let tiles = |side: u32, index: u32, job: &ReduceJob| {
+        let (parts, n) = (job.parts, job.rank.div_ceil(side));
+        (0..parts).flat_map(move |p| (0..n).flat_map(move |i| (0..=i).map(move |j| [index, i, j, p])))
+    };
+    if real {
+        let table: Vec<_> = jobs
+            .iter()
+            .zip(&reduce)
+            .map(|(job, r)| RealJob {
+                z: job.z as u32,
+                gram: r.gram,
+                tokens: job.tokens as u32,
+                rank: r.rank,
+                part_tokens: part_tokens(job.tokens, job.rank) as u32,
+            })
+            .collect();
+        let work: Vec<Work> =
+            reduce.iter().enumerate().flat_map(|(i, job)| tiles(16, i as u32, job)).collect();
+        commands.launch(Kernel::GramReal(z_element, wide), &table, &work, &buffers);
+    } else {
+        for side in [32, 64, 128] {
+            let mut table = Vec::new();
+            let mut work: Vec<Work> = Vec::new();
+            for (job, r) in jobs.iter().zip(&reduce).filter(|(job, _)| tile(job.rank) == side) {
+                work.extend(tiles(side, table.len() as u32, r));
+                table.push(Job {
+                    z: job.z as u32,
+                    gram: r.gram,
+                    tokens: job.tokens as u32,
+                    rank: r.rank,
+                    z_parts: job.z_parts as u32,
+                    part_tokens: part_tokens(job.tokens, job.rank) as u32,
+                });
+            }
+            commands.launch(Kernel::Gram(side), &table, &work, &buffers);
+        }
+    }
+    if wide == Element::Host {
+        let reduce = reduce.into_iter().zip(jobs.iter().map(|job| job.sum)).collect();
+        return Ok(Pending { partial: Some((partial, bytes, reduce)) });
+    }
+    let work: Vec<Work> = reduce
+        .iter()
+        .enumerate()
+        .flat_map(|(i, job)| (0..job.rank * job.rank).step_by(256).map(move |e| [i as u32, e, 0, 0]))
+        .collect();
+    let buffers = [whole(&partial), whole(sums.buffer()?)];
+    commands.launch(Kernel::GramReduce(part_element, wide), &reduce, &work, &buffers);
+    Ok(Pending { partial: None })
+}
+
+impl Pending {
+    /// After submission: adds on the host what the GPU could not.
+    pub fn finish(self, gpu: &Gpu, sums: &mut Batch) -> Result<()> {
+        let Some((partial, bytes, jobs)) = self.partial else { return Ok(()) };
+        let bytes = gpu.read(&partial, bytes)?;
+        let values: Vec<f32> = bytemuck::pod_collect_to_vec(&bytes);
+        let mut sums = sums.host_mut().unwrap_or_default();
+        for (job, sum) in jobs {
+            let n = job.rank as usize;
+            for part in 0..job.parts as usize {
+                let part = &values[job.gram as usize + part * n * n..][..n * n];
+                for i in 0..n {
+                    for j in 0..=i {
+                        sums[sum][i * n + j] += f64::from(part[i * n + j]);
+                        sums[sum][j * n + i] = sums[sum][i * n + j];
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,58 @@
+//! The operations, each one a shader, its launcher and an f64 CPU twin, under one name.
+//!
+//! All work on batches of mixed shapes. The element type of a batch says where it lives and so which side
+//! computes; see [`Device::product`](super::Device::product) and [`Device::sum`](super::Device::sum).
+
+mod accumulate;
+mod cholesky;
+mod cholesky_solve;
+mod gram;
+mod matmul;
+mod project;
+mod rank_concat;
+
+pub use accumulate::{Activations, accumulate};
+pub use cholesky::{PivotFailure, cholesky};
+pub use cholesky_solve::cholesky_solve;
+pub use gram::gram;
+pub use matmul::matmul;
+pub use project::project;
+pub use rank_concat::{Axis, Factor, rank_concat};
+
+use super::{Batch, Shape};
+use crate::{Error, Result};
+
+/// Workgroups that fill a large GPU a few times over; tiles are split until there are so many.
+const ENOUGH_WORKGROUPS: usize = 768;
+
+/// The code that shaders/shared/words.wgsl gives a type.
+fn dtype_code(dtype: crate::Dtype) -> u32 {
+    match dtype {
+        crate::Dtype::F32 => 0,
+        crate::Dtype::F16 => 1,
+        crate::Dtype::Bf16 => 2,
+    }
+}
+
+/// An error for shapes that do not fit, in the words of the operation.
+fn mismatch(what: &str, a: Shape, b: Shape) -> Error {
+    Error::Invalid(format!("{what}: {} x {} does not go with {} x {}", a.rows, a.cols, b.rows, b.cols))
+}
+
+/// Checks that two batches have as many matrices.
+fn same_count(what: &str, a: &Batch, b: &Batch) -> Result<()> {
+    match a.len() == b.len() {
+        true => Ok(()),
+        false => Err(Error::Invalid(format!("{what}: {} matrices do not go with {}", a.len(), b.len()))),
+    }
+}
+
+/// A row-major slice as a faer view.
+fn view(data: &[f64], shape: Shape) -> faer::MatRef<'_, f64> {
+    faer::MatRef::from_row_major_slice(data, shape.rows, shape.cols)
+}
+
+/// A row-major slice as a faer view to write to.
+fn view_mut(data: &mut [f64], shape: Shape) -> faer::MatMut<'_, f64> {
+    faer::MatMut::from_row_major_slice_mut(data, shape.rows, shape.cols)
+}

@@ -1,0 +1,169 @@
+use bytemuck::NoUninit;
+
+use super::dtype_code;
+use crate::compute::batch::Storage;
+use crate::compute::device::Backend;
+use crate::compute::gpu::whole;
+use crate::compute::shaders::Kernel;
+use crate::compute::{Batch, Device, Shape};
+use crate::{Error, RawMatrix, Result};
+
+/// Along which axis ranks lie.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Axis {
+    /// A: r × in, stacked below each other.
+    Rows,
+    /// B: out × r, side by side.
+    Columns,
+}
+
+/// One factor of an adapter, and what to multiply it by.
+#[derive(Clone, Copy, Debug)]
+pub struct Factor<'a> {
+    /// The factor.
+    pub matrix: RawMatrix<'a>,
+    /// The adapter's scale times the user's strength on B; 1 on A.
+    pub scale: f32,
+}
+
+impl<'a> Factor<'a> {
+    /// A factor as it is.
+    pub fn new(matrix: RawMatrix<'a>) -> Self {
+        Self { matrix, scale: 1.0 }
+    }
+}
+
+/// Rank concatenation: the factors of several adapters in one matrix.
+///
+/// `A_cat = [A_1; …; A_K]` (R × in) with [`Axis::Rows`], `B_cat = [s_1·B_1 … s_K·B_K]` (out × R) with
+/// [`Axis::Columns`], so that `B_cat·A_cat = Σ s_k·B_k·A_k` exactly. One result for each entry of `jobs`.
+///
+/// f16 and bf16 widen exactly; the product with a scale is rounded once, to f32 on a GPU.
+///
+/// # Errors
+/// [`Error::Invalid`] if the factors of one job differ in their other dimension.
+pub fn rank_concat(device: &Device, axis: Axis, jobs: &[&[Factor]]) -> Result<Batch> {
+    let shapes = jobs.iter().map(|factors| joined_shape(axis, factors)).collect::<Result<Vec<_>>>()?;
+    let mut joined = Batch::zeros(device, device.factor(), &shapes)?;
+    match &device.backend {
+        Backend::Cpu => rank_concat_cpu(axis, jobs, &mut joined),
+        Backend::Gpu(_) => rank_concat_gpu(device, axis, jobs, &joined)?,
+    }
+    Ok(joined)
+}
+
+fn joined_shape(axis: Axis, factors: &[Factor]) -> Result<Shape> {
+    let mut shape = Shape::new(0, 0);
+    for (i, factor) in factors.iter().enumerate() {
+        let (rows, cols) = (factor.matrix.rows, factor.matrix.cols);
+        let (rank, other, known) = match axis {
+            Axis::Rows => (&mut shape.rows, cols, &mut shape.cols),
+            Axis::Columns => (&mut shape.cols, rows, &mut shape.rows),
+        };
+        if i > 0 && *known != other {
+            return Err(Error::Invalid(format!("factors of widths {known} and {other} cannot be joined")));
+        }
+        *known = other;
+        *rank += if axis == Axis::Rows { rows } else { cols };
+    }
+    Ok(shape)
+}
+
+/// Where factor after factor starts, and the row stride, in elements of the joined matrix.
+fn places<'a>(axis: Axis, factors: &'a [Factor], shape: Shape) -> impl Iterator<Item = usize> + 'a {
+    let mut next = 0;
+    factors.iter().map(move |factor| {
+        let place = next;
+        next += match axis {
+            Axis::Rows => factor.matrix.rows * shape.cols,
+            Axis::Columns => factor.matrix.cols,
+        };
+        place
+    })
+}
+
+fn rank_concat_cpu(axis: Axis, jobs: &[&[Factor]], joined: &mut Batch) {
+    let shapes = joined.shapes().to_vec();
+    for ((factors, shape), out) in jobs.iter().zip(shapes).zip(joined.host_mut().unwrap_or_default()) {
+        for (factor, place) in factors.iter().zip(places(axis, factors, shape)) {
+            let mut row = vec![0.0; factor.matrix.cols];
+            for i in 0..factor.matrix.rows {
+                factor.matrix.rows(i, i + 1).widen_into(&mut row);
+                let start = place + i * shape.cols;
+                for (o, v) in out[start..start + row.len()].iter_mut().zip(&row) {
+                    *o = v * f64::from(factor.scale);
+                }
+            }
+        }
+    }
+}
+
+#[derive(Clone, Copy, NoUninit)]
+#[repr(C)]
+struct Job {
+    source: u32,
+    dtype: u32,
+    rows: u32,
+    cols: u32,
+    destination: u32,
+    stride: u32,
+    scale: f32,
+}
+
+/// Elements that a workgroup copies, as in the shader.
+const CHUNK: usize = 4096;
+
+fn rank_concat_gpu(device: &Device, axis: Axis, jobs: &[&[Factor]], joined: &Batch) -> Result<()> {
+    let gpu = device.gpu()?;
+    let Storage::Gpu { buffer, .. } = &joined.storage else { return Ok(()) };
+    // Factors go up in groups that one binding holds.
+    let limit = gpu.max_arena().min(64 << 20) as usize;
+    let mut words: Vec<u8> = Vec::new();
+    let mut table: Vec<Job> = Vec::new();
+    let flush = |words: &mut Vec<u8>, table: &mut Vec<Job>| -> Result<()> {
+        if table.is_empty() {
+            return Ok(());
+        }
+        let source = gpu.scratch(words.len() as u64)?;
+        gpu.write(&source, 0, words)?;
+        let work: Vec<_> = table
+            .iter()
+            .enumerate()
+            .flat_map(|(i, job)| {
+                let len = job.rows * job.cols;
+                (0..len).step_by(CHUNK).map(move |first| [i as u32, first, 0, 0])
+            })
+            .collect();
+        let mut commands = gpu.commands();
+        commands.launch(Kernel::RankConcat, table, &work, &[whole(&source), whole(buffer)]);
+        commands.submit()?;
+        words.clear();
+        table.clear();
+        Ok(())
+    };
+    for (i, factors) in jobs.iter().enumerate() {
+        let shape = joined.shapes()[i];
+        for (factor, place) in factors.iter().zip(places(axis, factors, shape)) {
+            let rows_at_once = (limit / (factor.matrix.cols * factor.matrix.dtype.size()).max(1)).max(1);
+            for first in (0..factor.matrix.rows).step_by(rows_at_once) {
+                let last = (first + rows_at_once).min(factor.matrix.rows);
+                let piece = factor.matrix.rows(first, last);
+                if !words.is_empty() && words.len() + piece.bytes.len() > limit {
+                    flush(&mut words, &mut table)?;
+                }
+                table.push(Job {
+                    source: (words.len() / 4) as u32,
+                    dtype: dtype_code(piece.dtype),
+                    rows: piece.rows as u32,
+                    cols: piece.cols as u32,
+                    destination: (joined.offset(i) + place + first * shape.cols) as u32,
+                    stride: shape.cols as u32,
+                    scale: factor.scale,
+                });
+                words.extend_from_slice(piece.bytes);
+                words.resize(words.len().next_multiple_of(4), 0);
+            }
+        }
+    }
+    flush(&mut words, &mut table)
+}

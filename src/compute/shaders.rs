@@ -1,0 +1,162 @@
+//! The kernels: their WGSL, and every permutation that is ever compiled.
+//!
+//! A shader in `shaders/` is put together from the constants of its permutation and the pieces in
+//! `shaders/shared/` that it `#import`s. `#import real` takes the arithmetic of the permutation's tier.
+
+use super::Element;
+
+/// A kernel, with the parameters that make it a permutation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Kernel {
+    /// `shaders/rank_concat.wgsl`
+    RankConcat,
+    /// `shaders/project.wgsl`, with the columns (rank) of its tile: 32, 64 or 128.
+    Project(u32),
+    /// `shaders/project_real.wgsl`
+    ProjectReal(Element),
+    /// `shaders/gram.wgsl`, with the side of its tile: 32, 64 or 128.
+    Gram(u32),
+    /// `shaders/gram_real.wgsl`: what Z holds, what is summed.
+    GramReal(Element, Element),
+    /// `shaders/gram_reduce.wgsl`: what the parts hold, what is summed.
+    GramReduce(Element, Element),
+    /// `shaders/cholesky.wgsl`
+    Cholesky(Element),
+    /// `shaders/cholesky_solve.wgsl`
+    CholeskySolve(Element),
+    /// `shaders/matmul.wgsl`
+    Matmul(Element),
+    /// `shaders/self_test.wgsl`
+    SelfTest,
+}
+
+macro_rules! shared {
+    ($name:literal) => {
+        include_str!(concat!("../../shaders/shared/", $name, ".wgsl"))
+    };
+}
+macro_rules! kernel {
+    ($name:literal) => {
+        include_str!(concat!("../../shaders/", $name, ".wgsl"))
+    };
+}
+
+const TILES: [u32; 3] = [32, 64, 128];
+const WIDE: [Element; 2] = [Element::F64, Element::DoubleSingle];
+
+impl Kernel {
+    /// Every permutation.
+    pub fn all() -> Vec<Self> {
+        let mut all = vec![Self::RankConcat, Self::SelfTest, Self::Matmul(Element::F32)];
+        all.extend(TILES.iter().flat_map(|&tile| [Self::Project(tile), Self::Gram(tile)]));
+        all.extend(WIDE.iter().flat_map(|&wide| {
+            [
+                Self::ProjectReal(wide),
+                Self::GramReal(wide, wide),
+                Self::GramReal(Element::F32, wide),
+                Self::GramReduce(wide, wide),
+                Self::GramReduce(Element::F32, wide),
+                Self::Cholesky(wide),
+                Self::CholeskySolve(wide),
+                Self::Matmul(wide),
+            ]
+        }));
+        all
+    }
+
+    /// The file in `shaders/`, and the values of the permutation.
+    pub fn label(self) -> String {
+        let (file, _) = self.file();
+        let element = |e| match e {
+            Element::F32 => "f32",
+            Element::F64 => "f64",
+            Element::DoubleSingle => "double_single",
+            Element::Host => "host",
+        };
+        match self {
+            Self::RankConcat | Self::SelfTest => file.to_owned(),
+            Self::Project(tile) | Self::Gram(tile) => format!("{file}_{tile}"),
+            Self::ProjectReal(e) | Self::Cholesky(e) | Self::CholeskySolve(e) | Self::Matmul(e) => {
+                format!("{file}_{}", element(e))
+            }
+            Self::GramReal(part, e) | Self::GramReduce(part, e) => {
+                format!("{file}_{}_to_{}", element(part), element(e))
+            }
+        }
+    }
+
+    fn file(self) -> (&'static str, &'static str) {
+        match self {
+            Self::RankConcat => ("rank_concat", kernel!("rank_concat")),
+            Self::Project(_) => ("project", kernel!("project")),
+            Self::ProjectReal(_) => ("project_real", kernel!("project_real")),
+            Self::Gram(_) => ("gram", kernel!("gram")),
+            Self::GramReal(..) => ("gram_real", kernel!("gram_real")),
+            Self::GramReduce(..) => ("gram_reduce", kernel!("gram_reduce")),
+            Self::Cholesky(_) => ("cholesky", kernel!("cholesky")),
+            Self::CholeskySolve(_) => ("cholesky_solve", kernel!("cholesky_solve")),
+            Self::Matmul(_) => ("matmul", kernel!("matmul")),
+            Self::SelfTest => ("self_test", kernel!("self_test")),
+        }
+    }
+
+    /// What `#import real` stands for.
+    fn real(self) -> Option<Element> {
+        match self {
+            Self::RankConcat | Self::Project(_) | Self::Gram(_) => None,
+            Self::ProjectReal(e) | Self::Cholesky(e) | Self::CholeskySolve(e) | Self::Matmul(e) => Some(e),
+            Self::GramReal(_, e) | Self::GramReduce(_, e) => Some(e),
+            Self::SelfTest => Some(Element::DoubleSingle),
+        }
+    }
+
+    /// The constants that the permutation sets.
+    fn constants(self) -> String {
+        match self {
+            // 8 columns a thread halve the reads of workgroup memory; they need a tile of 128.
+            Self::Project(tile) => format!(
+                "const TILE_M: u32 = 128u;\nconst TILE_N: u32 = {tile}u;\nconst COLUMNS: u32 = {}u;\n",
+                if tile == 128 { 8 } else { 4 }
+            ),
+            Self::Gram(tile) => {
+                format!(
+                    "const TILE: u32 = {tile}u;\nconst COLUMNS: u32 = {}u;\n",
+                    if tile == 128 { 8 } else { 4 }
+                )
+            }
+            Self::GramReal(part, _) | Self::GramReduce(part, _) => match part {
+                Element::F32 => {
+                    "alias Part = f32;\nfn part_value(part: Part) -> Real { return real(part); }\n".to_owned()
+                }
+                _ => "alias Part = Real;\nfn part_value(part: Part) -> Real { return part; }\n".to_owned(),
+            },
+            _ => String::new(),
+        }
+    }
+
+    /// The permutation's whole WGSL.
+    pub fn source(self) -> String {
+        let (_, body) = self.file();
+        let mut source = self.constants();
+        for line in body.lines() {
+            match line.strip_prefix("#import ") {
+                None => source.push_str(line),
+                Some(name) => source.push_str(self.import(name)),
+            }
+            source.push('\n');
+        }
+        source
+    }
+
+    fn import(self, name: &str) -> &'static str {
+        match (name, self.real()) {
+            ("params", _) => shared!("params"),
+            ("words", _) => shared!("words"),
+            ("tile_f32", _) => shared!("tile_f32"),
+            ("real", Some(Element::F32)) => shared!("real_f32"),
+            ("real", Some(Element::F64)) => shared!("real_f64"),
+            ("real", Some(Element::DoubleSingle)) => shared!("real_double_single"),
+            _ => unreachable!("no shader imports `{name}`: the portability test composes them all"),
+        }
+    }
+}

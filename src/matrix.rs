@@ -1,0 +1,175 @@
+//! Plain data that crosses module borders: element types and host matrices.
+
+use crate::{Error, Result};
+
+/// Element type of a tensor in a file or of activations.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Dtype {
+    /// IEEE binary32.
+    F32,
+    /// IEEE binary16.
+    F16,
+    /// bfloat16: the upper half of a binary32.
+    Bf16,
+}
+
+impl Dtype {
+    /// Bytes of one element.
+    pub const fn size(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::F16 | Self::Bf16 => 2,
+        }
+    }
+
+    /// The name used on the command line: `f32`, `f16`, `bf16`.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::F16 => "f16",
+            Self::Bf16 => "bf16",
+        }
+    }
+}
+
+impl std::fmt::Display for Dtype {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// A borrowed row-major matrix of any [`Dtype`], as little-endian bytes with no alignment promised.
+#[derive(Clone, Copy, Debug)]
+pub struct RawMatrix<'a> {
+    /// Element type of `bytes`.
+    pub dtype: Dtype,
+    /// Rows.
+    pub rows: usize,
+    /// Columns; consecutive elements of a row are adjacent.
+    pub cols: usize,
+    /// `rows · cols · dtype.size()` bytes.
+    pub bytes: &'a [u8],
+}
+
+impl<'a> RawMatrix<'a> {
+    /// Checks that `bytes` has the length that the shape asks for.
+    pub fn new(dtype: Dtype, rows: usize, cols: usize, bytes: &'a [u8]) -> Result<Self> {
+        let want = rows.checked_mul(cols).and_then(|n| n.checked_mul(dtype.size()));
+        if want != Some(bytes.len()) {
+            return Err(Error::Invalid(format!(
+                "a {rows} x {cols} matrix of {dtype} takes {} bytes, but {} were given",
+                want.map_or("too many".to_owned(), |n| n.to_string()),
+                bytes.len()
+            )));
+        }
+        Ok(Self { dtype, rows, cols, bytes })
+    }
+
+    /// A view of f32 values.
+    pub fn from_f32(rows: usize, cols: usize, values: &'a [f32]) -> Result<Self> {
+        Self::new(Dtype::F32, rows, cols, bytemuck::cast_slice(values))
+    }
+
+    /// Rows `start..end` of the same matrix.
+    pub fn rows(self, start: usize, end: usize) -> Self {
+        let width = self.cols * self.dtype.size();
+        Self { rows: end - start, bytes: &self.bytes[start * width..end * width], ..self }
+    }
+
+    /// Writes the elements, widened exactly, to `out` (`rows · cols` long).
+    pub fn widen_into<T: From<f32>>(self, out: &mut [T]) {
+        match self.dtype {
+            Dtype::F32 => {
+                for (o, b) in out.iter_mut().zip(self.bytes.chunks_exact(4)) {
+                    *o = f32::from_le_bytes([b[0], b[1], b[2], b[3]]).into();
+                }
+            }
+            Dtype::F16 => {
+                for (o, b) in out.iter_mut().zip(self.bytes.chunks_exact(2)) {
+                    *o = half::f16::from_le_bytes([b[0], b[1]]).to_f32().into();
+                }
+            }
+            Dtype::Bf16 => {
+                for (o, b) in out.iter_mut().zip(self.bytes.chunks_exact(2)) {
+                    *o = half::bf16::from_le_bytes([b[0], b[1]]).to_f32().into();
+                }
+            }
+        }
+    }
+
+    /// The elements, widened exactly.
+    pub fn to_vec<T: From<f32> + Clone + Default>(self) -> Vec<T> {
+        let mut out = vec![T::default(); self.rows * self.cols];
+        self.widen_into(&mut out);
+        out
+    }
+
+    /// Index of the first element that is NaN or infinite.
+    pub fn first_non_finite(self) -> Option<usize> {
+        // A half or single is non-finite exactly when its exponent bits are all ones.
+        match self.dtype {
+            Dtype::F32 => self
+                .bytes
+                .chunks_exact(4)
+                .position(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]]) & 0x7f80_0000 == 0x7f80_0000),
+            Dtype::F16 => {
+                self.bytes.chunks_exact(2).position(|b| u16::from_le_bytes([b[0], b[1]]) & 0x7c00 == 0x7c00)
+            }
+            Dtype::Bf16 => {
+                self.bytes.chunks_exact(2).position(|b| u16::from_le_bytes([b[0], b[1]]) & 0x7f80 == 0x7f80)
+            }
+        }
+    }
+}
+
+/// An owned row-major matrix of f32 or f64.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Matrix<T = f64> {
+    /// Rows.
+    pub rows: usize,
+    /// Columns.
+    pub cols: usize,
+    /// `rows · cols` elements, row by row.
+    pub data: Vec<T>,
+}
+
+impl<T: Copy + Default> Matrix<T> {
+    /// All zeros.
+    pub fn zeros(rows: usize, cols: usize) -> Self {
+        Self { rows, cols, data: vec![T::default(); rows * cols] }
+    }
+
+    /// Element by element.
+    pub fn from_fn(rows: usize, cols: usize, mut f: impl FnMut(usize, usize) -> T) -> Self {
+        let mut data = Vec::with_capacity(rows * cols);
+        for i in 0..rows {
+            for j in 0..cols {
+                data.push(f(i, j));
+            }
+        }
+        Self { rows, cols, data }
+    }
+
+    /// Row `i`.
+    pub fn row(&self, i: usize) -> &[T] {
+        &self.data[i * self.cols..(i + 1) * self.cols]
+    }
+
+    /// The transpose.
+    pub fn transposed(&self) -> Self {
+        Self::from_fn(self.cols, self.rows, |i, j| self[(j, i)])
+    }
+}
+
+impl<T> std::ops::Index<(usize, usize)> for Matrix<T> {
+    type Output = T;
+    fn index(&self, (i, j): (usize, usize)) -> &T {
+        &self.data[i * self.cols + j]
+    }
+}
+
+impl<T> std::ops::IndexMut<(usize, usize)> for Matrix<T> {
+    fn index_mut(&mut self, (i, j): (usize, usize)) -> &mut T {
+        &mut self.data[i * self.cols + j]
+    }
+}
