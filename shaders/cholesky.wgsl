@@ -7,7 +7,10 @@
 // factor is meaningless, but the kernel goes on with 1 in its place, so that control flow stays uniform.
 //
 // Left-looking over panels of 16 rows; one workgroup a matrix. Rows of U are read along their length, so
-// neighbouring threads read neighbouring elements. Work: (job). Bindings: 3 A, 4 status.
+// neighbouring threads read neighbouring elements.
+//
+// Work: (job, first panel, end panel): a launch factors some panels of a matrix, so that none takes too long.
+// Bindings: 3 A, 4 status.
 
 #import params
 #import real
@@ -38,17 +41,18 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
     if (!has_work(workgroup)) {
         return;
     }
-    let index = work_table[work_index(workgroup)].x;
+    let work = work_table[work_index(workgroup)];
+    let index = work.x;
     let job = jobs[index];
     let n = job.order;
     let base = job.matrix;
     let i = t / PANEL;
     let j = t % PANEL;
     if (t == 0u) {
-        failed = 0u;
+        failed = select(0u, status[index], work.y > 0u);
     }
 
-    for (var p = 0u; p < n; p += PANEL) {
+    for (var p = work.y * PANEL; p < min(work.z * PANEL, n); p += PANEL) {
         let height = min(PANEL, n - p);
 
         // Rows p.. of A minus what the finished rows contribute.
@@ -148,9 +152,11 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
         workgroupBarrier();
     }
 
-    for (var e = t; e < n * n; e += THREADS) {
-        if (e / n > e % n) {
-            a[base + e] = REAL_ZERO;
+    if (work.z * PANEL >= n) {
+        for (var e = t; e < n * n; e += THREADS) {
+            if (e / n > e % n) {
+                a[base + e] = REAL_ZERO;
+            }
         }
     }
     if (t == 0u) {

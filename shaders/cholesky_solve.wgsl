@@ -3,8 +3,10 @@
 //   U: order × order upper triangular factor of cholesky.wgsl      Q, X: rows × order; all row-major, Real
 //
 // First Y·U = Q column panel by column panel, then X·Uᵀ = Y backwards. A workgroup solves 16 rows, a
-// thread holds one element of the 16 × 16 block that is being solved. Work: (job, row block).
-// Bindings: 3 U, 4 Q.
+// thread holds one element of the 16 × 16 block that is being solved.
+//
+// Work: (job, row block, first step, end step): a step solves a panel, forwards and then backwards; a launch
+// takes some of them, so that none takes too long. Bindings: 3 U, 4 Q.
 
 #import params
 #import real
@@ -55,7 +57,7 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
     let row = work.y * PANEL + i;
     let panels = (n + PANEL - 1u) / PANEL;
 
-    for (var step = 0u; step < 2u * panels; step++) {
+    for (var step = work.z; step < work.w; step++) {
         let forward = step < panels;
         let p = select(2u * panels - 1u - step, step, forward) * PANEL;
         let column = p + j;

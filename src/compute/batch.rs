@@ -207,6 +207,15 @@ impl Batch {
         )
     }
 
+    /// The wgpu buffer of a batch on a GPU, for a host's own kernels: matrices row-major, one after the
+    /// other, each starting at a multiple of 4 elements.
+    pub fn wgpu_buffer(&self) -> Option<&wgpu::Buffer> {
+        match &self.storage {
+            Storage::Gpu { buffer, .. } => Some(buffer),
+            Storage::Host(_) => None,
+        }
+    }
+
     /// The buffer of a device batch.
     pub(crate) fn buffer(&self) -> Result<&wgpu::Buffer> {
         match &self.storage {

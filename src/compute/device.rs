@@ -289,6 +289,22 @@ impl Device {
         }
     }
 
+    /// The wgpu device and queue under this; `None` on the CPU.
+    pub fn wgpu(&self) -> Option<(&wgpu::Device, &wgpu::Queue)> {
+        match &self.backend {
+            Backend::Cpu => None,
+            Backend::Gpu(gpu) => Some((&gpu.device, &gpu.queue)),
+        }
+    }
+
+    /// Waits until everything submitted is done. Operations that read results back do it themselves.
+    pub fn wait(&self) -> Result<()> {
+        match &self.backend {
+            Backend::Cpu => Ok(()),
+            Backend::Gpu(gpu) => gpu.wait(),
+        }
+    }
+
     /// The GPU, or an internal error for code that has already told the two apart.
     pub(crate) fn gpu(&self) -> Result<&Arc<Gpu>> {
         match &self.backend {

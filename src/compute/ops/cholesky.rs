@@ -1,7 +1,7 @@
 use bytemuck::NoUninit;
 use rayon::prelude::*;
 
-use super::{mismatch, view_mut};
+use super::{cut, mismatch, view_mut};
 use crate::Result;
 use crate::compute::gpu::{Work, whole};
 use crate::compute::shaders::Kernel;
@@ -40,11 +40,18 @@ pub fn cholesky(device: &Device, a: &mut Batch) -> Result<Vec<std::result::Resul
         .enumerate()
         .map(|(i, &n)| Job { matrix: a.offset(i) as u32, order: n as u32 })
         .collect();
-    let work: Vec<Work> = (0..table.len()).map(|i| [i as u32, 0, 0, 0]).collect();
+    let ranges: Vec<_> = orders.iter().map(|&n| cut(panel_costs(n))).collect();
     let bytes = table.len() as u64 * 4;
     let status = gpu.scratch(bytes)?;
     let mut commands = gpu.commands();
-    commands.launch(Kernel::Cholesky(a.element()), &table, &work, &[whole(a.buffer()?), whole(&status)]);
+    for launch in 0..ranges.iter().map(Vec::len).max().unwrap_or(0) {
+        let work: Vec<Work> = (0..)
+            .zip(&ranges)
+            .filter_map(|(i, ranges)| ranges.get(launch).map(|range| [i, range.start, range.end, 0]))
+            .collect();
+        let buffers = [whole(a.buffer()?), whole(&status)];
+        commands.launch(Kernel::Cholesky(a.element()), &table, &work, &buffers);
+    }
     commands.submit()?;
     let status: Vec<u32> = bytemuck::pod_collect_to_vec(&gpu.read(&status, bytes)?);
     Ok(status
@@ -56,6 +63,15 @@ pub fn cholesky(device: &Device, a: &mut Batch) -> Result<Vec<std::result::Resul
         .collect())
 }
 
+/// Loop iterations of an invocation for each panel of 16 rows, as the shader makes them.
+fn panel_costs(n: usize) -> impl Iterator<Item = usize> {
+    // A matrix without rows has a panel too, so that its status is written.
+    (0..n.div_ceil(16).max(1)).map(move |panel| {
+        let update = n.saturating_sub(panel * 16).div_ceil(64) * panel * 18;
+        update + n.div_ceil(256) * 152 + 16
+    })
+}
+
 #[derive(Clone, Copy, NoUninit)]
 #[repr(C)]
 struct Job {
@@ -65,7 +81,7 @@ struct Job {
 
 /// The CPU twin for one matrix.
 fn cholesky_cpu(a: &mut [f64], n: usize) -> std::result::Result<(), PivotFailure> {
-    use faer::linalg::cholesky::llt::factor::{cholesky_in_place, cholesky_in_place_scratch};
+    use faer::linalg::cholesky::llt::factor::{LltError, cholesky_in_place, cholesky_in_place_scratch};
     if n == 0 {
         return Ok(());
     }
@@ -76,10 +92,9 @@ fn cholesky_cpu(a: &mut [f64], n: usize) -> std::result::Result<(), PivotFailure
     let mut memory =
         faer::dyn_stack::MemBuffer::new(cholesky_in_place_scratch::<f64>(n, par, Default::default()));
     let stack = faer::dyn_stack::MemStack::new(&mut memory);
-    cholesky_in_place(lower, Default::default(), par, stack, Default::default()).map_err(
-        |faer::linalg::cholesky::llt::factor::LltError::NonPositivePivot { index }| PivotFailure { index },
-    )?;
-    for i in 0..n {
+    let factored = cholesky_in_place(lower, Default::default(), par, stack, Default::default())
+        .map_or_else(|LltError::NonPositivePivot { index }| index, |_| n);
+    for i in 0..factored {
         let pivot = a[i * n + i] * a[i * n + i];
         let least = n as f64 * f64::EPSILON * diagonal[i];
         // Written so that NaN fails.
@@ -88,5 +103,8 @@ fn cholesky_cpu(a: &mut [f64], n: usize) -> std::result::Result<(), PivotFailure
         }
         a[i * n..i * n + i].fill(0.0);
     }
-    Ok(())
+    match factored == n {
+        true => Ok(()),
+        false => Err(PivotFailure { index: factored }),
+    }
 }

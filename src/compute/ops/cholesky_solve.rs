@@ -1,7 +1,7 @@
 use bytemuck::NoUninit;
 use rayon::prelude::*;
 
-use super::{mismatch, same_count, view, view_mut};
+use super::{cut, mismatch, same_count, view, view_mut};
 use crate::compute::gpu::{Work, whole};
 use crate::compute::shaders::Kernel;
 use crate::compute::{Batch, Device, Shape};
@@ -44,19 +44,27 @@ pub fn cholesky_solve(device: &Device, factors: &Batch, q: &mut Batch) -> Result
             rows: shapes[i].rows as u32,
         })
         .collect();
-    let work: Vec<Work> = table
-        .iter()
-        .enumerate()
-        .flat_map(|(i, job)| (0..job.rows.div_ceil(16)).map(move |block| [i as u32, block, 0, 0]))
-        .collect();
+    let ranges: Vec<_> = shapes.iter().map(|shape| cut(step_costs(shape.cols))).collect();
     let mut commands = gpu.commands();
-    commands.launch(
-        Kernel::CholeskySolve(q.element()),
-        &table,
-        &work,
-        &[whole(factors.buffer()?), whole(q.buffer()?)],
-    );
+    for launch in 0..ranges.iter().map(Vec::len).max().unwrap_or(0) {
+        let work: Vec<Work> = (0..)
+            .zip(&ranges)
+            .zip(&table)
+            .filter_map(|((i, ranges), job)| {
+                ranges.get(launch).map(|range| (i, range, job.rows.div_ceil(16)))
+            })
+            .flat_map(|(i, range, blocks)| (0..blocks).map(move |block| [i, block, range.start, range.end]))
+            .collect();
+        let buffers = [whole(factors.buffer()?), whole(q.buffer()?)];
+        commands.launch(Kernel::CholeskySolve(q.element()), &table, &work, &buffers);
+    }
     commands.submit()
+}
+
+/// Loop iterations of an invocation for each panel, forwards and then backwards, as the shader makes them.
+fn step_costs(n: usize) -> impl Iterator<Item = usize> {
+    let panels = n.div_ceil(16);
+    std::iter::repeat_n(panels.div_ceil(2) * 36 + 16, 2 * panels)
 }
 
 #[derive(Clone, Copy, NoUninit)]

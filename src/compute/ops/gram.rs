@@ -131,7 +131,7 @@ fn tile(rank: usize) -> u32 {
 /// Tokens summed in f32 before full precision takes over: few enough for an error near one rounding,
 /// and enough parts to fill the GPU.
 fn part_tokens(tokens: usize, rank: usize) -> usize {
-    let tiles = rank.div_ceil(tile(rank) as usize);
+    let tiles = rank.div_ceil(tile(rank) as usize).max(1);
     let triangle = tiles * (tiles + 1) / 2;
     let wanted = tokens.div_ceil((ENOUGH_WORKGROUPS / triangle).max(1));
     wanted.clamp(64, 512).next_multiple_of(16)

@@ -25,6 +25,28 @@ use crate::{Error, Result};
 /// Workgroups that fill a large GPU a few times over; tiles are split until there are so many.
 const ENOUGH_WORKGROUPS: usize = 768;
 
+/// Loop iterations that one invocation may make, all its loops together: lavapipe leaves every loop, without
+/// a word, after 65,535 (Mesa 22.3, 25.0), and a driver's watchdog should stay calm. Longer work is cut into
+/// several launches.
+const MAX_ITERATIONS: usize = 32768;
+
+/// Cuts `0..costs.len()` into ranges that cost at most [`MAX_ITERATIONS`] each, a single one aside.
+fn cut(costs: impl IntoIterator<Item = usize>) -> Vec<std::ops::Range<u32>> {
+    let mut ranges: Vec<std::ops::Range<u32>> = Vec::new();
+    let mut spent = 0;
+    for (i, cost) in (0..).zip(costs) {
+        match ranges.last_mut() {
+            Some(range) if spent + cost <= MAX_ITERATIONS => range.end = i + 1,
+            _ => {
+                ranges.push(i..i + 1);
+                spent = 0;
+            }
+        }
+        spent += cost;
+    }
+    ranges
+}
+
 /// The code that shaders/shared/words.wgsl gives a type.
 fn dtype_code(dtype: crate::Dtype) -> u32 {
     match dtype {

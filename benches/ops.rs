@@ -1,0 +1,221 @@
+//! Each operation on every adapter present, at the shapes of a FLUX.1 adapter.
+//!
+//! `cargo bench --bench ops -- accumulate` runs one group. Software adapters and the CPU take only small
+//! shapes. `benches/pytorch/ops.py` times the same work in PyTorch.
+
+use std::hint::black_box;
+use std::time::{Duration, Instant};
+
+use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use loraweld::compute::ops::{
+    Activations, Axis, Factor, accumulate, cholesky, cholesky_solve, matmul, rank_concat,
+};
+use loraweld::compute::{Batch, DeviceOptions, Disable, Precision, Select, Shape};
+use loraweld::{Device, Dtype, Matrix, RawMatrix};
+
+/// Every hardware GPU, or else the software adapter, and the CPU.
+fn devices() -> Vec<(String, Device, bool)> {
+    let mut all = Vec::new();
+    for (i, adapter) in Device::adapters().iter().enumerate() {
+        let options = DeviceOptions { select: Select::Index(i), ..Default::default() };
+        match Device::open(&options) {
+            Ok(device) => all.push((adapter.name.clone(), device, adapter.kind != "software")),
+            Err(error) => eprintln!("skipped {}: {error}", adapter.name),
+        }
+    }
+    all.push(("CPU".to_owned(), Device::cpu(), false));
+    all
+}
+
+fn values(len: usize, seed: u64) -> impl Iterator<Item = f32> {
+    let mut state = seed;
+    (0..len).map(move |_| {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        ((state >> 40) as f32 / (1u64 << 23) as f32) - 1.0
+    })
+}
+
+fn matrix(rows: usize, cols: usize, seed: u64) -> Matrix {
+    Matrix { rows, cols, data: values(rows * cols, seed).map(f64::from).collect() }
+}
+
+/// Activations in the device's memory, or on the host for the CPU.
+enum Input {
+    Host(Vec<u8>),
+    Buffer(wgpu::Buffer),
+}
+
+impl Input {
+    fn new(device: &Device, dtype: Dtype, tokens: usize, width: usize) -> Self {
+        let bytes: Vec<u8> = values(tokens * width, 1)
+            .flat_map(|v| match dtype {
+                Dtype::F32 => v.to_le_bytes().to_vec(),
+                Dtype::F16 => half::f16::from_f32(v).to_le_bytes().to_vec(),
+                Dtype::Bf16 => half::bf16::from_f32(v).to_le_bytes().to_vec(),
+            })
+            .collect();
+        let Some((gpu, queue)) = device.wgpu() else { return Self::Host(bytes) };
+        let buffer = gpu.create_buffer(&wgpu::BufferDescriptor {
+            label: Some("activations"),
+            size: bytes.len() as u64,
+            usage: wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_DST,
+            mapped_at_creation: false,
+        });
+        queue.write_buffer(&buffer, 0, &bytes);
+        Self::Buffer(buffer)
+    }
+
+    fn view(&self, dtype: Dtype, tokens: usize, width: usize) -> Activations<'_> {
+        match self {
+            Self::Host(bytes) => {
+                Activations::Host(RawMatrix::new(dtype, tokens, width, bytes).expect("a whole matrix"))
+            }
+            Self::Buffer(buffer) => Activations::Buffer { buffer, offset: 0, dtype, tokens, width },
+        }
+    }
+}
+
+/// Times `iterations` of work that is submitted without waiting, then waits once.
+fn submitted(device: &Device, iterations: u64, mut work: impl FnMut()) -> Duration {
+    device.wait().expect("a working device");
+    let start = Instant::now();
+    for _ in 0..iterations {
+        work();
+    }
+    device.wait().expect("a working device");
+    start.elapsed()
+}
+
+fn bench_accumulate(c: &mut Criterion) {
+    let mut group = c.benchmark_group("accumulate");
+    for (name, device, fast) in devices() {
+        let (tokens, shapes) = match fast {
+            true => (4608, vec![(3072, 32), (3072, 64), (3072, 128), (3072, 256), (3072, 512), (12288, 128)]),
+            false => (512, vec![(3072, 64)]),
+        };
+        for (width, rank) in shapes {
+            for dtype in [Dtype::Bf16, Dtype::F32] {
+                let input = Input::new(&device, dtype, tokens, width);
+                let a = Batch::upload(&device, device.factor(), &[matrix(rank, width, 2)]).expect("A");
+                let mut sums = Batch::zeros(&device, device.sum(), &[Shape::new(rank, rank)]).expect("sums");
+                // Operations of the two products, the second a triangle.
+                let flop = 2 * tokens * rank * width + tokens * rank * (rank + 1);
+                group.throughput(Throughput::Elements(flop as u64));
+                let id = BenchmarkId::new(&name, format!("{dtype}/n{tokens}/d{width}/r{rank}"));
+                group.bench_function(id, |b| {
+                    b.iter_custom(|n| {
+                        submitted(&device, n, || {
+                            let x = input.view(dtype, tokens, width);
+                            accumulate(&device, &[(0, x)], &a, &mut sums).expect("accumulate");
+                        })
+                    });
+                });
+            }
+        }
+    }
+    group.finish();
+}
+
+/// Systems of one order, positive definite, a right-hand side for each row.
+fn systems(count: usize, order: usize) -> Vec<Matrix> {
+    let mut m = matrix(order, order, 3);
+    for i in 0..order {
+        for j in 0..i {
+            m[(i, j)] = m[(j, i)];
+        }
+        m[(i, i)] += order as f64;
+    }
+    vec![m; count]
+}
+
+fn bench_solve(c: &mut Criterion) {
+    let mut group = c.benchmark_group("solve");
+    for (name, auto, fast) in devices() {
+        let mut tiers = vec![("", auto)];
+        if fast {
+            let options = DeviceOptions {
+                select: Select::Name(name.clone()),
+                disable: Disable { f64: true, ..Default::default() },
+                precision: Precision::Auto,
+                memory: None,
+            };
+            tiers.extend(Device::open(&options).map(|device| ("/double-single", device)));
+        }
+        for (tier, device) in tiers {
+            for order in [32, 64, 128, 256] {
+                let count = if fast { 64 } else { 8 };
+                let matrices = systems(count, order);
+                group.throughput(Throughput::Elements(count as u64));
+                let id = BenchmarkId::new(format!("{name}{tier}"), format!("{count}x{order}"));
+                group.bench_function(id, |b| {
+                    b.iter_custom(|n| {
+                        let mut total = Duration::ZERO;
+                        for _ in 0..n {
+                            let mut a = Batch::upload(&device, device.sum(), &matrices).expect("A");
+                            let mut q = Batch::upload(&device, device.sum(), &matrices).expect("Q");
+                            device.wait().expect("a working device");
+                            let start = Instant::now();
+                            let status = cholesky(&device, &mut a).expect("cholesky");
+                            cholesky_solve(&device, &a, &mut q).expect("solve");
+                            device.wait().expect("a working device");
+                            total += start.elapsed();
+                            black_box(status);
+                        }
+                        total
+                    });
+                });
+            }
+        }
+    }
+    group.finish();
+}
+
+fn bench_matmul(c: &mut Criterion) {
+    let mut group = c.benchmark_group("matmul");
+    for (name, device, fast) in devices() {
+        let layers = if fast { 19 } else { 1 };
+        for rank in [32, 128] {
+            let b = vec![matrix(3072, rank, 4); layers];
+            let r = vec![matrix(rank, rank, 5); layers];
+            let b = Batch::upload(&device, device.factor(), &b).expect("B");
+            let r = Batch::upload(&device, device.product(), &r).expect("R");
+            group.throughput(Throughput::Elements((2 * layers * 3072 * rank * rank) as u64));
+            group.bench_function(BenchmarkId::new(&name, format!("{layers}x3072x{rank}")), |bench| {
+                bench.iter_custom(|n| {
+                    submitted(&device, n, || {
+                        black_box(matmul(&device, &b, &r).expect("matmul"));
+                    })
+                });
+            });
+        }
+    }
+    group.finish();
+}
+
+fn bench_rank_concat(c: &mut Criterion) {
+    let mut group = c.benchmark_group("rank_concat");
+    for (name, device, _) in devices() {
+        let bytes: Vec<u8> = vec![0; 32 * 3072 * 2];
+        let factor = Factor::new(RawMatrix::new(Dtype::Bf16, 32, 3072, &bytes).expect("a whole matrix"));
+        let factors = [factor; 4];
+        group.throughput(Throughput::Bytes(4 * bytes.len() as u64));
+        group.bench_function(BenchmarkId::new(&name, "4x32x3072"), |b| {
+            b.iter_custom(|n| {
+                submitted(&device, n, || {
+                    black_box(rank_concat(&device, Axis::Rows, &[&factors]).expect("rank_concat"));
+                })
+            });
+        });
+    }
+    group.finish();
+}
+
+criterion_group! {
+    name = benches;
+    config = Criterion::default()
+        .sample_size(20)
+        .warm_up_time(Duration::from_millis(500))
+        .measurement_time(Duration::from_secs(2));
+    targets = bench_accumulate, bench_solve, bench_matmul, bench_rank_concat
+}
+criterion_main!(benches);

@@ -1,0 +1,40 @@
+//! SHA-256 of adapters.
+
+use sha2::{Digest, Sha256};
+
+use super::{Adapter, Layer};
+use crate::RawMatrix;
+
+/// Elements widened at a time.
+const CHUNK: usize = 1 << 14;
+
+pub(super) fn of_bytes(bytes: &[u8]) -> String {
+    hex(Sha256::digest(bytes).as_slice())
+}
+
+/// See [`Adapter::a_sha256`].
+pub(super) fn of_a(adapter: &Adapter) -> String {
+    let mut sha = Sha256::new();
+    for Layer { key, rank, input, .. } in adapter.layers() {
+        sha.update((key.as_str().len() as u64).to_le_bytes());
+        sha.update(key.as_str());
+        sha.update((*rank as u64).to_le_bytes());
+        sha.update((*input as u64).to_le_bytes());
+    }
+    let (mut values, mut bytes) = (vec![0f32; CHUNK], Vec::with_capacity(4 * CHUNK));
+    for layer in adapter.layers() {
+        let a = layer.a();
+        for chunk in a.bytes.chunks(CHUNK * a.dtype.size()) {
+            let n = chunk.len() / a.dtype.size();
+            RawMatrix { dtype: a.dtype, rows: 1, cols: n, bytes: chunk }.widen_into(&mut values[..n]);
+            bytes.clear();
+            bytes.extend(values[..n].iter().flat_map(|v| v.to_le_bytes()));
+            sha.update(&bytes);
+        }
+    }
+    hex(sha.finalize().as_slice())
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|b| format!("{b:02x}")).collect()
+}

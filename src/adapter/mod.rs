@@ -1,0 +1,399 @@
+//! What a LoRA file is: key grammar, scales and layers; reading, writing, converting.
+//!
+//! An [`Adapter`] is a sorted list of [`Layer`]s, each a low-rank update `ΔW = scale · B · A` of one linear
+//! module. Tensors stay in the mapped file until they are asked for. So far only linear LoRA is read; every
+//! other kind of adapter (convolutions, DoRA, LoHa, LoKr, OFT, full differences) is refused by name.
+
+mod atomic;
+mod hash;
+mod keys;
+mod read;
+mod scale;
+mod write;
+
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use rayon::prelude::*;
+
+pub use self::atomic::write_atomic;
+pub use self::keys::LayerKey;
+pub use self::scale::{Scale, ScaleRule};
+pub use self::write::SaveOptions;
+use crate::safetensors_file::SafetensorsFile;
+use crate::{Dtype, Error, Matrix, RawMatrix, Result};
+
+/// The name of the tensors' file in a PEFT folder.
+const PEFT_MODEL: &str = "adapter_model.safetensors";
+/// The name of the configuration in a PEFT folder.
+const PEFT_CONFIG: &str = "adapter_config.json";
+
+/// How keys are spelled.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Format {
+    /// diffusers and PEFT: `transformer.transformer_blocks.0.attn.to_q.lora_A.weight`.
+    Peft,
+    /// kohya: `lora_unet_transformer_blocks_0_attn_to_q.lora_down.weight`.
+    Kohya,
+    /// ComfyUI: `diffusion_model.transformer_blocks.0.attn.to_q.lora_A.weight`.
+    Comfyui,
+}
+
+impl Format {
+    /// The name used on the command line: `peft`, `kohya`, `comfyui`.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Peft => "peft",
+            Self::Kohya => "kohya",
+            Self::Comfyui => "comfyui",
+        }
+    }
+
+    fn of(prefix: &str, module: &str) -> Self {
+        if !module.contains('.') && (prefix.starts_with("lora_") || prefix.starts_with("lycoris_")) {
+            Self::Kohya
+        } else if prefix.contains("diffusion_model.") || prefix.starts_with("text_encoders.") {
+            Self::Comfyui
+        } else {
+            Self::Peft
+        }
+    }
+}
+
+impl fmt::Display for Format {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// A LoRA adapter. Cloning shares it.
+#[derive(Clone, Debug)]
+pub struct Adapter(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    name: String,
+    path: PathBuf,
+    format: Format,
+    metadata: BTreeMap<String, String>,
+    layers: Vec<Layer>,
+    file: Option<SafetensorsFile>,
+}
+
+/// An adapter and how strongly it takes part in a merge.
+#[derive(Clone, Copy, Debug)]
+pub struct Weighted<'a> {
+    /// The adapter.
+    pub adapter: &'a Adapter,
+    /// The factor on its whole update; may be negative.
+    pub strength: f64,
+}
+
+impl Adapter {
+    /// Opens a `.safetensors` file or a PEFT folder (`adapter_model.safetensors` and `adapter_config.json`).
+    ///
+    /// Checks the header and reads alphas; the other tensors stay untouched in the mapped file. A file called
+    /// `adapter_model.safetensors` is read with the `adapter_config.json` beside it, if there is one.
+    pub fn open(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref();
+        let folder = path.is_dir();
+        let model = if folder { path.join(PEFT_MODEL) } else { path.to_owned() };
+        if folder && !model.exists() {
+            return Err(Error::file(
+                path,
+                format!(
+                    "the folder holds no `{PEFT_MODEL}`; name a .safetensors file or a folder that PEFT saved"
+                ),
+            ));
+        }
+        let file = SafetensorsFile::open(&model)?;
+        let config = model.with_file_name(PEFT_CONFIG);
+        let text = if !folder && model.file_name() != Some(PEFT_MODEL.as_ref()) {
+            None
+        } else {
+            match std::fs::read_to_string(&config) {
+                Ok(text) => Some(text),
+                Err(e) if e.kind() == std::io::ErrorKind::NotFound && !folder => None,
+                // Guessing alpha would scale every layer wrongly without a word.
+                Err(e) => return Err(Error::io(&config, "read the adapter's alpha from it", e)),
+            }
+        };
+        let stem = if folder { path.canonicalize().ok() } else { None };
+        let stem = stem.as_deref().unwrap_or(path);
+        let stem = if folder { stem.file_name() } else { stem.file_stem() };
+        let name = stem.unwrap_or(path.as_os_str()).to_string_lossy().into_owned();
+        Self::from_file(name, file, text.as_deref().map(|text| (config.as_path(), text)))
+    }
+
+    /// Reads a `.safetensors` file that is in memory, without copying it: `include_bytes!(..)` or a `Vec<u8>`.
+    /// `name` stands for the file in errors.
+    pub fn from_bytes(name: impl Into<String>, bytes: impl Into<Cow<'static, [u8]>>) -> Result<Self> {
+        let name = name.into();
+        let file = SafetensorsFile::from_bytes(&name, bytes)?;
+        Self::from_file(name, file, None)
+    }
+
+    fn from_file(name: String, file: SafetensorsFile, config: Option<(&Path, &str)>) -> Result<Self> {
+        let layers = read::read(&file, config)?;
+        // Text encoders come in fewer spellings; the main model's layers tell more.
+        let main = layers.iter().find(|l| l.key.component().is_empty()).or(layers.first());
+        Ok(Self(Arc::new(Inner {
+            name,
+            path: file.path().to_owned(),
+            format: main.and_then(|l| l.format).unwrap_or(Format::Peft),
+            metadata: file.metadata().clone(),
+            layers,
+            file: Some(file),
+        })))
+    }
+
+    /// An adapter of layers in memory, such as the result of a merge. Sorts them, and refuses two of one name.
+    pub fn new(name: impl Into<String>, format: Format, mut layers: Vec<Layer>) -> Result<Self> {
+        let name = name.into();
+        if layers.is_empty() {
+            return Err(Error::Invalid(format!("adapter `{name}`: an adapter needs at least one layer")));
+        }
+        layers.sort_by(|x, y| x.key.cmp(&y.key));
+        if let Some(pair) = layers.windows(2).find(|pair| pair[0].key == pair[1].key) {
+            let others = format!(
+                "adapter `{name}` holds it twice, as `{}{}` and `{}{}`",
+                pair[0].prefix, pair[0].module, pair[1].prefix, pair[1].module
+            );
+            return Err(Error::layer(pair[0].key.as_str(), others));
+        }
+        let path = PathBuf::from(&name);
+        Ok(Self(Arc::new(Inner { name, path, format, metadata: BTreeMap::new(), layers, file: None })))
+    }
+
+    /// The name of the file without its extension, or of the PEFT folder.
+    pub fn name(&self) -> &str {
+        &self.0.name
+    }
+
+    /// The file that holds the tensors (in a PEFT folder, the one in it), or the name if there is none.
+    pub fn path(&self) -> &Path {
+        &self.0.path
+    }
+
+    /// How the file spells its keys.
+    pub fn format(&self) -> Format {
+        self.0.format
+    }
+
+    /// The type that holds every tensor's values: the one that they share, else f32.
+    pub fn dtype(&self) -> Dtype {
+        let layers = self.layers().iter().map(Layer::dtype);
+        layers.reduce(widest).unwrap_or(Dtype::F32)
+    }
+
+    /// The metadata of the file's header.
+    pub fn metadata(&self) -> &BTreeMap<String, String> {
+        &self.0.metadata
+    }
+
+    /// The layers, sorted by key.
+    pub fn layers(&self) -> &[Layer] {
+        &self.0.layers
+    }
+
+    /// The layer of this key.
+    pub fn layer(&self, key: &LayerKey) -> Option<&Layer> {
+        let i = self.layers().binary_search_by(|layer| layer.key.cmp(key)).ok()?;
+        self.layers().get(i)
+    }
+
+    /// The layer of this module, in any spelling.
+    pub fn find(&self, name: &str) -> Option<&Layer> {
+        self.layer(&LayerKey::parse(name))
+    }
+
+    /// The adapter at a strength, for a merge.
+    pub fn at(&self, strength: f64) -> Weighted<'_> {
+        Weighted { adapter: self, strength }
+    }
+
+    /// Reads every value and refuses NaN and infinity.
+    pub fn check_finite(&self) -> Result<()> {
+        let tensors = self.layers().par_iter().flat_map_iter(|layer| [&layer.a, &layer.b]);
+        let bad = tensors.filter_map(|t| Some((t, t.raw().first_non_finite()?))).find_first(|_| true);
+        let Some((tensor, i)) = bad else { return Ok(()) };
+        let raw = tensor.raw();
+        let size = raw.dtype.size();
+        let element = RawMatrix { rows: 1, cols: 1, bytes: &raw.bytes[i * size..(i + 1) * size], ..raw };
+        let value = element.to_vec::<f32>()[0];
+        let (row, col) = (i / raw.cols, i % raw.cols);
+        let reason = format!("element {i} (row {row}, column {col}) is {value}; every value must be finite");
+        Err(Error::tensor(tensor.path().unwrap_or(self.path()), &tensor.key, reason))
+    }
+
+    /// SHA-256 (hex) of what a calibration depends on: for each layer in order of its key, the key (its length
+    /// as u64 in front), the rank and the width (u64), and then, again for each layer, the values of A widened
+    /// to f32; all little-endian. So the same A gives the same hash in every spelling of the keys and in every
+    /// dtype that holds its values, and scales and B do not matter.
+    pub fn a_sha256(&self) -> String {
+        hash::of_a(self)
+    }
+
+    /// SHA-256 (hex) of the whole file. An adapter that was made in memory has none.
+    pub fn file_sha256(&self) -> Result<String> {
+        match &self.0.file {
+            Some(file) => Ok(hash::of_bytes(file.bytes())),
+            None => Err(Error::Invalid(format!("adapter `{}` does not come from a file", self.name()))),
+        }
+    }
+
+    /// Writes the adapter as a `.safetensors` file, whole or not at all. An existing file is refused unless
+    /// [`SaveOptions::overwrite`] is set; files that this adapter's tensors come from are never overwritten.
+    ///
+    /// A scale is folded into B where that rounds nothing. Elsewhere kohya's and ComfyUI's spelling write it as
+    /// alpha, and PEFT's, which has no place for it, writes B in f32 (or rounds, if a dtype is asked for).
+    pub fn save(&self, path: impl AsRef<Path>, options: &SaveOptions) -> Result<()> {
+        write::save(self, path.as_ref(), options)
+    }
+}
+
+/// The low-rank update of one linear module: `ΔW = scale · B · A`. Cloning shares the tensors.
+#[derive(Clone, Debug)]
+pub struct Layer {
+    /// The name that it is matched by.
+    pub key: LayerKey,
+    /// The module's path as the file spells it, without the prefix.
+    pub module: String,
+    /// What stands before the module's path in the file: `transformer.`, `lora_unet_`, ...
+    pub prefix: String,
+    /// Rows of A and columns of B.
+    pub rank: usize,
+    /// Columns of A: the width that the module reads.
+    pub input: usize,
+    /// Rows of B: the width that the module writes.
+    pub output: usize,
+    /// The factor on `B · A`.
+    pub scale: Scale,
+    format: Option<Format>,
+    a: Tensor,
+    b: Tensor,
+}
+
+impl Layer {
+    /// A layer at scale 1 of the module of this name, in any spelling.
+    pub fn new(module: &str, a: Matrix<f32>, b: Matrix<f32>) -> Result<Self> {
+        let (_, len) = keys::prefix(module);
+        let (prefix, path) = module.split_at(len);
+        let format = (len > 0).then(|| Format::of(prefix, path));
+        let (rank, input, output) = (a.rows, a.cols, b.rows);
+        if rank != b.cols {
+            let b_shape = format!("B is {} x {}", b.rows, b.cols);
+            return Err(Error::layer(
+                module,
+                format!("A is {rank} x {input} but {b_shape}; the ranks differ"),
+            ));
+        }
+        if rank == 0 || input == 0 || output == 0 {
+            let shapes = format!("A is {rank} x {input} and B is {output} x {rank}");
+            return Err(Error::layer(module, format!("{shapes}; no dimension may be zero")));
+        }
+        for (m, name) in [(&a, "A"), (&b, "B")] {
+            if m.rows.checked_mul(m.cols) != Some(m.data.len()) {
+                return Err(Error::layer(module, format!("{name} does not hold rows x columns values")));
+            }
+        }
+        let tensor = |m: Matrix<f32>, part: &str| Tensor {
+            dtype: Dtype::F32,
+            rows: m.rows,
+            cols: m.cols,
+            key: format!("{module}.{part}.weight").into(),
+            data: TensorData::Memory(m.data.into()),
+        };
+        Ok(Self {
+            key: LayerKey::parse(module),
+            module: path.to_owned(),
+            prefix: prefix.to_owned(),
+            rank,
+            input,
+            output,
+            scale: Scale::given(1.0),
+            format,
+            a: tensor(a, "lora_A"),
+            b: tensor(b, "lora_B"),
+        })
+    }
+
+    /// A layer at scale 1 with new factors, in place of this one: of the same module, spelled the same way.
+    pub fn replaced(&self, a: Matrix<f32>, b: Matrix<f32>) -> Result<Self> {
+        let layer = Self::new(&format!("{}{}", self.prefix, self.module), a, b)?;
+        Ok(Self { format: self.format, ..layer })
+    }
+
+    /// The same tensors, untouched, at another scale.
+    pub fn with_scale(&self, scale: f64) -> Self {
+        Self { scale: Scale::given(scale), ..self.clone() }
+    }
+
+    /// The factor that reads the module's input: rank x input.
+    pub fn a(&self) -> RawMatrix<'_> {
+        self.a.raw()
+    }
+
+    /// The factor that writes the module's output: output x rank.
+    pub fn b(&self) -> RawMatrix<'_> {
+        self.b.raw()
+    }
+
+    /// The type that holds the values of both factors.
+    pub fn dtype(&self) -> Dtype {
+        widest(self.a.dtype, self.b.dtype)
+    }
+
+    /// How the file that the layer comes from spells it, if it comes from one.
+    pub fn format(&self) -> Option<Format> {
+        self.format
+    }
+}
+
+/// Neither of f16 and bf16 holds the other's values.
+fn widest(x: Dtype, y: Dtype) -> Dtype {
+    if x == y { x } else { Dtype::F32 }
+}
+
+/// A factor, in a mapped file or in memory.
+#[derive(Clone)]
+struct Tensor {
+    dtype: Dtype,
+    rows: usize,
+    cols: usize,
+    /// In the file, or made up.
+    key: Arc<str>,
+    data: TensorData,
+}
+
+#[derive(Clone)]
+enum TensorData {
+    File(SafetensorsFile),
+    Memory(Arc<Vec<f32>>),
+}
+
+impl Tensor {
+    fn raw(&self) -> RawMatrix<'_> {
+        let bytes = match &self.data {
+            TensorData::File(file) => file.tensor(&self.key).map_or(&[][..], |t| t.bytes),
+            TensorData::Memory(values) => bytemuck::cast_slice(values.as_slice()),
+        };
+        RawMatrix { dtype: self.dtype, rows: self.rows, cols: self.cols, bytes }
+    }
+
+    fn path(&self) -> Option<&Path> {
+        match &self.data {
+            TensorData::File(file) => Some(file.path()),
+            TensorData::Memory(_) => None,
+        }
+    }
+}
+
+impl fmt::Debug for Tensor {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} [{} x {}] {}", self.key, self.rows, self.cols, self.dtype)
+    }
+}

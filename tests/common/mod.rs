@@ -1,0 +1,109 @@
+//! What several test files share: the devices under test, and measures of error.
+#![allow(dead_code, reason = "each test file uses its own part")]
+
+use loraweld::Matrix;
+use loraweld::compute::{Device, DeviceOptions, Disable, Precision, Select};
+
+/// Set to accept that there is no adapter, and so that no GPU path is tested.
+pub const ALLOW_NO_GPU: &str = "LORAWELD_ALLOW_NO_GPU";
+
+/// A device and the name of its tier.
+pub struct Case {
+    pub name: &'static str,
+    pub device: Device,
+}
+
+fn open(name: &'static str, precision: Precision, disable: Disable) -> Option<Case> {
+    let options = DeviceOptions { select: Select::Gpu, precision, disable, memory: None };
+    match Device::open(&options) {
+        Ok(device) => {
+            assert!(device.is_gpu(), "{name}: a GPU was asked for, {} came", device.describe());
+            Some(Case { name, device })
+        }
+        Err(error) if std::env::var_os(ALLOW_NO_GPU).is_some() => {
+            eprintln!("skipped {name}: {error}");
+            None
+        }
+        Err(error) => panic!("{name}: {error}; set {ALLOW_NO_GPU} to accept that no GPU is tested"),
+    }
+}
+
+/// The tiers that a GPU can be forced into.
+pub fn gpus() -> Vec<Case> {
+    let none = Disable::default();
+    [
+        open("f64", Precision::F64, none),
+        open("double-single", Precision::DoubleSingle, none),
+        open("auto, f64", Precision::Auto, none),
+        open("auto, double-single", Precision::Auto, Disable { f64: true, ..none }),
+        open("auto, sums on the host", Precision::Auto, Disable { f64: true, double_single: true, ..none }),
+        open(
+            "auto, minimal",
+            Precision::Auto,
+            Disable { f64: true, f16: true, subgroups: true, limits: true, ..none },
+        ),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
+}
+
+/// The CPU and all tiers of the GPU.
+pub fn devices() -> Vec<Case> {
+    let mut all = vec![Case { name: "CPU", device: Device::cpu() }];
+    all.extend(gpus());
+    all
+}
+
+/// ‖got − want‖ / ‖want‖ in the Frobenius norm; 0 if both are zero.
+pub fn relative(got: &Matrix, want: &Matrix) -> f64 {
+    assert_eq!((got.rows, got.cols), (want.rows, want.cols), "shapes differ");
+    let norm = |values: &mut dyn Iterator<Item = f64>| values.map(|v| v * v).sum::<f64>().sqrt();
+    let error = norm(&mut got.data.iter().zip(&want.data).map(|(g, w)| g - w));
+    match norm(&mut want.data.iter().copied()) {
+        0.0 => error,
+        scale => error / scale,
+    }
+}
+
+/// A·B in f64, plainly.
+pub fn product(a: &Matrix, b: &Matrix) -> Matrix {
+    assert_eq!(a.cols, b.rows);
+    let mut c = Matrix::zeros(a.rows, b.cols);
+    for i in 0..a.rows {
+        for k in 0..a.cols {
+            let v = a[(i, k)];
+            for j in 0..b.cols {
+                c[(i, j)] += v * b[(k, j)];
+            }
+        }
+    }
+    c
+}
+
+/// Random numbers that are the same everywhere: SplitMix64 to a sum of uniform variates.
+pub struct Random(pub u64);
+
+impl Random {
+    pub fn bits(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    /// Uniform in [0, 1).
+    pub fn uniform(&mut self) -> f64 {
+        (self.bits() >> 11) as f64 / (1u64 << 53) as f64
+    }
+
+    /// Nearly normal, variance 1.
+    pub fn normal(&mut self) -> f64 {
+        (0..12).map(|_| self.uniform()).sum::<f64>() - 6.0
+    }
+
+    /// Nearly normal entries that an f32 holds.
+    pub fn matrix(&mut self, rows: usize, cols: usize, scale: f64) -> Matrix {
+        Matrix::from_fn(rows, cols, |_, _| f64::from((self.normal() * scale) as f32))
+    }
+}
