@@ -146,24 +146,27 @@ fn bench_solve(c: &mut Criterion) {
                 let count = if fast { 64 } else { 8 };
                 let matrices = systems(count, order);
                 group.throughput(Throughput::Elements(count as u64));
-                let id = BenchmarkId::new(format!("{name}{tier}"), format!("{count}x{order}"));
-                group.bench_function(id, |b| {
-                    b.iter_custom(|n| {
-                        let mut total = Duration::ZERO;
-                        for _ in 0..n {
-                            let mut a = Batch::upload(&device, device.sum(), &matrices).expect("A");
-                            let mut q = Batch::upload(&device, device.sum(), &matrices).expect("Q");
-                            device.wait().expect("a working device");
-                            let start = Instant::now();
-                            let status = cholesky(&device, &mut a).expect("cholesky");
-                            cholesky_solve(&device, &a, &mut q).expect("solve");
-                            device.wait().expect("a working device");
-                            total += start.elapsed();
-                            black_box(status);
-                        }
-                        total
+                for (what, both) in [("factor", false), ("factor and solve", true)] {
+                    let id = BenchmarkId::new(format!("{name}{tier}/{what}"), format!("{count}x{order}"));
+                    group.bench_function(id, |b| {
+                        b.iter_custom(|n| {
+                            let mut total = Duration::ZERO;
+                            for _ in 0..n {
+                                let mut a = Batch::upload(&device, device.sum(), &matrices).expect("A");
+                                let mut q = Batch::upload(&device, device.sum(), &matrices).expect("Q");
+                                device.wait().expect("a working device");
+                                let start = Instant::now();
+                                black_box(cholesky(&device, &mut a).expect("cholesky"));
+                                if both {
+                                    cholesky_solve(&device, &a, &mut q).expect("solve");
+                                }
+                                device.wait().expect("a working device");
+                                total += start.elapsed();
+                            }
+                            total
+                        })
                     });
-                });
+                }
             }
         }
     }

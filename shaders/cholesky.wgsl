@@ -25,11 +25,13 @@ struct Job {
 
 const THREADS: u32 = 256u;
 const PANEL: u32 = 16u;
-// Columns that are updated at a time, by 4 groups of threads with 4 rows of the panel each.
+// Columns right of the diagonal that are made at a time, by 4 groups of threads with 4 rows each.
 const COLUMNS: u32 = 64u;
 
-// [k][row]: columns of the panel in 16 finished rows
+// [k][row]: the panel's columns in 16 finished rows
 var<workgroup> above: array<Real, PANEL * PANEL>;
+// [k][column]: the tile's columns in the same rows; then finished rows of the tile itself
+var<workgroup> beside: array<Real, PANEL * COLUMNS>;
 var<workgroup> diagonal: array<Real, PANEL * PANEL>;
 // The diagonal of A before anything was subtracted from it.
 var<workgroup> original: array<Real, PANEL>;
@@ -48,6 +50,8 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
     let base = job.matrix;
     let i = t / PANEL;
     let j = t % PANEL;
+    let lane = t % COLUMNS;
+    let group = t / COLUMNS * 4u;
     if (t == 0u) {
         failed = select(0u, status[index], work.y > 0u);
     }
@@ -55,55 +59,28 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
     for (var p = work.y * PANEL; p < min(work.z * PANEL, n); p += PANEL) {
         let height = min(PANEL, n - p);
 
-        // Rows p.. of A minus what the finished rows contribute.
-        let lane = t % COLUMNS;
-        let group = t / COLUMNS * 4u;
-        for (var first = p; first < n; first += COLUMNS) {
-            let column = first + lane;
-            var s0 = REAL_ZERO;
-            var s1 = REAL_ZERO;
-            var s2 = REAL_ZERO;
-            var s3 = REAL_ZERO;
-            for (var k = 0u; k < p; k += PANEL) {
-                workgroupBarrier();
-                if (j < height) {
-                    above[t] = a[base + (k + i) * n + p + j];
-                }
-                workgroupBarrier();
-                if (column < n) {
-                    for (var d = 0u; d < PANEL; d++) {
-                        let u = a[base + (k + d) * n + column];
-                        s0 = real_mul_add(above[d * PANEL + group], u, s0);
-                        s1 = real_mul_add(above[d * PANEL + group + 1u], u, s1);
-                        s2 = real_mul_add(above[d * PANEL + group + 2u], u, s2);
-                        s3 = real_mul_add(above[d * PANEL + group + 3u], u, s3);
-                    }
-                }
-            }
-            if (column < n) {
-                for (var r = 0u; r < 4u; r++) {
-                    let row = group + r;
-                    if (row < height) {
-                        let e = base + (p + row) * n + column;
-                        let value = a[e];
-                        if (column == p + row) {
-                            original[row] = value;
-                        }
-                        let s = select(select(s0, s1, r == 1u), select(s2, s3, r == 3u), r >= 2u);
-                        a[e] = real_sub(value, s);
-                    }
-                }
-            }
-        }
-        storageBarrier();
-        workgroupBarrier();
-
-        // Factor the 16 × 16 block on the diagonal, an element a thread.
+        // The 16 × 16 block on the diagonal, an element a thread: A minus what the finished rows contribute.
         let inside = i < height && j < height && i <= j;
         var mine = REAL_ZERO;
         if (inside) {
             mine = a[base + (p + i) * n + p + j];
+            if (i == j) {
+                original[i] = mine;
+            }
         }
+        for (var k = 0u; k < p; k += PANEL) {
+            workgroupBarrier();
+            above[t] = REAL_ZERO;
+            if (j < height) {
+                above[t] = a[base + (k + i) * n + p + j];
+            }
+            workgroupBarrier();
+            for (var d = 0u; d < PANEL; d++) {
+                mine = real_sub(mine, real_mul(above[d * PANEL + i], above[d * PANEL + j]));
+            }
+        }
+
+        // Factor it.
         diagonal[t] = mine;
         workgroupBarrier();
         for (var k = 0u; k < height; k++) {
@@ -134,18 +111,58 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
         if (inside) {
             a[base + (p + i) * n + p + j] = mine;
         }
-        workgroupBarrier();
 
-        // The rest of the panel's rows: U_ddᵀ·X = A, a column a thread.
-        for (var column = p + height + t; column < n; column += THREADS) {
-            for (var r = 0u; r < height; r++) {
-                let e = base + (p + r) * n + column;
-                var value = a[e];
-                for (var d = 0u; d < r; d++) {
-                    let product = real_mul(diagonal[d * PANEL + r], a[base + (p + d) * n + column]);
-                    value = real_sub(value, product);
+        // The panel's rows right of it, U_ddᵀ·X = A minus the finished rows' part, tile by tile.
+        for (var first = p + height; first < n; first += COLUMNS) {
+            let column = first + lane;
+            let place = base + (p + group) * n + column;
+            var v0 = REAL_ZERO;
+            var v1 = REAL_ZERO;
+            var v2 = REAL_ZERO;
+            var v3 = REAL_ZERO;
+            // There are columns right of the panel, so it has its full height.
+            if (column < n) {
+                v0 = a[place];
+                v1 = a[place + n];
+                v2 = a[place + 2u * n];
+                v3 = a[place + 3u * n];
+            }
+            for (var k = 0u; k < p; k += PANEL) {
+                workgroupBarrier();
+                above[t] = a[base + (k + i) * n + p + j];
+                for (var r = 0u; r < 4u; r++) {
+                    if (column < n) {
+                        beside[(group + r) * COLUMNS + lane] = a[base + (k + group + r) * n + column];
+                    }
                 }
-                a[e] = real_mul(value, inverse[r]);
+                workgroupBarrier();
+                for (var d = 0u; d < PANEL; d++) {
+                    let u = beside[d * COLUMNS + lane];
+                    v0 = real_sub(v0, real_mul(above[d * PANEL + group], u));
+                    v1 = real_sub(v1, real_mul(above[d * PANEL + group + 1u], u));
+                    v2 = real_sub(v2, real_mul(above[d * PANEL + group + 2u], u));
+                    v3 = real_sub(v3, real_mul(above[d * PANEL + group + 3u], u));
+                }
+            }
+            workgroupBarrier();
+            // Substitution: row r is finished by its group, then taken out of the rows below.
+            for (var r = 0u; r < PANEL; r++) {
+                if (r / 4u * 4u == group) {
+                    let low = select(v0, v1, r % 4u == 1u);
+                    let high = select(v2, v3, r % 4u == 3u);
+                    beside[r * COLUMNS + lane] = real_mul(select(low, high, r % 4u >= 2u), inverse[r]);
+                }
+                workgroupBarrier();
+                let x = beside[r * COLUMNS + lane];
+                if (group > r) { v0 = real_sub(v0, real_mul(diagonal[r * PANEL + group], x)); }
+                if (group + 1u > r) { v1 = real_sub(v1, real_mul(diagonal[r * PANEL + group + 1u], x)); }
+                if (group + 2u > r) { v2 = real_sub(v2, real_mul(diagonal[r * PANEL + group + 2u], x)); }
+                if (group + 3u > r) { v3 = real_sub(v3, real_mul(diagonal[r * PANEL + group + 3u], x)); }
+            }
+            if (column < n) {
+                for (var r = 0u; r < 4u; r++) {
+                    a[place + r * n] = beside[(group + r) * COLUMNS + lane];
+                }
             }
         }
         storageBarrier();

@@ -26,8 +26,9 @@ const DEPTH: u32 = 32u;
 
 // [row][k] of solved columns
 var<workgroup> solved: array<Real, PANEL * DEPTH>;
-// [k][column] of U or Uᵀ
-var<workgroup> factor: array<Real, DEPTH * PANEL>;
+// [k][column] of U or Uᵀ, padded so that storing a transposed row does not meet in one bank.
+const STRIDE: u32 = PANEL + 1u;
+var<workgroup> factor: array<Real, DEPTH * STRIDE>;
 var<workgroup> diagonal: array<Real, PANEL * PANEL>;
 
 fn load_solved(job: Job, row: u32, k: u32, end: u32) -> Real {
@@ -71,14 +72,14 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
                 solved[i * DEPTH + half + j] = load_solved(job, row, k + half + j, end);
                 // Forwards U[k.., p..], backwards U[p.., k..], each read along its rows.
                 if (forward) {
-                    factor[(half + i) * PANEL + j] = load_factor(job, k + half + i, column);
+                    factor[(half + i) * STRIDE + j] = load_factor(job, k + half + i, column);
                 } else {
-                    factor[(half + j) * PANEL + i] = load_factor(job, p + i, k + half + j);
+                    factor[(half + j) * STRIDE + i] = load_factor(job, p + i, k + half + j);
                 }
             }
             workgroupBarrier();
             for (var d = 0u; d < DEPTH; d++) {
-                value = real_sub(value, real_mul(solved[i * DEPTH + d], factor[d * PANEL + j]));
+                value = real_sub(value, real_mul(solved[i * DEPTH + d], factor[d * STRIDE + j]));
             }
         }
 

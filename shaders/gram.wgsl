@@ -5,7 +5,8 @@
 //
 // Work: (job, tile row, tile column, part). A workgroup makes one TILE × TILE tile of one partial G; only
 // elements with row >= column are written. gram_reduce.wgsl adds the parts.
-// Bindings: 3 Z, 4 partial G. The permutation sets TILE and COLUMNS; see tile_f32.wgsl.
+// Bindings: 3 Z, 4 partial G. The permutation sets TILE, COLUMNS and THREADS_N = TILE /
+// COLUMNS; see tile_f32.wgsl.
 
 #import params
 #import tile_f32
@@ -23,7 +24,6 @@ struct Job {
 @group(0) @binding(4) var<storage, read_write> gram: array<f32>;
 
 const DEPTH: u32 = 8u;
-const THREADS_N: u32 = TILE / COLUMNS;
 const THREADS: u32 = TILE / 8u * THREADS_N;
 const QUADS: u32 = TILE / 4u;
 const QUADS_PER_THREAD: u32 = DEPTH * QUADS / THREADS;
@@ -79,8 +79,8 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
     let start = work.w * job.part_tokens;
     let end = min(start + job.part_tokens, job.tokens);
 
-    let row_quad = t / THREADS_N;
-    let column_quad = t % THREADS_N;
+    let row_quad = tile_row_quad(t);
+    let column_quad = tile_column_quad(t);
 
     for (var token = start; token < end; token += DEPTH) {
         var rows: array<vec4<f32>, QUADS_PER_THREAD>;

@@ -1,6 +1,16 @@
 // An outer-product accumulator in registers: each thread holds 8 rows × COLUMNS (4 or 8) columns of a
 // tile, as named vectors, since arrays of vectors spill on several compilers.
-// The permutation sets COLUMNS.
+// The permutation sets COLUMNS, and THREADS_N: threads side by side, a multiple of 8.
+
+// Which 4 rows, and which 4 columns, of each half of the tile a thread holds: 32 neighbouring threads form
+// 4 × 8, so that what they read of workgroup memory is little and mostly shared.
+fn tile_row_quad(t: u32) -> u32 {
+    return t % 32u / 8u + t / 32u / (THREADS_N / 8u) * 4u;
+}
+
+fn tile_column_quad(t: u32) -> u32 {
+    return t % 8u + t / 32u % (THREADS_N / 8u) * 8u;
+}
 
 var<private> c0: vec4<f32>;
 var<private> c1: vec4<f32>;

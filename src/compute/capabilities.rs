@@ -53,7 +53,7 @@ pub struct Capabilities {
     pub f16: bool,
     /// Subgroup operations, and the smallest and largest subgroup.
     pub subgroups: Option<(u32, u32)>,
-    /// Matrix units, as (M, N, K, operand type, result type).
+    /// The shapes and types of matrix units, as `16x16x16 F16 to F32`; empty if there are none.
     pub cooperative_matrix: Vec<String>,
     /// Timestamp queries at the ends of passes.
     pub timestamps: bool,

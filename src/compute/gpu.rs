@@ -1,6 +1,7 @@
 //! A wgpu device with its pipelines, scratch buffers and command recording.
 
 use std::collections::HashMap;
+use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -127,15 +128,16 @@ impl Gpu {
     pub fn write(&self, buffer: &wgpu::Buffer, offset: u64, bytes: &[u8]) -> Result<()> {
         let len = bytes.len() as u64;
         if self.staged.fetch_add(len, Ordering::Relaxed) + len > MAX_STAGED {
-            self.queue.submit([]);
             self.wait()?;
         }
         self.queue.write_buffer(buffer, offset, bytes);
         Ok(())
     }
 
-    /// Waits until everything submitted is done, and frees its staging memory.
+    /// Waits until everything is done, uploads too, and frees staging memory.
     pub fn wait(&self) -> Result<()> {
+        // An upload only starts with the next submission.
+        self.queue.submit([]);
         self.staged.store(0, Ordering::Relaxed);
         self.device
             .poll(wgpu::PollType::wait_indefinitely())
@@ -195,8 +197,7 @@ impl Gpu {
 
     /// Starts recording.
     pub fn commands(&self) -> Commands<'_> {
-        let encoder = self.device.create_command_encoder(&Default::default());
-        Commands { gpu: self, encoder: Some(encoder), pass: None }
+        Commands { gpu: self, launches: Vec::new(), tables: Vec::new() }
     }
 }
 
@@ -245,16 +246,34 @@ impl Drop for Scratch {
 /// What one workgroup does, as a kernel's header comment says: usually job, tile row, tile column, part.
 pub(crate) type Work = [u32; 4];
 
-/// A command encoder with one open compute pass.
+/// Launches that are recorded and then submitted as one compute pass.
 pub(crate) struct Commands<'a> {
     gpu: &'a Gpu,
-    encoder: Option<wgpu::CommandEncoder>,
-    pass: Option<wgpu::ComputePass<'static>>,
+    launches: Vec<Launch>,
+    /// The job and work tables of all launches.
+    tables: Vec<u8>,
 }
+
+struct Launch {
+    kernel: Kernel,
+    jobs: Range<usize>,
+    work: Range<usize>,
+    buffers: Vec<OwnedBinding>,
+}
+
+/// A range of a buffer, bound once it is submitted.
+struct OwnedBinding {
+    buffer: wgpu::Buffer,
+    offset: u64,
+    size: Option<wgpu::BufferSize>,
+}
+
+/// Alignment of a bound range that every device accepts: the coarsest that WebGPU lets one ask for.
+pub(crate) const BIND_ALIGN: usize = 256;
 
 impl Commands<'_> {
     /// Dispatches one workgroup for each entry of `work`. Bindings are: 0 params, 1 `jobs`, 2 `work`,
-    /// 3 and up `buffers`.
+    /// 3 and up `buffers`. A launch sees what those before it wrote.
     pub fn launch<J: bytemuck::NoUninit>(
         &mut self,
         kernel: Kernel,
@@ -265,61 +284,63 @@ impl Commands<'_> {
         if work.is_empty() {
             return;
         }
-        let gpu = self.gpu;
-        let pipeline = gpu.pipeline(kernel);
-        let job_bytes: &[u8] = bytemuck::cast_slice(jobs);
-        let work_bytes: &[u8] = bytemuck::cast_slice(work);
-        // 256 is the coarsest offset alignment that WebGPU allows a device to ask for.
-        let work_offset = job_bytes.len().next_multiple_of(256);
+        let mut append = |bytes: &[u8]| {
+            let start = self.tables.len().next_multiple_of(BIND_ALIGN);
+            self.tables.resize(start, 0);
+            self.tables.extend_from_slice(bytes);
+            start..self.tables.len()
+        };
+        let (jobs, work) = (append(bytemuck::cast_slice(jobs)), append(bytemuck::cast_slice(work)));
+        let buffers = buffers
+            .iter()
+            .map(|b| OwnedBinding { buffer: b.buffer.clone(), offset: b.offset, size: b.size })
+            .collect();
+        self.launches.push(Launch { kernel, jobs, work, buffers });
+    }
+
+    /// Submits what was recorded.
+    pub fn submit(self) -> Result<()> {
+        let Self { gpu, launches, tables: bytes } = self;
+        if launches.is_empty() {
+            return gpu.check();
+        }
         let tables = gpu.device.create_buffer(&wgpu::BufferDescriptor {
             label: Some("job and work tables"),
-            size: (work_offset + work_bytes.len()) as u64,
+            size: bytes.len() as u64,
             usage: wgpu::BufferUsages::STORAGE,
             mapped_at_creation: true,
         });
         if let Ok(mut view) = tables.get_mapped_range_mut(..) {
-            view.slice(..job_bytes.len()).copy_from_slice(job_bytes);
-            view.slice(work_offset..).copy_from_slice(work_bytes);
+            view.slice(..).copy_from_slice(&bytes);
         }
         tables.unmap();
-        let part = |offset: usize, len: usize| {
-            wgpu::BindingResource::Buffer(wgpu::BufferBinding {
-                buffer: &tables,
-                offset: offset as u64,
-                size: wgpu::BufferSize::new(len as u64),
-            })
-        };
-        let mut entries = vec![
-            wgpu::BindGroupEntry { binding: 0, resource: gpu.params.as_entire_binding() },
-            wgpu::BindGroupEntry { binding: 1, resource: part(0, job_bytes.len()) },
-            wgpu::BindGroupEntry { binding: 2, resource: part(work_offset, work_bytes.len()) },
-        ];
-        entries.extend(buffers.iter().enumerate().map(|(i, b)| wgpu::BindGroupEntry {
-            binding: 3 + i as u32,
-            resource: wgpu::BindingResource::Buffer(b.clone()),
-        }));
-        let group = gpu.device.create_bind_group(&wgpu::BindGroupDescriptor {
-            label: None,
-            layout: &pipeline.get_bind_group_layout(0),
-            entries: &entries,
-        });
-        let encoder = self.encoder.as_mut().expect("present until submitted");
-        let pass = self
-            .pass
-            .get_or_insert_with(|| encoder.begin_compute_pass(&Default::default()).forget_lifetime());
-        pass.set_pipeline(&pipeline);
-        pass.set_bind_group(0, &group, &[]);
-        let count = work.len() as u32;
-        pass.dispatch_workgroups(count.min(GRID_WIDTH), count.div_ceil(GRID_WIDTH), 1);
-    }
-
-    /// Submits what was recorded.
-    pub fn submit(mut self) -> Result<()> {
-        self.pass = None;
-        if let Some(encoder) = self.encoder.take() {
-            self.gpu.queue.submit([encoder.finish()]);
+        let mut encoder = gpu.device.create_command_encoder(&Default::default());
+        let mut pass = encoder.begin_compute_pass(&Default::default());
+        for launch in &launches {
+            let pipeline = gpu.pipeline(launch.kernel);
+            let entry = |binding, buffer, offset, size| wgpu::BindGroupEntry {
+                binding,
+                resource: wgpu::BindingResource::Buffer(wgpu::BufferBinding { buffer, offset, size }),
+            };
+            let table = |binding, range: &Range<usize>| {
+                entry(binding, &tables, range.start as u64, wgpu::BufferSize::new(range.len() as u64))
+            };
+            let mut entries =
+                vec![entry(0, &gpu.params, 0, None), table(1, &launch.jobs), table(2, &launch.work)];
+            entries.extend((3..).zip(&launch.buffers).map(|(i, b)| entry(i, &b.buffer, b.offset, b.size)));
+            let group = gpu.device.create_bind_group(&wgpu::BindGroupDescriptor {
+                label: None,
+                layout: &pipeline.get_bind_group_layout(0),
+                entries: &entries,
+            });
+            pass.set_pipeline(&pipeline);
+            pass.set_bind_group(0, &group, &[]);
+            let count = (launch.work.len() / size_of::<Work>()) as u32;
+            pass.dispatch_workgroups(count.min(GRID_WIDTH), count.div_ceil(GRID_WIDTH), 1);
         }
-        self.gpu.check()
+        drop(pass);
+        gpu.queue.submit([encoder.finish()]);
+        gpu.check()
     }
 }
 

@@ -75,6 +75,7 @@ impl Kernel {
         };
         match self {
             Self::RankConcat | Self::SelfTest => file.to_owned(),
+
             Self::Project(tile) | Self::Gram(tile) => format!("{file}_{tile}"),
             Self::ProjectReal(e) | Self::Cholesky(e) | Self::CholeskySolve(e) | Self::Matmul(e) => {
                 format!("{file}_{}", element(e))
@@ -113,17 +114,10 @@ impl Kernel {
     /// The constants that the permutation sets.
     fn constants(self) -> String {
         match self {
-            // 8 columns a thread halve the reads of workgroup memory; they need a tile of 128.
-            Self::Project(tile) => format!(
-                "const TILE_M: u32 = 128u;\nconst TILE_N: u32 = {tile}u;\nconst COLUMNS: u32 = {}u;\n",
-                if tile == 128 { 8 } else { 4 }
-            ),
-            Self::Gram(tile) => {
-                format!(
-                    "const TILE: u32 = {tile}u;\nconst COLUMNS: u32 = {}u;\n",
-                    if tile == 128 { 8 } else { 4 }
-                )
+            Self::Project(tile) => {
+                format!("const TILE_M: u32 = 128u;\nconst TILE_N: u32 = {tile}u;\n{}", tile_constants(tile))
             }
+            Self::Gram(tile) => format!("const TILE: u32 = {tile}u;\n{}", tile_constants(tile)),
             Self::GramReal(part, _) | Self::GramReduce(part, _) => match part {
                 Element::F32 => {
                     "alias Part = f32;\nfn part_value(part: Part) -> Real { return real(part); }\n".to_owned()
@@ -159,4 +153,10 @@ impl Kernel {
             _ => unreachable!("no shader imports `{name}`: the portability test composes them all"),
         }
     }
+}
+
+/// How threads share a tile: 8 columns each halve the reads of workgroup memory, but need a wide tile.
+fn tile_constants(tile: u32) -> String {
+    let columns = if tile == 128 { 8 } else { 4 };
+    format!("const COLUMNS: u32 = {columns}u;\nconst THREADS_N: u32 = {}u;\n", tile / columns)
 }

@@ -35,6 +35,7 @@ pub fn gpus() -> Vec<Case> {
         open("f64", Precision::F64, none),
         open("double-single", Precision::DoubleSingle, none),
         open("auto, f64", Precision::Auto, none),
+        open("auto, no matrix units", Precision::Auto, Disable { cooperative_matrix: true, ..none }),
         open("auto, double-single", Precision::Auto, Disable { f64: true, ..none }),
         open("auto, sums on the host", Precision::Auto, Disable { f64: true, double_single: true, ..none }),
         open(

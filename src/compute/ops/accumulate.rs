@@ -1,9 +1,9 @@
 use std::collections::HashSet;
 
-use super::gram::{self, GramJob, gram_cpu};
+use super::gram::{self, GramJob, Pending, gram_cpu};
 use super::project::{self, ProjectJob, parts, project_cpu};
 use super::{mismatch, same_count};
-use crate::compute::gpu::whole;
+use crate::compute::gpu::{BIND_ALIGN, Commands, Scratch, whole};
 use crate::compute::{Batch, Device, Element, Shape};
 use crate::{Dtype, Error, RawMatrix, Result};
 use rayon::prelude::*;
@@ -150,39 +150,50 @@ fn accumulate_gpu(
         }
     }
     // Host windows share uploads. Each group adds to a sum at most once, since its additions run at once.
-    let mut group: Vec<Window> = Vec::new();
+    let mut groups: Vec<Vec<Window>> = Vec::new();
     let mut seen = HashSet::new();
     let mut bytes = 0;
     for window in windows {
-        let shape = window.input.shape();
-        let size = (window.tokens * shape.cols * window.input.dtype().size()) as u64;
-        let alone = matches!(window.input, Activations::Buffer { .. });
-        if !group.is_empty() && (alone || bytes + size > limit || seen.contains(&window.index)) {
-            run_group(device, &group, a, sums)?;
-            group.clear();
+        let on_host = matches!(window.input, Activations::Host(_));
+        let size = (window.tokens * window.input.shape().cols * window.input.dtype().size()) as u64;
+        let joins = groups.last().is_some_and(|group| matches!(group[0].input, Activations::Host(_)))
+            && on_host
+            && bytes + size <= limit
+            && !seen.contains(&window.index);
+        if !joins {
+            groups.push(Vec::new());
             seen.clear();
             bytes = 0;
         }
         seen.insert(window.index);
         bytes += size.next_multiple_of(4);
-        group.push(window);
-        if alone {
-            run_group(device, &group, a, sums)?;
-            group.clear();
-            seen.clear();
-            bytes = 0;
+        if let Some(group) = groups.last_mut() {
+            group.push(window);
         }
     }
-    match group.is_empty() {
-        true => Ok(()),
-        false => run_group(device, &group, a, sums),
+    let gpu = device.gpu()?;
+    let mut commands = gpu.commands();
+    for group in &groups {
+        let (upload, pending) = record(device, &mut commands, group, a, sums)?;
+        // An upload is not ordered with launches that are only recorded.
+        if upload.is_some() || pending.is_some() {
+            std::mem::replace(&mut commands, gpu.commands()).submit()?;
+        }
+        if let Some(pending) = pending {
+            pending.finish(gpu, sums)?;
+        }
     }
+    commands.submit()
 }
 
-/// Alignment of a bound range that every device accepts.
-const BIND_ALIGN: u64 = 256;
-
-fn run_group(device: &Device, group: &[Window], a: &Batch, sums: &mut Batch) -> Result<()> {
+/// Records one group; also gives what it uploaded and what the host has to add after submission.
+fn record(
+    device: &Device,
+    commands: &mut Commands<'_>,
+    group: &[Window],
+    a: &Batch,
+    sums: &Batch,
+) -> Result<(Option<Scratch>, Option<Pending>)> {
     let gpu = device.gpu()?;
     let element = match device.product() {
         Element::Host => Element::F32,
@@ -214,8 +225,7 @@ fn run_group(device: &Device, group: &[Window], a: &Batch, sums: &mut Batch) -> 
         x_bytes += (window.tokens * shape.cols * window.input.dtype().size()).next_multiple_of(4);
     }
     let z = gpu.scratch(z_len as u64 * element.bytes())?;
-    let mut commands = gpu.commands();
-    let upload;
+    let mut upload = None;
     let x = match group[0].input {
         Activations::Buffer { buffer, offset, dtype, width, .. } => {
             let start = offset + (group[0].first * width * dtype.size()) as u64;
@@ -226,30 +236,29 @@ fn run_group(device: &Device, group: &[Window], a: &Batch, sums: &mut Batch) -> 
                     buffer.size()
                 )));
             }
-            let aligned = start - start % BIND_ALIGN;
+            let aligned = start - start % BIND_ALIGN as u64;
             project_jobs[0].x_word = ((start - aligned) / 4) as usize;
             let size = (start - aligned + x_bytes as u64).min(buffer.size() - aligned);
             wgpu::BufferBinding { buffer, offset: aligned, size: wgpu::BufferSize::new(size) }
         }
         Activations::Host(_) => {
-            upload = gpu.scratch(x_bytes as u64)?;
+            let upload = upload.insert(gpu.scratch(x_bytes as u64)?);
             for (window, job) in group.iter().zip(&project_jobs) {
                 if let Activations::Host(matrix) = window.input {
                     let bytes = matrix.rows(window.first, window.first + window.tokens).bytes;
                     let whole_words = bytes.len() & !3;
                     let place = job.x_word as u64 * 4;
-                    gpu.write(&upload, place, &bytes[..whole_words])?;
+                    gpu.write(upload, place, &bytes[..whole_words])?;
                     if whole_words < bytes.len() {
                         let last = [bytes[whole_words], bytes[whole_words + 1], 0, 0];
-                        gpu.write(&upload, place + whole_words as u64, &last)?;
+                        gpu.write(upload, place + whole_words as u64, &last)?;
                     }
                 }
             }
-            whole(&upload)
+            whole(upload)
         }
     };
-    project::encode(&mut commands, x, &project_jobs, a, whole(&z), element)?;
-    let pending = gram::encode(&mut commands, gpu, device, whole(&z), element, &gram_jobs, sums)?;
-    commands.submit()?;
-    pending.finish(gpu, sums)
+    project::encode(commands, x, &project_jobs, a, whole(&z), element)?;
+    let pending = gram::encode(commands, gpu, device, whole(&z), element, &gram_jobs, sums)?;
+    Ok((upload, pending))
 }

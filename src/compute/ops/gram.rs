@@ -1,7 +1,7 @@
 use bytemuck::NoUninit;
 
 use super::{ENOUGH_WORKGROUPS, mismatch, same_count, view, view_mut};
-use crate::compute::gpu::{Commands, Gpu, Work, whole};
+use crate::compute::gpu::{Commands, Gpu, Scratch, Work, whole};
 use crate::compute::shaders::Kernel;
 use crate::compute::{Batch, Device, Element, Precision, Shape};
 use crate::{Error, Result};
@@ -43,7 +43,10 @@ pub fn gram(device: &Device, z: &Batch, sums: &mut Batch) -> Result<()> {
     let mut commands = gpu.commands();
     let pending = encode(&mut commands, gpu, device, whole(z.buffer()?), z.element(), &jobs, sums)?;
     commands.submit()?;
-    pending.finish(gpu, sums)
+    match pending {
+        Some(pending) => pending.finish(gpu, sums),
+        None => Ok(()),
+    }
 }
 
 /// The CPU twin for one matrix.
@@ -117,7 +120,10 @@ struct ReduceJob {
 
 /// Partial Gram matrices that the host has to add, where the GPU has no tier of full precision.
 pub(super) struct Pending {
-    partial: Option<(crate::compute::gpu::Scratch, u64, Vec<(ReduceJob, usize)>)>,
+    partial: Scratch,
+    bytes: u64,
+    /// What to add, and to which sum.
+    jobs: Vec<(ReduceJob, usize)>,
 }
 
 fn tile(rank: usize) -> u32 {
@@ -146,7 +152,7 @@ pub(super) fn encode(
     z_element: Element,
     jobs: &[GramJob],
     sums: &Batch,
-) -> Result<Pending> {
+) -> Result<Option<Pending>> {
     let wide = sums.element();
     // A forced precision also holds for products of f32 factors.
     let real = device.precision() != Precision::Auto || z_element != Element::F32;
@@ -205,8 +211,8 @@ pub(super) fn encode(
         }
     }
     if wide == Element::Host {
-        let reduce = reduce.into_iter().zip(jobs.iter().map(|job| job.sum)).collect();
-        return Ok(Pending { partial: Some((partial, bytes, reduce)) });
+        let jobs = reduce.into_iter().zip(jobs.iter().map(|job| job.sum)).collect();
+        return Ok(Some(Pending { partial, bytes, jobs }));
     }
     let work: Vec<Work> = reduce
         .iter()
@@ -215,17 +221,16 @@ pub(super) fn encode(
         .collect();
     let buffers = [whole(&partial), whole(sums.buffer()?)];
     commands.launch(Kernel::GramReduce(part_element, wide), &reduce, &work, &buffers);
-    Ok(Pending { partial: None })
+    Ok(None)
 }
 
 impl Pending {
     /// After submission: adds on the host what the GPU could not.
     pub fn finish(self, gpu: &Gpu, sums: &mut Batch) -> Result<()> {
-        let Some((partial, bytes, jobs)) = self.partial else { return Ok(()) };
-        let bytes = gpu.read(&partial, bytes)?;
+        let bytes = gpu.read(&self.partial, self.bytes)?;
         let values: Vec<f32> = bytemuck::pod_collect_to_vec(&bytes);
         let mut sums = sums.host_mut().unwrap_or_default();
-        for (job, sum) in jobs {
+        for (job, sum) in self.jobs {
             let n = job.rank as usize;
             for part in 0..job.parts as usize {
                 let part = &values[job.gram as usize + part * n * n..][..n * n];

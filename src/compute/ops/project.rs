@@ -1,3 +1,5 @@
+use std::collections::BTreeMap;
+
 use bytemuck::NoUninit;
 
 use super::{ENOUGH_WORKGROUPS, dtype_code, mismatch, view, view_mut};
@@ -90,7 +92,8 @@ pub(super) fn parts(element: Element, tokens: usize, a: Shape, jobs: usize) -> u
     if element != Element::F32 {
         return 1;
     }
-    let tiles = tokens.div_ceil(TILE_M) * a.rows.div_ceil(tile_n(a.rows) as usize) * jobs;
+    let tile_n = tile_n(a.rows) as usize;
+    let tiles = tokens.div_ceil(TILE_M) * a.rows.div_ceil(tile_n) * jobs;
     (ENOUGH_WORKGROUPS / tiles.max(1)).clamp(1, 16).min((a.cols / 256).max(1))
 }
 
@@ -98,6 +101,7 @@ const TILE_M: usize = 128;
 /// The shader steps along k by this much.
 const DEPTH: usize = 16;
 
+/// Columns of a tile.
 fn tile_n(rank: usize) -> u32 {
     match rank {
         0..=32 => 32,
@@ -140,39 +144,58 @@ pub(super) fn encode(
     z: wgpu::BufferBinding<'_>,
     element: Element,
 ) -> Result<()> {
-    let buffers = [x, whole(a.buffer()?), z];
-    if element == Element::F32 {
-        for tile in [32, 64, 128] {
-            let mut table = Vec::new();
-            let mut work: Vec<Work> = Vec::new();
-            for job in jobs {
-                let shape = a.shapes()[job.a];
-                if tile_n(shape.rows) != tile {
-                    continue;
-                }
-                let index = table.len() as u32;
-                table.push(Job {
-                    x: job.x_word as u32,
-                    a: a.offset(job.a) as u32,
-                    z: job.z as u32,
-                    tokens: job.tokens as u32,
-                    rank: shape.rows as u32,
-                    width: shape.cols as u32,
-                    dtype: dtype_code(job.dtype),
-                    part_width: shape.cols.div_ceil(job.parts).next_multiple_of(DEPTH).max(DEPTH) as u32,
-                });
-                for part in 0..job.parts as u32 {
-                    for row in 0..job.tokens.div_ceil(TILE_M) as u32 {
-                        for column in 0..(shape.rows as u32).div_ceil(tile) {
-                            work.push([index, row, column, part]);
-                        }
-                    }
+    match element == Element::F32 {
+        true => encode_f32(commands, x, jobs, a, z),
+        false => encode_real(commands, x, jobs, a, z, element),
+    }
+}
+
+fn encode_f32(
+    commands: &mut Commands<'_>,
+    x: wgpu::BufferBinding<'_>,
+    jobs: &[ProjectJob],
+    a: &Batch,
+    z: wgpu::BufferBinding<'_>,
+) -> Result<()> {
+    // One launch for each tile that occurs.
+    let mut launches: BTreeMap<u32, (Vec<Job>, Vec<Work>)> = BTreeMap::new();
+    for job in jobs {
+        let shape = a.shapes()[job.a];
+        let tile = tile_n(shape.rows);
+        let (table, work) = launches.entry(tile).or_default();
+        for part in 0..job.parts as u32 {
+            for row in 0..job.tokens.div_ceil(TILE_M) as u32 {
+                for column in 0..(shape.rows as u32).div_ceil(tile) {
+                    work.push([table.len() as u32, row, column, part]);
                 }
             }
-            commands.launch(Kernel::Project(tile), &table, &work, &buffers);
         }
-        return Ok(());
+        table.push(Job {
+            x: job.x_word as u32,
+            a: a.offset(job.a) as u32,
+            z: job.z as u32,
+            tokens: job.tokens as u32,
+            rank: shape.rows as u32,
+            width: shape.cols as u32,
+            dtype: dtype_code(job.dtype),
+            part_width: shape.cols.div_ceil(job.parts).next_multiple_of(DEPTH).max(DEPTH) as u32,
+        });
     }
+    let buffers = [x, whole(a.buffer()?), z];
+    for (tile, (table, work)) in launches {
+        commands.launch(Kernel::Project(tile), &table, &work, &buffers);
+    }
+    Ok(())
+}
+
+fn encode_real(
+    commands: &mut Commands<'_>,
+    x: wgpu::BufferBinding<'_>,
+    jobs: &[ProjectJob],
+    a: &Batch,
+    z: wgpu::BufferBinding<'_>,
+    element: Element,
+) -> Result<()> {
     let table: Vec<_> = jobs
         .iter()
         .map(|job| {
@@ -196,6 +219,7 @@ pub(super) fn encode(
                 .flat_map(move |row| (0..job.rank.div_ceil(16)).map(move |c| [i as u32, row, c, 0]))
         })
         .collect();
+    let buffers = [x, whole(a.buffer()?), z];
     commands.launch(Kernel::ProjectReal(element), &table, &work, &buffers);
     Ok(())
 }
