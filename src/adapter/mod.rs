@@ -194,6 +194,13 @@ impl Adapter {
         &self.0.metadata
     }
 
+    /// The same layers, as an adapter in memory with this metadata, which [`save`](Self::save) writes.
+    pub fn with_metadata(&self, metadata: BTreeMap<String, String>) -> Self {
+        let Inner { name, path, format, layers, .. } = &*self.0;
+        let (name, path, layers) = (name.clone(), path.clone(), layers.clone());
+        Self(Arc::new(Inner { name, path, format: *format, metadata, layers, file: None }))
+    }
+
     /// The layers, sorted by key.
     pub fn layers(&self) -> &[Layer] {
         &self.0.layers

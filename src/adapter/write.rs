@@ -21,7 +21,8 @@ pub struct SaveOptions {
     pub overwrite: bool,
     /// Files (inputs) that are not overwritten even so, nor through another name for them.
     pub protect: Vec<PathBuf>,
-    /// The header's metadata. What says ranks, alphas or hashes is left out or set to what is right.
+    /// The header's metadata, beside what [`Adapter::with_metadata`] set. What says ranks, alphas or hashes is left
+    /// out or set to what is right.
     pub metadata: BTreeMap<String, String>,
 }
 
@@ -48,7 +49,10 @@ pub(super) fn save(adapter: &Adapter, path: &Path, options: &SaveOptions) -> Res
     let one_encoder = has(&is_unet) && !has(&|layer| layer.key.component() == "text_encoder_2");
     let plan = |layer| plan(layer, name(layer, format, one_encoder)?, format, dtype, options);
     let plans: Vec<Plan> = adapter.layers().par_iter().map(plan).collect::<Result<_>>()?;
-    let metadata = metadata(&plans, format, &options.metadata);
+    // What a file says may be wrong of what became of it; what was given in memory is meant to be written.
+    let mut given = if adapter.0.file.is_none() { adapter.metadata().clone() } else { BTreeMap::new() };
+    given.extend(options.metadata.clone());
+    let metadata = metadata(&plans, format, &given);
 
     let mut protect: BTreeSet<PathBuf> = options.protect.iter().cloned().collect();
     for layer in adapter.layers() {

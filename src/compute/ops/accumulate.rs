@@ -121,6 +121,9 @@ fn accumulate_cpu(inputs: &[(usize, Activations)], a: &Batch, sums: &mut Batch) 
     Ok(())
 }
 
+/// Most bytes that an element of Z takes: it may be split into MAX_PARTS parts of f32, or be 8 bytes wide.
+const MAX_Z_BYTES: usize = 4 * project::MAX_PARTS;
+
 /// Tokens of one input that go through at a time.
 struct Window<'a> {
     index: usize,
@@ -140,8 +143,7 @@ fn accumulate_gpu(
     for &(index, input) in inputs {
         let shape = input.shape();
         let row = (shape.cols * input.dtype().size()) as u64;
-        // Z may be split into up to 16 parts of 4 bytes, or be 8 bytes wide.
-        let z_row = (a.shapes()[index].rows * 64) as u64;
+        let z_row = (a.shapes()[index].rows * MAX_Z_BYTES) as u64;
         let rows = (limit / row.max(z_row).max(1)).clamp(1, 16384) as usize;
         // An even number of rows keeps windows of halves on whole words.
         let rows = if rows > 1 { rows & !1 } else { rows };
@@ -149,24 +151,28 @@ fn accumulate_gpu(
             windows.push(Window { index, input, first, tokens: rows.min(shape.rows - first) });
         }
     }
-    // Host windows share uploads. Each group adds to a sum at most once, since its additions run at once.
+    // Host windows share uploads, within what one binding holds of X, Z and partial sums. Each group adds
+    // to a sum at most once, since its additions run at once.
     let mut groups: Vec<Vec<Window>> = Vec::new();
     let mut seen = HashSet::new();
-    let mut bytes = 0;
+    let mut spent = [0; 3];
     for window in windows {
         let on_host = matches!(window.input, Activations::Host(_));
-        let size = (window.tokens * window.input.shape().cols * window.input.dtype().size()) as u64;
+        let rank = a.shapes()[window.index].rows;
+        let x = (window.tokens * window.input.shape().cols * window.input.dtype().size()).next_multiple_of(4);
+        let z = window.tokens * rank * MAX_Z_BYTES;
+        let cost = [x, z, gram::partial_len(window.tokens, rank) * 8].map(|bytes| bytes as u64);
         let joins = groups.last().is_some_and(|group| matches!(group[0].input, Activations::Host(_)))
             && on_host
-            && bytes + size <= limit
+            && spent.iter().zip(cost).all(|(spent, cost)| spent + cost <= limit)
             && !seen.contains(&window.index);
         if !joins {
             groups.push(Vec::new());
             seen.clear();
-            bytes = 0;
+            spent = [0; 3];
         }
         seen.insert(window.index);
-        bytes += size.next_multiple_of(4);
+        spent.iter_mut().zip(cost).for_each(|(spent, cost)| *spent += cost);
         if let Some(group) = groups.last_mut() {
             group.push(window);
         }
@@ -229,7 +235,7 @@ fn record(
     let x = match group[0].input {
         Activations::Buffer { buffer, offset, dtype, width, .. } => {
             let start = offset + (group[0].first * width * dtype.size()) as u64;
-            if start % 4 != 0 || start + x_bytes as u64 > buffer.size().next_multiple_of(4) {
+            if !start.is_multiple_of(4) || start + x_bytes as u64 > buffer.size().next_multiple_of(4) {
                 return Err(Error::Invalid(format!(
                     "activations of {x_bytes} bytes at byte {start} do not lie in their buffer of {} bytes \
                      on a multiple of 4",

@@ -98,8 +98,7 @@ fn cholesky_cpu(a: &mut [f64], n: usize) -> std::result::Result<(), PivotFailure
     for i in 0..factored {
         let pivot = a[i * n + i] * a[i * n + i];
         let least = n as f64 * f64::EPSILON * diagonal[i];
-        // Written so that NaN fails.
-        if !(pivot > least) {
+        if pivot.is_nan() || pivot <= least {
             return Err(PivotFailure { index: i });
         }
         a[i * n..i * n + i].fill(0.0);

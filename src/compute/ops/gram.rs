@@ -134,13 +134,22 @@ fn tile(rank: usize) -> u32 {
     }
 }
 
+/// Most bytes that the partial matrices of one Gram matrix take.
+const MAX_PARTIAL: usize = 32 << 20;
+
 /// Tokens summed in f32 before full precision takes over: few enough for an error near one rounding,
-/// and enough parts to fill the GPU.
+/// and enough parts to fill the GPU, as far as memory goes.
 fn part_tokens(tokens: usize, rank: usize) -> usize {
     let tiles = rank.div_ceil(tile(rank) as usize).max(1);
     let triangle = tiles * (tiles + 1) / 2;
-    let wanted = tokens.div_ceil((ENOUGH_WORKGROUPS / triangle).max(1));
-    wanted.clamp(64, 512).next_multiple_of(16)
+    let wanted = tokens.div_ceil((ENOUGH_WORKGROUPS / triangle).max(1)).clamp(64, 512);
+    let most_parts = (MAX_PARTIAL / (rank * rank * 8).max(1)).max(1);
+    wanted.max(tokens.div_ceil(most_parts)).next_multiple_of(16)
+}
+
+/// Elements of the partial matrices of one Gram matrix.
+pub(super) fn partial_len(tokens: usize, rank: usize) -> usize {
+    tokens.div_ceil(part_tokens(tokens, rank)) * rank * rank
 }
 
 /// Records Gram matrices of Z that lies in one buffer.
@@ -166,7 +175,7 @@ pub(super) fn encode(
         .map(|job| {
             let parts = job.tokens.div_ceil(part_tokens(job.tokens, job.rank));
             let gram = len as u32;
-            len += parts * job.rank * job.rank;
+            len += partial_len(job.tokens, job.rank);
             ReduceJob { gram, sums: sums.offset(job.sum) as u32, rank: job.rank as u32, parts: parts as u32 }
         })
         .collect();

@@ -94,8 +94,11 @@ pub(super) fn parts(element: Element, tokens: usize, a: Shape, jobs: usize) -> u
     }
     let tile_n = tile_n(a.rows) as usize;
     let tiles = tokens.div_ceil(TILE_M) * a.rows.div_ceil(tile_n) * jobs;
-    (ENOUGH_WORKGROUPS / tiles.max(1)).clamp(1, 16).min((a.cols / 256).max(1))
+    (ENOUGH_WORKGROUPS / tiles.max(1)).clamp(1, MAX_PARTS).min((a.cols / 256).max(1))
 }
+
+/// Most summands that Z is stored as.
+pub(super) const MAX_PARTS: usize = 16;
 
 const TILE_M: usize = 128;
 /// The shader steps along k by this much.

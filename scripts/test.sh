@@ -1,0 +1,70 @@
+#!/usr/bin/env bash
+# All checks: formatting, lints, tests on a GPU or software adapter, documentation, other platforms.
+# On Debian and Ubuntu it installs what is missing: a software Vulkan driver if there is none.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+say() { printf '\n== %s\n' "$*"; }
+
+as_root() {
+  if [ "$(id -u)" = 0 ]; then "$@"; elif command -v sudo >/dev/null; then sudo "$@"; else
+    echo "cannot become root to run: $*" >&2
+    return 1
+  fi
+}
+
+has_vulkan() {
+  compgen -G '/usr/share/vulkan/icd.d/*.json' >/dev/null || compgen -G '/etc/vulkan/icd.d/*.json' >/dev/null ||
+    [ -n "${VK_DRIVER_FILES:-}${VK_ICD_FILENAMES:-}" ]
+}
+
+# Without this, Mesa complains on stderr where there is no desktop.
+if [ -z "${XDG_RUNTIME_DIR:-}" ]; then
+  XDG_RUNTIME_DIR=$(mktemp -d)
+  export XDG_RUNTIME_DIR
+  trap 'rm -rf "$XDG_RUNTIME_DIR"' EXIT
+fi
+
+case "$(uname -s)" in
+Linux)
+  if ! has_vulkan || ! ldconfig -p 2>/dev/null | grep -q libvulkan.so.1; then
+    say "installing a software Vulkan driver"
+    if command -v apt-get >/dev/null; then
+      as_root apt-get update -qq
+      as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq libvulkan1 mesa-vulkan-drivers
+    else
+      echo "no Vulkan driver found; install one (Mesa's lavapipe will do), or accept with" >&2
+      echo "LORAWELD_ALLOW_NO_GPU=1 that no GPU path is tested" >&2
+      [ -n "${LORAWELD_ALLOW_NO_GPU:-}" ]
+    fi
+  fi
+  ;;
+esac
+
+if command -v rustup >/dev/null; then
+  rustup component add rustfmt clippy 2>/dev/null || true
+fi
+
+say "formatting"
+cargo fmt --check
+
+say "lints"
+cargo clippy --all-targets -- -D warnings
+cargo clippy --lib --no-default-features -- -D warnings
+
+say "tests"
+cargo test
+
+say "documentation"
+RUSTDOCFLAGS="-D warnings" cargo doc --no-deps --quiet
+
+# DX12, Metal and a browser are not run here; this keeps them compiling.
+if command -v rustup >/dev/null; then
+  for target in x86_64-pc-windows-gnu aarch64-apple-darwin wasm32-unknown-unknown; do
+    say "the library for $target"
+    rustup target add "$target" 2>/dev/null || rustup target list --installed | grep -qx "$target"
+    cargo check --quiet --lib --no-default-features --target "$target"
+  done
+fi
+
+say "all checks passed"

@@ -1,0 +1,726 @@
+//! Calibration: per-task Gram statistics of what the adapters of a pool see.
+//!
+//! For each layer that at least two adapters of the pool have, with `A_cat = [A_1; …; A_K]` (R × in), and for
+//! each task k: `G_k = Σ (X·A_catᵀ)ᵀ(X·A_catᵀ)` (R × R, f64) over all batches of inputs X (tokens × in) that the
+//! layer got while adapter k was active, and the number of tokens. Nothing else is kept: SSR's cross
+//! statistics are rows of G_k (`Q[block k, :] = G_k[block k, :]`), so calibrations can be added up, and any
+//! subset of the pool can be sliced out, exactly.
+
+mod file;
+mod resident;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use self::resident::Resident;
+pub(crate) use self::resident::{arena, gram_parts};
+pub use crate::compute::ops::Activations;
+use crate::safetensors_file::{FileDtype, SafetensorsFile, TensorRef};
+use crate::{Adapter, Control, Device, Dtype, Error, LayerKey, Matrix, RawMatrix, Result};
+
+/// Which inputs activations are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Source {
+    /// Recorded while the adapter at this place of the pool was active.
+    Task(usize),
+    /// Of the base model on unrelated prompts, where the merge should do nothing.
+    Neutral,
+}
+
+/// An adapter of the pool.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Task {
+    /// [`Adapter::name`], made unique.
+    pub name: String,
+    /// [`Adapter::a_sha256`].
+    pub a_sha256: String,
+}
+
+/// What was read from activation files.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct FileSummary {
+    /// Layers that the activations served, those named by an alias among them.
+    pub layers: BTreeSet<LayerKey>,
+    /// Rows of all tensors that were used.
+    pub tokens: u64,
+    /// Layers in the files that no adapter of the pool has.
+    pub unknown: Vec<String>,
+}
+
+/// Per-task Gram statistics of a pool of adapters.
+///
+/// Sums stay on the device while they fit in half of [`Device::memory`]; methods that read them fetch them.
+/// The order of batches matters only to rounding.
+#[derive(Debug)]
+pub struct Calibration {
+    tasks: Vec<Task>,
+    layers: BTreeMap<LayerKey, Blocks>,
+    /// What accumulating takes; a calibration that was read from a file lacks it.
+    pool: Option<Pool>,
+    state: Mutex<State>,
+}
+
+/// Ranks of the tasks on a layer, 0 for those that lack it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Blocks {
+    ranks: Vec<usize>,
+}
+
+impl Blocks {
+    fn order(&self) -> usize {
+        self.ranks.iter().sum()
+    }
+    /// Rows and columns of a task.
+    fn range(&self, task: usize) -> Range<usize> {
+        let start = self.ranks[..task].iter().sum();
+        start..start + self.ranks[task]
+    }
+    fn members(&self) -> usize {
+        self.ranks.iter().filter(|&&rank| rank > 0).count()
+    }
+}
+
+#[derive(Debug)]
+struct Pool {
+    adapters: Vec<Adapter>,
+    /// Input width of every layer that any adapter has.
+    widths: BTreeMap<LayerKey, usize>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    /// A sum for each task and then the neutral inputs; layers that got nothing are absent.
+    sums: BTreeMap<LayerKey, Vec<Sum>>,
+    resident: Option<Resident>,
+}
+
+#[derive(Clone, Debug, Default)]
+struct Sum {
+    /// What has been fetched; more may be on the device.
+    gram: Option<Matrix>,
+    tokens: u64,
+}
+
+impl Sum {
+    fn add(&mut self, gram: Matrix) {
+        match &mut self.gram {
+            None => self.gram = Some(gram),
+            Some(sum) => sum.data.iter_mut().zip(&gram.data).for_each(|(s, g)| *s += g),
+        }
+    }
+}
+
+/// Statistics of one layer, sliced to the adapters of a merge.
+pub(crate) struct LayerStatistics {
+    /// For each adapter: its Gram matrix, if it has tokens there, and their number.
+    pub tasks: Vec<(Option<Matrix>, u64)>,
+    pub neutral: Option<Matrix>,
+}
+
+impl Calibration {
+    /// An empty calibration of a pool of adapters, numbered in their order.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for an empty pool; [`Error::Layer`], naming both files, if adapters disagree on the
+    /// width that a layer reads.
+    pub fn new<'a>(adapters: impl IntoIterator<Item = &'a Adapter>) -> Result<Self> {
+        let adapters: Vec<Adapter> = adapters.into_iter().cloned().collect();
+        if adapters.is_empty() {
+            return Err(Error::Invalid("a calibration needs at least one adapter".into()));
+        }
+        let mut first: BTreeMap<LayerKey, (usize, &Adapter)> = BTreeMap::new();
+        for adapter in &adapters {
+            for layer in adapter.layers() {
+                let (width, other) = *first.entry(layer.key.clone()).or_insert((layer.input, adapter));
+                if width != layer.input {
+                    let (x, y) = (other.path().display(), adapter.path().display());
+                    let input = layer.input;
+                    return Err(Error::layer(
+                        layer.key.as_str(),
+                        format!(
+                            "{x} reads inputs of width {width}, but {y} of width {input}; are they for one base \
+                             model?"
+                        ),
+                    ));
+                }
+            }
+        }
+        let widths = first.into_iter().map(|(key, (width, _))| (key, width)).collect();
+        let mut tasks: Vec<Task> = Vec::new();
+        for adapter in &adapters {
+            let mut name = adapter.name().to_owned();
+            let mut n = 2;
+            while tasks.iter().any(|task| task.name == name) {
+                name = format!("{} ({n})", adapter.name());
+                n += 1;
+            }
+            tasks.push(Task { name, a_sha256: adapter.a_sha256() });
+        }
+        Ok(Self::of_pool(tasks, Pool { adapters, widths }, State::default()))
+    }
+
+    fn of_pool(tasks: Vec<Task>, pool: Pool, state: State) -> Self {
+        let layers = pool
+            .widths
+            .keys()
+            .map(|key| {
+                let rank = |adapter: &Adapter| adapter.layer(key).map_or(0, |layer| layer.rank);
+                (key.clone(), Blocks { ranks: pool.adapters.iter().map(rank).collect() })
+            })
+            .filter(|(_, blocks)| blocks.members() > 1)
+            .collect();
+        Self { tasks, layers, pool: Some(pool), state: Mutex::new(state) }
+    }
+
+    /// Adds one batch of inputs (tokens × width) of `layer`, in any spelling, recorded while the adapter `task`
+    /// of the pool was active. A layer that only one adapter has needs none; its inputs are checked and dropped.
+    ///
+    /// # Errors
+    /// [`Error::Layer`] for a layer that no adapter has (with the nearest names), another width, no tokens, or
+    /// NaN or infinity in a host slice; [`Error::Invalid`] for a task that there is not, or if the calibration was
+    /// read from a file. After [`Error::Device`], part of the batch may have been added.
+    pub fn accumulate<'x>(
+        &mut self,
+        device: &Device,
+        task: usize,
+        layer: &str,
+        x: impl Into<Activations<'x>>,
+    ) -> Result<()> {
+        self.accumulate_from(device, Source::Task(task), layer, x.into())
+    }
+
+    /// Adds one batch of inputs that `layer` of the base model gets on unrelated prompts, where a merge should
+    /// change nothing (see [`SsrOptions::neutral_weight`](crate::SsrOptions::neutral_weight)).
+    ///
+    /// # Errors
+    /// As [`accumulate`](Self::accumulate).
+    pub fn accumulate_neutral<'x>(
+        &mut self,
+        device: &Device,
+        layer: &str,
+        x: impl Into<Activations<'x>>,
+    ) -> Result<()> {
+        self.accumulate_from(device, Source::Neutral, layer, x.into())
+    }
+
+    fn accumulate_from(
+        &mut self,
+        device: &Device,
+        source: Source,
+        layer: &str,
+        x: Activations<'_>,
+    ) -> Result<()> {
+        let slot = self.slot(source)?;
+        let key = LayerKey::parse(layer);
+        let Some(&width) = self.source()?.widths.get(&key) else {
+            return Err(Error::layer(
+                layer,
+                format!("no adapter of the pool has it; the nearest are {}", self.nearest(&key)),
+            ));
+        };
+        let shape = x.shape();
+        if shape.cols != width {
+            let reason = format!("its inputs have width {}, but the adapters read {width}", shape.cols);
+            return Err(Error::layer(layer, reason));
+        }
+        if shape.rows == 0 {
+            return Err(Error::layer(layer, "a batch without tokens; at least one is needed"));
+        }
+        if let Activations::Host(matrix) = x
+            && let Some(i) = matrix.first_non_finite()
+        {
+            let reason =
+                format!("element [{}, {}] of its inputs is NaN or infinite", i / shape.cols, i % shape.cols);
+            return Err(Error::layer(layer, reason));
+        }
+        match self.layers.contains_key(&key) {
+            true => self.add_inputs(device, slot, &[(key, x)]),
+            false => Ok(()),
+        }
+    }
+
+    /// Adds the tensors of a safetensors file: `<layer>` [tokens, width] in f32, f16 or bf16. Metadata `alias`
+    /// (JSON, layer → layer) names layers that read the same inputs as a stored one. The file is mapped, and a few
+    /// tensors at a time go through.
+    ///
+    /// # Errors
+    /// [`Error::Tensor`] or [`Error::File`], naming file and key, for another shape, width or type, no tokens,
+    /// NaN or infinity, or if no adapter has any of the layers; what came before it has been added then.
+    /// [`Error::Cancelled`].
+    pub fn accumulate_file(
+        &mut self,
+        device: &Device,
+        source: Source,
+        path: &Path,
+        control: &Control<'_>,
+    ) -> Result<FileSummary> {
+        let mut summary = FileSummary::default();
+        self.add_file(device, source, path, control, &mut summary)?;
+        self.check_used(path, summary)
+    }
+
+    /// As [`accumulate_file`](Self::accumulate_file), for a file or for all `*.safetensors` of a folder, in the
+    /// order of their names.
+    ///
+    /// # Errors
+    /// As [`accumulate_file`](Self::accumulate_file), and for a folder without such files.
+    pub fn accumulate_path(
+        &mut self,
+        device: &Device,
+        source: Source,
+        path: &Path,
+        control: &Control<'_>,
+    ) -> Result<FileSummary> {
+        if !path.is_dir() {
+            return self.accumulate_file(device, source, path, control);
+        }
+        let entries = std::fs::read_dir(path).map_err(|e| Error::io(path, "list", e))?;
+        let mut files = Vec::<PathBuf>::new();
+        for entry in entries {
+            let file = entry.map_err(|e| Error::io(path, "list", e))?.path();
+            if file.extension().is_some_and(|e| e == "safetensors") && file.is_file() {
+                files.push(file);
+            }
+        }
+        if files.is_empty() {
+            return Err(Error::file(path, "the folder holds no `*.safetensors` file with activations"));
+        }
+        files.sort();
+        let mut summary = FileSummary::default();
+        for file in files {
+            self.add_file(device, source, &file, control, &mut summary)?;
+        }
+        self.check_used(path, summary)
+    }
+
+    fn check_used(&self, path: &Path, summary: FileSummary) -> Result<FileSummary> {
+        if !summary.layers.is_empty() {
+            return Ok(summary);
+        }
+        Err(Error::file(
+            path,
+            match summary.unknown.first() {
+                None => "it holds no activations".to_owned(),
+                Some(name) => format!(
+                    "no adapter has any of its layers, such as `{name}`; the nearest are {}",
+                    self.nearest(&LayerKey::parse(name))
+                ),
+            },
+        ))
+    }
+
+    fn add_file(
+        &mut self,
+        device: &Device,
+        source: Source,
+        path: &Path,
+        control: &Control<'_>,
+        summary: &mut FileSummary,
+    ) -> Result<()> {
+        let slot = self.slot(source)?;
+        let file = SafetensorsFile::open(path)?;
+        let alias = read_alias(&file)?;
+        let total = file.tensors().count();
+        let limit = resident::call_limit(device);
+        let mut pending = Vec::new();
+        let mut cost = 0;
+        for (i, tensor) in file.tensors().enumerate() {
+            control.step("calibrate", tensor.name, i, total)?;
+            let own = LayerKey::parse(tensor.name);
+            if let Some(target) = alias.get(&own) {
+                let reason = format!("is stored, and by the metadata `alias` also the same as `{target}`");
+                return Err(Error::tensor(path, tensor.name, reason));
+            }
+            let others = alias.iter().filter(|(_, target)| **target == own).map(|(key, _)| key);
+            let widths = &self.source()?.widths;
+            let targets: Vec<_> = std::iter::once(&own)
+                .chain(others)
+                .filter_map(|key| Some((key.clone(), *widths.get(key)?)))
+                .collect();
+            if targets.is_empty() {
+                summary.unknown.push(tensor.name.to_owned());
+                continue;
+            }
+            let x = activations(path, &tensor)?;
+            for (key, width) in targets {
+                if x.cols != width {
+                    let reason =
+                        format!("has width {}, but the adapters read {width} on layer `{key}`", x.cols);
+                    return Err(Error::tensor(path, tensor.name, reason));
+                }
+                if let Some(blocks) = self.layers.get(&key) {
+                    cost += resident::call_cost(x, blocks.order());
+                    pending.push((key.clone(), Activations::Host(x)));
+                }
+                summary.layers.insert(key);
+                if cost > limit {
+                    self.add_inputs(device, slot, &pending)?;
+                    pending.clear();
+                    cost = 0;
+                }
+            }
+            summary.tokens += x.rows as u64;
+        }
+        self.add_inputs(device, slot, &pending)
+    }
+
+    /// Adds inputs of layers of the pool, already checked.
+    fn add_inputs(
+        &mut self,
+        device: &Device,
+        slot: usize,
+        inputs: &[(LayerKey, Activations<'_>)],
+    ) -> Result<()> {
+        let Self { tasks, layers, pool: Some(pool), state } = self else { return Ok(()) };
+        let state = state.get_mut().unwrap_or_else(PoisonError::into_inner);
+        if state.resident.as_ref().is_some_and(|resident| !resident.is_on(device)) {
+            state.flush(tasks)?;
+            state.resident = None;
+        }
+        let State { sums, resident } = state;
+        let resident = resident.get_or_insert_with(|| Resident::new(device, layers, pool));
+        resident.accumulate(slot, inputs, &pool.adapters, tasks, sums)
+    }
+
+    /// Fetches sums that are on the device. Methods that read them do it themselves.
+    ///
+    /// # Errors
+    /// [`Error::Layer`] if a sum is not finite, for activations overflow; [`Error::Device`].
+    pub fn flush(&self) -> Result<()> {
+        self.lock().flush(&self.tasks)
+    }
+
+    /// Adds what another calibration of the same pool counted. Tasks are matched by the hash of their A; their
+    /// order may differ.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`], naming the task, if the pools differ; as [`flush`](Self::flush).
+    pub fn add(&mut self, other: &Self) -> Result<()> {
+        if other.tasks.len() != self.tasks.len() {
+            return Err(Error::Invalid(format!(
+                "calibrations of {} and of {} adapters cannot be added; they must be of the same pool",
+                self.tasks.len(),
+                other.tasks.len()
+            )));
+        }
+        let mut order: Vec<usize> = Vec::new();
+        for task in &self.tasks {
+            let found = other
+                .tasks
+                .iter()
+                .enumerate()
+                .position(|(i, t)| t.a_sha256 == task.a_sha256 && !order.contains(&i));
+            let Some(found) = found else {
+                return Err(Error::Invalid(format!(
+                    "the calibrations are of different pools: adapter `{}` is in only one of them (by the hash \
+                     of its A)",
+                    task.name
+                )));
+            };
+            order.push(found);
+        }
+        let other = other.subset(&order)?;
+        if other.layers != self.layers {
+            return Err(Error::Invalid(
+                "the calibrations differ in the layers or ranks of their pools".into(),
+            ));
+        }
+        self.flush()?;
+        let state = self.state.get_mut().unwrap_or_else(PoisonError::into_inner);
+        for (key, sums) in other.lock().sums.iter() {
+            let mine = state.sums.entry(key.clone()).or_insert_with(|| vec![Sum::default(); sums.len()]);
+            for (mine, sum) in mine.iter_mut().zip(sums) {
+                mine.tokens += sum.tokens;
+                if let Some(gram) = &sum.gram {
+                    mine.add(gram.clone());
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The calibration of some tasks of the pool, as if the others had never been in it.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for a task that there is not, or for none; as [`flush`](Self::flush).
+    pub fn subset(&self, tasks: &[usize]) -> Result<Self> {
+        if tasks.is_empty() {
+            return Err(Error::Invalid("a subset needs at least one task".into()));
+        }
+        for &task in tasks {
+            self.slot(Source::Task(task))?;
+        }
+        let layers: BTreeMap<LayerKey, Blocks> = self
+            .layers
+            .iter()
+            .map(|(key, blocks)| {
+                (key.clone(), Blocks { ranks: tasks.iter().map(|&t| blocks.ranks[t]).collect() })
+            })
+            .filter(|(_, blocks)| blocks.members() > 1)
+            .collect();
+        let mut state = self.lock();
+        state.flush(&self.tasks)?;
+        let mut sums = BTreeMap::new();
+        for key in layers.keys() {
+            let Some(all) = state.sums.get(key) else { continue };
+            let rows = self.layers.get(key).map(|blocks| rows(blocks, tasks)).unwrap_or_default();
+            let slots = tasks.iter().copied().chain([self.tasks.len()]);
+            let slice =
+                |sum: &Sum| Sum { gram: sum.gram.as_ref().map(|g| sliced(g, &rows)), tokens: sum.tokens };
+            sums.insert(key.clone(), slots.map(|slot| slice(&all[slot])).collect());
+        }
+        let state = State { sums, resident: None };
+        let names: Vec<Task> = tasks.iter().map(|&task| self.tasks[task].clone()).collect();
+        let Some(pool) = &self.pool else {
+            return Ok(Self { tasks: names, layers, pool: None, state: Mutex::new(state) });
+        };
+        let adapters: Vec<Adapter> = tasks.iter().map(|&task| pool.adapters[task].clone()).collect();
+        let widths = adapters
+            .iter()
+            .flat_map(|adapter| adapter.layers().iter().map(|layer| (layer.key.clone(), layer.input)))
+            .collect();
+        Ok(Self::of_pool(names, Pool { adapters, widths }, state))
+    }
+
+    /// The place in the pool of each of these adapters, found by the hash of its A.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`], naming the adapter and the pool, if one is not in it.
+    pub fn select(&self, adapters: &[&Adapter]) -> Result<Vec<usize>> {
+        use rayon::prelude::*;
+        let hashes: Vec<String> = adapters.par_iter().map(|adapter| adapter.a_sha256()).collect();
+        let mut found = Vec::new();
+        for (adapter, hash) in adapters.iter().zip(hashes) {
+            let same = |i: &usize| self.tasks[*i].a_sha256 == hash;
+            let fresh = (0..self.tasks.len()).filter(same).find(|i| !found.contains(i));
+            let Some(i) = fresh.or_else(|| (0..self.tasks.len()).find(same)) else {
+                let pool: Vec<_> = self
+                    .tasks
+                    .iter()
+                    .map(|t| format!("`{}` ({})", t.name, t.a_sha256.get(..12).unwrap_or(&t.a_sha256)))
+                    .collect();
+                return Err(Error::Invalid(format!(
+                    "the calibration was made for other adapters: `{}` ({}, by the hash of its A) is not among {}; \
+                     calibrate again with it",
+                    adapter.path().display(),
+                    &hash[..12],
+                    pool.join(", ")
+                )));
+            };
+            found.push(i);
+        }
+        Ok(found)
+    }
+
+    /// The tasks, in order.
+    pub fn pool(&self) -> &[Task] {
+        &self.tasks
+    }
+
+    /// The layers that at least two adapters have, sorted.
+    pub fn layers(&self) -> impl Iterator<Item = &LayerKey> {
+        self.layers.keys()
+    }
+
+    /// Tokens of a task that went by on a layer.
+    pub fn tokens(&self, layer: &LayerKey, task: usize) -> u64 {
+        match task < self.tasks.len() {
+            true => self.slot_tokens(layer, task),
+            false => 0,
+        }
+    }
+
+    /// Neutral tokens that went by on a layer.
+    pub fn neutral_tokens(&self, layer: &LayerKey) -> u64 {
+        self.slot_tokens(layer, self.tasks.len())
+    }
+
+    /// The ranks of all tasks on a layer, 0 where one lacks it; empty if the layer is not calibrated.
+    pub fn ranks(&self, layer: &LayerKey) -> &[usize] {
+        self.layers.get(layer).map_or(&[], |blocks| &blocks.ranks)
+    }
+
+    /// G_k (R × R) of a task on a layer; `None` without tokens.
+    ///
+    /// # Errors
+    /// As [`flush`](Self::flush).
+    pub fn gram(&self, layer: &LayerKey, task: usize) -> Result<Option<Matrix>> {
+        match task < self.tasks.len() {
+            true => self.slot_gram(layer, task),
+            false => Ok(None),
+        }
+    }
+
+    /// G_0 (R × R) of the neutral inputs on a layer; `None` without tokens.
+    ///
+    /// # Errors
+    /// As [`flush`](Self::flush).
+    pub fn neutral_gram(&self, layer: &LayerKey) -> Result<Option<Matrix>> {
+        self.slot_gram(layer, self.tasks.len())
+    }
+
+    /// Layers and the tasks whose adapter has them but of which no activations came: a merge can only sum there.
+    pub fn missing(&self) -> Vec<(LayerKey, usize)> {
+        let mut missing = Vec::new();
+        for (key, blocks) in &self.layers {
+            for task in (0..self.tasks.len()).filter(|&t| blocks.ranks[t] > 0) {
+                if self.tokens(key, task) == 0 {
+                    missing.push((key.clone(), task));
+                }
+            }
+        }
+        missing
+    }
+
+    /// Statistics of a layer for a merge of `tasks` whose result consists of the blocks of `members`, in order.
+    pub(crate) fn statistics(
+        &self,
+        layer: &LayerKey,
+        tasks: &[usize],
+        members: &[usize],
+    ) -> Result<LayerStatistics> {
+        let mut state = self.lock();
+        state.flush(&self.tasks)?;
+        let nothing = || LayerStatistics { tasks: vec![(None, 0); tasks.len()], neutral: None };
+        let (Some(blocks), Some(sums)) = (self.layers.get(layer), state.sums.get(layer)) else {
+            return Ok(nothing());
+        };
+        let rows = rows(blocks, members);
+        let slice = |slot: usize| sums[slot].gram.as_ref().map(|gram| sliced(gram, &rows));
+        Ok(LayerStatistics {
+            tasks: tasks.iter().map(|&task| (slice(task), sums[task].tokens)).collect(),
+            neutral: slice(self.tasks.len()),
+        })
+    }
+
+    /// The tasks' sums and then that of the neutral inputs.
+    fn slot(&self, source: Source) -> Result<usize> {
+        match source {
+            Source::Neutral => Ok(self.tasks.len()),
+            Source::Task(task) if task < self.tasks.len() => Ok(task),
+            Source::Task(task) => Err(Error::Invalid(format!(
+                "there is no task {task}; the pool has {} adapters, counted from 0",
+                self.tasks.len()
+            ))),
+        }
+    }
+
+    fn slot_tokens(&self, layer: &LayerKey, slot: usize) -> u64 {
+        self.lock().sums.get(layer).map_or(0, |sums| sums[slot].tokens)
+    }
+
+    fn slot_gram(&self, layer: &LayerKey, slot: usize) -> Result<Option<Matrix>> {
+        let mut state = self.lock();
+        state.flush(&self.tasks)?;
+        Ok(state.sums.get(layer).and_then(|sums| sums[slot].gram.clone()))
+    }
+
+    fn pool_adapters(&self) -> &[Adapter] {
+        self.pool.as_ref().map_or(&[], |pool| &pool.adapters)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // A panic elsewhere leaves sums that are whole.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn nearest(&self, key: &LayerKey) -> String {
+        let names = self.pool.iter().flat_map(|pool| pool.widths.keys());
+        let mut names: Vec<_> = names.map(|name| (distance(key.as_str(), name.as_str()), name)).collect();
+        names.sort();
+        names.iter().take(3).map(|(_, name)| format!("`{name}`")).collect::<Vec<_>>().join(", ")
+    }
+}
+
+impl Calibration {
+    fn source(&self) -> Result<&Pool> {
+        self.pool.as_ref().ok_or_else(|| {
+            Error::Invalid(
+                "a calibration that was read from a file cannot take activations; make one of the adapters and \
+                 add the two"
+                    .into(),
+            )
+        })
+    }
+}
+
+impl State {
+    fn flush(&mut self, tasks: &[Task]) -> Result<()> {
+        match &mut self.resident {
+            Some(resident) => resident.flush(tasks, &mut self.sums),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Rows of a Gram matrix that belong to these tasks.
+fn rows(blocks: &Blocks, tasks: &[usize]) -> Vec<usize> {
+    tasks.iter().flat_map(|&task| blocks.range(task)).collect()
+}
+
+fn sliced(gram: &Matrix, rows: &[usize]) -> Matrix {
+    Matrix::from_fn(rows.len(), rows.len(), |i, j| gram[(rows[i], rows[j])])
+}
+
+/// Layers that read what another one reads, and which.
+fn read_alias(file: &SafetensorsFile) -> Result<BTreeMap<LayerKey, LayerKey>> {
+    let Some(text) = file.metadata().get("alias") else { return Ok(BTreeMap::new()) };
+    let names: BTreeMap<String, String> = serde_json::from_str(text).map_err(|e| {
+        Error::file(file.path(), format!("its metadata `alias` should be JSON of layer names: {e}"))
+    })?;
+    let names: BTreeMap<_, _> =
+        names.iter().map(|(from, to)| (LayerKey::parse(from), LayerKey::parse(to))).collect();
+    if let Some((from, to)) = names.iter().find(|(_, to)| names.contains_key(*to)) {
+        return Err(Error::file(
+            file.path(),
+            format!(
+                "its metadata `alias` leads `{from}` to `{to}`, which is an alias itself; name a stored layer"
+            ),
+        ));
+    }
+    Ok(names)
+}
+
+/// A tensor as activations, checked.
+fn activations<'a>(path: &Path, tensor: &TensorRef<'a>) -> Result<RawMatrix<'a>> {
+    let fail = |reason: String| Err(Error::tensor(path, tensor.name, reason));
+    let dtype = match tensor.dtype {
+        FileDtype::F32 => Dtype::F32,
+        FileDtype::F16 => Dtype::F16,
+        FileDtype::BF16 => Dtype::Bf16,
+        other => return fail(format!("is of type {other}; activations are F32, F16 or BF16")),
+    };
+    let &[rows, cols] = tensor.shape else {
+        return fail(format!("has the shape {:?}; activations are [tokens, width]", tensor.shape));
+    };
+    if rows == 0 || cols == 0 {
+        return fail(format!("has the shape [{rows}, {cols}]: it holds no tokens"));
+    }
+    let x = RawMatrix::new(dtype, rows, cols, tensor.bytes)?;
+    match x.first_non_finite() {
+        None => Ok(x),
+        Some(i) => {
+            let (row, col) = (i / cols, i % cols);
+            fail(format!(
+                "element {i} (row {row}, column {col}) is NaN or infinite; every value must be finite"
+            ))
+        }
+    }
+}
+
+/// Levenshtein's distance of two names.
+fn distance(x: &str, y: &str) -> usize {
+    let mut row: Vec<usize> = (0..=y.len()).collect();
+    for (i, a) in x.bytes().enumerate() {
+        let mut diagonal = i;
+        row[0] = i + 1;
+        for (j, b) in y.bytes().enumerate() {
+            let change = diagonal + usize::from(a != b);
+            diagonal = row[j + 1];
+            row[j + 1] = change.min(diagonal + 1).min(row[j] + 1);
+        }
+    }
+    row[y.len()]
+}

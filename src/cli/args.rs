@@ -1,0 +1,269 @@
+//! Arguments that several commands share.
+
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+use clap::builder::{OsStringValueParser, TypedValueParser, ValueParser};
+use loraweld::compute::{Device, DeviceOptions, Precision, Select};
+use loraweld::{Adapter, Dtype, Format};
+
+use super::output::Output;
+
+/// Options that every command takes.
+#[derive(Args, Debug)]
+pub struct Global {
+    /// Where to compute: `auto`, `cpu`, `gpu`, an index of `loraweld devices`, or a part of a name.
+    ///
+    /// `auto` takes a hardware GPU, else the CPU; a software adapter only `gpu`, an index or a name.
+    /// WGPU_BACKEND and WGPU_ADAPTER_NAME are honoured.
+    #[arg(
+        long,
+        global = true,
+        value_name = "DEVICE",
+        default_value = "auto",
+        help_heading = "Global options"
+    )]
+    pub device: Select,
+
+    /// Arithmetic: `auto` (f32 products, wider sums and factorisations), `f64` or `double-single` throughout.
+    #[arg(
+        long,
+        global = true,
+        value_name = "TIER",
+        default_value = "auto",
+        value_parser = precision,
+        help_heading = "Global options"
+    )]
+    pub precision: Precision,
+
+    /// Print events and results as JSON lines on stdout.
+    #[arg(long, global = true, help_heading = "Global options")]
+    pub json: bool,
+
+    /// Say nothing but results that were asked for, warnings and errors.
+    #[arg(short, long, global = true, conflicts_with = "verbose", help_heading = "Global options")]
+    pub quiet: bool,
+
+    /// Log what happens to stderr; twice or thrice for more.
+    #[arg(short, long, global = true, action = clap::ArgAction::Count, help_heading = "Global options")]
+    pub verbose: u8,
+}
+
+impl Global {
+    /// Opens the device, says which, and says once what the user should know about it.
+    pub fn open_device(&self, memory: &Memory, out: &Output) -> anyhow::Result<Device> {
+        let device = Device::open(&DeviceOptions {
+            select: self.device.clone(),
+            precision: self.precision,
+            memory: memory.mib.map(|mib| mib << 20),
+            ..Default::default()
+        })?;
+        out.event("device", &serde_json::json!({ "device": device.describe(), "note": device.note() }))?;
+        out.info(format_args!("device     {}", device.describe()))?;
+        if let Some(note) = device.note() {
+            out.warn(note)?;
+        }
+        Ok(device)
+    }
+}
+
+/// The device's budget.
+#[derive(Args, Debug, Default)]
+pub struct Memory {
+    /// Device memory to stay within, in MiB.
+    #[arg(
+        long = "memory",
+        value_name = "MIB",
+        value_parser = clap::value_parser!(u64).range(1..=1 << 30)
+    )]
+    pub mib: Option<u64>,
+}
+
+/// Names of precisions on the command line.
+fn precision(text: &str) -> Result<Precision, String> {
+    match text {
+        "auto" => Ok(Precision::Auto),
+        "f64" => Ok(Precision::F64),
+        "double-single" => Ok(Precision::DoubleSingle),
+        _ => Err("expected `auto`, `f64` or `double-single`".into()),
+    }
+}
+
+/// Names of element types on the command line.
+pub fn dtype(text: &str) -> Result<Dtype, String> {
+    [Dtype::F16, Dtype::Bf16, Dtype::F32]
+        .into_iter()
+        .find(|dtype| dtype.name() == text)
+        .ok_or_else(|| "expected `f16`, `bf16` or `f32`".into())
+}
+
+/// How the output's keys are spelled.
+#[derive(Clone, Copy, Debug)]
+pub enum OutputFormat {
+    /// As the first input spells them.
+    Same,
+    /// Another spelling.
+    As(Format),
+}
+
+impl OutputFormat {
+    /// As the library wants it.
+    pub fn format(self) -> Option<Format> {
+        match self {
+            Self::Same => None,
+            Self::As(format) => Some(format),
+        }
+    }
+
+    /// Names of spellings on the command line.
+    pub fn parse(text: &str) -> Result<Self, String> {
+        if text == "same" {
+            return Ok(Self::Same);
+        }
+        [Format::Peft, Format::Kohya, Format::Comfyui]
+            .into_iter()
+            .find(|format| format.name() == text)
+            .map(Self::As)
+            .ok_or_else(|| "expected `same`, `peft`, `kohya` or `comfyui`".into())
+    }
+}
+
+/// A finite number.
+pub fn finite(text: &str) -> Result<f64, String> {
+    match text.trim().parse::<f64>() {
+        Ok(x) if x.is_finite() => Ok(x),
+        Ok(x) => Err(format!("is {x}; expected a finite number")),
+        Err(_) => Err("expected a number".into()),
+    }
+}
+
+/// A finite number that is not negative.
+pub fn weight(text: &str) -> Result<f64, String> {
+    match finite(text)? {
+        x if x >= 0.0 => Ok(x),
+        x => Err(format!("is {x}; expected 0 or more")),
+    }
+}
+
+/// `PATH` or `PATH:STRENGTH`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LoraArg {
+    /// The file or PEFT folder.
+    pub path: PathBuf,
+    /// The factor on its whole update.
+    pub strength: f64,
+    /// Whether the strength was spelled out.
+    pub explicit: bool,
+}
+
+impl LoraArg {
+    /// For clap; takes paths that are not UTF-8, too.
+    pub fn parser() -> ValueParser {
+        ValueParser::new(OsStringValueParser::new().try_map(Self::parse))
+    }
+
+    fn parse(text: OsString) -> Result<Self, String> {
+        Self::parse_with(text, Path::exists)
+    }
+
+    /// What follows the last colon is a strength if it is a number, unless the whole names something that
+    /// exists: paths may hold colons (`C:\`) themselves.
+    fn parse_with(text: OsString, exists: impl Fn(&Path) -> bool) -> Result<Self, String> {
+        if text.is_empty() {
+            return Err("is empty; expected PATH or PATH:STRENGTH".into());
+        }
+        let whole = || Ok(Self { path: PathBuf::from(&text), strength: 1.0, explicit: false });
+        if exists(Path::new(&text)) {
+            return whole();
+        }
+        // A path that is not UTF-8 cannot carry a strength.
+        let Some((path, tail)) = text.to_str().and_then(|text| text.rsplit_once(':')) else {
+            return whole();
+        };
+        let is_drive = path.len() == 1 && path.as_bytes()[0].is_ascii_alphabetic();
+        let path = Path::new(path);
+        if is_drive && !exists(path) {
+            return whole();
+        }
+        match tail.parse::<f64>() {
+            Ok(_) if path.as_os_str().is_empty() => {
+                Err(format!("no path stands before `:{tail}`; expected PATH:STRENGTH"))
+            }
+            Ok(strength) if strength.is_finite() => {
+                Ok(Self { path: path.to_owned(), strength, explicit: true })
+            }
+            Ok(strength) => Err(format!("the strength is {strength}; expected a finite number")),
+            Err(_) if exists(path) => {
+                Err(format!("`{tail}` after the colon is not a number; expected PATH:STRENGTH"))
+            }
+            Err(_) => whole(),
+        }
+    }
+}
+
+/// Opens every adapter, in order.
+pub fn open_adapters(loras: &[LoraArg]) -> anyhow::Result<Vec<Adapter>> {
+    Ok(loras.iter().map(|lora| Adapter::open(&lora.path)).collect::<loraweld::Result<_>>()?)
+}
+
+/// Opens adapters for a command to which strengths mean nothing, and says so if there are any.
+pub fn open_unweighted(loras: &[LoraArg], why: &str, out: &Output) -> anyhow::Result<Vec<Adapter>> {
+    let adapters = open_adapters(loras)?;
+    if loras.iter().any(|lora| lora.explicit) {
+        out.warn(format_args!("strengths are ignored: {why}"))?;
+    }
+    Ok(adapters)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &str, existing: &[&str]) -> Result<(String, f64), String> {
+        let lora = LoraArg::parse_with(text.into(), |path| existing.iter().any(|e| path == Path::new(e)))?;
+        Ok((lora.path.display().to_string(), lora.strength))
+    }
+
+    #[test]
+    fn strengths_follow_the_last_colon() {
+        let is = |text, existing, path: &str, strength| {
+            assert_eq!(parse(text, existing), Ok((path.to_owned(), strength)), "{text}");
+        };
+        is("a.safetensors", &[], "a.safetensors", 1.0);
+        is("a.safetensors:0.8", &["a.safetensors"], "a.safetensors", 0.8);
+        is("a.safetensors:-1e-1", &[], "a.safetensors", -0.1);
+        is("a:b.safetensors:2", &[], "a:b.safetensors", 2.0);
+        is("a:b.safetensors", &[], "a:b.safetensors", 1.0);
+        is(r"C:\a.safetensors", &[], r"C:\a.safetensors", 1.0);
+        is(r"C:\a.safetensors:.5", &[], r"C:\a.safetensors", 0.5);
+        is("C:1", &[], "C:1", 1.0);
+        is("a:1", &["a"], "a", 1.0);
+        is("a.safetensors:0.5", &["a.safetensors:0.5", "a.safetensors"], "a.safetensors:0.5", 1.0);
+    }
+
+    #[test]
+    fn bad_strengths_are_refused() {
+        for (text, expected) in [
+            ("", "empty"),
+            ("a.safetensors:nan", "finite"),
+            ("a.safetensors:-inf", "finite"),
+            ("a.safetensors:1e999", "finite"),
+            ("a.safetensors:x", "not a number"),
+            ("a.safetensors:", "not a number"),
+            (":1", "no path"),
+        ] {
+            let error = parse(text, &["a.safetensors"]).expect_err(text);
+            assert!(error.contains(expected), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn ranges() {
+        assert_eq!(weight("0.5"), Ok(0.5));
+        for text in ["-1", "nan", "inf", "x", ""] {
+            assert!(weight(text).is_err(), "{text}");
+        }
+        assert_eq!(finite("-1"), Ok(-1.0));
+    }
+}

@@ -1,0 +1,275 @@
+//! `loraweld inspect`
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use clap::Args;
+use loraweld::{Adapter, Layer, LayerKey};
+use serde_json::{Map, Value, json};
+
+use super::args::{LoraArg, open_unweighted};
+use super::layers::{group, pattern, range};
+use super::output::{Output, Table, count, size, some};
+
+/// Show what LoRA files hold and, of several, what matches.
+#[derive(Args, Debug)]
+#[command(after_help = "\
+Examples:
+  loraweld inspect cat.safetensors
+  loraweld inspect cat.safetensors dog.safetensors     what a merge of the two would match
+  loraweld inspect --json cat.safetensors | jq .modules")]
+pub struct Inspect {
+    /// Files, or folders that PEFT saved.
+    #[arg(required = true, value_name = "LORA", value_parser = LoraArg::parser())]
+    loras: Vec<LoraArg>,
+}
+
+/// Metadata that tells people what a file is.
+const METADATA: &[(&str, &str)] = &[
+    ("modelspec.title", "title"),
+    ("ss_output_name", "name"),
+    ("modelspec.architecture", "architecture"),
+    ("ss_base_model_version", "base model"),
+    ("ss_sd_model_name", "trained on"),
+    ("modelspec.trigger_phrase", "trigger"),
+    ("ss_network_module", "module"),
+    ("ss_training_comment", "comment"),
+    ("modelspec.license", "license"),
+    ("modelspec.merged_from", "merged from"),
+    ("loraweld.method", "method"),
+];
+
+impl Inspect {
+    pub fn run(self, out: &Output) -> anyhow::Result<()> {
+        let adapters = open_unweighted(&self.loras, "they only matter to a merge", out)?;
+        for (i, adapter) in adapters.iter().enumerate() {
+            if i > 0 {
+                out.result("")?;
+            }
+            one(adapter, out)?;
+        }
+        if adapters.len() > 1 {
+            out.result("")?;
+            matches(&adapters, out)?;
+        }
+        Ok(())
+    }
+}
+
+fn one(adapter: &Adapter, out: &Output) -> anyhow::Result<()> {
+    let layers = adapter.layers();
+    let bytes = std::fs::metadata(adapter.path()).map(|meta| meta.len()).unwrap_or_default();
+    let prefixes: BTreeSet<_> = layers.iter().map(|layer| layer.prefix.as_str()).collect();
+    let tags = tags(adapter);
+    let metadata = METADATA
+        .iter()
+        .filter_map(|&(key, label)| Some((key, label, adapter.metadata().get(key)?)))
+        .collect::<Vec<_>>();
+
+    out.event(
+        "adapter",
+        &json!({
+            "file": adapter.path(),
+            "name": adapter.name(),
+            "bytes": bytes,
+            "format": adapter.format().name(),
+            "prefixes": prefixes,
+            "dtype": adapter.dtype().name(),
+            "layers": layers.len(),
+            "rank_min": layers.iter().map(|l| l.rank).min(),
+            "rank_max": layers.iter().map(|l| l.rank).max(),
+            "metadata": metadata.iter().map(|(key, _, v)| ((*key).to_owned(), json!(v))).collect::<Map<_, _>>(),
+            "tags": tags,
+            "modules": layers.iter().map(describe).collect::<Vec<_>>(),
+        }),
+    )?;
+
+    out.result(adapter.path().display())?;
+    let line = |label: &str, text: String| out.result(format_args!("  {label:<12} {text}"));
+    let prefixes = some(prefixes.iter().map(|p| format!("`{p}`")), 4);
+    line("keys", format!("{}, prefix {prefixes}", adapter.format()))?;
+    line("size", format!("{}, {}", size(bytes), adapter.dtype()))?;
+    line("layers", format!("{}, rank {}", layers.len(), range(layers.iter().map(|layer| layer.rank))))?;
+    for (text, names) in group(layers.iter().map(|layer| (scale(layer), name(layer)))) {
+        let whose = match names.len() {
+            n if n == layers.len() => String::new(),
+            n => format!(" on {}: {}", count(n, "layer"), some(&names, 3)),
+        };
+        line("scale", text + &whose)?;
+    }
+    for (_, label, value) in metadata {
+        line(label, short(value))?;
+    }
+    if !tags.is_empty() {
+        line("tags", some(&tags, 8))?;
+    }
+    let mut table = Table::new(&["  module", ">layers", ">rank", ">in", ">out", ">scale"]);
+    let key = |layer: &Layer| (pattern(&name(layer)), layer.input, layer.output);
+    for ((pattern, input, output), group) in group(layers.iter().map(|layer| (key(layer), layer))) {
+        let mut scales: Vec<_> = group.iter().map(|layer| layer.scale.value).collect();
+        scales.sort_by(f64::total_cmp);
+        table.row([
+            format!("  {pattern}"),
+            group.len().to_string(),
+            range(group.iter().map(|layer| layer.rank)),
+            input.to_string(),
+            output.to_string(),
+            match scales[..] {
+                [min, .., max] if min != max => format!("{} to {}", decimal(min), decimal(max)),
+                [scale, ..] => decimal(scale),
+                [] => String::new(),
+            },
+        ]);
+    }
+    out.result(table)
+}
+
+/// As the file spells it, but for the prefix; with the text encoder's name, if it is of one.
+fn name(layer: &Layer) -> String {
+    match layer.key.component() {
+        "" => layer.module.clone(),
+        component => format!("{component}: {}", layer.module),
+    }
+}
+
+/// Four decimals at most.
+fn decimal(value: f64) -> String {
+    let text = format!("{value:.4}");
+    text.trim_end_matches('0').trim_end_matches('.').to_owned()
+}
+
+fn scale(layer: &Layer) -> String {
+    let scale = layer.scale;
+    let divisor = if scale.rank_stabilized { ", divided by the root of the rank" } else { "" };
+    match scale.alpha {
+        Some(0.0) => format!("0: alpha 0 ({}), adds nothing", scale.rule),
+        Some(alpha) => format!("{} (alpha {alpha}, {}{divisor})", scale.value, scale.rule),
+        None => format!("{} ({}{divisor})", scale.value, scale.rule),
+    }
+}
+
+fn describe(layer: &Layer) -> Value {
+    let Layer { key, rank, input, output, scale, .. } = layer;
+    json!({
+        "key": key.as_str(),
+        "module": format!("{}{}", layer.prefix, layer.module),
+        "rank": rank,
+        "in": input,
+        "out": output,
+        "dtype": layer.dtype().name(),
+        "scale": scale.value,
+        "alpha": scale.alpha,
+        "scale_from": scale.rule.to_string(),
+        "rank_stabilized": scale.rank_stabilized,
+    })
+}
+
+/// Tags of the training set, the most frequent first: trigger words are among them.
+fn tags(adapter: &Adapter) -> Vec<String> {
+    let text = adapter.metadata().get("ss_tag_frequency").map_or("", String::as_str);
+    let Ok(folders) = serde_json::from_str::<BTreeMap<String, BTreeMap<String, f64>>>(text) else {
+        return Vec::new();
+    };
+    let mut counts: BTreeMap<String, f64> = BTreeMap::new();
+    for (tag, n) in folders.into_values().flatten() {
+        *counts.entry(tag.trim().to_owned()).or_default() += n;
+    }
+    let mut tags: Vec<_> = counts.into_iter().filter(|(tag, _)| !tag.is_empty()).collect();
+    tags.sort_by(|x, y| y.1.total_cmp(&x.1));
+    tags.into_iter().take(20).map(|(tag, _)| tag).collect()
+}
+
+/// One line, cut where it is too long.
+fn short(text: &str) -> String {
+    let line: String = text.split_whitespace().collect::<Vec<_>>().join(" ");
+    match line.char_indices().nth(90) {
+        Some((end, _)) => format!("{}...", &line[..end]),
+        None => line,
+    }
+}
+
+/// A layer's places: file and layer.
+type Found<'a> = &'a [(usize, &'a Layer)];
+
+/// What a merge of the files would match.
+fn matches(adapters: &[Adapter], out: &Output) -> anyhow::Result<()> {
+    let mut by_key: BTreeMap<&LayerKey, Vec<(usize, &Layer)>> = BTreeMap::new();
+    for (i, adapter) in adapters.iter().enumerate() {
+        for layer in adapter.layers() {
+            by_key.entry(&layer.key).or_default().push((i, layer));
+        }
+    }
+    let shape = |layer: &Layer| format!("{} to {}", layer.input, layer.output);
+    let disagree = |found: Found| found.iter().any(|(_, layer)| shape(layer) != shape(found[0].1));
+    let keys = |wanted: &dyn Fn(Found) -> bool| {
+        by_key.iter().filter(|(_, found)| wanted(found)).map(|(key, _)| *key).collect::<Vec<_>>()
+    };
+    let n = adapters.len();
+    let all = keys(&|found| found.len() == n && !disagree(found));
+    let part = keys(&|found| (2..n).contains(&found.len()) && !disagree(found));
+    let alone = |i| keys(&|found| found.len() == 1 && found[0].0 == i);
+    let conflicts: Vec<_> = by_key.iter().filter(|(_, found)| disagree(found)).collect();
+
+    out.event(
+        "match",
+        &json!({
+            "in_all": all.len(),
+            "in_some": part.iter().map(|key| key.as_str()).collect::<Vec<_>>(),
+            "in_one": (0..n).map(|i| json!({
+                "file": adapters[i].path(),
+                "layers": alone(i).iter().map(|key| key.as_str()).collect::<Vec<_>>(),
+                "why": why_alone(adapters, i, &alone(i)),
+            })).collect::<Vec<_>>(),
+            "conflicts": conflicts.iter().map(|(key, found)| json!({
+                "layer": key.as_str(),
+                "shapes": found.iter().map(|&(i, layer)| json!({
+                    "file": adapters[i].path(), "in": layer.input, "out": layer.output,
+                })).collect::<Vec<_>>(),
+            })).collect::<Vec<_>>(),
+        }),
+    )?;
+
+    let files = if n == 2 { "both files".to_owned() } else { format!("all {n} files") };
+    out.result(format_args!("match: {} in {files}", count(all.len(), "layer")))?;
+    if !part.is_empty() {
+        out.result(format_args!("  in some of them: {}: {}", count(part.len(), "layer"), some(&part, 3)))?;
+    }
+    for (i, adapter) in adapters.iter().enumerate() {
+        let alone = alone(i);
+        if let Some(why) = why_alone(adapters, i, &alone) {
+            let layers = count(alone.len(), "layer");
+            out.result(format_args!("  only in {}: {layers}: {}", adapter.name(), some(&alone, 3)))?;
+            out.result(format_args!("    {why}"))?;
+        }
+    }
+    if !conflicts.is_empty() {
+        let layers = count(conflicts.len(), "layer");
+        out.result(format_args!("  widths disagree on {layers}, so these files cannot be merged:"))?;
+        for (key, found) in conflicts.iter().take(3) {
+            let shapes = found.iter().map(|&(i, layer)| format!("{} {}", adapters[i].name(), shape(layer)));
+            out.result(format_args!("    {key}: {}", some(shapes, usize::MAX)))?;
+        }
+        out.result("    are they made for one base model?")?;
+    }
+    Ok(())
+}
+
+/// Why layers of one file have no partner; `None` if all have.
+fn why_alone(adapters: &[Adapter], file: usize, alone: &[&LayerKey]) -> Option<String> {
+    let first = alone.first()?;
+    if alone.len() < adapters[file].layers().len() {
+        let component = first.component();
+        let others = adapters.iter().enumerate().filter(|(i, _)| *i != file);
+        let has = others.flat_map(|(_, a)| a.layers()).any(|l| l.key.component() == component);
+        return Some(match has {
+            true => "no other file adapts them; a merge passes them through".into(),
+            false => format!("no other file adapts a {component}; a merge passes them through"),
+        });
+    }
+    let other = adapters.iter().enumerate().find(|(i, _)| *i != file)?.1.layers().first()?;
+    Some(format!(
+        "nothing of this file matches: its layers are named like `{}`, others like `{}`; \
+         another base model, or another trainer's names for the same one?",
+        pattern(first.as_str()),
+        pattern(other.key.as_str())
+    ))
+}

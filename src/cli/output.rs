@@ -1,0 +1,307 @@
+//! What the commands say, and where: results on stdout, warnings and progress on stderr.
+
+use std::fmt::Display;
+use std::io::{self, IsTerminal, Write};
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use loraweld::{Control, Progress};
+use serde::Serialize;
+use serde_json::{Value, json};
+
+/// Set by Ctrl-C and SIGTERM: long calls then stop and remove their temporary file.
+pub static CANCEL: AtomicBool = AtomicBool::new(false);
+
+/// At most this often, progress is an event.
+const EVENTS_EVERY: Duration = Duration::from_millis(100);
+
+/// The streams of a command.
+pub struct Output {
+    json: bool,
+    quiet: bool,
+    /// Whoever read stdout is gone. The work goes on: a file may be all that was wanted.
+    broken: AtomicBool,
+    bar: Mutex<Option<ProgressBar>>,
+    /// Said so far, for the report.
+    warnings: Mutex<Vec<String>>,
+}
+
+impl Output {
+    pub fn new(json: bool, quiet: bool) -> Self {
+        Self { json, quiet, broken: false.into(), bar: Mutex::default(), warnings: Mutex::default() }
+    }
+
+    /// What the command was asked for, in words.
+    pub fn result(&self, text: impl Display) -> anyhow::Result<()> {
+        if self.json { Ok(()) } else { self.stdout(&format!("{}\n", clean(text))) }
+    }
+
+    /// What is nice to know, in words.
+    pub fn info(&self, text: impl Display) -> anyhow::Result<()> {
+        if self.quiet { Ok(()) } else { self.result(text) }
+    }
+
+    /// A JSON line `{"event": name, ...fields}`.
+    pub fn event(&self, name: &str, fields: &impl Serialize) -> anyhow::Result<()> {
+        if !self.json {
+            return Ok(());
+        }
+        let mut line = json!({ "event": name });
+        match (line.as_object_mut(), serde_json::to_value(fields)?) {
+            (Some(line), Value::Object(fields)) => line.extend(fields),
+            (Some(line), other) => drop(line.insert("value".into(), other)),
+            (None, _) => {}
+        }
+        self.stdout(&format!("{line}\n"))
+    }
+
+    /// Something that is no failure but may not be what the user wants.
+    pub fn warn(&self, text: impl Display) -> anyhow::Result<()> {
+        let text = clean(text);
+        self.stderr(&format!("warning: {text}\n"));
+        self.event("warning", &json!({ "message": text }))?;
+        lock(&self.warnings).push(text);
+        Ok(())
+    }
+
+    /// Every warning so far.
+    pub fn warnings(&self) -> Vec<String> {
+        lock(&self.warnings).clone()
+    }
+
+    /// The last word of a command that failed.
+    pub fn error(&self, message: &str, hint: &str) {
+        self.stderr(&format!("error: {}\n{hint}", clean(message)));
+        // Nothing is left to be done if stdout fails as well.
+        let _ = self.event("error", &json!({ "message": message }));
+    }
+
+    /// Runs a long call with a progress bar (or events) and a cancellation token.
+    pub fn long<T>(&self, call: impl FnOnce(&Control) -> T) -> T {
+        let bar = if self.quiet || self.json || !io::stderr().is_terminal() {
+            ProgressBar::hidden()
+        } else {
+            ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr())
+        };
+        let style = ProgressStyle::with_template("{prefix:9} [{bar:30}] {pos}/{len}  {wide_msg}");
+        bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()).progress_chars("=> "));
+        *lock(&self.bar) = Some(bar.clone());
+        let last = Mutex::new(None::<Instant>);
+        let progress = |p: Progress| {
+            bar.set_prefix(p.stage);
+            bar.set_length(p.total);
+            bar.set_position(p.done);
+            bar.set_message(p.item.to_owned());
+            let mut last = lock(&last);
+            if self.json && (p.done == p.total || last.is_none_or(|t| t.elapsed() >= EVENTS_EVERY)) {
+                *last = Some(Instant::now());
+                let Progress { stage, item, done, total } = p;
+                // A broken stdout is reported by the next result.
+                let fields = json!({ "stage": stage, "item": item, "done": done, "total": total });
+                let _ = self.event("progress", &fields);
+            }
+        };
+        let result = call(&Control { progress: Some(&progress), cancel: Some(&CANCEL) });
+        bar.finish_and_clear();
+        *lock(&self.bar) = None;
+        result
+    }
+
+    fn stdout(&self, text: &str) -> anyhow::Result<()> {
+        if self.broken.load(Ordering::Relaxed) {
+            return Ok(());
+        }
+        let mut write = || -> io::Result<()> {
+            let mut stdout = io::stdout().lock();
+            stdout.write_all(text.as_bytes())?;
+            stdout.flush()
+        };
+        match self.suspended(&mut write) {
+            Err(e) if e.kind() == io::ErrorKind::BrokenPipe => self.broken.store(true, Ordering::Relaxed),
+            other => other.context("cannot write to stdout")?,
+        }
+        Ok(())
+    }
+
+    fn stderr(&self, text: &str) {
+        // Not `eprint!`, which panics if stderr is closed.
+        self.suspended(&mut || drop(io::stderr().write_all(text.as_bytes())));
+    }
+
+    /// Writes without a progress bar in between.
+    fn suspended<T>(&self, write: &mut dyn FnMut() -> T) -> T {
+        match &*lock(&self.bar) {
+            Some(bar) => bar.suspend(write),
+            None => write(),
+        }
+    }
+}
+
+/// Names and metadata of files may hold anything, but must not steer the terminal.
+fn clean(text: impl Display) -> String {
+    text.to_string().replace(|c: char| c.is_control() && c != '\n', " ")
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+}
+
+/// A table of text: the first column is aligned left, the others as they are told.
+pub struct Table {
+    right: Vec<bool>,
+    rows: Vec<Vec<String>>,
+}
+
+impl Table {
+    /// A heading that starts with `>` aligns its column right.
+    pub fn new(headings: &[&str]) -> Self {
+        let right = headings.iter().map(|h| h.starts_with('>')).collect();
+        let row = headings.iter().map(|h| h.trim_start_matches('>').to_owned()).collect();
+        Self { right, rows: vec![row] }
+    }
+
+    pub fn row<const N: usize>(&mut self, cells: [String; N]) {
+        self.rows.push(cells.into());
+    }
+}
+
+impl Display for Table {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let width = |i: usize| {
+            self.rows.iter().filter_map(|row| row.get(i)).map(|c| c.chars().count()).max().unwrap_or(0)
+        };
+        let widths: Vec<_> = (0..self.right.len()).map(width).collect();
+        for (i, row) in self.rows.iter().enumerate() {
+            let mut line = String::new();
+            for ((cell, &width), &right) in row.iter().zip(&widths).zip(&self.right) {
+                line += &if right { format!("{cell:>width$}  ") } else { format!("{cell:<width$}  ") };
+            }
+            if i > 0 {
+                writeln!(f)?;
+            }
+            write!(f, "{}", line.trim_end())?;
+        }
+        Ok(())
+    }
+}
+
+/// Bytes, for people.
+pub fn size(bytes: u64) -> String {
+    match bytes {
+        0..1024 => format!("{bytes} B"),
+        _ if bytes < 1 << 20 => format!("{:.1} KiB", bytes as f64 / 1024.0),
+        _ if bytes < 1 << 30 => format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20)),
+        _ => format!("{:.1} GiB", bytes as f64 / f64::from(1 << 30)),
+    }
+}
+
+/// `1 layer`, `2 layers`.
+pub fn count(n: usize, noun: &str) -> String {
+    format!("{n} {noun}{}", if n == 1 { "" } else { "s" })
+}
+
+/// The first few of a list, and how many more there are.
+pub fn some<T: Display>(items: impl IntoIterator<Item = T>, limit: usize) -> String {
+    let mut items = items.into_iter();
+    let mut text = items.by_ref().take(limit).map(|item| item.to_string()).collect::<Vec<_>>().join(", ");
+    match items.count() {
+        0 => {}
+        more => text += &format!(" and {more} more"),
+    }
+    text
+}
+
+/// Checks before the long work that a file can be written at its end: the same rules as the library's, which
+/// checks again when it writes.
+pub fn check_target(path: &Path, force: bool, inputs: &[PathBuf]) -> anyhow::Result<()> {
+    let shown = path.display();
+    if path.as_os_str().is_empty() {
+        bail!("the name of the output is empty; give the name of a file to write");
+    }
+    let ends_in_name = path.as_os_str().to_string_lossy().ends_with(|c| !std::path::is_separator(c));
+    if !ends_in_name || path.file_name().is_none() || path.is_dir() {
+        bail!("{shown}: names a folder; give the name of a file to write");
+    }
+    if let Some(input) = inputs.iter().find(|input| is_input(path, input)) {
+        bail!("{shown}: is the input {}, which is never overwritten; choose another name", input.display());
+    }
+    let mut target = path.to_owned();
+    if std::fs::symlink_metadata(path).is_ok() {
+        if !force {
+            bail!("{shown}: exists already; pass --force to overwrite it, or choose another name");
+        }
+        match std::fs::metadata(path) {
+            // A pipe or a device is written into, and its folder does not matter.
+            Ok(meta) if !meta.is_file() => return Ok(()),
+            Ok(_) => target = path.canonicalize().with_context(|| format!("{shown}: cannot open"))?,
+            Err(_) => {}
+        }
+    }
+    let folder = match target.parent() {
+        Some(folder) if !folder.as_os_str().is_empty() => folder,
+        _ => Path::new("."),
+    };
+    if !folder.is_dir() {
+        let what = if folder.exists() { "is not a folder" } else { "does not exist; create it first" };
+        bail!("{shown}: the folder `{}` {what}", folder.display());
+    }
+    tempfile::tempfile_in(folder)
+        .with_context(|| format!("{shown}: the folder `{}` is not writable", folder.display()))?;
+    Ok(())
+}
+
+/// Whether the target is an input, or a file of an input folder.
+fn is_input(target: &Path, input: &Path) -> bool {
+    if input.is_dir() {
+        let files = std::fs::read_dir(input).into_iter().flatten().flatten();
+        return files.map(|file| file.path()).any(|file| file.is_file() && same_file(target, &file));
+    }
+    same_file(target, input)
+}
+
+/// Whether two paths lead to one file, be it there or only to be written.
+pub fn same_file(x: &Path, y: &Path) -> bool {
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::MetadataExt;
+        let id = |path| std::fs::metadata(path).ok().map(|m| (m.dev(), m.ino()));
+        if id(x).is_some() && id(x) == id(y) {
+            return true;
+        }
+    }
+    let real = |path: &Path| {
+        path.canonicalize().ok().or_else(|| {
+            let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
+            Some(folder.unwrap_or(Path::new(".")).canonicalize().ok()?.join(path.file_name()?))
+        })
+    };
+    real(x).is_some() && real(x) == real(y)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tables_are_aligned() {
+        let mut table = Table::new(&["name", ">n"]);
+        table.row(["a".into(), "10".into()]);
+        table.row(["long".into(), "5".into()]);
+        assert_eq!(table.to_string(), "name   n\na     10\nlong   5");
+    }
+
+    #[test]
+    fn lists_and_sizes() {
+        assert_eq!(some(["a", "b", "c"], 2), "a, b and 1 more");
+        assert_eq!(some(["a", "b"], 2), "a, b");
+        assert_eq!(
+            (size(12), size(1536), size(3 << 30)),
+            ("12 B".into(), "1.5 KiB".into(), "3.0 GiB".into())
+        );
+        assert_eq!((count(1, "layer"), count(0, "layer")), ("1 layer".into(), "0 layers".into()));
+    }
+}

@@ -1,0 +1,57 @@
+//! Progress and cancellation of long calls.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use crate::{Error, Result};
+
+/// Progress and cancellation of a long call. By default there is neither.
+///
+/// ```
+/// use std::sync::atomic::AtomicBool;
+/// let stop = AtomicBool::new(false);
+/// let show = |p: loraweld::Progress| println!("{} {}/{} {}", p.stage, p.done, p.total, p.item);
+/// let control = loraweld::Control { progress: Some(&show), cancel: Some(&stop) };
+/// # let _ = control;
+/// ```
+#[derive(Clone, Copy, Default)]
+pub struct Control<'a> {
+    /// Called before each item, from the thread that made the call.
+    pub progress: Option<&'a (dyn Fn(Progress<'_>) + Sync)>,
+    /// Set to true, by any thread, it makes the call return [`Error::Cancelled`] before its next item.
+    pub cancel: Option<&'a AtomicBool>,
+}
+
+/// How far a long call is.
+#[derive(Clone, Copy, Debug)]
+pub struct Progress<'a> {
+    /// What is being done: `check`, `calibrate`, `merge`.
+    pub stage: &'static str,
+    /// The layer or the file that comes next.
+    pub item: &'a str,
+    /// Items that are done.
+    pub done: u64,
+    /// Items in all.
+    pub total: u64,
+}
+
+impl std::fmt::Debug for Control<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Control")
+            .field("progress", &self.progress.is_some())
+            .field("cancel", &self.cancel)
+            .finish()
+    }
+}
+
+impl Control<'_> {
+    /// Reports that `item` comes next, unless the call was cancelled.
+    pub(crate) fn step(&self, stage: &'static str, item: &str, done: usize, total: usize) -> Result<()> {
+        if self.cancel.is_some_and(|cancel| cancel.load(Ordering::Relaxed)) {
+            return Err(Error::Cancelled);
+        }
+        if let Some(progress) = self.progress {
+            progress(Progress { stage, item, done: done as u64, total: total as u64 });
+        }
+        Ok(())
+    }
+}

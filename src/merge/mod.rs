@@ -1,0 +1,130 @@
+//! Merging: the plan (which layers, which adapters), one file a method, the loss, the report.
+//!
+//! A method takes adapters at strengths ([`Adapter::at`]) and gives a [`Merged`]: an ordinary LoRA and a
+//! [`Report`] on what each layer lost.
+
+mod loss;
+mod plan;
+mod report;
+mod ssr;
+
+pub use plan::{Plan, PlannedLayer};
+pub use report::{Action, InputReport, LayerReport, Losses, Report};
+pub use ssr::{Prior, Ridge, Ssr, SsrOptions};
+
+use std::collections::BTreeMap;
+
+use rayon::prelude::*;
+
+use crate::{Adapter, Control, Layer, Matrix, Result, Weighted};
+
+/// What a merge gives.
+#[derive(Clone, Debug)]
+pub struct Merged {
+    /// The merged adapter. Its metadata is what is common to the inputs, and how it was made
+    /// (`loraweld.method`, `loraweld.options`, `loraweld.inputs`, `loraweld.version`).
+    pub adapter: Adapter,
+    /// What was done, and what it lost.
+    pub report: Report,
+}
+
+/// Reads all values of the inputs once: refuses NaN and infinity, and hashes the files.
+fn check_inputs(adapters: &[Weighted<'_>], control: &Control<'_>) -> Result<Vec<InputReport>> {
+    let mut inputs = Vec::new();
+    for (i, Weighted { adapter, strength }) in adapters.iter().enumerate() {
+        control.step("check", adapter.name(), i, adapters.len())?;
+        adapter.check_finite()?;
+        inputs.push(InputReport {
+            name: adapter.name().to_owned(),
+            path: adapter.path().to_owned(),
+            sha256: None,
+            strength: *strength,
+            layers: adapter.layers().len(),
+        });
+    }
+    inputs.par_iter_mut().zip(adapters).for_each(|(input, weighted)| {
+        input.sha256 = weighted.adapter.file_sha256().ok();
+    });
+    Ok(inputs)
+}
+
+/// The adapter of merged layers, spelled as the first input is. Its metadata: what all inputs agree on, and how
+/// it was made; nothing in it differs between two runs.
+fn finish(
+    method: &str,
+    options: &serde_json::Value,
+    inputs: &[InputReport],
+    adapters: &[Weighted<'_>],
+    layers: Vec<Layer>,
+) -> Result<Adapter> {
+    let (first, rest) = (adapters[0].adapter, &adapters[1..]);
+    let mut metadata: BTreeMap<String, String> = first.metadata().clone();
+    // Ranks and alphas of the inputs are not those of the result.
+    metadata.retain(|key, value| {
+        key != "lora_adapter_metadata"
+            && !key.starts_with("loraweld.")
+            && rest.iter().all(|other| other.adapter.metadata().get(key) == Some(value))
+    });
+    let inputs: Vec<_> = inputs
+        .iter()
+        .map(|i| serde_json::json!({ "name": i.name, "sha256": i.sha256, "strength": i.strength }))
+        .collect();
+    metadata.extend([
+        ("loraweld.method".to_owned(), method.to_owned()),
+        ("loraweld.options".to_owned(), options.to_string()),
+        ("loraweld.inputs".to_owned(), serde_json::Value::from(inputs).to_string()),
+        ("loraweld.version".to_owned(), env!("CARGO_PKG_VERSION").to_owned()),
+    ]);
+    Ok(Adapter::new("merged", first.format(), layers)?.with_metadata(metadata))
+}
+
+/// The members' layers, in order, with the factor on each: scale times strength.
+fn members<'a>(planned: &PlannedLayer, adapters: &[Weighted<'a>]) -> Vec<(&'a Layer, f64)> {
+    let of = |&i: &usize| {
+        let layer = adapters[i].adapter.layer(&planned.key)?;
+        Some((layer, layer.scale.value * adapters[i].strength))
+    };
+    planned.members.iter().filter_map(of).collect()
+}
+
+/// The only member, at its strength, its tensors unchanged.
+fn passed_through(planned: &PlannedLayer, adapters: &[Weighted<'_>]) -> Option<Layer> {
+    let [(layer, scale)] = members(planned, adapters)[..] else { return None };
+    // At strength 1 the layer's own alpha is kept.
+    Some(if scale == layer.scale.value { layer.clone() } else { layer.with_scale(scale) })
+}
+
+/// `A_cat = [A_1; …; A_K]`, exactly.
+fn joined_a(members: &[(&Layer, f64)]) -> Matrix<f32> {
+    let rows = members.iter().map(|(layer, _)| layer.rank).sum();
+    let data: Vec<f32> = members.iter().flat_map(|(layer, _)| layer.a().to_vec::<f32>()).collect();
+    Matrix { rows, cols: data.len() / rows, data }
+}
+
+/// `B_cat = [s_1·B_1 … s_K·B_K]`, rounded once to f32.
+fn joined_b(members: &[(&Layer, f64)]) -> Matrix<f32> {
+    let cols: usize = members.iter().map(|(layer, _)| layer.rank).sum();
+    let mut b = Matrix::zeros(members.first().map_or(0, |(layer, _)| layer.output), cols);
+    let mut start = 0;
+    for (layer, scale) in members {
+        let values: Vec<f64> = layer.b().to_vec();
+        for (i, row) in values.chunks_exact(layer.rank).enumerate() {
+            let place = i * cols + start;
+            for (out, v) in b.data[place..place + layer.rank].iter_mut().zip(row) {
+                *out = (v * scale) as f32;
+            }
+        }
+        start += layer.rank;
+    }
+    b
+}
+
+/// A layer of the merge: spelled with dots if a member is, at scale 1.
+fn joined_layer(members: &[(&Layer, f64)], a: Matrix<f32>, b: Matrix<f32>) -> Result<Layer> {
+    let template = plan::dotted(members.iter().map(|(layer, _)| *layer)).unwrap_or(members[0].0);
+    if b.data.iter().any(|v| !v.is_finite()) {
+        let reason = "the merged B overflows f32; are scales and strengths right?";
+        return Err(crate::Error::layer(template.key.as_str(), reason));
+    }
+    template.replaced(a, b)
+}

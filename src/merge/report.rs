@@ -1,0 +1,167 @@
+//! What a merge did and what it lost, for people and for programs.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::path::PathBuf;
+
+use serde::Serialize;
+
+/// What a merge did.
+#[derive(Clone, Debug, Serialize)]
+pub struct Report {
+    /// The method: `ssr`, or `ssr (data-free proxy)`.
+    pub method: String,
+    /// Where it ran, and in which arithmetic.
+    pub device: String,
+    /// The adapters, in order.
+    pub inputs: Vec<InputReport>,
+    /// The method's options.
+    pub options: serde_json::Value,
+    /// Every layer, sorted by key.
+    pub layers: Vec<LayerReport>,
+    /// Losses of all routed layers together; `None` where nothing was measured.
+    pub losses: Option<Losses>,
+    /// What the user should know about the whole merge.
+    pub notes: Vec<String>,
+    /// How long it took.
+    pub seconds: f64,
+    /// Version of this crate.
+    pub version: String,
+}
+
+/// One adapter that went in.
+#[derive(Clone, Debug, Serialize)]
+pub struct InputReport {
+    /// [`Adapter::name`](crate::Adapter::name).
+    pub name: String,
+    /// [`Adapter::path`](crate::Adapter::path).
+    pub path: PathBuf,
+    /// SHA-256 of the file; `None` for an adapter that was made in memory.
+    pub sha256: Option<String>,
+    /// The strength it was merged at.
+    pub strength: f64,
+    /// How many layers it has.
+    pub layers: usize,
+}
+
+/// What was done to one layer.
+#[derive(Clone, Debug, Serialize)]
+pub struct LayerReport {
+    /// Its name, with dots where they are known.
+    pub layer: String,
+    /// How it was merged.
+    pub action: Action,
+    /// Which of [`Report::inputs`] it comes from.
+    pub adapters: Vec<usize>,
+    /// Rank of the result.
+    pub rank: usize,
+    /// Calibration tokens that its router was solved from.
+    pub tokens: u64,
+    /// The ridge that was used, in units of G/N; 0 unless routed.
+    pub ridge: f64,
+    /// Its losses, if it was routed by measured statistics.
+    pub losses: Option<Losses>,
+    /// What the user should know about it.
+    pub notes: Vec<String>,
+}
+
+/// How a layer was merged.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(tag = "kind", rename_all = "kebab-case")]
+pub enum Action {
+    /// Through a router that was solved for.
+    Routed,
+    /// Only one adapter has it: its factors are unchanged.
+    PassedThrough,
+    /// Plain sum (identity router).
+    Summed {
+        /// Why it was not routed.
+        why: String,
+    },
+}
+
+/// Relative reconstruction errors `sqrt(L(R) / L(0))` on the calibration tokens: 0 reproduces every adapter on
+/// its own inputs, 1 is as bad as merging nothing.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Losses {
+    /// Of this merge.
+    pub merged: f64,
+    /// Of the plain sum (R = I).
+    pub sum: f64,
+    /// Of the average (R = I/K).
+    pub average: f64,
+}
+
+/// Layers that the table shows.
+const SHOWN: usize = 10;
+
+impl fmt::Display for Report {
+    /// A table for people: counts, the layers that lose most, the totals, the notes.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(
+            f,
+            "{} on {}: {} layers in {:.1} s",
+            self.method,
+            self.device,
+            self.layers.len(),
+            self.seconds
+        )?;
+        for input in &self.inputs {
+            writeln!(f, "  {} at {}, {} layers", input.name, input.strength, input.layers)?;
+        }
+        let count = |of: fn(&Action) -> bool| self.layers.iter().filter(|layer| of(&layer.action)).count();
+        writeln!(
+            f,
+            "{} layers routed, {} passed through (one adapter), {} summed",
+            count(|a| *a == Action::Routed),
+            count(|a| *a == Action::PassedThrough),
+            count(|a| matches!(a, Action::Summed { .. }))
+        )?;
+        self.fmt_losses(f)?;
+        let mut why: BTreeMap<&str, usize> = BTreeMap::new();
+        for layer in &self.layers {
+            if let Action::Summed { why: reason } = &layer.action {
+                *why.entry(reason).or_default() += 1;
+            }
+            for note in &layer.notes {
+                *why.entry(note).or_default() += 1;
+            }
+        }
+        for note in &self.notes {
+            writeln!(f, "note: {note}")?;
+        }
+        for (note, layers) in why {
+            let s = if layers == 1 { "" } else { "s" };
+            writeln!(f, "note: {layers} layer{s}: {note}")?;
+        }
+        Ok(())
+    }
+}
+
+impl Report {
+    fn fmt_losses(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Some(total) = self.losses else { return Ok(()) };
+        let mut worst: Vec<_> = self.layers.iter().filter_map(|l| Some((l, l.losses?))).collect();
+        worst.sort_by(|x, y| y.1.merged.total_cmp(&x.1.merged));
+        let rest = worst.len().saturating_sub(SHOWN);
+        worst.truncate(SHOWN);
+        let first = if rest > 0 { "layers that lose most" } else { "layer" };
+        let width = worst.iter().map(|(layer, _)| layer.layer.chars().count()).max().unwrap_or(0).max(22);
+        let mut row = |name: &str, rank: &str, tokens: &str, losses: [String; 3]| {
+            let [merged, sum, average] = losses;
+            let line =
+                format!("  {name:width$}  {rank:>5}  {tokens:>8}  {merged:>7}  {sum:>7}  {average:>7}");
+            writeln!(f, "{}", line.trim_end())
+        };
+        let numbers = |l: Losses| [l.merged, l.sum, l.average].map(|v| format!("{v:.3}"));
+        row("relative loss", "", "", Default::default())?;
+        row(first, "rank", "tokens", ["merged", "sum", "average"].map(str::to_owned))?;
+        for (layer, losses) in &worst {
+            row(&layer.layer, &layer.rank.to_string(), &layer.tokens.to_string(), numbers(*losses))?;
+        }
+        if rest > 0 {
+            row(&format!("... and {rest} more"), "", "", Default::default())?;
+        }
+        row("all routed layers", "", "", numbers(total))
+    }
+}

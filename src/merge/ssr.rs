@@ -1,0 +1,738 @@
+//! SSR-Merge (arXiv 2606.10617): a router between B_cat and A_cat, solved from calibration statistics.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::time::Instant;
+
+use rayon::prelude::*;
+use serde::Serialize;
+
+use super::loss::{Squares, dot, times};
+use super::{Action, LayerReport, Merged, Plan, PlannedLayer, Report};
+use crate::calibration::{LayerStatistics, arena, gram_parts};
+use crate::compute::ops::{self, Axis, Factor};
+use crate::compute::{Batch, Shape};
+use crate::power::{exponent, exponent_of, pow2};
+use crate::{Calibration, Control, Device, Error, Layer, LayerKey, Matrix, RawMatrix, Result, Weighted};
+
+/// How strongly the router is held to its prior R₀.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Ridge {
+    /// λ itself, added to G/N.
+    Absolute(f64),
+    /// λ as a multiple of `tr(G')/R`, and so free of the activations' scale.
+    Relative(f64),
+}
+
+/// What is assumed about inputs that the calibration has not seen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Prior {
+    /// What the adapters' own A say about their inputs; the ridge pulls toward the sum.
+    Adapters,
+    /// The ridge pulls toward the sum, R₀ = I.
+    Sum,
+    /// The ridge pulls toward nothing, R₀ = 0, as published.
+    Zero,
+    /// The ridge pulls toward the average, R₀ = I/K.
+    Average,
+}
+
+/// Options of [`Ssr`].
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct SsrOptions {
+    /// The ridge; `Relative(1e-3)` by default.
+    pub ridge: Ridge,
+    /// The prior; `Adapters` by default.
+    pub prior: Prior,
+    /// Weight w of the statistics of [`Prior::Adapters`] against the measured ones; 0.03 by default.
+    pub prior_weight: f64,
+    /// Weight of each adapter's statistics, in the order of the adapters; 1 by default.
+    pub task_weights: Option<Vec<f64>>,
+    /// Exponent p of the balance: statistics of task k also count `e_k^-p`, with e_k its mean output energy;
+    /// 0 by default, which is off.
+    pub balance: f64,
+    /// Weight of the neutral inputs, on which the merge should do nothing; 0 by default.
+    pub neutral_weight: f64,
+}
+
+impl Default for SsrOptions {
+    fn default() -> Self {
+        Self {
+            ridge: Ridge::Relative(1e-3),
+            prior: Prior::Adapters,
+            prior_weight: 0.03,
+            task_weights: None,
+            balance: 0.0,
+            neutral_weight: 0.0,
+        }
+    }
+}
+
+impl SsrOptions {
+    /// As the authors' code has it: an absolute ridge of 1e-4 toward zero.
+    pub fn published() -> Self {
+        Self { ridge: Ridge::Absolute(1e-4), prior: Prior::Zero, ..Self::default() }
+    }
+}
+
+/// SSR-Merge: the sum of adapters with a router between their ranks.
+///
+/// For each layer that several adapters have, with `A_cat = [A_1; …; A_K]`, `B_cat = [s_1·B_1 … s_K·B_K]` (s: scale
+/// times strength), R = Σ r_k, and calibration statistics G_k (R × R) over N_k tokens, the result is `A = A_cat`,
+/// `B = B_cat·R*`, where
+///
+/// ```text
+/// G  = Σ w_k·G_k + w_0·G_0          Q[block k, :] = w_k·G_k[block k, :]          N = Σ w_k·N_k
+/// G' = G/N + w·tr(G/N)/tr(G_f)·G_f  Q' = Q/N + w·tr(G/N)/tr(G_f)·Q_f             (w = 0 unless Prior::Adapters)
+/// R* = (Q' + λ·R₀)·(G' + λ·I)⁻¹
+/// ```
+///
+/// G_k of an adapter that lacks the layer count, if it has tokens there: the merge is to do nothing on them. G_f is
+/// the data-free proxy: with `C = A_cat·A_catᵀ`, `G_f,k = C[:, k]·C[k, :]` at trace 1, summed; Q_f its rows as above.
+/// With R₀ = I, λ and w pull toward the plain sum. As published, R₀ = 0, w = 0 and λ = 1e-4.
+///
+/// It minimises `Σ_k ‖B_cat·R·Z_k − s_k·B_k·A_k·X_k‖²`, regularised. Layers of one adapter pass through unchanged.
+/// Statistics and products are of the device's precision, the solve f64 or double-single, the result f32.
+///
+/// # Example
+/// ```no_run
+/// use loraweld::{Adapter, Calibration, Device, SaveOptions, Ssr};
+/// # fn main() -> loraweld::Result<()> {
+/// let device = Device::auto()?;
+/// let (cat, dog) = (Adapter::open("cat.safetensors")?, Adapter::open("dog.safetensors")?);
+/// let calibration = Calibration::open("cat-and-dog.calibration.safetensors")?;
+/// let merged = Ssr::new(&calibration).merge(&device, &[cat.at(1.0), dog.at(0.8)])?;
+/// merged.adapter.save("merged.safetensors", &SaveOptions::default())?;
+/// println!("{}", merged.report);
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Clone, Debug)]
+pub struct Ssr<'a> {
+    calibration: Option<&'a Calibration>,
+    options: SsrOptions,
+}
+
+impl<'a> Ssr<'a> {
+    /// With measured statistics.
+    pub fn new(calibration: &'a Calibration) -> Self {
+        Self { calibration: Some(calibration), options: SsrOptions::default() }
+    }
+
+    /// With the data-free proxy alone: `G' = Σ w_k·G_f,k`. Each adapter's A stands for its inputs; a proxy, worth
+    /// clearly less than a calibration.
+    pub fn data_free() -> Ssr<'static> {
+        Ssr { calibration: None, options: SsrOptions::default() }
+    }
+
+    /// Sets the options.
+    pub fn options(self, options: SsrOptions) -> Self {
+        Self { options, ..self }
+    }
+
+    /// Merges.
+    ///
+    /// # Errors
+    /// As [`merge_with`](Self::merge_with).
+    pub fn merge(&self, device: &Device, adapters: &[Weighted<'_>]) -> Result<Merged> {
+        self.merge_with(device, adapters, Control::default())
+    }
+
+    /// Merges, with progress and cancellation.
+    ///
+    /// A layer without calibration tokens of one of its adapters, or whose statistics are zero or cannot be solved
+    /// at any ridge, is summed; a singular one gets a larger ridge. The report says so.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for options out of range and for adapters that the calibration was not made for; as
+    /// [`Plan::new`]; [`Error::Tensor`] for NaN or infinity in an adapter; [`Error::Layer`] if a result or a sum of
+    /// the calibration overflows; [`Error::Device`]; [`Error::Cancelled`].
+    pub fn merge_with(
+        &self,
+        device: &Device,
+        adapters: &[Weighted<'_>],
+        control: Control<'_>,
+    ) -> Result<Merged> {
+        let start = Instant::now();
+        self.check_options(adapters.len())?;
+        let plan = Plan::new(adapters)?;
+        let inputs = super::check_inputs(adapters, &control)?;
+        // What is at strength 0 takes no part, with its tokens neither.
+        let active: Vec<usize> = (0..adapters.len()).filter(|&i| adapters[i].strength != 0.0).collect();
+        let pool = match self.calibration {
+            None => Vec::new(),
+            Some(calibration) => {
+                let selected: Vec<_> = adapters.iter().map(|weighted| weighted.adapter).collect();
+                calibration.select(&selected)?
+            }
+        };
+
+        let mut results: BTreeMap<&LayerKey, Merge> = BTreeMap::new();
+        let mut routed = Vec::new();
+        for planned in plan.layers() {
+            match super::passed_through(planned, adapters) {
+                Some(layer) => drop(results.insert(&planned.key, Merge::passed(layer))),
+                None => routed.push(planned),
+            }
+        }
+        let total = routed.len();
+        let mut done = 0;
+        for (chunk, on) in chunks(device, &routed) {
+            let mut jobs = Vec::new();
+            for planned in chunk {
+                control.step("merge", &planned.name, done, total)?;
+                done += 1;
+                let statistics = match self.calibration {
+                    None => None,
+                    Some(calibration) => {
+                        let tasks: Vec<usize> = active.iter().map(|&i| pool[i]).collect();
+                        let members: Vec<usize> = planned.members.iter().map(|&i| pool[i]).collect();
+                        Some(calibration.statistics(&planned.key, &tasks, &members)?)
+                    }
+                };
+                jobs.push(Job::new(planned, adapters, &active, statistics));
+            }
+            let keys: Vec<&LayerKey> = jobs.iter().map(|job| &job.planned.key).collect();
+            let mut merges = self.chunk(&on, &jobs)?;
+            if on.is_gpu() != device.is_gpu() {
+                for merge in &mut merges {
+                    merge.notes.push("too large for the device; computed on the CPU".into());
+                }
+            }
+            results.extend(keys.into_iter().zip(merges));
+        }
+
+        let mut notes = plan.notes().to_vec();
+        notes.extend(device.note().map(str::to_owned));
+        if self.calibration.is_none() {
+            notes.push(
+                "no calibration: routers follow a proxy, the adapters' own A; losses are not known".into(),
+            );
+        }
+        let (mut layers, mut reports, mut squares) = (Vec::new(), Vec::new(), Squares::default());
+        let mut summed = 0;
+        for planned in plan.layers() {
+            let Some(merge) = results.remove(&planned.key) else { continue };
+            summed += usize::from(matches!(merge.action, Action::Summed { .. }));
+            if let Some(of) = &merge.squares {
+                squares.add(of);
+            }
+            reports.push(LayerReport {
+                layer: planned.name.clone(),
+                action: merge.action,
+                adapters: planned.members.clone(),
+                rank: planned.rank,
+                tokens: merge.tokens,
+                ridge: merge.ridge,
+                losses: merge.squares.and_then(|squares| squares.relative()),
+                notes: merge.notes,
+            });
+            layers.push(merge.layer);
+        }
+        if summed > 0 {
+            notes.push(format!(
+                "WARNING: {summed} of {total} shared layers could not be routed and were summed"
+            ));
+        }
+        let options = self.options_json()?;
+        let method = if self.calibration.is_some() { "ssr" } else { "ssr-data-free" };
+        let adapter = super::finish(method, &options, &inputs, adapters, layers)?;
+        Ok(Merged {
+            adapter,
+            report: Report {
+                method: method.to_owned(),
+                device: device.describe(),
+                inputs,
+                options,
+                layers: reports,
+                losses: squares.relative(),
+                notes,
+                seconds: start.elapsed().as_secs_f64(),
+                version: env!("CARGO_PKG_VERSION").to_owned(),
+            },
+        })
+    }
+
+    fn options_json(&self) -> Result<serde_json::Value> {
+        serde_json::to_value(&self.options).map_err(|e| Error::Invalid(format!("the options: {e}")))
+    }
+
+    fn check_options(&self, adapters: usize) -> Result<()> {
+        let SsrOptions { ridge, prior_weight, task_weights, balance, neutral_weight, .. } = &self.options;
+        let (Ridge::Absolute(ridge) | Ridge::Relative(ridge)) = *ridge;
+        let named = [("ridge", ridge), ("prior weight", *prior_weight), ("neutral weight", *neutral_weight)];
+        let weights = task_weights.iter().flatten().map(|&w| ("task weights", w));
+        for (name, value) in named.into_iter().chain(weights) {
+            if !(value >= 0.0 && value.is_finite()) {
+                return Err(Error::Invalid(format!(
+                    "{name}: {value}, but it must be finite and not negative"
+                )));
+            }
+        }
+        if !balance.is_finite() {
+            return Err(Error::Invalid(format!("balance: {balance}, but it must be finite")));
+        }
+        if let Some(weights) = task_weights
+            && weights.len() != adapters
+        {
+            let count = weights.len();
+            return Err(Error::Invalid(format!(
+                "{count} task weights for {adapters} adapters; give one for each"
+            )));
+        }
+        let neutral = |c: &Calibration| c.layers().any(|key| c.neutral_tokens(key) > 0);
+        if *neutral_weight > 0.0 && !self.calibration.is_some_and(neutral) {
+            return Err(Error::Invalid(
+                "a neutral weight needs a calibration with neutral inputs; this one has none".into(),
+            ));
+        }
+        Ok(())
+    }
+
+    /// Merges layers on a device that has room for them.
+    fn chunk(&self, device: &Device, jobs: &[Job<'_>]) -> Result<Vec<Merge>> {
+        let ready: Vec<&Job<'_>> = jobs.iter().filter(|job| job.lacking.is_none()).collect();
+        let mut routed = self.route(device, &ready)?.into_iter();
+        jobs.iter()
+            .map(|job| match &job.lacking {
+                Some(why) => Merge::summed(job, why.clone()),
+                None => {
+                    routed.next().ok_or_else(|| Error::layer(job.planned.name.as_str(), "was not merged"))
+                }
+            })
+            .collect()
+    }
+
+    /// Solves for the routers of layers that have statistics, and applies them.
+    fn route(&self, device: &Device, jobs: &[&Job<'_>]) -> Result<Vec<Merge>> {
+        if jobs.is_empty() {
+            return Ok(Vec::new());
+        }
+        let a: Vec<Matrix<f32>> = jobs.par_iter().map(|job| super::joined_a(&job.members)).collect();
+        let proxies = self.proxies(device, jobs, &a)?;
+        let (b, scales) = concatenated_b(device, jobs)?;
+        let bb = output_grams(device, &b, &scales)?;
+        let systems: Vec<_> = (0..jobs.len())
+            .into_par_iter()
+            .map(|i| self.system(jobs[i], proxies.get(i).map(Vec::as_slice), &bb[i]))
+            .collect();
+        let solved = solve(device, &systems)?;
+
+        // B_cat is held without scales, which are exact in the router's rows.
+        let routers: Vec<Matrix> = solved
+            .iter()
+            .zip(&scales)
+            .map(|(solved, scales)| {
+                let n = scales.len();
+                match solved {
+                    Err(_) => Matrix::zeros(n, n),
+                    Ok(solved) => Matrix::from_fn(n, n, |i, j| scales[i] * solved.router[(i, j)]),
+                }
+            })
+            .collect();
+        let routers = Batch::upload(device, device.product(), &routers)?;
+        let merged = ops::matmul(device, &b, &routers)?.download(device)?;
+
+        let mut merges = Vec::new();
+        for (i, (a, b)) in a.into_iter().zip(merged).enumerate() {
+            let job = jobs[i];
+            let solved = match &solved[i] {
+                Ok(solved) => solved,
+                Err(why) => {
+                    merges.push(Merge::summed(job, why.clone())?);
+                    continue;
+                }
+            };
+            let b = Matrix { rows: b.rows, cols: b.cols, data: b.data.iter().map(|&v| v as f32).collect() };
+            let mut notes = Vec::new();
+            if solved.raised {
+                notes.push("its statistics are singular at the ridge asked for, which was raised".to_owned());
+            }
+            if self.options.neutral_weight > 0.0 && job.neutral.is_none() {
+                notes.push("no neutral inputs came for it".to_owned());
+            }
+            merges.push(Merge {
+                layer: super::joined_layer(&job.members, a, b)?,
+                action: Action::Routed,
+                tokens: job.tokens(),
+                ridge: solved.ridge,
+                squares: self.calibration.map(|_| job.squares(&bb[i], &solved.router)),
+                notes,
+            });
+        }
+        Ok(merges)
+    }
+
+    /// The data-free statistics G_f,k of each member of each layer, where the options ask for them.
+    fn proxies(&self, device: &Device, jobs: &[&Job<'_>], a: &[Matrix<f32>]) -> Result<Vec<Vec<Matrix>>> {
+        let prior = self.options.prior == Prior::Adapters && self.options.prior_weight > 0.0;
+        if self.calibration.is_some() && !prior {
+            return Ok(Vec::new());
+        }
+        // Blocks are brought to size 1, exactly, so that f32 holds products of tiny and huge factors.
+        let scaled: Vec<(Matrix<f32>, Vec<f64>)> = jobs
+            .par_iter()
+            .zip(a)
+            .map(|(job, a)| {
+                let (mut a, mut rows) = (a.clone(), Vec::new());
+                for (layer, _) in &job.members {
+                    let e = exponent(layer.a()).unwrap_or(0);
+                    let block = &mut a.data[rows.len() * a.cols..][..layer.rank * a.cols];
+                    block.iter_mut().for_each(|v| *v *= pow2(-e) as f32);
+                    rows.extend(std::iter::repeat_n(pow2(e), layer.rank));
+                }
+                (a, rows)
+            })
+            .collect();
+        let views = scaled
+            .iter()
+            .map(|(a, _)| RawMatrix::from_f32(a.rows, a.cols, &a.data))
+            .collect::<Result<Vec<_>>>()?;
+        let factors: Vec<[Factor<'_>; 1]> = views.iter().map(|&view| [Factor::new(view)]).collect();
+        let factors: Vec<&[Factor<'_>]> = factors.iter().map(|factor| &factor[..]).collect();
+        let joined = ops::rank_concat(device, Axis::Rows, &factors)?;
+        let products = ops::project(device, &views, &joined)?.download(device)?;
+        Ok((0..jobs.len())
+            .into_par_iter()
+            .map(|i| {
+                let (c, rows) = (&products[i], &scaled[i].1);
+                let c =
+                    Matrix::from_fn(c.rows, c.cols, |i, j| 0.5 * (c[(i, j)] + c[(j, i)]) * rows[i] * rows[j]);
+                jobs[i].blocks.iter().map(|block| proxy(&c, block)).collect()
+            })
+            .collect())
+    }
+
+    /// G' and Q' of one layer, or why there are none. `proxies`: G_f,k of its members; `bb`: BᵀB.
+    fn system(
+        &self,
+        job: &Job<'_>,
+        proxies: Option<&[Matrix]>,
+        bb: &Matrix,
+    ) -> std::result::Result<System, String> {
+        let options = &self.options;
+        let order = job.planned.rank;
+        // (member, statistics, tokens, adapter) of each task; the proxy counts as statistics over one token.
+        let tasks: Vec<(Option<usize>, &Matrix, f64, usize)> = match (self.calibration, proxies) {
+            (None, Some(proxies)) => {
+                let members = job.planned.members.iter().enumerate();
+                members.map(|(k, &i)| (Some(k), &proxies[k], 1.0, i)).collect()
+            }
+            _ => {
+                let of = |t: &'_ TaskStatistics| {
+                    t.gram.is_some().then_some((t.member, t.tokens as f64, t.adapter))
+                };
+                job.tasks
+                    .iter()
+                    .filter_map(|t| of(t).and_then(|(k, n, i)| Some((k, t.gram.as_ref()?, n, i))))
+                    .collect()
+            }
+        };
+        let energy = |&(member, gram, tokens, _): &(Option<usize>, &Matrix, f64, usize)| {
+            let block = job.blocks.get(member?)?.clone();
+            let sum: f64 =
+                block.clone().flat_map(|i| block.clone().map(move |j| bb[(i, j)] * gram[(i, j)])).sum();
+            (sum > 0.0 && sum.is_finite()).then_some(sum / tokens)
+        };
+        // A task without output has no energy to be balanced by.
+        let balances: Vec<Option<f64>> =
+            tasks.iter().map(|t| Some(energy(t)?.powf(-options.balance))).collect();
+        let known: Vec<f64> = balances.iter().flatten().copied().collect();
+        let mean = known.iter().sum::<f64>() / known.len().max(1) as f64;
+        let weight = |i: usize, balance: Option<f64>| {
+            let own = options.task_weights.as_ref().map_or(1.0, |weights| weights[i]);
+            own * balance.map_or(1.0, |balance| balance / mean)
+        };
+
+        let (mut g, mut q, mut tokens) = (Matrix::zeros(order, order), Matrix::zeros(order, order), 0.0);
+        for (&(member, gram, n, adapter), balance) in tasks.iter().zip(balances) {
+            let w = weight(adapter, balance);
+            add(&mut g, gram, w, 0..order);
+            if let Some(member) = member {
+                add(&mut q, gram, w, job.blocks[member].clone());
+            }
+            tokens += w * n;
+        }
+        if tokens == 0.0 {
+            return Err("all weights of its tasks are zero".to_owned());
+        }
+        if let Some(neutral) = &job.neutral {
+            add(&mut g, neutral, options.neutral_weight, 0..order);
+        }
+        if self.calibration.is_some() {
+            for m in [&mut g, &mut q] {
+                m.data.iter_mut().for_each(|v| *v /= tokens);
+            }
+        }
+        let energy = trace(&g);
+        if let (Some(_), Some(proxies)) = (self.calibration, proxies) {
+            let total: f64 = proxies.iter().map(trace).sum();
+            let w = options.prior_weight * energy / total;
+            if w > 0.0 && w.is_finite() {
+                for (proxy, block) in proxies.iter().zip(&job.blocks) {
+                    add(&mut g, proxy, w, 0..order);
+                    add(&mut q, proxy, w, block.clone());
+                }
+            }
+        }
+        let mean = trace(&g) / order as f64;
+        if g.data.iter().chain(&q.data).any(|v| !v.is_finite()) || !mean.is_finite() {
+            return Err("its statistics are not finite".to_owned());
+        }
+        if mean == 0.0 {
+            return Err("its statistics are zero: nothing is known about its inputs".to_owned());
+        }
+        let toward = match options.prior {
+            Prior::Adapters | Prior::Sum => 1.0,
+            Prior::Zero => 0.0,
+            Prior::Average => 1.0 / job.members.len() as f64,
+        };
+        let ridge = match options.ridge {
+            Ridge::Absolute(ridge) => ridge,
+            Ridge::Relative(ridge) => ridge * mean,
+        };
+        Ok(System { g, q, mean, ridge, toward })
+    }
+}
+
+/// What one layer becomes.
+struct Merge {
+    layer: Layer,
+    action: Action,
+    tokens: u64,
+    ridge: f64,
+    squares: Option<Squares>,
+    notes: Vec<String>,
+}
+
+impl Merge {
+    fn passed(layer: Layer) -> Self {
+        Self { layer, action: Action::PassedThrough, tokens: 0, ridge: 0.0, squares: None, notes: Vec::new() }
+    }
+
+    fn summed(job: &Job<'_>, why: String) -> Result<Self> {
+        let (a, b) = (super::joined_a(&job.members), super::joined_b(&job.members));
+        let layer = super::joined_layer(&job.members, a, b)?;
+        Ok(Self { action: Action::Summed { why }, tokens: job.tokens(), ..Self::passed(layer) })
+    }
+}
+
+/// A layer that several adapters have, and its statistics.
+struct Job<'a> {
+    planned: &'a PlannedLayer,
+    /// The members' layers, and the factor on each.
+    members: Vec<(&'a Layer, f64)>,
+    /// The members' rows.
+    blocks: Vec<Range<usize>>,
+    tasks: Vec<TaskStatistics>,
+    neutral: Option<Matrix>,
+    /// Why it cannot be routed.
+    lacking: Option<String>,
+}
+
+struct TaskStatistics {
+    adapter: usize,
+    /// Its place among the members; an adapter that lacks the layer has none.
+    member: Option<usize>,
+    gram: Option<Matrix>,
+    tokens: u64,
+}
+
+impl<'a> Job<'a> {
+    fn new(
+        planned: &'a PlannedLayer,
+        adapters: &[Weighted<'a>],
+        active: &[usize],
+        statistics: Option<LayerStatistics>,
+    ) -> Self {
+        let members = super::members(planned, adapters);
+        let mut end = 0;
+        let block = |(layer, _): &(&Layer, f64)| {
+            end += layer.rank;
+            end - layer.rank..end
+        };
+        let blocks = members.iter().map(block).collect();
+        let mut job = Self { planned, members, blocks, tasks: Vec::new(), neutral: None, lacking: None };
+        let Some(statistics) = statistics else { return job };
+        job.neutral = statistics.neutral;
+        for (&adapter, (gram, tokens)) in active.iter().zip(statistics.tasks) {
+            let member = planned.members.iter().position(|&i| i == adapter);
+            job.tasks.push(TaskStatistics { adapter, member, gram, tokens });
+        }
+        let lacks = job.tasks.iter().filter(|task| task.member.is_some() && task.tokens == 0);
+        let names: Vec<_> =
+            lacks.map(|task| format!("`{}`", adapters[task.adapter].adapter.name())).collect();
+        if !names.is_empty() {
+            job.lacking = Some(format!("the calibration has no activations of {}", names.join(", ")));
+        }
+        job
+    }
+
+    fn tokens(&self) -> u64 {
+        self.tasks.iter().map(|task| task.tokens).sum()
+    }
+
+    /// Losses on the calibration tokens as they are, whatever the options weigh.
+    fn squares(&self, bb: &Matrix, router: &Matrix) -> Squares {
+        let order = self.planned.rank;
+        let (mut g, mut q) = (Matrix::zeros(order, order), Matrix::zeros(order, order));
+        for task in &self.tasks {
+            let Some(gram) = &task.gram else { continue };
+            add(&mut g, gram, 1.0, 0..order);
+            if let Some(member) = task.member {
+                add(&mut q, gram, 1.0, self.blocks[member].clone());
+            }
+        }
+        Squares::new(bb, &g, &q, router, &self.blocks)
+    }
+}
+
+/// `(Q' + λ·R₀)·(G' + λ·I)⁻¹` to be solved.
+struct System {
+    g: Matrix,
+    q: Matrix,
+    /// tr(G')/R.
+    mean: f64,
+    /// λ.
+    ridge: f64,
+    /// R₀ is this times I.
+    toward: f64,
+}
+
+struct Solved {
+    router: Matrix,
+    ridge: f64,
+    /// Whether the ridge is larger than was asked for.
+    raised: bool,
+}
+
+/// How often a ridge is raised, tenfold.
+const TRIES: usize = 12;
+
+/// Solves all systems at once; those that are not positive definite again with a larger ridge.
+fn solve(
+    device: &Device,
+    systems: &[std::result::Result<System, String>],
+) -> Result<Vec<std::result::Result<Solved, String>>> {
+    let mut out: Vec<std::result::Result<Solved, String>> = Vec::new();
+    let mut open = Vec::new();
+    for (i, system) in systems.iter().enumerate() {
+        let fail = "its statistics are singular at any ridge".to_owned();
+        match system {
+            Ok(system) => {
+                open.push((i, system, system.ridge));
+                out.push(Err(fail));
+            }
+            Err(why) => out.push(Err(why.clone())),
+        }
+    }
+    for attempt in 0..=TRIES {
+        if open.is_empty() {
+            break;
+        }
+        // Scaled to size 1 by a power of two, for the range of double-single.
+        let shifted = |m: &Matrix, system: &System, diagonal: f64| {
+            let scale = pow2(-exponent_of(system.mean));
+            Matrix::from_fn(m.rows, m.cols, |i, j| (m[(i, j)] + if i == j { diagonal } else { 0.0 }) * scale)
+        };
+        let left: Vec<_> = open.par_iter().map(|(_, s, ridge)| shifted(&s.g, s, *ridge)).collect();
+        let right: Vec<_> = open.par_iter().map(|(_, s, ridge)| shifted(&s.q, s, ridge * s.toward)).collect();
+        let mut factors = Batch::upload(device, device.sum(), &left)?;
+        let status = ops::cholesky(device, &mut factors)?;
+        let mut routers = Batch::upload(device, device.sum(), &right)?;
+        ops::cholesky_solve(device, &factors, &mut routers)?;
+        let mut failed = Vec::new();
+        for (((i, system, ridge), status), router) in
+            open.into_iter().zip(status).zip(routers.download(device)?)
+        {
+            if status.is_ok() && router.data.iter().all(|v| v.is_finite()) {
+                out[i] = Ok(Solved { router, ridge, raised: attempt > 0 });
+            } else {
+                failed.push((i, system, if ridge == 0.0 { 1e-12 * system.mean } else { 10.0 * ridge }));
+            }
+        }
+        open = failed;
+    }
+    Ok(out)
+}
+
+/// B_cat of each layer, every block brought to size 1 by a power of two, and the factor that each column lacks.
+fn concatenated_b(device: &Device, jobs: &[&Job<'_>]) -> Result<(Batch, Vec<Vec<f64>>)> {
+    let (factors, scales): (Vec<Vec<Factor<'_>>>, Vec<Vec<f64>>) = jobs
+        .par_iter()
+        .map(|job| {
+            let (mut factors, mut scales) = (Vec::new(), Vec::new());
+            for (layer, scale) in &job.members {
+                let e = exponent(layer.b()).unwrap_or(0);
+                factors.push(Factor { matrix: layer.b(), scale: pow2(-e) as f32 });
+                scales.extend(std::iter::repeat_n(scale * pow2(e), layer.rank));
+            }
+            (factors, scales)
+        })
+        .unzip();
+    let factors: Vec<&[Factor<'_>]> = factors.iter().map(Vec::as_slice).collect();
+    Ok((ops::rank_concat(device, Axis::Columns, &factors)?, scales))
+}
+
+/// BᵀB of each layer, with scales.
+fn output_grams(device: &Device, b: &Batch, scales: &[Vec<f64>]) -> Result<Vec<Matrix>> {
+    let shapes: Vec<_> = b.shapes().iter().map(|shape| Shape::new(shape.cols, shape.cols)).collect();
+    let mut sums = Batch::zeros(device, device.sum(), &shapes)?;
+    ops::gram(device, b, &mut sums)?;
+    let grams = sums.download(device)?;
+    let scaled =
+        |(m, s): (&Matrix, &Vec<f64>)| Matrix::from_fn(m.rows, m.cols, |i, j| m[(i, j)] * s[i] * s[j]);
+    Ok(grams.iter().zip(scales).map(scaled).collect())
+}
+
+/// `C[:, block]·C[block, :]` at trace 1; zero if there is nothing.
+fn proxy(c: &Matrix, block: &Range<usize>) -> Matrix {
+    let part = Matrix::from_fn(c.rows, block.len(), |i, j| c[(i, block.start + j)]);
+    let scale = 1.0 / dot(&part, &part);
+    if !scale.is_finite() {
+        return Matrix::zeros(c.rows, c.rows);
+    }
+    let mut g = times(&part, &part.transposed());
+    g.data.iter_mut().for_each(|v| *v *= scale);
+    g
+}
+
+/// `to[rows, :] += w · from[rows, :]`.
+fn add(to: &mut Matrix, from: &Matrix, w: f64, rows: Range<usize>) {
+    let span = rows.start * to.cols..rows.end * to.cols;
+    to.data[span.clone()].iter_mut().zip(&from.data[span]).for_each(|(t, f)| *t += w * f);
+}
+
+fn trace(m: &Matrix) -> f64 {
+    (0..m.rows).map(|i| m[(i, i)]).sum()
+}
+
+/// Layers in the order given, as many at a time as fit a quarter of the device's memory; what does not fit by
+/// itself goes to the CPU.
+fn chunks<'p>(device: &Device, layers: &[&'p PlannedLayer]) -> Vec<(Vec<&'p PlannedLayer>, Device)> {
+    let arena = arena(device);
+    let limit = (device.memory() / 4).min(arena);
+    let mut chunks: Vec<(Vec<&PlannedLayer>, Device)> = Vec::new();
+    let mut used = 0;
+    for layer in layers {
+        let PlannedLayer { rank, input, output, .. } = layer;
+        let partial = gram_parts(*output, *rank) * rank * rank;
+        let largest = 8 * (rank * rank.max(input).max(output)).max(partial) as u64;
+        let size = 4 * rank * (2 * input + 3 * output) + 8 * (6 * rank * rank + partial);
+        let size = size as u64;
+        let fits = !device.is_gpu() || (largest <= arena && size <= device.memory());
+        match chunks.last_mut() {
+            Some((chunk, on)) if used + size <= limit && fits && on.is_gpu() == device.is_gpu() => {
+                chunk.push(layer);
+                used += size;
+            }
+            _ => {
+                chunks.push((vec![layer], if fits { device.clone() } else { Device::cpu() }));
+                used = size;
+            }
+        }
+    }
+    chunks
+}

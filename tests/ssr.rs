@@ -1,0 +1,542 @@
+//! SSR against the f64 references, the authors' code, and the formula in plain f64.
+
+mod common;
+#[path = "common/fixtures.rs"]
+mod fixtures;
+
+use std::sync::Mutex;
+use std::sync::atomic::AtomicBool;
+
+use common::{Case, devices, product, relative};
+use fixtures::{
+    Formula, POOL, Tensors, activations, adapter, at_one, calibrated, data, delta, plain, pool, stored, wide,
+};
+use loraweld::{
+    Action, Adapter, Calibration, Control, Device, Error, Format, Layer, Matrix, Merged, Precision, Prior,
+    Ridge, SaveOptions, Source, Ssr, SsrOptions, Weighted,
+};
+
+/// The wide tiers are held to what an f32 result carries, over a condition of 1e5; f32 statistics to `auto`.
+fn tolerance(case: &Case, auto: f64) -> f64 {
+    match case.device.is_gpu() && case.device.precision() == Precision::Auto {
+        true => auto,
+        false => 1e-5,
+    }
+}
+
+/// The largest relative difference of ΔW over all layers.
+fn worst(merged: &Merged, want: impl Fn(&str) -> Matrix) -> f64 {
+    let layers = merged.adapter.layers();
+    let errors = layers.iter().map(|layer| relative(&delta(layer), &want(&layer.module)));
+    errors.fold(0.0, f64::max)
+}
+
+fn published(device: &Device, set: &str) -> Merged {
+    let adapters = pool();
+    let calibration = calibrated(device, &adapters, set, &POOL);
+    Ssr::new(&calibration).options(SsrOptions::published()).merge(device, &at_one(&adapters)).unwrap()
+}
+
+#[test]
+fn published_options_give_the_reference() {
+    let factors = Tensors::open(data("reference/ssr_traj4_f64.safetensors"));
+    for set in ["traj4", "step1"] {
+        let reference = Tensors::open(data(&format!("reference/ssr_{set}_f64.safetensors")));
+        for case in devices() {
+            let merged = published(&case.device, set);
+            let error = worst(&merged, |layer| {
+                let b = reference.get(&format!("{layer}.lora_B.weight"));
+                product(&b, &factors.get(&format!("{layer}.lora_A.weight")))
+            });
+            println!("{set}, {}: {error:.1e}", case.name);
+            // f32 statistics move ΔW by up to 2e-3 where G/N + λI has a condition of 3e5.
+            assert!(error <= tolerance(&case, 5e-3), "{set}, {}: {error:e}", case.name);
+        }
+    }
+}
+
+#[test]
+fn published_options_give_what_the_authors_code_gives() {
+    let factors = Tensors::open(data("reference/ssr_traj4_f64.safetensors"));
+    let official = Tensors::open(data("reference/ssr_traj4_official_f32.safetensors"));
+    for case in devices() {
+        let merged = published(&case.device, "traj4");
+        let error = worst(&merged, |layer| {
+            let b = official.get(&format!("{layer}.lora_B.weight"));
+            product(&b, &factors.get(&format!("{layer}.lora_A.weight")))
+        });
+        println!("{}: {error:.1e}", case.name);
+        // Theirs is itself 1.1e-3 off, for its f32 statistics.
+        assert!(error <= 5e-3, "{}: {error:e}", case.name);
+    }
+}
+
+/// The formula of each layer, for all devices.
+fn wants(adapters: &[Weighted<'_>], set: &str, tasks: &[&str], formula: &Formula) -> Vec<(String, Matrix)> {
+    let first = adapters[0].adapter;
+    let of = |layer: &Layer| {
+        let want = plain(adapters, set, tasks, &layer.module).merged(set, &layer.module, formula);
+        (layer.module.clone(), want)
+    };
+    first.layers().iter().map(of).collect()
+}
+
+fn find(wants: &[(String, Matrix)], layer: &str) -> Matrix {
+    wants.iter().find(|(name, _)| name == layer).unwrap_or_else(|| panic!("{layer}")).1.clone()
+}
+
+#[test]
+fn the_default_is_the_formula() {
+    let adapters = pool();
+    for set in ["traj4", "step1"] {
+        let wants = wants(&at_one(&adapters), set, &POOL, &Formula::default_of(4));
+        for case in devices() {
+            let calibration = calibrated(&case.device, &adapters, set, &POOL);
+            let merged = Ssr::new(&calibration).merge(&case.device, &at_one(&adapters)).unwrap();
+            let error = worst(&merged, |layer| find(&wants, layer));
+            println!("{set}, {}: {error:.1e}", case.name);
+            // The prior bounds the condition, and so what f32 statistics do.
+            assert!(error <= tolerance(&case, 1e-4), "{set}, {}: {error:e}", case.name);
+        }
+    }
+}
+
+/// The CPU and one tier of a GPU: options change what the host assembles, not the kernels.
+fn two_devices() -> Vec<Case> {
+    devices().into_iter().filter(|case| ["CPU", "auto, f64"].contains(&case.name)).collect()
+}
+
+#[test]
+fn options_do_what_the_formula_says() {
+    let adapters = pool();
+    let base = Formula::default_of(4);
+    let options = SsrOptions::default();
+    let cases = [
+        (
+            "task weights",
+            SsrOptions { task_weights: Some(vec![1.0, 0.5, 2.0, 0.25]), ..options.clone() },
+            Formula { weights: vec![1.0, 0.5, 2.0, 0.25], ..base.clone() },
+        ),
+        ("balance", SsrOptions { balance: 0.5, ..options.clone() }, Formula { balance: 0.5, ..base.clone() }),
+        (
+            "neutral",
+            SsrOptions { neutral_weight: 0.3, ..options.clone() },
+            Formula { neutral: Some(("concept_c1_thick", 0.3)), ..base.clone() },
+        ),
+        (
+            "average, relative",
+            SsrOptions { prior: Prior::Average, ridge: Ridge::Relative(0.1), ..options.clone() },
+            Formula { toward: 0.25, prior_weight: 0.0, relative: 0.1, ..base.clone() },
+        ),
+        (
+            "sum, absolute",
+            SsrOptions { prior: Prior::Sum, ridge: Ridge::Absolute(0.05), ..options.clone() },
+            Formula { prior_weight: 0.0, absolute: Some(0.05), ..base.clone() },
+        ),
+        (
+            "prior weight",
+            SsrOptions { prior_weight: 1.0, ..options.clone() },
+            Formula { prior_weight: 1.0, ..base.clone() },
+        ),
+    ];
+    for (name, options, formula) in cases {
+        let wants = wants(&at_one(&adapters), "step1", &POOL, &formula);
+        for case in two_devices() {
+            let mut calibration = calibrated(&case.device, &adapters, "step1", &POOL);
+            let neutral = activations("step1", "concept_c1_thick");
+            let control = Control::default();
+            calibration.accumulate_file(&case.device, Source::Neutral, &neutral, &control).unwrap();
+            let ssr = Ssr::new(&calibration).options(options.clone());
+            let merged = ssr.merge(&case.device, &at_one(&adapters)).unwrap();
+            let error = worst(&merged, |layer| find(&wants, layer));
+            println!("{name}, {}: {error:.1e}", case.name);
+            // As the default.
+            assert!(error <= tolerance(&case, 1e-4), "{name}, {}: {error:e}", case.name);
+        }
+    }
+}
+
+#[test]
+fn data_free_is_the_formula() {
+    let adapters = pool();
+    let formula = Formula { data_free: true, ..Formula::default_of(4) };
+    let wants = wants(&at_one(&adapters), "step1", &POOL, &formula);
+    for case in devices() {
+        let merged = Ssr::data_free().merge(&case.device, &at_one(&adapters)).unwrap();
+        let error = worst(&merged, |layer| find(&wants, layer));
+        println!("{}: {error:.1e}", case.name);
+        // C·C squares the condition of A, which is mild.
+        assert!(error <= tolerance(&case, 1e-4), "{}: {error:e}", case.name);
+        assert!(merged.report.losses.is_none());
+        assert!(merged.report.notes.iter().any(|note| note.contains("proxy")), "{:?}", merged.report.notes);
+    }
+}
+
+#[test]
+fn strengths_scale_updates_but_not_inputs() {
+    let adapters = pool();
+    let weighted = [adapters[0].at(0.8), adapters[1].at(-0.5), adapters[2].at(1.0), adapters[3].at(1.0)];
+    let wants = wants(&weighted, "traj4", &POOL, &Formula::default_of(4));
+    for case in two_devices() {
+        let calibration = calibrated(&case.device, &adapters, "traj4", &POOL);
+        let merged = Ssr::new(&calibration).merge(&case.device, &weighted).unwrap();
+        let error = worst(&merged, |layer| find(&wants, layer));
+        // As the default.
+        assert!(error <= tolerance(&case, 1e-4), "{}: {error:e}", case.name);
+    }
+}
+
+#[test]
+fn an_adapter_at_strength_zero_is_as_if_it_were_not_there() {
+    let adapters = pool();
+    let device = Device::cpu();
+    let calibration = calibrated(&device, &adapters, "traj4", &POOL);
+    let three = Ssr::new(&calibration).merge(&device, &at_one(&adapters[..3])).unwrap();
+    let mut weighted = at_one(&adapters);
+    weighted[3].strength = 0.0;
+    let zero = Ssr::new(&calibration).merge(&device, &weighted).unwrap();
+    // The same numbers go in.
+    assert_eq!(worst(&zero, |layer| delta(three.adapter.find(layer).unwrap())), 0.0);
+    assert!(
+        zero.report.notes.iter().any(|note| note.contains("concept_c4_invert")),
+        "{:?}",
+        zero.report.notes
+    );
+    assert!(zero.report.layers.iter().all(|layer| layer.adapters == [0, 1, 2] && layer.rank == 28));
+}
+
+#[test]
+fn losses_are_those_of_the_tokens_themselves() {
+    let adapters = pool();
+    let device = Device::cpu();
+    let calibration = calibrated(&device, &adapters, "traj4", &POOL);
+    let merged = Ssr::new(&calibration).merge(&device, &at_one(&adapters)).unwrap();
+    let (mut all, mut nothing) = ([0f64; 3], 0.0);
+    for (layer, report) in merged.adapter.layers().iter().zip(&merged.report.layers) {
+        let update = delta(layer);
+        let singles: Vec<_> = adapters.iter().map(|a| delta(a.find(&layer.module).unwrap())).collect();
+        let (mut loss, mut none) = ([0f64; 3], 0.0);
+        for (k, task) in POOL.iter().enumerate() {
+            let x = Tensors::open(activations("traj4", task)).get(&stored(&layer.module));
+            let out = |dw: &Matrix| product(&x, &dw.transposed());
+            let want = out(&singles[k]);
+            let mut sum = Matrix::<f64>::zeros(want.rows, want.cols);
+            for single in &singles {
+                sum.data.iter_mut().zip(out(single).data).for_each(|(s, v)| *s += v);
+            }
+            let got = out(&update);
+            for (i, want) in want.data.iter().enumerate() {
+                loss[0] += (got.data[i] - want).powi(2);
+                loss[1] += f64::powi(sum.data[i] - want, 2);
+                loss[2] += (sum.data[i] / 4.0 - want).powi(2);
+                none += want * want;
+            }
+        }
+        let losses = report.losses.unwrap();
+        let measured = [losses.merged, losses.sum, losses.average];
+        for i in 0..3 {
+            // The result is rounded to f32, the statistics are f64.
+            assert!(((loss[i] / none).sqrt() - measured[i]).abs() <= 1e-5 * measured[i], "{}", layer.module);
+            all[i] += loss[i];
+        }
+        nothing += none;
+    }
+    let total = merged.report.losses.unwrap();
+    for (square, measured) in all.iter().zip([total.merged, total.sum, total.average]) {
+        // As each layer's.
+        assert!(((square / nothing).sqrt() - measured).abs() <= 1e-5 * measured);
+    }
+    assert!(total.merged < 0.5 * total.sum && total.merged < total.average, "{total:?}");
+    println!("{}", merged.report);
+    assert!(merged.report.to_string().contains("24 layers routed"));
+    assert!(merged.report.to_string().contains("all routed layers"));
+}
+
+#[test]
+fn one_adapter_alone_stays_as_it_is() {
+    for case in devices() {
+        for name in ["concept_c1_thick", "concept_c7_rot90"] {
+            let adapter = adapter(name);
+            let calibration = calibrated(&case.device, std::slice::from_ref(&adapter), "traj4", &[name]);
+            for ssr in [Ssr::new(&calibration), Ssr::data_free()] {
+                let merged = ssr.merge(&case.device, &[adapter.at(1.0)]).unwrap();
+                for (got, want) in merged.adapter.layers().iter().zip(adapter.layers()) {
+                    assert_eq!(got.a().bytes, want.a().bytes);
+                    assert_eq!(got.b().bytes, want.b().bytes);
+                    assert_eq!(got.scale, want.scale);
+                }
+                assert!(merged.report.layers.iter().all(|l| l.action == Action::PassedThrough));
+            }
+        }
+    }
+}
+
+#[test]
+fn spellings_mix() {
+    let device = Device::cpu();
+    let adapters = pool();
+    let mut mixed = adapters.clone();
+    mixed[2] = adapter("concept_c1_thick.kohya");
+    assert_eq!(mixed[2].format(), Format::Kohya);
+    let calibration = calibrated(&device, &adapters, "traj4", &POOL);
+    let want = Ssr::new(&calibration).merge(&device, &at_one(&adapters)).unwrap();
+    let got = Ssr::new(&calibration).merge(&device, &at_one(&mixed)).unwrap();
+    // Bit-equal tensors under other names.
+    assert_eq!(worst(&got, |layer| delta(want.adapter.find(layer).unwrap())), 0.0);
+    mixed.rotate_left(2);
+    let kohya_first = Ssr::new(&calibration).merge(&device, &at_one(&mixed)).unwrap();
+    assert_eq!(kohya_first.adapter.format(), Format::Kohya);
+    let name = &kohya_first.report.layers[0].layer;
+    assert!(name.contains('.'), "`{name}`: dots are known from the others");
+}
+
+/// An adapter of some of the layers, with A and B multiplied.
+fn changed(adapter: &Adapter, keep: impl Fn(&Layer) -> bool, by_a: f32, by_b: f32) -> Adapter {
+    let times = |m: Matrix, by: f64| Matrix {
+        rows: m.rows,
+        cols: m.cols,
+        data: m.data.iter().map(|&v| (v * by) as f32).collect(),
+    };
+    let layers = adapter.layers().iter().filter(|layer| keep(layer)).map(|layer| {
+        let a = times(wide(layer.a()), by_a.into());
+        let b = times(wide(layer.b()), f64::from(by_b) * layer.scale.value);
+        Layer::new(&format!("transformer.{}", layer.module), a, b).unwrap()
+    });
+    Adapter::new(adapter.name(), Format::Peft, layers.collect()).unwrap()
+}
+
+#[test]
+fn layers_may_be_missing() {
+    let mut adapters = pool();
+    // Two share block 0, only the first has `to_out` of it, and the third lacks it.
+    adapters.truncate(3);
+    let block = |layer: &Layer| layer.module.starts_with("transformer_blocks.0");
+    adapters[1] = changed(&adapters[1], |l| block(l) && !l.module.contains("to_out"), 1.0, 1.0);
+    adapters[2] = changed(&adapters[2], |l| !block(l), 1.0, 1.0);
+    let device = Device::cpu();
+    let calibration = calibrated(&device, &adapters, "traj4", &POOL[..3]);
+    let merged = Ssr::new(&calibration).merge(&device, &at_one(&adapters)).unwrap();
+    for (layer, report) in merged.adapter.layers().iter().zip(&merged.report.layers) {
+        let members: Vec<usize> = (0..3).filter(|&i| adapters[i].find(&layer.module).is_some()).collect();
+        assert_eq!(report.adapters, members);
+        let alone = members.len() == 1;
+        assert_eq!(
+            report.action,
+            if alone { Action::PassedThrough } else { Action::Routed },
+            "{}",
+            layer.module
+        );
+        // All three tasks' tokens count, also those of the one that lacks the layer.
+        assert_eq!(report.tokens, if alone { 0 } else { 3 * 192 });
+    }
+    // What an adapter that lacks the layer sees is as neutral inputs of weight 1, but for the token count.
+    let layer = "transformer_blocks.0.ff.net.2";
+    let formula = Formula { neutral: Some((POOL[2], 1.0)), ..Formula::default_of(2) };
+    let want = plain(&at_one(&adapters[..2]), "traj4", &POOL[..2], layer).merged("traj4", layer, &formula);
+    let error = relative(&delta(merged.adapter.find(layer).unwrap()), &want);
+    // f64 rounded to f32.
+    assert!(error <= 1e-6, "{error:e}");
+}
+
+#[test]
+fn singular_statistics_are_reported() {
+    let one = adapter("concept_c3_mirror");
+    let adapters = [one.clone(), one.clone()];
+    let names = [POOL[0], POOL[0]];
+    for case in devices() {
+        let calibration = calibrated(&case.device, &adapters, "traj4", &names);
+        for prior in [Prior::Sum, Prior::Zero, Prior::Adapters, Prior::Average] {
+            let options = SsrOptions { ridge: Ridge::Relative(0.0), prior, ..SsrOptions::default() };
+            let ssr = Ssr::new(&calibration).options(options);
+            let merged = ssr.merge(&case.device, &at_one(&adapters)).unwrap();
+            merged.adapter.check_finite().unwrap();
+            for layer in &merged.report.layers {
+                assert!(!layer.notes.is_empty() && layer.ridge > 0.0, "{}, {prior:?}: {layer:?}", case.name);
+            }
+        }
+    }
+}
+
+#[test]
+fn statistics_of_nothing_are_summed() {
+    let device = Device::cpu();
+    let adapters = pool();
+    let mut calibration = Calibration::new(&adapters).unwrap();
+    let zeros = vec![0f32; 4 * 512];
+    for layer in adapters[0].layers() {
+        for task in 0..4 {
+            let x = loraweld::RawMatrix::from_f32(4, layer.input, &zeros[..4 * layer.input]).unwrap();
+            calibration.accumulate(&device, task, &layer.module, x).unwrap();
+        }
+    }
+    let merged = Ssr::new(&calibration).merge(&device, &at_one(&adapters)).unwrap();
+    assert_summed(&merged, &adapters);
+}
+
+#[test]
+fn without_activations_a_layer_is_summed_aloud() {
+    let device = Device::cpu();
+    let adapters = pool();
+    let calibration = calibrated(&device, &adapters, "traj4", &POOL[..3]);
+    assert_eq!(calibration.missing().len(), 24);
+    let merged = Ssr::new(&calibration).merge(&device, &at_one(&adapters)).unwrap();
+    assert_summed(&merged, &adapters);
+    let text = merged.report.to_string();
+    assert!(text.contains("WARNING") && text.contains("concept_c4_invert"), "{text}");
+}
+
+fn assert_summed(merged: &Merged, adapters: &[Adapter]) {
+    for (layer, report) in merged.adapter.layers().iter().zip(&merged.report.layers) {
+        assert!(matches!(&report.action, Action::Summed { why } if !why.is_empty()), "{report:?}");
+        let mut want = Matrix::zeros(layer.output, layer.input);
+        for adapter in adapters {
+            let single = delta(adapter.find(&layer.module).unwrap());
+            want.data.iter_mut().zip(single.data).for_each(|(w, s)| *w += s);
+        }
+        // B is exact up to one rounding to f32.
+        assert!(relative(&delta(layer), &want) <= 1e-7);
+    }
+}
+
+#[test]
+fn a_calibration_of_other_adapters_is_refused() {
+    let device = Device::cpu();
+    let adapters = pool();
+    let calibration = calibrated(&device, &adapters, "step1", &POOL);
+    let other = [adapters[0].clone(), adapter("content_heart")];
+    let error = Ssr::new(&calibration).merge(&device, &at_one(&other)).unwrap_err().to_string();
+    assert!(error.contains("content_heart") && error.contains("concept_c3_mirror"), "{error}");
+}
+
+#[test]
+fn subsets_and_orders_of_the_pool_merge() {
+    let device = Device::cpu();
+    let adapters = pool();
+    let calibration = calibrated(&device, &adapters, "traj4", &POOL);
+    let some = [adapters[3].clone(), adapters[0].clone()];
+    let merged = Ssr::new(&calibration).merge(&device, &at_one(&some)).unwrap();
+    let wants = wants(&at_one(&some), "traj4", &[POOL[3], POOL[0]], &Formula::default_of(2));
+    // f64 rounded to f32.
+    assert!(worst(&merged, |layer| find(&wants, layer)) <= 1e-6);
+}
+
+#[test]
+fn tiny_and_huge_factors_merge() {
+    let adapters = pool();
+    // The same updates with A scaled by a power of two.
+    let scaled = |e: i32| -> Vec<Adapter> {
+        adapters.iter().map(|a| changed(a, |_| true, 2f32.powi(e), 2f32.powi(-e))).collect()
+    };
+    let options = SsrOptions { prior: Prior::Zero, ridge: Ridge::Relative(1e-3), ..SsrOptions::default() };
+    for case in devices() {
+        let merge = |adapters: &[Adapter]| {
+            let calibration = calibrated(&case.device, adapters, "traj4", &POOL);
+            Ssr::new(&calibration).options(options.clone()).merge(&case.device, &at_one(adapters)).unwrap()
+        };
+        let want = merge(&adapters);
+        for e in [-90, 90] {
+            let got = merge(&scaled(e));
+            let error = worst(&got, |layer| delta(want.adapter.find(layer).unwrap()));
+            // The same arithmetic, but for scales that are folded elsewhere.
+            assert!(error <= tolerance(&case, 1e-4), "{}, 2^{e}: {error:e}", case.name);
+        }
+    }
+}
+
+#[test]
+fn two_runs_write_the_same_bytes() {
+    let adapters = pool();
+    let folder = tempfile::tempdir().unwrap();
+    for (i, case) in devices().iter().enumerate() {
+        let file = |run: usize| {
+            let calibration = calibrated(&case.device, &adapters, "step1", &POOL);
+            let merged = Ssr::new(&calibration).merge(&case.device, &at_one(&adapters)).unwrap();
+            let path = folder.path().join(format!("{i}-{run}.safetensors"));
+            merged.adapter.save(&path, &SaveOptions::default()).unwrap();
+            let calibration_path = folder.path().join(format!("{i}-{run}.calibration"));
+            calibration.save(&calibration_path, false).unwrap();
+            (std::fs::read(path).unwrap(), std::fs::read(calibration_path).unwrap())
+        };
+        assert!(file(0) == file(1), "{}", case.name);
+    }
+    let saved = Adapter::open(folder.path().join("0-0.safetensors")).unwrap();
+    let metadata = saved.metadata();
+    assert_eq!(metadata["loraweld.method"], "ssr");
+    assert!(metadata["loraweld.inputs"].contains("concept_c7_rot90"), "{metadata:?}");
+    assert!(metadata["loraweld.options"].contains("prior"), "{metadata:?}");
+    assert!(!metadata.contains_key("lora_adapter_metadata"));
+    assert!(saved.layers().iter().all(|layer| layer.scale.value == 1.0 && layer.rank == 36));
+}
+
+#[test]
+fn little_memory_gives_the_same() {
+    let adapters = pool();
+    let options = loraweld::DeviceOptions {
+        select: loraweld::Select::Cpu,
+        memory: Some(600_000),
+        ..Default::default()
+    };
+    let (little, much) = (Device::open(&options).unwrap(), Device::cpu());
+    let merge = |device: &Device| {
+        let calibration = calibrated(device, &adapters, "traj4", &POOL);
+        Ssr::new(&calibration).merge(device, &at_one(&adapters)).unwrap()
+    };
+    let (got, want) = (merge(&little), merge(&much));
+    // Sums may be rounded in another order.
+    assert!(worst(&got, |layer| delta(want.adapter.find(layer).unwrap())) <= 1e-6);
+}
+
+#[test]
+fn options_out_of_range_are_refused() {
+    let adapters = pool();
+    let device = Device::cpu();
+    let calibration = calibrated(&device, &adapters, "step1", &POOL);
+    let default = SsrOptions::default();
+    for (options, word) in [
+        (SsrOptions { ridge: Ridge::Absolute(-1.0), ..default.clone() }, "ridge"),
+        (SsrOptions { prior_weight: f64::NAN, ..default.clone() }, "prior weight"),
+        (SsrOptions { task_weights: Some(vec![1.0]), ..default.clone() }, "task weights"),
+        (SsrOptions { neutral_weight: 0.1, ..default.clone() }, "neutral"),
+        (SsrOptions { balance: f64::INFINITY, ..default.clone() }, "balance"),
+    ] {
+        let error = Ssr::new(&calibration).options(options).merge(&device, &at_one(&adapters)).unwrap_err();
+        assert!(matches!(&error, Error::Invalid(text) if text.contains(word)), "{error}");
+    }
+    let error = Ssr::new(&calibration).merge(&device, &[adapters[0].at(f64::NAN)]).unwrap_err().to_string();
+    assert!(error.contains("concept_c3_mirror") && error.contains("NaN"), "{error}");
+    assert!(Ssr::new(&calibration).merge(&device, &[]).is_err());
+}
+
+#[test]
+fn adapters_of_other_models_are_refused() {
+    let good = adapter("concept_c3_mirror");
+    let layer = &good.layers()[0];
+    let other = Layer::new(&layer.module, Matrix::zeros(2, 7), Matrix::zeros(layer.output, 2)).unwrap();
+    let other = Adapter::new("other", Format::Peft, vec![other]).unwrap();
+    for error in [
+        loraweld::Plan::new(&[good.at(1.0), other.at(1.0)]).unwrap_err(),
+        Calibration::new([&good, &other]).unwrap_err(),
+    ] {
+        let text = error.to_string();
+        assert!(text.contains("other") && text.contains("concept_c3_mirror") && text.contains('7'), "{text}");
+    }
+}
+
+#[test]
+fn progress_is_told_and_cancelling_stops() {
+    let adapters = pool();
+    let device = Device::cpu();
+    let calibration = calibrated(&device, &adapters, "step1", &POOL);
+    let seen = Mutex::new(Vec::new());
+    let show = |p: loraweld::Progress<'_>| seen.lock().unwrap().push((p.stage, p.done, p.total));
+    let cancel = AtomicBool::new(false);
+    let control = Control { progress: Some(&show), cancel: Some(&cancel) };
+    Ssr::new(&calibration).merge_with(&device, &at_one(&adapters), control).unwrap();
+    let seen = seen.into_inner().unwrap();
+    assert_eq!(seen.iter().filter(|(stage, ..)| *stage == "merge").count(), 24);
+    assert!(seen.contains(&("merge", 23, 24)) && seen.contains(&("check", 0, 4)), "{seen:?}");
+    cancel.store(true, std::sync::atomic::Ordering::Relaxed);
+    let control = Control { progress: None, cancel: Some(&cancel) };
+    let result = Ssr::new(&calibration).merge_with(&device, &at_one(&adapters), control);
+    assert!(matches!(result, Err(Error::Cancelled)));
+}
