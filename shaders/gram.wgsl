@@ -1,6 +1,6 @@
 // Partial Gram matrices in f32: G = ZᵀZ over some tokens, lower triangle.
 //
-//   Z: tokens × rank, row-major, given as `parts` summands tokens × rank apart (see project.wgsl)
+//   Z: tokens × rank, row-major
 //   G: one rank × rank matrix for each part of the tokens, stored one after the other
 //
 // Work: (job, tile row, tile column, part). A workgroup makes one TILE × TILE tile of one partial G; only
@@ -16,45 +16,38 @@ struct Job {
     gram: u32,  // first element
     tokens: u32,
     rank: u32,
-    z_parts: u32,
     part_tokens: u32,   // tokens of a part
 }
 
 @group(0) @binding(3) var<storage, read> z: array<f32>;
 @group(0) @binding(4) var<storage, read_write> gram: array<f32>;
 
-const DEPTH: u32 = 8u;
 const THREADS: u32 = TILE / 8u * THREADS_N;
 const QUADS: u32 = TILE / 4u;
-const QUADS_PER_THREAD: u32 = DEPTH * QUADS / THREADS;
+// Tokens of a step: a thread fetches one vector for each of the two tiles.
+const DEPTH: u32 = THREADS / QUADS;
 
 // [token][column / 4]
-var<workgroup> row_tile: array<vec4<f32>, DEPTH * QUADS>;
-var<workgroup> column_tile: array<vec4<f32>, DEPTH * QUADS>;
+var<workgroup> row_tile: array<vec4<f32>, THREADS>;
+var<workgroup> column_tile: array<vec4<f32>, THREADS>;
 
-fn load(job: Job, token: u32, column: u32) -> f32 {
-    if (column >= job.rank) {
-        return 0.0;
-    }
-    var e = job.z + token * job.rank + column;
-    var sum = z[e];
-    for (var part = 1u; part < job.z_parts; part++) {
-        e += job.tokens * job.rank;
-        sum += z[e];
-    }
-    return sum;
+// Four columns of a token that are all inside.
+fn fetch(job: Job, token: u32, column: u32) -> vec4<f32> {
+    let e = job.z + token * job.rank + column;
+    return vec4<f32>(z[e], z[e + 1u], z[e + 2u], z[e + 3u]);
 }
 
-fn load_quad(job: Job, token: u32, end: u32, column: u32) -> vec4<f32> {
-    if (token >= end) {
-        return vec4<f32>(0.0);
+// The same anywhere; zero outside.
+fn fetch_checked(job: Job, token: u32, end: u32, column: u32) -> vec4<f32> {
+    var values = vec4<f32>(0.0);
+    if (token < end) {
+        let e = job.z + token * job.rank + column;
+        if (column < job.rank) { values.x = z[e]; }
+        if (column + 1u < job.rank) { values.y = z[e + 1u]; }
+        if (column + 2u < job.rank) { values.z = z[e + 2u]; }
+        if (column + 3u < job.rank) { values.w = z[e + 3u]; }
     }
-    return vec4<f32>(
-        load(job, token, column),
-        load(job, token, column + 1u),
-        load(job, token, column + 2u),
-        load(job, token, column + 3u),
-    );
+    return values;
 }
 
 fn store_row(job: Job, part: u32, row: u32, column: u32, values: vec4<f32>) {
@@ -82,22 +75,36 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
     let row_quad = tile_row_quad(t);
     let column_quad = tile_column_quad(t);
 
+    let slot = t / QUADS;
+    let row_at = first_row + t % QUADS * 4u;
+    let column_at = first_column + t % QUADS * 4u;
+    // Columns do not start after rows.
+    let inside = first_row + TILE <= job.rank;
+    // What is fetched for the next step while one is computed.
+    var rows: vec4<f32>;
+    var columns: vec4<f32>;
+    if (inside && start + DEPTH <= end) {
+        rows = fetch(job, start + slot, row_at);
+        columns = fetch(job, start + slot, column_at);
+    } else {
+        rows = fetch_checked(job, start + slot, end, row_at);
+        columns = fetch_checked(job, start + slot, end, column_at);
+    }
     for (var token = start; token < end; token += DEPTH) {
-        var rows: array<vec4<f32>, QUADS_PER_THREAD>;
-        var columns: array<vec4<f32>, QUADS_PER_THREAD>;
-        for (var q = 0u; q < QUADS_PER_THREAD; q++) {
-            let slot = t + q * THREADS;
-            let row = token + slot / QUADS;
-            let column = (slot % QUADS) * 4u;
-            rows[q] = load_quad(job, row, end, first_row + column);
-            columns[q] = load_quad(job, row, end, first_column + column);
-        }
         workgroupBarrier();
-        for (var q = 0u; q < QUADS_PER_THREAD; q++) {
-            row_tile[t + q * THREADS] = rows[q];
-            column_tile[t + q * THREADS] = columns[q];
-        }
+        row_tile[t] = rows;
+        column_tile[t] = columns;
         workgroupBarrier();
+        let next = token + DEPTH;
+        if (next < end) {
+            if (inside && next + DEPTH <= end) {
+                rows = fetch(job, next + slot, row_at);
+                columns = fetch(job, next + slot, column_at);
+            } else {
+                rows = fetch_checked(job, next + slot, end, row_at);
+                columns = fetch_checked(job, next + slot, end, column_at);
+            }
+        }
         for (var d = 0u; d < DEPTH; d++) {
             tile_step(
                 row_tile[d * QUADS + row_quad],

@@ -5,10 +5,11 @@
 // Work: (job, token tile, rank tile, part). A workgroup makes one TILE_M × TILE_N tile of Z from one part
 // of the width (split-K); part p is stored at z + p·tokens·rank, and the reader adds the parts in order.
 // Bindings: 3 X as raw words, 4 A, 5 Z.
-// The permutation sets TILE_M, TILE_N, COLUMNS and THREADS_N = TILE_N / COLUMNS; see tile_f32.wgsl.
+// The permutation sets DTYPE, TILE_M, TILE_N, COLUMNS and THREADS_N = TILE_N / COLUMNS; see tile_f32.wgsl.
 
 #import params
 #import words
+#import fetch
 #import tile_f32
 
 struct Job {
@@ -20,6 +21,8 @@ struct Job {
     width: u32,
     dtype: u32,
     part_width: u32,    // a multiple of DEPTH
+    x_scales: u32,  // for project_matrix.wgsl
+    a_scales: u32,
 }
 
 @group(0) @binding(3) var<storage, read> x_words: array<u32>;
@@ -29,8 +32,7 @@ struct Job {
 const DEPTH: u32 = 16u;
 const THREADS: u32 = TILE_M / 8u * THREADS_N;
 // A thread fetches blocks of 4 rows × 2 columns, so that it can store whole vectors of 4 rows.
-const X_BLOCKS: u32 = TILE_M * 2u / THREADS;
-const A_BLOCKS: u32 = max(TILE_N * 2u / THREADS, 1u);
+const TWO_X_BLOCKS: bool = TILE_M * 2u / THREADS == 2u;
 const QUAD_STEP: u32 = THREADS / (DEPTH / 2u);
 const QUADS_M: u32 = TILE_M / 4u;
 const QUADS_N: u32 = TILE_N / 4u;
@@ -40,105 +42,11 @@ const QUADS_N: u32 = TILE_N / 4u;
 var<workgroup> x_tile: array<vec4<f32>, DEPTH * QUADS_M>;
 var<workgroup> a_tile: array<vec4<f32>, DEPTH * QUADS_N>;
 
-// X[row, k] and X[row, k + 1]; zero outside. `end` bounds k.
-fn load_x_checked(job: Job, row: u32, k: u32, end: u32) -> vec2<f32> {
-    if (row >= job.tokens || k >= end) {
-        return vec2<f32>(0.0);
-    }
-    let e = row * job.width + k;
-    let both = k + 1u < end;
-    if (job.dtype == F32) {
-        let first = bitcast<f32>(x_words[job.x + e]);
-        if (both) {
-            return vec2<f32>(first, bitcast<f32>(x_words[job.x + e + 1u]));
-        }
-        return vec2<f32>(first, 0.0);
-    }
-    let pair = unpack_halves(x_words[job.x + e / 2u], job.dtype);
-    if ((e & 1u) == 0u) {
-        return vec2<f32>(pair.x, select(0.0, pair.y, both));
-    }
-    if (both) {
-        return vec2<f32>(pair.y, unpack_halves(x_words[job.x + e / 2u + 1u], job.dtype).x);
-    }
-    return vec2<f32>(pair.y, 0.0);
-}
-
-// The same where row and k + 1 are inside and the width is even.
-fn load_x_inside(job: Job, row: u32, k: u32) -> vec2<f32> {
-    let e = row * job.width + k;
-    if (job.dtype == F32) {
-        return vec2<f32>(bitcast<f32>(x_words[job.x + e]), bitcast<f32>(x_words[job.x + e + 1u]));
-    }
-    return unpack_halves(x_words[job.x + e / 2u], job.dtype);
-}
-
-fn load_a_checked(job: Job, row: u32, k: u32, end: u32) -> vec2<f32> {
-    if (row >= job.rank || k >= end) {
-        return vec2<f32>(0.0);
-    }
-    let e = job.a + row * job.width + k;
-    if (k + 1u < end) {
-        return vec2<f32>(a[e], a[e + 1u]);
-    }
-    return vec2<f32>(a[e], 0.0);
-}
-
-fn load_a_inside(job: Job, row: u32, k: u32) -> vec2<f32> {
-    let e = job.a + row * job.width + k;
-    return vec2<f32>(a[e], a[e + 1u]);
-}
-
-// What a thread fetches for the next step while it computes this one: 4 rows at an even and an odd k.
-var<private> x_even: array<vec4<f32>, X_BLOCKS>;
-var<private> x_odd: array<vec4<f32>, X_BLOCKS>;
-var<private> a_even: array<vec4<f32>, A_BLOCKS>;
-var<private> a_odd: array<vec4<f32>, A_BLOCKS>;
-
-fn fetch_x(job: Job, first_row: u32, quad: u32, k: u32, end: u32, inside: bool) {
-    for (var b = 0u; b < X_BLOCKS; b++) {
-        let row = first_row + (quad + b * QUAD_STEP) * 4u;
-        var r0: vec2<f32>;
-        var r1: vec2<f32>;
-        var r2: vec2<f32>;
-        var r3: vec2<f32>;
-        if (inside) {
-            r0 = load_x_inside(job, row, k);
-            r1 = load_x_inside(job, row + 1u, k);
-            r2 = load_x_inside(job, row + 2u, k);
-            r3 = load_x_inside(job, row + 3u, k);
-        } else {
-            r0 = load_x_checked(job, row, k, end);
-            r1 = load_x_checked(job, row + 1u, k, end);
-            r2 = load_x_checked(job, row + 2u, k, end);
-            r3 = load_x_checked(job, row + 3u, k, end);
-        }
-        x_even[b] = vec4<f32>(r0.x, r1.x, r2.x, r3.x);
-        x_odd[b] = vec4<f32>(r0.y, r1.y, r2.y, r3.y);
-    }
-}
-
-fn fetch_a(job: Job, first_row: u32, quad: u32, k: u32, end: u32, inside: bool) {
-    for (var b = 0u; b < A_BLOCKS; b++) {
-        let row = first_row + (quad + b * QUAD_STEP) * 4u;
-        var r0: vec2<f32>;
-        var r1: vec2<f32>;
-        var r2: vec2<f32>;
-        var r3: vec2<f32>;
-        if (inside && quad + b * QUAD_STEP < QUADS_N) {
-            r0 = load_a_inside(job, row, k);
-            r1 = load_a_inside(job, row + 1u, k);
-            r2 = load_a_inside(job, row + 2u, k);
-            r3 = load_a_inside(job, row + 3u, k);
-        } else {
-            r0 = load_a_checked(job, row, k, end);
-            r1 = load_a_checked(job, row + 1u, k, end);
-            r2 = load_a_checked(job, row + 2u, k, end);
-            r3 = load_a_checked(job, row + 3u, k, end);
-        }
-        a_even[b] = vec4<f32>(r0.x, r1.x, r2.x, r3.x);
-        a_odd[b] = vec4<f32>(r0.y, r1.y, r2.y, r3.y);
-    }
+// Stores 4 rows of a pair as two vectors.
+fn put_x(pair: u32, quad: u32, r0: vec2<f32>, r1: vec2<f32>, r2: vec2<f32>, r3: vec2<f32>) {
+    let place = pair * 2u * QUADS_M + (quad ^ pair);
+    x_tile[place] = vec4<f32>(r0.x, r1.x, r2.x, r3.x);
+    x_tile[place + QUADS_M] = vec4<f32>(r0.y, r1.y, r2.y, r3.y);
 }
 
 fn store_row(job: Job, part: u32, row: u32, column: u32, values: vec4<f32>) {
@@ -173,27 +81,105 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
     let row_quad = tile_row_quad(t);
     let column_quad = tile_column_quad(t);
 
-    fetch_x(job, first_row, quad, start + pair * 2u, end, x_inside && start + DEPTH <= end);
-    fetch_a(job, first_column, quad, start + pair * 2u, end, a_inside && start + DEPTH <= end);
+    let row = first_row + quad * 4u;
+    let column = first_column + quad * 4u;
+    // What is fetched for the next step while one is computed: 4 rows of a pair each.
+    var x0: Pair;
+    var x1: Pair;
+    var x2: Pair;
+    var x3: Pair;
+    var x4: Pair;
+    var x5: Pair;
+    var x6: Pair;
+    var x7: Pair;
+    var a0: vec2<f32>;
+    var a1: vec2<f32>;
+    var a2: vec2<f32>;
+    var a3: vec2<f32>;
+    let start_pair = start + pair * 2u;
+    if (x_inside && start + DEPTH <= end) {
+        x0 = fetch_x(job, row + 0u, start_pair);
+        x1 = fetch_x(job, row + 1u, start_pair);
+        x2 = fetch_x(job, row + 2u, start_pair);
+        x3 = fetch_x(job, row + 3u, start_pair);
+        if (TWO_X_BLOCKS) {
+            x4 = fetch_x(job, row + QUAD_STEP * 4u + 0u, start_pair);
+            x5 = fetch_x(job, row + QUAD_STEP * 4u + 1u, start_pair);
+            x6 = fetch_x(job, row + QUAD_STEP * 4u + 2u, start_pair);
+            x7 = fetch_x(job, row + QUAD_STEP * 4u + 3u, start_pair);
+        }
+    } else {
+        x0 = fetch_x_checked(job, row + 0u, start_pair, end);
+        x1 = fetch_x_checked(job, row + 1u, start_pair, end);
+        x2 = fetch_x_checked(job, row + 2u, start_pair, end);
+        x3 = fetch_x_checked(job, row + 3u, start_pair, end);
+        if (TWO_X_BLOCKS) {
+            x4 = fetch_x_checked(job, row + QUAD_STEP * 4u + 0u, start_pair, end);
+            x5 = fetch_x_checked(job, row + QUAD_STEP * 4u + 1u, start_pair, end);
+            x6 = fetch_x_checked(job, row + QUAD_STEP * 4u + 2u, start_pair, end);
+            x7 = fetch_x_checked(job, row + QUAD_STEP * 4u + 3u, start_pair, end);
+        }
+    }
+    if (a_inside && start + DEPTH <= end && quad < QUADS_N) {
+        a0 = fetch_a(job, column + 0u, start_pair);
+        a1 = fetch_a(job, column + 1u, start_pair);
+        a2 = fetch_a(job, column + 2u, start_pair);
+        a3 = fetch_a(job, column + 3u, start_pair);
+    } else {
+        a0 = fetch_a_checked(job, column + 0u, start_pair, end);
+        a1 = fetch_a_checked(job, column + 1u, start_pair, end);
+        a2 = fetch_a_checked(job, column + 2u, start_pair, end);
+        a3 = fetch_a_checked(job, column + 3u, start_pair, end);
+    }
     for (var k = start; k < end; k += DEPTH) {
         workgroupBarrier();
-        for (var b = 0u; b < X_BLOCKS; b++) {
-            let place = pair * 2u * QUADS_M + ((quad + b * QUAD_STEP) ^ pair);
-            x_tile[place] = x_even[b];
-            x_tile[place + QUADS_M] = x_odd[b];
+        put_x(pair, quad, x_values(x0), x_values(x1), x_values(x2), x_values(x3));
+        if (TWO_X_BLOCKS) {
+            put_x(pair, quad + QUAD_STEP, x_values(x4), x_values(x5), x_values(x6), x_values(x7));
         }
-        for (var b = 0u; b < A_BLOCKS; b++) {
-            if (quad + b * QUAD_STEP < QUADS_N) {
-                let place = pair * 2u * QUADS_N + ((quad + b * QUAD_STEP) ^ pair);
-                a_tile[place] = a_even[b];
-                a_tile[place + QUADS_N] = a_odd[b];
-            }
+        if (quad < QUADS_N) {
+            let place = pair * 2u * QUADS_N + (quad ^ pair);
+            a_tile[place] = vec4<f32>(a0.x, a1.x, a2.x, a3.x);
+            a_tile[place + QUADS_N] = vec4<f32>(a0.y, a1.y, a2.y, a3.y);
         }
         workgroupBarrier();
         let next = k + DEPTH;
         if (next < end) {
-            fetch_x(job, first_row, quad, next + pair * 2u, end, x_inside && next + DEPTH <= end);
-            fetch_a(job, first_column, quad, next + pair * 2u, end, a_inside && next + DEPTH <= end);
+            let next_pair = next + pair * 2u;
+            if (x_inside && next + DEPTH <= end) {
+                x0 = fetch_x(job, row + 0u, next_pair);
+                x1 = fetch_x(job, row + 1u, next_pair);
+                x2 = fetch_x(job, row + 2u, next_pair);
+                x3 = fetch_x(job, row + 3u, next_pair);
+                if (TWO_X_BLOCKS) {
+                    x4 = fetch_x(job, row + QUAD_STEP * 4u + 0u, next_pair);
+                    x5 = fetch_x(job, row + QUAD_STEP * 4u + 1u, next_pair);
+                    x6 = fetch_x(job, row + QUAD_STEP * 4u + 2u, next_pair);
+                    x7 = fetch_x(job, row + QUAD_STEP * 4u + 3u, next_pair);
+                }
+            } else {
+                x0 = fetch_x_checked(job, row + 0u, next_pair, end);
+                x1 = fetch_x_checked(job, row + 1u, next_pair, end);
+                x2 = fetch_x_checked(job, row + 2u, next_pair, end);
+                x3 = fetch_x_checked(job, row + 3u, next_pair, end);
+                if (TWO_X_BLOCKS) {
+                    x4 = fetch_x_checked(job, row + QUAD_STEP * 4u + 0u, next_pair, end);
+                    x5 = fetch_x_checked(job, row + QUAD_STEP * 4u + 1u, next_pair, end);
+                    x6 = fetch_x_checked(job, row + QUAD_STEP * 4u + 2u, next_pair, end);
+                    x7 = fetch_x_checked(job, row + QUAD_STEP * 4u + 3u, next_pair, end);
+                }
+            }
+            if (a_inside && next + DEPTH <= end && quad < QUADS_N) {
+                a0 = fetch_a(job, column + 0u, next_pair);
+                a1 = fetch_a(job, column + 1u, next_pair);
+                a2 = fetch_a(job, column + 2u, next_pair);
+                a3 = fetch_a(job, column + 3u, next_pair);
+            } else {
+                a0 = fetch_a_checked(job, column + 0u, next_pair, end);
+                a1 = fetch_a_checked(job, column + 1u, next_pair, end);
+                a2 = fetch_a_checked(job, column + 2u, next_pair, end);
+                a3 = fetch_a_checked(job, column + 3u, next_pair, end);
+            }
         }
         for (var d = 0u; d < DEPTH; d++) {
             let swizzle = d / 2u;

@@ -3,7 +3,7 @@
 use crate::{Error, Result};
 
 /// Element type of a tensor in a file or of activations.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Dtype {
     /// IEEE binary32.
     F32,

@@ -31,7 +31,7 @@ impl Shape {
 }
 
 /// What the elements of a batch are, and so where it lives.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Element {
     /// f32 on the GPU.
     F32,
@@ -136,6 +136,22 @@ impl Batch {
             }
         }
         Ok(batch)
+    }
+
+    /// A copy where this one lives.
+    pub fn duplicate(&self, device: &Device) -> Result<Self> {
+        let storage = match &self.storage {
+            Storage::Host(data) => Storage::Host(data.clone()),
+            Storage::Gpu { buffer, element } => {
+                let gpu = device.gpu()?;
+                let copy = gpu.buffer("batch", buffer.size())?;
+                let mut encoder = gpu.device.create_command_encoder(&Default::default());
+                encoder.copy_buffer_to_buffer(buffer, 0, &copy, 0, buffer.size());
+                gpu.queue.submit([encoder.finish()]);
+                Storage::Gpu { buffer: copy, element: *element }
+            }
+        };
+        Ok(Self { shapes: self.shapes.clone(), offsets: self.offsets.clone(), len: self.len, storage })
     }
 
     /// Copies all matrices to the host, widened to f64.

@@ -102,6 +102,15 @@ impl Capabilities {
         }
     }
 
+    /// Whether the kernels for matrix units run here: 16 × 16 × 16 from f16 to f32, in subgroups of 32.
+    pub fn matrix_units(&self) -> bool {
+        self.f16
+            && self.subgroups == Some((32, 32))
+            && self.cooperative_matrix.iter().any(|config| config == "16x16x16 F16 to F32")
+            // The kernel's tiles.
+            && self.workgroup_memory >= 40 << 10
+    }
+
     /// The tier that `precision` gets here; an error names the missing capability.
     pub(crate) fn tier(&self, precision: Precision) -> Result<Tier> {
         let double_single = self.double_single == Some(true);
@@ -125,12 +134,14 @@ impl Capabilities {
 }
 
 /// The features that loraweld makes use of; none of them is needed. A host that creates the device
-/// asks for those that its adapter has: `adapter.features() & loraweld::compute::wanted_features()`.
+/// asks for those that its adapter has: `adapter.features() & loraweld::compute::wanted_features()`. Matrix
+/// units are experimental in wgpu and need `ExperimentalFeatures::enabled()`; leave them out at will.
 pub fn wanted_features() -> wgpu::Features {
     wgpu::Features::SHADER_F64
         | wgpu::Features::SHADER_F16
         | wgpu::Features::SUBGROUP
         | wgpu::Features::TIMESTAMP_QUERY
+        | wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX
 }
 
 /// The features that a host's device must have: none.

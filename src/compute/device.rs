@@ -131,10 +131,19 @@ impl Device {
         if options.disable.limits {
             limits = wgpu::Limits::default();
         }
+        let features = adapter.features() & wanted_features();
+        let experimental_features = match features.contains(wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX) {
+            // SAFETY: the one experimental feature asked for is cooperative matrices. Their only users are
+            // shaders of this crate that stay within its documented use (16 × 16 matrices at aligned indices
+            // and strides inside workgroup arrays), and results are checked against the CPU in the tests.
+            true => unsafe { wgpu::ExperimentalFeatures::enabled() },
+            false => wgpu::ExperimentalFeatures::disabled(),
+        };
         let (device, queue) = pollster::block_on(adapter.request_device(&wgpu::DeviceDescriptor {
             label: Some("loraweld"),
-            required_features: adapter.features() & wanted_features(),
+            required_features: features,
             required_limits: limits,
+            experimental_features,
             ..Default::default()
         }))
         .map_err(|e| Error::Device(format!("`{}` cannot be opened: {e}", adapter.get_info().name)))?;

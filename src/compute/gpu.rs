@@ -197,7 +197,7 @@ impl Gpu {
 
     /// Starts recording.
     pub fn commands(&self) -> Commands<'_> {
-        Commands { gpu: self, launches: Vec::new(), tables: Vec::new() }
+        Commands { gpu: self, launches: Vec::new(), phase: 0, tables: Vec::new(), kept: Vec::new() }
     }
 }
 
@@ -236,7 +236,7 @@ impl Drop for Scratch {
             let mut pool = lock(&self.gpu.scratch);
             pool.push(buffer);
             // Enough for the operations of one step; the oldest goes when there are more.
-            if pool.len() > 16 {
+            if pool.len() > 64 {
                 pool.remove(0);
             }
         }
@@ -250,11 +250,16 @@ pub(crate) type Work = [u32; 4];
 pub(crate) struct Commands<'a> {
     gpu: &'a Gpu,
     launches: Vec<Launch>,
+    /// The phase of the next launch.
+    phase: u32,
     /// The job and work tables of all launches.
     tables: Vec<u8>,
+    /// What launches use must not go to another user before they are submitted.
+    kept: Vec<Scratch>,
 }
 
 struct Launch {
+    phase: u32,
     kernel: Kernel,
     jobs: Range<usize>,
     work: Range<usize>,
@@ -295,12 +300,30 @@ impl Commands<'_> {
             .iter()
             .map(|b| OwnedBinding { buffer: b.buffer.clone(), offset: b.offset, size: b.size })
             .collect();
-        self.launches.push(Launch { kernel, jobs, work, buffers });
+        self.launches.push(Launch { phase: self.phase, kernel, jobs, work, buffers });
+    }
+
+    /// Sets the phase of the launches that follow. Launches run in the order of their phases, then in the
+    /// order of recording: independent chains of launches that are recorded one after the other run side by
+    /// side, without a wait between each two.
+    pub fn phase(&mut self, phase: u32) {
+        self.phase = phase;
+    }
+
+    /// Keeps a scratch buffer from its next user until this is submitted.
+    pub fn keep(&mut self, scratch: Scratch) {
+        self.kept.push(scratch);
+    }
+
+    /// Bytes of the scratch buffers that are kept.
+    pub fn kept_bytes(&self) -> u64 {
+        self.kept.iter().map(|scratch| scratch.size()).sum()
     }
 
     /// Submits what was recorded.
     pub fn submit(self) -> Result<()> {
-        let Self { gpu, launches, tables: bytes } = self;
+        let Self { gpu, mut launches, tables: bytes, kept, .. } = self;
+        launches.sort_by_key(|launch| launch.phase);
         if launches.is_empty() {
             return gpu.check();
         }
@@ -340,6 +363,7 @@ impl Commands<'_> {
         }
         drop(pass);
         gpu.queue.submit([encoder.finish()]);
+        drop(kept);
         gpu.check()
     }
 }

@@ -4,14 +4,21 @@
 //! `shaders/shared/` that it `#import`s. `#import real` takes the arithmetic of the permutation's tier.
 
 use super::Element;
+use crate::Dtype;
 
 /// A kernel, with the parameters that make it a permutation.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Kernel {
     /// `shaders/rank_concat.wgsl`
     RankConcat,
-    /// `shaders/project.wgsl`, with the columns (rank) of its tile: 32, 64 or 128.
-    Project(u32),
+    /// `shaders/project.wgsl`, with the columns (rank) of its tile, 32, 64 or 128, and the type of X.
+    Project(u32, Dtype),
+    /// `shaders/row_scale.wgsl`
+    RowScale,
+    /// `shaders/project_matrix.wgsl`, with the type of X.
+    ProjectMatrix(Dtype),
+    /// `shaders/sum_parts.wgsl`
+    SumParts,
     /// `shaders/project_real.wgsl`
     ProjectReal(Element),
     /// `shaders/gram.wgsl`, with the side of its tile: 32, 64 or 128.
@@ -47,8 +54,18 @@ const WIDE: [Element; 2] = [Element::F64, Element::DoubleSingle];
 impl Kernel {
     /// Every permutation.
     pub fn all() -> Vec<Self> {
-        let mut all = vec![Self::RankConcat, Self::SelfTest, Self::Matmul(Element::F32)];
-        all.extend(TILES.iter().flat_map(|&tile| [Self::Project(tile), Self::Gram(tile)]));
+        let mut all = vec![
+            Self::RankConcat,
+            Self::RowScale,
+            Self::SumParts,
+            Self::SelfTest,
+            Self::Matmul(Element::F32),
+        ];
+        for dtype in [Dtype::F32, Dtype::F16, Dtype::Bf16] {
+            all.extend(TILES.map(|tile| Self::Project(tile, dtype)));
+            all.push(Self::ProjectMatrix(dtype));
+        }
+        all.extend(TILES.map(Self::Gram));
         all.extend(WIDE.iter().flat_map(|&wide| {
             [
                 Self::ProjectReal(wide),
@@ -74,9 +91,11 @@ impl Kernel {
             Element::Host => "host",
         };
         match self {
-            Self::RankConcat | Self::SelfTest => file.to_owned(),
+            Self::RankConcat | Self::RowScale | Self::SumParts | Self::SelfTest => file.to_owned(),
 
-            Self::Project(tile) | Self::Gram(tile) => format!("{file}_{tile}"),
+            Self::Project(tile, dtype) => format!("{file}_{tile}_{dtype}"),
+            Self::ProjectMatrix(dtype) => format!("{file}_{dtype}"),
+            Self::Gram(tile) => format!("{file}_{tile}"),
             Self::ProjectReal(e) | Self::Cholesky(e) | Self::CholeskySolve(e) | Self::Matmul(e) => {
                 format!("{file}_{}", element(e))
             }
@@ -89,7 +108,10 @@ impl Kernel {
     fn file(self) -> (&'static str, &'static str) {
         match self {
             Self::RankConcat => ("rank_concat", kernel!("rank_concat")),
-            Self::Project(_) => ("project", kernel!("project")),
+            Self::Project(..) => ("project", kernel!("project")),
+            Self::SumParts => ("sum_parts", kernel!("sum_parts")),
+            Self::RowScale => ("row_scale", kernel!("row_scale")),
+            Self::ProjectMatrix(_) => ("project_matrix", kernel!("project_matrix")),
             Self::ProjectReal(_) => ("project_real", kernel!("project_real")),
             Self::Gram(_) => ("gram", kernel!("gram")),
             Self::GramReal(..) => ("gram_real", kernel!("gram_real")),
@@ -104,7 +126,12 @@ impl Kernel {
     /// What `#import real` stands for.
     fn real(self) -> Option<Element> {
         match self {
-            Self::RankConcat | Self::Project(_) | Self::Gram(_) => None,
+            Self::RankConcat
+            | Self::RowScale
+            | Self::SumParts
+            | Self::Project(..)
+            | Self::ProjectMatrix(_)
+            | Self::Gram(_) => None,
             Self::ProjectReal(e) | Self::Cholesky(e) | Self::CholeskySolve(e) | Self::Matmul(e) => Some(e),
             Self::GramReal(_, e) | Self::GramReduce(_, e) => Some(e),
             Self::SelfTest => Some(Element::DoubleSingle),
@@ -114,9 +141,14 @@ impl Kernel {
     /// The constants that the permutation sets.
     fn constants(self) -> String {
         match self {
-            Self::Project(tile) => {
-                format!("const TILE_M: u32 = 128u;\nconst TILE_N: u32 = {tile}u;\n{}", tile_constants(tile))
+            Self::Project(tile, dtype) => {
+                let dtype = dtype_constant(dtype);
+                format!(
+                    "{dtype}const TILE_M: u32 = 128u;\nconst TILE_N: u32 = {tile}u;\n{}",
+                    tile_constants(tile)
+                )
             }
+            Self::ProjectMatrix(dtype) => dtype_constant(dtype),
             Self::Gram(tile) => format!("const TILE: u32 = {tile}u;\n{}", tile_constants(tile)),
             Self::GramReal(part, _) | Self::GramReduce(part, _) => match part {
                 Element::F32 => {
@@ -128,10 +160,20 @@ impl Kernel {
         }
     }
 
+    /// Whether this needs matrix units, which neither DX12 nor WebGPU's default limits have; each such kernel
+    /// has a twin that does without.
+    pub fn uses_matrix_units(self) -> bool {
+        matches!(self, Self::ProjectMatrix(_))
+    }
+
     /// The permutation's whole WGSL.
     pub fn source(self) -> String {
         let (_, body) = self.file();
-        let mut source = self.constants();
+        let mut source = String::new();
+        if self.uses_matrix_units() {
+            source.push_str("enable f16;\nenable wgpu_cooperative_matrix;\n");
+        }
+        source.push_str(&self.constants());
         for line in body.lines() {
             match line.strip_prefix("#import ") {
                 None => source.push_str(line),
@@ -146,6 +188,7 @@ impl Kernel {
         match (name, self.real()) {
             ("params", _) => shared!("params"),
             ("words", _) => shared!("words"),
+            ("fetch", _) => shared!("fetch"),
             ("tile_f32", _) => shared!("tile_f32"),
             ("real", Some(Element::F32)) => shared!("real_f32"),
             ("real", Some(Element::F64)) => shared!("real_f64"),
@@ -159,4 +202,9 @@ impl Kernel {
 fn tile_constants(tile: u32) -> String {
     let columns = if tile == 128 { 8 } else { 4 };
     format!("const COLUMNS: u32 = {columns}u;\nconst THREADS_N: u32 = {}u;\n", tile / columns)
+}
+
+/// The type of X, as shaders/shared/words.wgsl names it.
+fn dtype_constant(dtype: Dtype) -> String {
+    format!("const DTYPE: u32 = {};\n", dtype.name().to_uppercase())
 }

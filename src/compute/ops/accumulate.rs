@@ -181,8 +181,8 @@ fn accumulate_gpu(
     let mut commands = gpu.commands();
     for group in &groups {
         let (upload, pending) = record(device, &mut commands, group, a, sums)?;
-        // An upload is not ordered with launches that are only recorded.
-        if upload.is_some() || pending.is_some() {
+        // An upload is not ordered with launches that are only recorded, and scratch is kept until submission.
+        if upload.is_some() || pending.is_some() || commands.kept_bytes() > limit {
             std::mem::replace(&mut commands, gpu.commands()).submit()?;
         }
         if let Some(pending) = pending {
@@ -211,7 +211,7 @@ fn record(
     let mut x_bytes = 0;
     for window in group {
         let shape = a.shapes()[window.index];
-        let parts = parts(element, window.tokens, shape, group.len());
+        let parts = parts(gpu, element, window.tokens, shape, group.len());
         project_jobs.push(ProjectJob {
             x_word: x_bytes / 4,
             tokens: window.tokens,
@@ -220,13 +220,7 @@ fn record(
             z: z_len,
             parts,
         });
-        gram_jobs.push(GramJob {
-            z: z_len,
-            tokens: window.tokens,
-            rank: shape.rows,
-            z_parts: parts,
-            sum: window.index,
-        });
+        gram_jobs.push(GramJob { z: z_len, tokens: window.tokens, rank: shape.rows, sum: window.index });
         z_len += parts * window.tokens * shape.rows;
         x_bytes += (window.tokens * shape.cols * window.input.dtype().size()).next_multiple_of(4);
     }
@@ -264,7 +258,8 @@ fn record(
             whole(upload)
         }
     };
-    project::encode(commands, x, &project_jobs, a, whole(&z), element)?;
+    project::encode(commands, gpu, x, &project_jobs, a, whole(&z), element)?;
     let pending = gram::encode(commands, gpu, device, whole(&z), element, &gram_jobs, sums)?;
+    commands.keep(z);
     Ok((upload, pending))
 }

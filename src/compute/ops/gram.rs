@@ -32,13 +32,7 @@ pub fn gram(device: &Device, z: &Batch, sums: &mut Batch) -> Result<()> {
     }
     let gpu = device.gpu()?;
     let jobs: Vec<_> = (0..z.len())
-        .map(|i| GramJob {
-            z: z.offset(i),
-            tokens: z.shapes()[i].rows,
-            rank: z.shapes()[i].cols,
-            z_parts: 1,
-            sum: i,
-        })
+        .map(|i| GramJob { z: z.offset(i), tokens: z.shapes()[i].rows, rank: z.shapes()[i].cols, sum: i })
         .collect();
     let mut commands = gpu.commands();
     let pending = encode(&mut commands, gpu, device, whole(z.buffer()?), z.element(), &jobs, sums)?;
@@ -82,8 +76,6 @@ pub(super) struct GramJob {
     pub z: usize,
     pub tokens: usize,
     pub rank: usize,
-    /// Summands that Z is stored as.
-    pub z_parts: usize,
     /// Which matrix of the sums; no two jobs of a launch may share one.
     pub sum: usize,
 }
@@ -95,7 +87,6 @@ struct Job {
     gram: u32,
     tokens: u32,
     rank: u32,
-    z_parts: u32,
     part_tokens: u32,
 }
 
@@ -186,6 +177,7 @@ pub(super) fn encode(
         let (parts, n) = (job.parts, job.rank.div_ceil(side));
         (0..parts).flat_map(move |p| (0..n).flat_map(move |i| (0..=i).map(move |j| [index, i, j, p])))
     };
+    commands.phase(3);
     if real {
         let table: Vec<_> = jobs
             .iter()
@@ -212,7 +204,6 @@ pub(super) fn encode(
                     gram: r.gram,
                     tokens: job.tokens as u32,
                     rank: r.rank,
-                    z_parts: job.z_parts as u32,
                     part_tokens: part_tokens(job.tokens, job.rank) as u32,
                 });
             }
@@ -229,7 +220,9 @@ pub(super) fn encode(
         .flat_map(|(i, job)| (0..job.rank * job.rank).step_by(256).map(move |e| [i as u32, e, 0, 0]))
         .collect();
     let buffers = [whole(&partial), whole(sums.buffer()?)];
+    commands.phase(4);
     commands.launch(Kernel::GramReduce(part_element, wide), &reduce, &work, &buffers);
+    commands.keep(partial);
     Ok(None)
 }
 

@@ -1,9 +1,10 @@
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use bytemuck::NoUninit;
 
 use super::{ENOUGH_WORKGROUPS, dtype_code, mismatch, view, view_mut};
-use crate::compute::gpu::{Commands, Work, whole};
+use crate::compute::gpu::{Commands, Gpu, Work, whole};
 use crate::compute::shaders::Kernel;
 use crate::compute::{Batch, Device, Element, Shape};
 use crate::{Dtype, Error, RawMatrix, Result};
@@ -50,7 +51,7 @@ pub fn project(device: &Device, x: &[RawMatrix], a: &Batch) -> Result<Batch> {
     let source = gpu.scratch(words.len() as u64)?;
     gpu.write(&source, 0, &words)?;
     let mut commands = gpu.commands();
-    encode(&mut commands, whole(&source), &jobs, a, whole(z.buffer()?), z.element())?;
+    encode(&mut commands, gpu, whole(&source), &jobs, a, whole(z.buffer()?), z.element())?;
     commands.submit()?;
     Ok(z)
 }
@@ -83,17 +84,17 @@ pub(super) struct ProjectJob {
     pub a: usize,
     /// First element of Z in its buffer.
     pub z: usize,
-    /// Summands that Z is stored as, from [`parts`]; 1 in the wide tiers.
+    /// Parts that the width is split into, from [`parts`], with room for as many Z; 1 in the wide tiers.
     pub parts: usize,
 }
 
 /// Into how many parts the width is split so that the GPU is full: `tiles` as there are without splitting.
-pub(super) fn parts(element: Element, tokens: usize, a: Shape, jobs: usize) -> usize {
+pub(super) fn parts(gpu: &Gpu, element: Element, tokens: usize, a: Shape, jobs: usize) -> usize {
     if element != Element::F32 {
         return 1;
     }
-    let tile_n = tile_n(a.rows) as usize;
-    let tiles = tokens.div_ceil(TILE_M) * a.rows.div_ceil(tile_n) * jobs;
+    let (_, tile_n) = select(gpu, a.rows, Dtype::F32);
+    let tiles = tokens.div_ceil(TILE_M) * a.rows.div_ceil(tile_n as usize) * jobs;
     (ENOUGH_WORKGROUPS / tiles.max(1)).clamp(1, MAX_PARTS).min((a.cols / 256).max(1))
 }
 
@@ -101,16 +102,19 @@ pub(super) fn parts(element: Element, tokens: usize, a: Shape, jobs: usize) -> u
 pub(super) const MAX_PARTS: usize = 16;
 
 const TILE_M: usize = 128;
-/// The shader steps along k by this much.
-const DEPTH: usize = 16;
+/// The shaders step along k by this much, or half of it.
+const DEPTH: usize = 32;
 
-/// Columns of a tile.
-fn tile_n(rank: usize) -> u32 {
-    match rank {
+/// The kernel of f32 products, and the columns of its tile.
+fn select(gpu: &Gpu, rank: usize, dtype: Dtype) -> (Kernel, u32) {
+    let tile = match rank {
         0..=32 => 32,
         33..=64 => 64,
+        // For less, finding the scales of X costs more than matrix units save.
+        _ if gpu.capabilities.matrix_units() => return (Kernel::ProjectMatrix(dtype), 64),
         _ => 128,
-    }
+    };
+    (Kernel::Project(tile, dtype), tile)
 }
 
 #[derive(Clone, Copy, NoUninit)]
@@ -124,6 +128,26 @@ struct Job {
     width: u32,
     dtype: u32,
     part_width: u32,
+    /// Only the kernel for matrix units reads these two.
+    x_scales: u32,
+    a_scales: u32,
+}
+
+#[derive(Clone, Copy, NoUninit)]
+#[repr(C)]
+struct ScaleJob {
+    matrix: u32,
+    scales: u32,
+    cols: u32,
+    dtype: u32,
+}
+
+#[derive(Clone, Copy, NoUninit)]
+#[repr(C)]
+struct SumJob {
+    z: u32,
+    len: u32,
+    parts: u32,
 }
 
 #[derive(Clone, Copy, NoUninit)]
@@ -141,31 +165,62 @@ struct RealJob {
 /// Records the products of activations that lie in one buffer.
 pub(super) fn encode(
     commands: &mut Commands<'_>,
+    gpu: &Arc<Gpu>,
     x: wgpu::BufferBinding<'_>,
     jobs: &[ProjectJob],
     a: &Batch,
     z: wgpu::BufferBinding<'_>,
     element: Element,
 ) -> Result<()> {
-    match element == Element::F32 {
-        true => encode_f32(commands, x, jobs, a, z),
-        false => encode_real(commands, x, jobs, a, z, element),
+    if element != Element::F32 {
+        return encode_real(commands, x, jobs, a, z, element);
     }
+    encode_f32(commands, gpu, x, jobs, a, z.clone())?;
+    let table: Vec<_> = jobs
+        .iter()
+        .filter(|job| job.parts > 1)
+        .map(|job| SumJob {
+            z: job.z as u32,
+            len: (job.tokens * a.shapes()[job.a].rows) as u32,
+            parts: job.parts as u32,
+        })
+        .collect();
+    let work: Vec<Work> = (0..)
+        .zip(&table)
+        .flat_map(|(i, job)| (0..job.len).step_by(1024).map(move |first| [i, first, 0, 0]))
+        .collect();
+    commands.phase(2);
+    commands.launch(Kernel::SumParts, &table, &work, &[z]);
+    Ok(())
 }
 
 fn encode_f32(
     commands: &mut Commands<'_>,
+    gpu: &Arc<Gpu>,
     x: wgpu::BufferBinding<'_>,
     jobs: &[ProjectJob],
     a: &Batch,
     z: wgpu::BufferBinding<'_>,
 ) -> Result<()> {
-    // One launch for each tile that occurs.
-    let mut launches: BTreeMap<u32, (Vec<Job>, Vec<Work>)> = BTreeMap::new();
+    // One launch for each permutation that occurs.
+    let mut launches: BTreeMap<Kernel, (Vec<Job>, Vec<Work>)> = BTreeMap::new();
+    let (mut scales_of_x, mut scales_of_a) = (Vec::new(), Vec::new());
+    let (mut x_rows, mut a_rows): (Vec<Work>, Vec<Work>) = (Vec::new(), Vec::new());
+    let mut scales = 0;
     for job in jobs {
         let shape = a.shapes()[job.a];
-        let tile = tile_n(shape.rows);
-        let (table, work) = launches.entry(tile).or_default();
+        let (kernel, tile) = select(gpu, shape.rows, job.dtype);
+        let (table, work) = launches.entry(kernel).or_default();
+        let (x_scales, a_scales) = (scales, scales + job.tokens as u32);
+        if matches!(kernel, Kernel::ProjectMatrix(_)) {
+            scales += (job.tokens + shape.rows) as u32;
+            let (i, cols, dtype) = (scales_of_x.len() as u32, shape.cols as u32, dtype_code(job.dtype));
+            scales_of_x.push(ScaleJob { matrix: job.x_word as u32, scales: x_scales, cols, dtype });
+            x_rows.extend((0..job.tokens as u32).map(|row| [i, row, 0, 0]));
+            let dtype = dtype_code(Dtype::F32);
+            scales_of_a.push(ScaleJob { matrix: a.offset(job.a) as u32, scales: a_scales, cols, dtype });
+            a_rows.extend((0..shape.rows as u32).map(|row| [i, row, 0, 0]));
+        }
         for part in 0..job.parts as u32 {
             for row in 0..job.tokens.div_ceil(TILE_M) as u32 {
                 for column in 0..(shape.rows as u32).div_ceil(tile) {
@@ -182,12 +237,24 @@ fn encode_f32(
             width: shape.cols as u32,
             dtype: dtype_code(job.dtype),
             part_width: shape.cols.div_ceil(job.parts).next_multiple_of(DEPTH).max(DEPTH) as u32,
+            x_scales,
+            a_scales,
         });
     }
-    let buffers = [x, whole(a.buffer()?), z];
-    for (tile, (table, work)) in launches {
-        commands.launch(Kernel::Project(tile), &table, &work, &buffers);
+    let factor = whole(a.buffer()?);
+    let scales = gpu.scratch(u64::from(scales) * 4)?;
+    commands.phase(0);
+    commands.launch(Kernel::RowScale, &scales_of_x, &x_rows, &[x.clone(), whole(&scales)]);
+    commands.launch(Kernel::RowScale, &scales_of_a, &a_rows, &[factor.clone(), whole(&scales)]);
+    commands.phase(1);
+    for (kernel, (table, work)) in launches {
+        let mut buffers = vec![x.clone(), factor.clone(), z.clone()];
+        if matches!(kernel, Kernel::ProjectMatrix(_)) {
+            buffers.push(whole(&scales));
+        }
+        commands.launch(kernel, &table, &work, &buffers);
     }
+    commands.keep(scales);
     Ok(())
 }
 
@@ -223,6 +290,7 @@ fn encode_real(
         })
         .collect();
     let buffers = [x, whole(a.buffer()?), z];
+    commands.phase(1);
     commands.launch(Kernel::ProjectReal(element), &table, &work, &buffers);
     Ok(())
 }
