@@ -15,7 +15,8 @@ use crate::{Error, Result};
 /// ```
 #[derive(Clone, Copy, Default)]
 pub struct Control<'a> {
-    /// Called before each item, from the thread that made the call.
+    /// Called before each item, and at the end of each stage with `done` = `total`, from the thread that made
+    /// the call.
     pub progress: Option<&'a (dyn Fn(Progress<'_>) + Sync)>,
     /// Set to true, by any thread, it makes the call return [`Error::Cancelled`] before its next item.
     pub cancel: Option<&'a AtomicBool>,
@@ -26,7 +27,7 @@ pub struct Control<'a> {
 pub struct Progress<'a> {
     /// What is being done: `check`, `calibrate`, `merge`.
     pub stage: &'static str,
-    /// The layer or the file that comes next.
+    /// The layer or the file that comes next; empty at the end.
     pub item: &'a str,
     /// Items that are done.
     pub done: u64,
@@ -49,9 +50,18 @@ impl Control<'_> {
         if self.cancel.is_some_and(|cancel| cancel.load(Ordering::Relaxed)) {
             return Err(Error::Cancelled);
         }
+        self.report(stage, item, done, total);
+        Ok(())
+    }
+
+    /// Reports that the last item is done.
+    pub(crate) fn finish(&self, stage: &'static str, total: usize) {
+        self.report(stage, "", total, total);
+    }
+
+    fn report(&self, stage: &'static str, item: &str, done: usize, total: usize) {
         if let Some(progress) = self.progress {
             progress(Progress { stage, item, done: done as u64, total: total as u64 });
         }
-        Ok(())
     }
 }

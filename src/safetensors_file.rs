@@ -143,8 +143,14 @@ impl SafetensorsFile {
             );
         };
         let length = u64::from_le_bytes(*head);
-        if length > MAX_HEADER || body.first().is_some_and(|&b| b != b'{') {
+        if body.first().is_some_and(|&b| b != b'{') {
             return fail("is not a safetensors file: it does not start with a JSON header".into());
+        }
+        if length > MAX_HEADER {
+            return fail(format!(
+                "is not a safetensors file, or is damaged: its header would be {length} bytes long, and at most \
+                 {MAX_HEADER} are allowed"
+            ));
         }
         let length = length as usize;
         let Some((json, tensor_data)) = body.split_at_checked(length) else {

@@ -575,7 +575,7 @@ fn overflow_is_refused() {
     let path = folder.path().join("out.safetensors");
     let adapter = Adapter::new("m", Format::Peft, vec![layer("a.x", 7e4)]).unwrap();
     let save = |dtype| adapter.save(&path, &SaveOptions { dtype: Some(dtype), ..Default::default() });
-    assert_contains(&save(Dtype::F16).unwrap_err().to_string(), &["`a_x`", "7e4", "f16", "bf16 or f32"]);
+    assert_contains(&save(Dtype::F16).unwrap_err().to_string(), &["`a.x`", "7e4", "f16", "bf16 or f32"]);
     assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0, "nothing should be left");
     save(Dtype::Bf16).unwrap();
     assert_eq!(

@@ -255,7 +255,7 @@ fn every_command(device: &'static str) {
     assert!(file.tensors.iter().all(|t| t.0.starts_with("lora_")), "kohya's spelling");
 
     let (_, stderr) = sandbox.succeeds(&merge(&four, "none", &["-o", "free"]));
-    assert!(stderr.contains("proxy"), "{stderr}");
+    assert!(stderr.contains("data-free proxy"), "{stderr}");
     let peft = text(data("loras/content_heart.peft"));
     sandbox.succeeds(&merge(std::slice::from_ref(&peft), "none", &["-o", "alone"]));
 
@@ -398,6 +398,8 @@ fn wrong_usage_is_exit_code_2() {
     lopsided.retain(|arg| arg != &two[1]);
     sandbox.fails(2, &lopsided, &["1 adapter", "2 paths"]);
     sandbox.fails(2, &args(&["calibrate", &two[0], "-o", "out"]), &["--activations"]);
+    let alone = calibrate(&CONCEPTS[..1], "step1", "out");
+    sandbox.fails(2, &alone, &["two adapters or more"]);
     sandbox.fails(2, &args(&["frobnicate"]), &["frobnicate"]);
 }
 
@@ -453,11 +455,10 @@ fn shapes_that_disagree_name_both_files() {
         b.2 = vec![64, 16];
     });
     let pair = [text(lora("concept_c1_thick")), narrow.clone()];
-    let key = "transformer_blocks_0_attn_to_q";
     sandbox.fails(
         1,
         &merge(&pair, "none", &["-o", "out"]),
-        &["narrow", "concept_c1_thick", key, "64", "128"],
+        &["narrow", "concept_c1_thick", TO_Q, "64", "128"],
     );
     let (stdout, _) = sandbox.succeeds(&["inspect", &pair[0], &pair[1]]);
     assert!(stdout.contains("widths disagree on 1 layer"), "{stdout}");
@@ -478,6 +479,9 @@ fn calibrations_of_other_adapters_are_refused() {
         &args(&["calibration", "add", &calibration, &other, "-o", "out"]),
         &["other", "concept_c3_mirror"],
     );
+    let pair = loras(&CONCEPTS[..2]);
+    let neutral = merge(&pair, &calibration, &["-o", "out", "--neutral-weight", "1"]);
+    sandbox.fails(1, &neutral, &[&calibration, "neutral"]);
     // Adapters and activations are no calibrations.
     let lora = text(lora("concept_c3_mirror"));
     sandbox.fails(1, &args(&["calibration", "show", &lora]), &[&lora, "calibration"]);
@@ -499,7 +503,7 @@ fn bad_activations_are_refused() {
     fs::write(sandbox.path("cut"), &bytes[..bytes.len() / 2]).expect("the folder is writable");
     fs::create_dir(sandbox.path("no-shards")).expect("a folder");
     let cases: Vec<(String, Vec<&str>)> = vec![
-        (edit("narrow", &|f| f.tensor(TO_Q).2 = vec![128, 64]), vec![TO_Q, "64", "128"]),
+        (edit("narrow", &|f| f.tensor(TO_Q).2 = vec![128, 64]), vec![TO_Q, "64", "128", "concept_c3_mirror"]),
         (edit("unknown", &rename), vec!["transfomer_blocks", "transformer_blocks"]),
         (
             edit("no-tokens", &|f| {
@@ -517,11 +521,14 @@ fn bad_activations_are_refused() {
     for (bad, mut culprits) in cases {
         culprits.push(&bad);
         let adapter = text(lora("concept_c3_mirror"));
-        let run = args(&["calibrate", &adapter, "--activations", &bad, "-o", "out"]);
-        sandbox.fails(1, &run, &culprits);
-        let good = text(&good);
-        let neutral = args(&["calibrate", &adapter, "--activations", &good, "--neutral", &bad, "-o", "out"]);
-        sandbox.fails(1, &neutral, &culprits);
+        let other = text(lora("concept_c1_thick"));
+        let run = |first: &str, more: &[&str]| {
+            let thick = text(activations("concept_c1_thick"));
+            let base = ["calibrate", &adapter, &other, "--activations", first, &thick, "-o", "out"];
+            args(&[&base[..], more].concat())
+        };
+        sandbox.fails(1, &run(&bad, &[]), &culprits);
+        sandbox.fails(1, &run(&text(&good), &["--neutral", &bad]), &culprits);
     }
 }
 
@@ -699,6 +706,18 @@ fn oddities_are_said_and_not_refused() {
     let report = fs::read_to_string(sandbox.path("report")).expect("the report");
     assert!(report.contains("without activations"), "{report}");
 
+    // The same file twice, a strength of 0, and weights that ask for a bad merge.
+    let inputs = &thick_inputs;
+    warns(
+        &args(&["calibrate", &mirror, &thick, "--activations", inputs, inputs, "-o", "same.calibration"]),
+        &["concept_c1_thick", "given again"],
+    );
+    warns(&merge(&[mirror.clone(), mirror.clone()], "none", &["-o", "twice"]), &["given more than once"]);
+    let silent = [format!("{mirror}:0"), thick.clone()];
+    warns(&merge(&silent, "none", &["-o", "silent"]), &["strength 0", "only concept_c1_thick adds to them"]);
+    let lopsided = merge_odd(&["-o", "lopsided", "--task-weights", "1,0", "--prior-weight", "0"]);
+    warns(&lopsided, &["more than the average"]);
+
     // A layer that only one adapter has, and adapters that share none.
     let less = sandbox.edited("less", &lora("concept_c1_thick"), |file| {
         file.tensors.retain(|t| !t.0.contains("transformer_blocks.3.ff"));
@@ -749,6 +768,14 @@ fn quiet_says_only_what_was_asked_for() {
     assert_eq!((stdout.as_str(), stderr.as_str()), ("", ""));
     let (stdout, _) = sandbox.succeeds(&["inspect", "out", "-q"]);
     assert!(stdout.contains("out"));
+}
+
+#[test]
+fn verbose_logs_to_stderr() {
+    let sandbox = Sandbox::new();
+    let (stdout, stderr) = sandbox.succeeds(&["inspect", &text(lora("concept_c3_mirror")), "-v"]);
+    assert!(stderr.contains("INFO") && stderr.contains("concept_c3_mirror"), "{stderr}");
+    assert!(!stdout.contains("INFO"), "{stdout}");
 }
 
 #[test]

@@ -271,7 +271,7 @@ fn a_million_tokens_lose_nothing() {
             accumulate(device, &[(0, batches[i % 8].raw().into())], &a, &mut sums).unwrap();
         }
         let error = relative(&sums.download(device).unwrap()[0], &want);
-        // The number; a running f32 sum would be at 1e-5 and worse.
+        // A running f32 sum would be at 1e-5 and worse.
         assert!(error <= 1e-6, "{}: {error:.1e}", case.name);
     }
 }

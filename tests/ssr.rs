@@ -168,7 +168,11 @@ fn data_free_is_the_formula() {
         // C·C squares the condition of A, which is mild.
         assert!(error <= tolerance(&case, 1e-4), "{}: {error:e}", case.name);
         assert!(merged.report.losses.is_none());
-        assert!(merged.report.notes.iter().any(|note| note.contains("proxy")), "{:?}", merged.report.notes);
+        assert!(
+            merged.report.notes.iter().any(|note| note.contains("data-free proxy")),
+            "{:?}",
+            merged.report.notes
+        );
     }
 }
 
@@ -382,7 +386,7 @@ fn without_activations_a_layer_is_summed_aloud() {
     let merged = Ssr::new(&calibration).merge(&device, &at_one(&adapters)).unwrap();
     assert_summed(&merged, &adapters);
     let text = merged.report.to_string();
-    assert!(text.contains("WARNING") && text.contains("concept_c4_invert"), "{text}");
+    assert!(text.contains("could not be routed") && text.contains("concept_c4_invert"), "{text}");
 }
 
 fn assert_summed(merged: &Merged, adapters: &[Adapter]) {
@@ -519,7 +523,26 @@ fn adapters_of_other_models_are_refused() {
     ] {
         let text = error.to_string();
         assert!(text.contains("other") && text.contains("concept_c3_mirror") && text.contains('7'), "{text}");
+        assert!(text.contains(&format!("`{}`", layer.module)), "the dotted name: {text}");
     }
+}
+
+#[test]
+fn layers_of_text_encoders_are_told_apart() {
+    let device = Device::cpu();
+    let encoders = ["text_encoder", "text_encoder_2"];
+    let layer = |encoder: &str, value: f32| {
+        let fill = |rows, cols| Matrix::from_fn(rows, cols, |i, j| value + (i + 2 * j) as f32);
+        Layer::new(&format!("{encoder}.text_model.final.fc1"), fill(1, 3), fill(2, 1)).unwrap()
+    };
+    let made = |name: &str, value| {
+        Adapter::new(name, Format::Peft, encoders.map(|e| layer(e, value)).to_vec()).unwrap()
+    };
+    let (x, y) = (made("x", 1.0), made("y", -2.0));
+    let merged = Ssr::data_free().merge(&device, &[x.at(1.0), y.at(1.0)]).unwrap();
+    let names: Vec<_> = merged.report.layers.iter().map(|layer| layer.layer.as_str()).collect();
+    assert_eq!(names, ["text_encoder.text_model.final.fc1", "text_encoder_2.text_model.final.fc1"]);
+    assert!(names.iter().all(|name| merged.adapter.find(name).is_some()));
 }
 
 #[test]
@@ -533,7 +556,8 @@ fn progress_is_told_and_cancelling_stops() {
     let control = Control { progress: Some(&show), cancel: Some(&cancel) };
     Ssr::new(&calibration).merge_with(&device, &at_one(&adapters), control).unwrap();
     let seen = seen.into_inner().unwrap();
-    assert_eq!(seen.iter().filter(|(stage, ..)| *stage == "merge").count(), 24);
+    assert_eq!(seen.iter().filter(|(stage, ..)| *stage == "merge").count(), 25);
+    assert!(seen.contains(&("check", 4, 4)) && seen.last() == Some(&("merge", 24, 24)), "{seen:?}");
     assert!(seen.contains(&("merge", 23, 24)) && seen.contains(&("check", 0, 4)), "{seen:?}");
     cancel.store(true, std::sync::atomic::Ordering::Relaxed);
     let control = Control { progress: None, cancel: Some(&cancel) };

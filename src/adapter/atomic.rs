@@ -22,50 +22,20 @@ pub fn write_atomic(
         Ok(error) => error,
         Err(e) => Error::io(path, "write", e),
     };
-    let ends_in_name = path.as_os_str().to_string_lossy().ends_with(|c| !std::path::is_separator(c));
-    let Some(name) = path.file_name().filter(|_| ends_in_name && !path.is_dir()) else {
-        return Err(Error::file(path, "names a folder; give the name of a file to write"));
-    };
-    if let Some(input) = protect.iter().find(|input| is_input(path, input)) {
-        let input = input.display();
-        return Err(Error::file(
-            path,
-            format!("is the input {input}, which is never overwritten; choose another name"),
-        ));
-    }
-    let mut target = path.to_owned();
-    let mut permissions = None;
-    if fs::symlink_metadata(path).is_ok() {
-        if !overwrite {
-            return Err(exists(path));
+    let Target { file: target, folder, permissions } = match resolve(path, overwrite, protect)? {
+        Some(target) => target,
+        None => {
+            let file = OpenOptions::new().write(true).open(path).map_err(|e| Error::io(path, "open", e))?;
+            let mut out = buffered(file);
+            return write(&mut out).and_then(|()| out.flush()).map_err(write_error);
         }
-        // Fails for a link that leads nowhere, which is replaced like a file.
-        if let Ok(meta) = fs::metadata(path) {
-            if !meta.is_file() {
-                let file =
-                    OpenOptions::new().write(true).open(path).map_err(|e| Error::io(path, "open", e))?;
-                let mut out = buffered(file);
-                return write(&mut out).and_then(|()| out.flush()).map_err(write_error);
-            }
-            // A link to a file stays, and the file that it leads to is replaced.
-            target = fs::canonicalize(path).map_err(|e| Error::io(path, "open", e))?;
-            permissions = Some(meta.permissions());
-        }
-    }
-    let folder = match target.parent() {
-        Some(folder) if !folder.as_os_str().is_empty() => folder,
-        _ => Path::new("."),
     };
-    if !folder.is_dir() {
-        let folder = folder.display();
-        return Err(Error::file(path, format!("the folder `{folder}` does not exist; create it first")));
-    }
 
     // The end of a very long name is left out, so that the temporary one is not too long.
-    let name: String = target.file_name().unwrap_or(name).to_string_lossy().chars().take(50).collect();
+    let name: String = target.file_name().unwrap_or_default().to_string_lossy().chars().take(50).collect();
     let prefix = format!(".{name}.loraweld-");
-    remove_stale(folder, &prefix);
-    let (file, temp) = create_locked(folder, &prefix)
+    remove_stale(&folder, &prefix);
+    let (file, temp) = create_locked(&folder, &prefix)
         .map_err(|e| Error::io(path, "create a temporary file in its folder", e))?;
 
     // From here on, dropping `temp` removes the file.
@@ -83,10 +53,65 @@ pub fn write_atomic(
         _ => write_error(e.error),
     })?;
     // The rename itself lasts only when the folder is on disk too; not every system can do that.
-    if let Ok(folder) = File::open(folder) {
+    if let Ok(folder) = File::open(&folder) {
         let _ = folder.sync_all();
     }
+    tracing::info!(file = %target.display(), "wrote");
     Ok(())
+}
+
+/// Checks before long work what [`write_atomic`] will check again, and that a file can be created in the folder.
+pub fn check_target(path: &Path, overwrite: bool, protect: &[PathBuf]) -> Result<()> {
+    if let Some(Target { folder, .. }) = resolve(path, overwrite, protect)? {
+        tempfile::tempfile_in(folder).map_err(|e| Error::io(path, "create a file in its folder", e))?;
+    }
+    Ok(())
+}
+
+/// What is replaced, after links.
+struct Target {
+    file: PathBuf,
+    folder: PathBuf,
+    permissions: Option<fs::Permissions>,
+}
+
+/// `None` for what is no regular file, and so is written into.
+fn resolve(path: &Path, overwrite: bool, protect: &[PathBuf]) -> Result<Option<Target>> {
+    let ends_in_name = path.as_os_str().to_string_lossy().ends_with(|c| !std::path::is_separator(c));
+    if !ends_in_name || path.file_name().is_none() || path.is_dir() {
+        return Err(Error::file(path, "names a folder; give the name of a file to write"));
+    }
+    if let Some(input) = protect.iter().find(|input| is_input(path, input)) {
+        let input = input.display();
+        return Err(Error::file(
+            path,
+            format!("is the input {input}, which is never overwritten; choose another name"),
+        ));
+    }
+    let (mut file, mut permissions) = (path.to_owned(), None);
+    if fs::symlink_metadata(path).is_ok() {
+        if !overwrite {
+            return Err(exists(path));
+        }
+        // Fails for a link that leads nowhere, which is replaced like a file.
+        if let Ok(meta) = fs::metadata(path) {
+            if !meta.is_file() {
+                return Ok(None);
+            }
+            // A link to a file stays, and the file that it leads to is replaced.
+            file = fs::canonicalize(path).map_err(|e| Error::io(path, "open", e))?;
+            permissions = Some(meta.permissions());
+        }
+    }
+    let folder = match file.parent() {
+        Some(folder) if !folder.as_os_str().is_empty() => folder.to_owned(),
+        _ => PathBuf::from("."),
+    };
+    if !folder.is_dir() {
+        let what = if folder.exists() { "is not a folder" } else { "does not exist; create it first" };
+        return Err(Error::file(path, format!("the folder `{}` {what}", folder.display())));
+    }
+    Ok(Some(Target { file, folder, permissions }))
 }
 
 fn exists(path: &Path) -> Error {
@@ -142,17 +167,21 @@ fn is_input(target: &Path, input: &Path) -> bool {
     same_file(target, input)
 }
 
-/// Whether two paths lead to one file; false if either leads nowhere.
-fn same_file(x: &Path, y: &Path) -> bool {
+/// Whether two paths lead to one file, be it there or only to be written.
+pub fn same_file(x: &Path, y: &Path) -> bool {
     #[cfg(unix)]
     {
         use std::os::unix::fs::MetadataExt;
         let id = |path| fs::metadata(path).ok().map(|m| (m.dev(), m.ino()));
-        id(x).is_some_and(|x| Some(x) == id(y))
+        if id(x).is_some() && id(x) == id(y) {
+            return true;
+        }
     }
-    #[cfg(not(unix))]
-    {
-        let real = |path| fs::canonicalize(path).ok();
-        real(x).is_some_and(|x| Some(x) == real(y))
-    }
+    let real = |path: &Path| {
+        fs::canonicalize(path).ok().or_else(|| {
+            let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
+            Some(fs::canonicalize(folder.unwrap_or(Path::new("."))).ok()?.join(path.file_name()?))
+        })
+    };
+    real(x).is_some_and(|x| Some(x) == real(y))
 }

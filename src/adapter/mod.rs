@@ -15,11 +15,11 @@ use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use rayon::prelude::*;
 
-pub use self::atomic::write_atomic;
+pub use self::atomic::{check_target, same_file, write_atomic};
 pub use self::keys::LayerKey;
 pub use self::scale::{Scale, ScaleRule};
 pub use self::write::SaveOptions;
@@ -81,6 +81,8 @@ struct Inner {
     metadata: BTreeMap<String, String>,
     layers: Vec<Layer>,
     file: Option<SafetensorsFile>,
+    /// Reading all of A takes time, and calibrations and merges ask for it.
+    a_sha256: OnceLock<String>,
 }
 
 /// An adapter and how strongly it takes part in a merge.
@@ -138,6 +140,7 @@ impl Adapter {
 
     fn from_file(name: String, file: SafetensorsFile, config: Option<(&Path, &str)>) -> Result<Self> {
         let layers = read::read(&file, config)?;
+        tracing::info!(file = %file.path().display(), layers = layers.len(), "read an adapter");
         // Text encoders come in fewer spellings; the main model's layers tell more.
         let main = layers.iter().find(|l| l.key.component().is_empty()).or(layers.first());
         Ok(Self(Arc::new(Inner {
@@ -147,6 +150,7 @@ impl Adapter {
             metadata: file.metadata().clone(),
             layers,
             file: Some(file),
+            a_sha256: OnceLock::new(),
         })))
     }
 
@@ -162,10 +166,18 @@ impl Adapter {
                 "adapter `{name}` holds it twice, as `{}{}` and `{}{}`",
                 pair[0].prefix, pair[0].module, pair[1].prefix, pair[1].module
             );
-            return Err(Error::layer(pair[0].key.as_str(), others));
+            return Err(Error::layer(pair[0].name(), others));
         }
         let path = PathBuf::from(&name);
-        Ok(Self(Arc::new(Inner { name, path, format, metadata: BTreeMap::new(), layers, file: None })))
+        Ok(Self(Arc::new(Inner {
+            name,
+            path,
+            format,
+            metadata: BTreeMap::new(),
+            layers,
+            file: None,
+            a_sha256: OnceLock::new(),
+        })))
     }
 
     /// The name of the file without its extension, or of the PEFT folder.
@@ -198,7 +210,15 @@ impl Adapter {
     pub fn with_metadata(&self, metadata: BTreeMap<String, String>) -> Self {
         let Inner { name, path, format, layers, .. } = &*self.0;
         let (name, path, layers) = (name.clone(), path.clone(), layers.clone());
-        Self(Arc::new(Inner { name, path, format: *format, metadata, layers, file: None }))
+        Self(Arc::new(Inner {
+            name,
+            path,
+            format: *format,
+            metadata,
+            layers,
+            file: None,
+            a_sha256: OnceLock::new(),
+        }))
     }
 
     /// The layers, sorted by key.
@@ -241,7 +261,7 @@ impl Adapter {
     /// to f32; all little-endian. So the same A gives the same hash in every spelling of the keys and in every
     /// dtype that holds its values, and scales and B do not matter.
     pub fn a_sha256(&self) -> String {
-        hash::of_a(self)
+        self.0.a_sha256.get_or_init(|| hash::of_a(self)).clone()
     }
 
     /// SHA-256 (hex) of the whole file. An adapter that was made in memory has none.
@@ -334,6 +354,15 @@ impl Layer {
         Ok(Self { format: self.format, ..layer })
     }
 
+    /// The layer's name for people: the module as the file spells it, without the prefix; of a text encoder,
+    /// with the encoder's name in front. [`LayerKey::parse`] gives the key back.
+    pub fn name(&self) -> String {
+        match self.key.component() {
+            "" => self.module.clone(),
+            component => format!("{component}.{}", self.module),
+        }
+    }
+
     /// The same tensors, untouched, at another scale.
     pub fn with_scale(&self, scale: f64) -> Self {
         Self { scale: Scale::given(scale), ..self.clone() }
@@ -358,6 +387,11 @@ impl Layer {
     pub fn format(&self) -> Option<Format> {
         self.format
     }
+}
+
+/// The first of the layers that is spelled with dots.
+pub(crate) fn dotted<'a>(mut layers: impl Iterator<Item = &'a Layer>) -> Option<&'a Layer> {
+    layers.find(|layer| layer.module.contains('.'))
 }
 
 /// Neither of f16 and bf16 holds the other's values.

@@ -81,7 +81,7 @@ fn plan<'a>(
     let rank = layer.rank as f64;
     let scale = layer.scale.value;
     if !scale.is_finite() {
-        return Err(Error::layer(layer.key.as_str(), format!("its scale is {scale}; it should be finite")));
+        return Err(Error::layer(layer.name(), format!("its scale is {scale}; it should be finite")));
     }
     let plain = Plan { layer, name, fold: scale, b_dtype: dtype, alpha: rank };
     Ok(if scale == 1.0 || folds_exactly(layer.b(), scale, dtype) {
@@ -150,7 +150,7 @@ fn name(layer: &Layer, format: Format, one_encoder: bool) -> Result<String> {
         (Format::Kohya, "text_encoder_3") => "lora_te3_".to_owned(),
         (Format::Kohya, _) => {
             let reason = format!("kohya's spelling has no prefix for `{component}`; choose another format");
-            return Err(Error::layer(layer.key.as_str(), reason));
+            return Err(Error::layer(layer.name(), reason));
         }
         (Format::Peft, "") if is_unet(layer) => "unet.".to_owned(),
         (Format::Peft, "") => "transformer.".to_owned(),
@@ -283,7 +283,7 @@ fn put(
         if value.is_finite() && !rounded.is_finite() {
             let wider = if dtype == Dtype::F16 { "bf16 or f32" } else { "a smaller strength" };
             let reason = format!("the value {value:e} is too large for {dtype}; use {wider}");
-            return Err(io::Error::other(Error::layer(layer.key.as_str(), reason)));
+            return Err(io::Error::other(Error::layer(layer.name(), reason)));
         }
         match dtype {
             Dtype::F32 => bytes.extend(rounded.to_le_bytes()),

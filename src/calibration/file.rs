@@ -189,7 +189,9 @@ impl Calibration {
             ));
         }
         let tasks = records.into_iter().map(|r| Task { name: r.name, a_sha256: r.a_sha256 }).collect();
-        Ok(Self { tasks, layers, pool: None, state: Mutex::new(State { sums, resident: None }) })
+        tracing::info!(file = %path.display(), layers = layers.len(), "read a calibration");
+        let path = Some(path.to_owned());
+        Ok(Self { tasks, layers, pool: None, path, state: Mutex::new(State { sums, resident: None }) })
     }
 }
 

@@ -16,9 +16,10 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use self::resident::Resident;
 pub(crate) use self::resident::{arena, gram_parts};
+use crate::adapter::dotted;
 pub use crate::compute::ops::Activations;
 use crate::safetensors_file::{FileDtype, SafetensorsFile, TensorRef};
-use crate::{Adapter, Control, Device, Dtype, Error, LayerKey, Matrix, RawMatrix, Result};
+use crate::{Adapter, Control, Device, Dtype, Error, Layer, LayerKey, Matrix, RawMatrix, Result};
 
 /// Which inputs activations are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -59,6 +60,8 @@ pub struct Calibration {
     layers: BTreeMap<LayerKey, Blocks>,
     /// What accumulating takes; a calibration that was read from a file lacks it.
     pool: Option<Pool>,
+    /// The file that it was read from.
+    path: Option<PathBuf>,
     state: Mutex<State>,
 }
 
@@ -87,6 +90,18 @@ struct Pool {
     adapters: Vec<Adapter>,
     /// Input width of every layer that any adapter has.
     widths: BTreeMap<LayerKey, usize>,
+}
+
+impl Pool {
+    /// What an error calls a layer, and an adapter that has it: its dotted name, if one of them spells it so.
+    fn describe(&self, key: &LayerKey) -> (String, String) {
+        let found = || self.adapters.iter().filter_map(|adapter| Some((adapter, adapter.layer(key)?)));
+        let dotted = found().find(|(_, layer)| layer.module.contains('.'));
+        match dotted.or(found().next()) {
+            Some((adapter, layer)) => (layer.name(), adapter.path().display().to_string()),
+            None => (key.to_string(), "the pool".into()),
+        }
+    }
 }
 
 #[derive(Debug, Default)]
@@ -130,24 +145,23 @@ impl Calibration {
         if adapters.is_empty() {
             return Err(Error::Invalid("a calibration needs at least one adapter".into()));
         }
-        let mut first: BTreeMap<LayerKey, (usize, &Adapter)> = BTreeMap::new();
+        let mut first: BTreeMap<LayerKey, (&Layer, &Adapter)> = BTreeMap::new();
         for adapter in &adapters {
             for layer in adapter.layers() {
-                let (width, other) = *first.entry(layer.key.clone()).or_insert((layer.input, adapter));
-                if width != layer.input {
+                let (known, other) = *first.entry(layer.key.clone()).or_insert((layer, adapter));
+                if known.input != layer.input {
                     let (x, y) = (other.path().display(), adapter.path().display());
-                    let input = layer.input;
                     return Err(Error::layer(
-                        layer.key.as_str(),
+                        dotted([known, layer].into_iter()).unwrap_or(layer).name(),
                         format!(
-                            "{x} reads inputs of width {width}, but {y} of width {input}; are they for one base \
-                             model?"
+                            "{x} reads inputs of width {}, but {y} of width {}; are they for one base model?",
+                            known.input, layer.input
                         ),
                     ));
                 }
             }
         }
-        let widths = first.into_iter().map(|(key, (width, _))| (key, width)).collect();
+        let widths = first.into_iter().map(|(key, (layer, _))| (key, layer.input)).collect();
         let mut tasks: Vec<Task> = Vec::new();
         for adapter in &adapters {
             let mut name = adapter.name().to_owned();
@@ -171,7 +185,7 @@ impl Calibration {
             })
             .filter(|(_, blocks)| blocks.members() > 1)
             .collect();
-        Self { tasks, layers, pool: Some(pool), state: Mutex::new(state) }
+        Self { tasks, layers, pool: Some(pool), path: None, state: Mutex::new(state) }
     }
 
     /// Adds one batch of inputs (tokens × width) of `layer`, in any spelling, recorded while the adapter `task`
@@ -222,8 +236,9 @@ impl Calibration {
         };
         let shape = x.shape();
         if shape.cols != width {
-            let reason = format!("its inputs have width {}, but the adapters read {width}", shape.cols);
-            return Err(Error::layer(layer, reason));
+            let (name, file) = self.source()?.describe(&key);
+            let reason = format!("the inputs have width {}, but {file} reads {width} there", shape.cols);
+            return Err(Error::layer(name, reason));
         }
         if shape.rows == 0 {
             return Err(Error::layer(layer, "a batch without tokens; at least one is needed"));
@@ -346,8 +361,8 @@ impl Calibration {
             let x = activations(path, &tensor)?;
             for (key, width) in targets {
                 if x.cols != width {
-                    let reason =
-                        format!("has width {}, but the adapters read {width} on layer `{key}`", x.cols);
+                    let (name, file) = self.source()?.describe(&key);
+                    let reason = format!("has width {}, but {file} reads {width} on layer `{name}`", x.cols);
                     return Err(Error::tensor(path, tensor.name, reason));
                 }
                 if let Some(blocks) = self.layers.get(&key) {
@@ -363,7 +378,10 @@ impl Calibration {
             }
             summary.tokens += x.rows as u64;
         }
-        self.add_inputs(device, slot, &pending)
+        self.add_inputs(device, slot, &pending)?;
+        control.finish("calibrate", total);
+        tracing::info!(file = %path.display(), tensors = total, "read activations");
+        Ok(())
     }
 
     /// Adds inputs of layers of the pool, already checked.
@@ -373,7 +391,7 @@ impl Calibration {
         slot: usize,
         inputs: &[(LayerKey, Activations<'_>)],
     ) -> Result<()> {
-        let Self { tasks, layers, pool: Some(pool), state } = self else { return Ok(()) };
+        let Self { tasks, layers, pool: Some(pool), state, .. } = self else { return Ok(()) };
         let state = state.get_mut().unwrap_or_else(PoisonError::into_inner);
         if state.resident.as_ref().is_some_and(|resident| !resident.is_on(device)) {
             state.flush(tasks)?;
@@ -396,13 +414,14 @@ impl Calibration {
     /// order may differ.
     ///
     /// # Errors
-    /// [`Error::Invalid`], naming the task, if the pools differ; as [`flush`](Self::flush).
+    /// [`Error::File`] for one that was read from a file, else [`Error::Invalid`], naming the task, if the pools
+    /// differ; as [`flush`](Self::flush).
     pub fn add(&mut self, other: &Self) -> Result<()> {
         if other.tasks.len() != self.tasks.len() {
-            return Err(Error::Invalid(format!(
-                "calibrations of {} and of {} adapters cannot be added; they must be of the same pool",
-                self.tasks.len(),
-                other.tasks.len()
+            return Err(other.error(format!(
+                "is a calibration of {} adapters and cannot be added to one of {}; they must be of the same pool",
+                other.tasks.len(),
+                self.tasks.len()
             )));
         }
         let mut order: Vec<usize> = Vec::new();
@@ -413,9 +432,8 @@ impl Calibration {
                 .enumerate()
                 .position(|(i, t)| t.a_sha256 == task.a_sha256 && !order.contains(&i));
             let Some(found) = found else {
-                return Err(Error::Invalid(format!(
-                    "the calibrations are of different pools: adapter `{}` is in only one of them (by the hash \
-                     of its A)",
+                return Err(other.error(format!(
+                    "is of a different pool: adapter `{}` is not in it (by the hash of its A), but in the others",
                     task.name
                 )));
             };
@@ -423,9 +441,7 @@ impl Calibration {
         }
         let other = other.subset(&order)?;
         if other.layers != self.layers {
-            return Err(Error::Invalid(
-                "the calibrations differ in the layers or ranks of their pools".into(),
-            ));
+            return Err(other.error("differs from the others in the layers or ranks of its pool"));
         }
         self.flush()?;
         let state = self.state.get_mut().unwrap_or_else(PoisonError::into_inner);
@@ -474,7 +490,13 @@ impl Calibration {
         let state = State { sums, resident: None };
         let names: Vec<Task> = tasks.iter().map(|&task| self.tasks[task].clone()).collect();
         let Some(pool) = &self.pool else {
-            return Ok(Self { tasks: names, layers, pool: None, state: Mutex::new(state) });
+            return Ok(Self {
+                tasks: names,
+                layers,
+                pool: None,
+                path: self.path.clone(),
+                state: Mutex::new(state),
+            });
         };
         let adapters: Vec<Adapter> = tasks.iter().map(|&task| pool.adapters[task].clone()).collect();
         let widths = adapters
@@ -487,7 +509,8 @@ impl Calibration {
     /// The place in the pool of each of these adapters, found by the hash of its A.
     ///
     /// # Errors
-    /// [`Error::Invalid`], naming the adapter and the pool, if one is not in it.
+    /// [`Error::File`] for a calibration that was read from a file, else [`Error::Invalid`], naming the adapter and
+    /// the pool, if one is not in it.
     pub fn select(&self, adapters: &[&Adapter]) -> Result<Vec<usize>> {
         use rayon::prelude::*;
         let hashes: Vec<String> = adapters.par_iter().map(|adapter| adapter.a_sha256()).collect();
@@ -501,9 +524,9 @@ impl Calibration {
                     .iter()
                     .map(|t| format!("`{}` ({})", t.name, t.a_sha256.get(..12).unwrap_or(&t.a_sha256)))
                     .collect();
-                return Err(Error::Invalid(format!(
-                    "the calibration was made for other adapters: `{}` ({}, by the hash of its A) is not among {}; \
-                     calibrate again with it",
+                return Err(self.error(format!(
+                    "was made for other adapters: `{}` ({}, by the hash of its A) is not among {}; calibrate again \
+                     with it",
                     adapter.path().display(),
                     &hash[..12],
                     pool.join(", ")
@@ -638,11 +661,19 @@ impl Calibration {
     fn source(&self) -> Result<&Pool> {
         self.pool.as_ref().ok_or_else(|| {
             Error::Invalid(
-                "a calibration that was read from a file cannot take activations; make one of the adapters and \
-                 add the two"
+                "a calibration that was read from a file takes no activations; make one of the adapters and add \
+                 the two"
                     .into(),
             )
         })
+    }
+
+    /// An error about this calibration, by the name of its file.
+    pub(crate) fn error(&self, reason: impl std::fmt::Display) -> Error {
+        match &self.path {
+            Some(path) => Error::file(path, format!("{reason}")),
+            None => Error::Invalid(format!("the calibration {reason}")),
+        }
     }
 }
 

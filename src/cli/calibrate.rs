@@ -2,8 +2,9 @@
 
 use std::path::PathBuf;
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use clap::Args;
+use loraweld::adapter::{check_target, same_file};
 use loraweld::calibration::{FileSummary, Source};
 use loraweld::{Adapter, Calibration, Device};
 use serde_json::json;
@@ -11,7 +12,7 @@ use serde_json::json;
 use super::args::{Global, LoraArg, Memory, open_unweighted};
 use super::calibration::written;
 use super::layers::range;
-use super::output::{Output, check_target, count, some};
+use super::output::{Output, count, some};
 use super::usage;
 
 /// Sum up what each adapter's layers read, once for every later merge of them.
@@ -54,6 +55,9 @@ impl Calibrate {
                 count(paths, "path")
             )));
         }
+        if adapters < 2 {
+            return Err(usage("a calibration is of two adapters or more: one alone is merged without it"));
+        }
         let adapters = open_unweighted(&self.loras, "a calibration does not depend on them", out)?;
         let mut inputs: Vec<_> = self.loras.iter().map(|lora| lora.path.clone()).collect();
         inputs.extend(self.activations.iter().chain(&self.neutral).cloned());
@@ -65,6 +69,18 @@ impl Calibrate {
             adapter.check_finite()?;
         }
         let mut calibration = Calibration::new(&adapters)?;
+        if calibration.layers().next().is_none() {
+            bail!(
+                "no layer is in more than one of the adapters, so there is nothing to calibrate: are they made for \
+                 one base model? `loraweld inspect` shows their names"
+            );
+        }
+        let twice =
+            |i: usize| self.activations[..i].iter().any(|other| same_file(other, &self.activations[i]));
+        for i in (0..paths).filter(|&i| twice(i)) {
+            let (path, name) = (self.activations[i].display(), adapters[i].name());
+            out.warn(format_args!("{path}: given again for {name}; are these the inputs of both adapters?"))?;
+        }
         let device = global.open_device(&self.memory, out)?;
         let mut sources: Vec<_> =
             self.activations.iter().enumerate().map(|(i, path)| (Source::Task(i), path)).collect();
@@ -96,11 +112,13 @@ pub fn accumulate(
         "task": task, "path": path, "layers": layers.len(), "tokens": tokens, "unknown": unknown,
     });
     out.event("activations", &fields)?;
-    let each = range(layers.iter().map(|key| match source {
+    // Of layers that only one adapter has, nothing is kept.
+    let shared = layers.iter().filter(|key| !calibration.ranks(key).is_empty());
+    let each = range(shared.clone().map(|key| match source {
         Source::Task(i) => calibration.tokens(key, i) as usize,
         Source::Neutral => calibration.neutral_tokens(key) as usize,
     }));
-    out.info(format_args!("calibrated {task}: {}, {each} tokens each", count(layers.len(), "layer")))?;
+    out.info(format_args!("calibrated {task}: {}, {each} tokens each", count(shared.count(), "layer")))?;
     if !unknown.is_empty() {
         let what = count(unknown.len(), "layer");
         let names = some(&unknown, 3);

@@ -3,11 +3,12 @@
 use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand};
+use loraweld::adapter::check_target;
 use loraweld::{Calibration, LayerKey};
 use serde_json::json;
 
 use super::layers::{group, pattern, range};
-use super::output::{Output, Table, check_target, count, size, some};
+use super::output::{Output, Table, count, size, some};
 
 /// Add up calibrations, or show one.
 #[derive(Args, Debug)]
@@ -67,10 +68,7 @@ impl Add {
             let calibration = Calibration::open(file)?;
             match &mut sum {
                 None => sum = Some(calibration),
-                // The library's message is about adapters; which file they are of is known here.
-                Some(sum) => sum
-                    .add(&calibration)
-                    .map_err(|e| anyhow::Error::new(e).context(format!("{}", file.display())))?,
+                Some(sum) => sum.add(&calibration)?,
             }
         }
         let Some(sum) = sum else { return Ok(()) };

@@ -12,8 +12,8 @@ use serde_json::json;
 
 use super::args::{Global, Memory};
 use super::calibrate::accumulate;
-use super::merge::losses;
-use super::output::{Output, count, size};
+use super::merge::{losses, say_merged};
+use super::output::{Output, size};
 
 /// Calibrate and merge four small adapters that come with the program, and show what is lost.
 #[derive(Args, Debug)]
@@ -71,8 +71,13 @@ merged.safetensors        the four as one LoRA
 impl Demo {
     pub fn run(self, global: &Global, out: &Output) -> anyhow::Result<()> {
         let dir = &self.out;
+        out.info(
+            "Four LoRAs of a small diffusion transformer, each trained to draw one digit in its own way.",
+        )?;
         let [adapters, activations, calibration_file, merged_file] =
             ["adapters", "activations", "calibration.safetensors", "merged.safetensors"].map(|n| dir.join(n));
+        let device = global.open_device(&Memory::default(), out)?;
+        out.info(format_args!("           {}", why(&device, &global.device)))?;
         prepare(dir)?;
         for (folder, bytes) in
             [(&adapters, (|c| c.adapter) as fn(&Concept) -> &'static [u8]), (&activations, |c| c.activations)]
@@ -82,12 +87,6 @@ impl Demo {
                 write(&folder.join(concept.name), bytes(concept))?;
             }
         }
-        out.info(
-            "Four LoRAs of a small diffusion transformer, each trained to draw one digit in its own way.",
-        )?;
-        let device = global.open_device(&Memory::default(), out)?;
-        out.info(format_args!("           {}", why(&device, &global.device)))?;
-
         let opened = CONCEPTS.iter().map(|concept| Adapter::open(adapters.join(concept.name)));
         let opened: Vec<Adapter> = opened.collect::<loraweld::Result<_>>()?;
         let mut calibration = Calibration::new(&opened)?;
@@ -110,10 +109,9 @@ impl Demo {
             "output": merged_file, "bytes": bytes, "calibration": calibration_file, "report": merged.report,
         });
         out.event("result", &fields)?;
-        let layers = count(merged.report.layers.len(), "layer");
-        out.info(format_args!("merged     {layers} by SSR in {:.2} s", merged.report.seconds))?;
+        say_merged(&merged.report, out)?;
         if let Some(table) = losses(&merged.report) {
-            out.result("")?;
+            out.info("")?;
             out.result(table)?;
             out.result(
                 "0: every adapter does on its own inputs what it does alone; 1: as bad as none at all.",
@@ -122,7 +120,7 @@ impl Demo {
                 "The plain sum lets the adapters talk over each other; the average makes them whisper.",
             )?;
         }
-        out.result("")?;
+        out.info("")?;
         out.info(format_args!("wrote      {} ({})", merged_file.display(), size(bytes)))?;
         next_steps(dir, out)
     }

@@ -89,7 +89,7 @@ fn one(adapter: &Adapter, out: &Output) -> anyhow::Result<()> {
     line("keys", format!("{}, prefix {prefixes}", adapter.format()))?;
     line("size", format!("{}, {}", size(bytes), adapter.dtype()))?;
     line("layers", format!("{}, rank {}", layers.len(), range(layers.iter().map(|layer| layer.rank))))?;
-    for (text, names) in group(layers.iter().map(|layer| (scale(layer), name(layer)))) {
+    for (text, names) in group(layers.iter().map(|layer| (scale(layer), layer.name()))) {
         let whose = match names.len() {
             n if n == layers.len() => String::new(),
             n => format!(" on {}: {}", count(n, "layer"), some(&names, 3)),
@@ -103,7 +103,7 @@ fn one(adapter: &Adapter, out: &Output) -> anyhow::Result<()> {
         line("tags", some(&tags, 8))?;
     }
     let mut table = Table::new(&["  module", ">layers", ">rank", ">in", ">out", ">scale"]);
-    let key = |layer: &Layer| (pattern(&name(layer)), layer.input, layer.output);
+    let key = |layer: &Layer| (pattern(&layer.name()), layer.input, layer.output);
     for ((pattern, input, output), group) in group(layers.iter().map(|layer| (key(layer), layer))) {
         let mut scales: Vec<_> = group.iter().map(|layer| layer.scale.value).collect();
         scales.sort_by(f64::total_cmp);
@@ -121,14 +121,6 @@ fn one(adapter: &Adapter, out: &Output) -> anyhow::Result<()> {
         ]);
     }
     out.result(table)
-}
-
-/// As the file spells it, but for the prefix; with the text encoder's name, if it is of one.
-fn name(layer: &Layer) -> String {
-    match layer.key.component() {
-        "" => layer.module.clone(),
-        component => format!("{component}: {}", layer.module),
-    }
 }
 
 /// Four decimals at most.

@@ -2,12 +2,11 @@
 
 use std::fmt::Display;
 use std::io::{self, IsTerminal, Write};
-use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, bail};
+use anyhow::Context;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use loraweld::{Control, Progress};
 use serde::Serialize;
@@ -213,73 +212,6 @@ pub fn some<T: Display>(items: impl IntoIterator<Item = T>, limit: usize) -> Str
         more => text += &format!(" and {more} more"),
     }
     text
-}
-
-/// Checks before the long work that a file can be written at its end: the same rules as the library's, which
-/// checks again when it writes.
-pub fn check_target(path: &Path, force: bool, inputs: &[PathBuf]) -> anyhow::Result<()> {
-    let shown = path.display();
-    if path.as_os_str().is_empty() {
-        bail!("the name of the output is empty; give the name of a file to write");
-    }
-    let ends_in_name = path.as_os_str().to_string_lossy().ends_with(|c| !std::path::is_separator(c));
-    if !ends_in_name || path.file_name().is_none() || path.is_dir() {
-        bail!("{shown}: names a folder; give the name of a file to write");
-    }
-    if let Some(input) = inputs.iter().find(|input| is_input(path, input)) {
-        bail!("{shown}: is the input {}, which is never overwritten; choose another name", input.display());
-    }
-    let mut target = path.to_owned();
-    if std::fs::symlink_metadata(path).is_ok() {
-        if !force {
-            bail!("{shown}: exists already; pass --force to overwrite it, or choose another name");
-        }
-        match std::fs::metadata(path) {
-            // A pipe or a device is written into, and its folder does not matter.
-            Ok(meta) if !meta.is_file() => return Ok(()),
-            Ok(_) => target = path.canonicalize().with_context(|| format!("{shown}: cannot open"))?,
-            Err(_) => {}
-        }
-    }
-    let folder = match target.parent() {
-        Some(folder) if !folder.as_os_str().is_empty() => folder,
-        _ => Path::new("."),
-    };
-    if !folder.is_dir() {
-        let what = if folder.exists() { "is not a folder" } else { "does not exist; create it first" };
-        bail!("{shown}: the folder `{}` {what}", folder.display());
-    }
-    tempfile::tempfile_in(folder)
-        .with_context(|| format!("{shown}: the folder `{}` is not writable", folder.display()))?;
-    Ok(())
-}
-
-/// Whether the target is an input, or a file of an input folder.
-fn is_input(target: &Path, input: &Path) -> bool {
-    if input.is_dir() {
-        let files = std::fs::read_dir(input).into_iter().flatten().flatten();
-        return files.map(|file| file.path()).any(|file| file.is_file() && same_file(target, &file));
-    }
-    same_file(target, input)
-}
-
-/// Whether two paths lead to one file, be it there or only to be written.
-pub fn same_file(x: &Path, y: &Path) -> bool {
-    #[cfg(unix)]
-    {
-        use std::os::unix::fs::MetadataExt;
-        let id = |path| std::fs::metadata(path).ok().map(|m| (m.dev(), m.ino()));
-        if id(x).is_some() && id(x) == id(y) {
-            return true;
-        }
-    }
-    let real = |path: &Path| {
-        path.canonicalize().ok().or_else(|| {
-            let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
-            Some(folder.unwrap_or(Path::new(".")).canonicalize().ok()?.join(path.file_name()?))
-        })
-    };
-    real(x).is_some() && real(x) == real(y)
 }
 
 #[cfg(test)]

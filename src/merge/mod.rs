@@ -16,6 +16,7 @@ use std::collections::BTreeMap;
 
 use rayon::prelude::*;
 
+use crate::adapter::dotted;
 use crate::{Adapter, Control, Layer, Matrix, Result, Weighted};
 
 /// What a merge gives.
@@ -42,6 +43,7 @@ fn check_inputs(adapters: &[Weighted<'_>], control: &Control<'_>) -> Result<Vec<
             layers: adapter.layers().len(),
         });
     }
+    control.finish("check", adapters.len());
     inputs.par_iter_mut().zip(adapters).for_each(|(input, weighted)| {
         input.sha256 = weighted.adapter.file_sha256().ok();
     });
@@ -121,10 +123,10 @@ fn joined_b(members: &[(&Layer, f64)]) -> Matrix<f32> {
 
 /// A layer of the merge: spelled with dots if a member is, at scale 1.
 fn joined_layer(members: &[(&Layer, f64)], a: Matrix<f32>, b: Matrix<f32>) -> Result<Layer> {
-    let template = plan::dotted(members.iter().map(|(layer, _)| *layer)).unwrap_or(members[0].0);
+    let template = dotted(members.iter().map(|(layer, _)| *layer)).unwrap_or(members[0].0);
     if b.data.iter().any(|v| !v.is_finite()) {
         let reason = "the merged B overflows f32; are scales and strengths right?";
-        return Err(crate::Error::layer(template.key.as_str(), reason));
+        return Err(crate::Error::layer(template.name(), reason));
     }
     template.replaced(a, b)
 }

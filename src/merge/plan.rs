@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use crate::adapter::dotted;
 use crate::{Error, Layer, LayerKey, Result, Weighted};
 
 /// Which layers a merge has, and which adapters each comes from.
@@ -16,7 +17,7 @@ pub struct Plan {
 pub struct PlannedLayer {
     /// The name that it is matched by.
     pub key: LayerKey,
-    /// Its module's path without prefix, with dots if one of its adapters spells them.
+    /// Its [`Layer::name`], with dots if one of its adapters spells them.
     pub name: String,
     /// Which of the adapters take part in it, in order: those whose scale and strength are not zero there,
     /// unless all are (then the first).
@@ -85,10 +86,11 @@ impl Plan {
 
 fn planned(key: &LayerKey, of: &[(usize, &Layer)], adapters: &[Weighted<'_>]) -> Result<PlannedLayer> {
     let (first, layer) = of[0];
+    let name = dotted(of.iter().map(|(_, layer)| *layer)).unwrap_or(layer).name();
     for &(i, other) in of {
         if (other.input, other.output) != (layer.input, layer.output) {
             return Err(Error::layer(
-                key.as_str(),
+                name,
                 format!(
                     "{} changes {} inputs into {} outputs, but {} {} into {}; adapters must be for one base model",
                     adapters[first].adapter.path().display(),
@@ -102,10 +104,7 @@ fn planned(key: &LayerKey, of: &[(usize, &Layer)], adapters: &[Weighted<'_>]) ->
         }
         if !other.scale.value.is_finite() {
             let (path, scale) = (adapters[i].adapter.path().display(), other.scale.value);
-            return Err(Error::layer(
-                key.as_str(),
-                format!("its scale in {path} is {scale}; it must be finite"),
-            ));
+            return Err(Error::layer(name, format!("its scale in {path} is {scale}; it must be finite")));
         }
     }
     let is_silent = |&&(i, layer): &&(usize, &Layer)| layer.scale.value == 0.0 || adapters[i].strength == 0.0;
@@ -117,16 +116,11 @@ fn planned(key: &LayerKey, of: &[(usize, &Layer)], adapters: &[Weighted<'_>]) ->
     let rank = of.iter().filter(|(i, _)| members.contains(i)).map(|(_, layer)| layer.rank).sum();
     Ok(PlannedLayer {
         key: key.clone(),
-        name: dotted(of.iter().map(|(_, layer)| *layer)).unwrap_or(layer).module.clone(),
+        name,
         members,
         silent,
         rank,
         input: layer.input,
         output: layer.output,
     })
-}
-
-/// The first of the layers that is spelled with dots.
-pub(super) fn dotted<'a>(mut layers: impl Iterator<Item = &'a Layer>) -> Option<&'a Layer> {
-    layers.find(|layer| layer.module.contains('.'))
 }

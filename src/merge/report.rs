@@ -9,7 +9,7 @@ use serde::Serialize;
 /// What a merge did.
 #[derive(Clone, Debug, Serialize)]
 pub struct Report {
-    /// The method: `ssr`, or `ssr (data-free proxy)`.
+    /// The method: `ssr`, or `ssr-data-free` if the data-free proxy stood for a calibration.
     pub method: String,
     /// Where it ran, and in which arithmetic.
     pub device: String,
@@ -71,7 +71,7 @@ pub struct LayerReport {
 pub enum Action {
     /// Through a router that was solved for.
     Routed,
-    /// Only one adapter has it: its factors are unchanged.
+    /// Only one adapter has it, or adds anything to it: its factors are unchanged.
     PassedThrough,
     /// Plain sum (identity router).
     Summed {

@@ -8,7 +8,7 @@ use rayon::prelude::*;
 use serde::Serialize;
 
 use super::loss::{Squares, dot, times};
-use super::{Action, LayerReport, Merged, Plan, PlannedLayer, Report};
+use super::{Action, LayerReport, Losses, Merged, Plan, PlannedLayer, Report};
 use crate::calibration::{LayerStatistics, arena, gram_parts};
 use crate::compute::ops::{self, Axis, Factor};
 use crate::compute::{Batch, Shape};
@@ -194,6 +194,7 @@ impl<'a> Ssr<'a> {
                 };
                 jobs.push(Job::new(planned, adapters, &active, statistics));
             }
+            tracing::debug!(layers = jobs.len(), gpu = on.is_gpu(), "merging a chunk");
             let keys: Vec<&LayerKey> = jobs.iter().map(|job| &job.planned.key).collect();
             let mut merges = self.chunk(&on, &jobs)?;
             if on.is_gpu() != device.is_gpu() {
@@ -203,12 +204,14 @@ impl<'a> Ssr<'a> {
             }
             results.extend(keys.into_iter().zip(merges));
         }
+        control.finish("merge", total);
 
         let mut notes = plan.notes().to_vec();
         notes.extend(device.note().map(str::to_owned));
         if self.calibration.is_none() {
             notes.push(
-                "no calibration: routers follow a proxy, the adapters' own A; losses are not known".into(),
+                "no calibration: the routers follow a data-free proxy, the adapters' own A; the losses are unknown"
+                    .into(),
             );
         }
         let (mut layers, mut reports, mut squares) = (Vec::new(), Vec::new(), Squares::default());
@@ -232,10 +235,11 @@ impl<'a> Ssr<'a> {
             layers.push(merge.layer);
         }
         if summed > 0 {
-            notes.push(format!(
-                "WARNING: {summed} of {total} shared layers could not be routed and were summed"
-            ));
+            notes.push(format!("{summed} of {total} shared layers could not be routed and were summed"));
         }
+        let losses = squares.relative();
+        notes.extend(losses.and_then(worse));
+        tracing::info!(layers = layers.len(), routed = total - summed, summed, "merged");
         let options = self.options_json()?;
         let method = if self.calibration.is_some() { "ssr" } else { "ssr-data-free" };
         let adapter = super::finish(method, &options, &inputs, adapters, layers)?;
@@ -247,7 +251,7 @@ impl<'a> Ssr<'a> {
                 inputs,
                 options,
                 layers: reports,
-                losses: squares.relative(),
+                losses,
                 notes,
                 seconds: start.elapsed().as_secs_f64(),
                 version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -282,13 +286,15 @@ impl<'a> Ssr<'a> {
                 "{count} task weights for {adapters} adapters; give one for each"
             )));
         }
-        let neutral = |c: &Calibration| c.layers().any(|key| c.neutral_tokens(key) > 0);
-        if *neutral_weight > 0.0 && !self.calibration.is_some_and(neutral) {
-            return Err(Error::Invalid(
-                "a neutral weight needs a calibration with neutral inputs; this one has none".into(),
-            ));
+        match self.calibration {
+            Some(c) if *neutral_weight > 0.0 && !c.layers().any(|key| c.neutral_tokens(key) > 0) => {
+                Err(c.error("has no neutral inputs, which a neutral weight needs"))
+            }
+            None if *neutral_weight > 0.0 => {
+                Err(Error::Invalid("a neutral weight needs a calibration with neutral inputs".into()))
+            }
+            _ => Ok(()),
         }
-        Ok(())
     }
 
     /// Merges layers on a device that has room for them.
@@ -608,6 +614,18 @@ struct Solved {
     raised: bool,
 }
 
+/// Says so if the merge is clearly worse than doing without it.
+fn worse(losses: Losses) -> Option<String> {
+    let Losses { merged, sum, average } = losses;
+    let (other, name) = if sum < average { (sum, "plain sum") } else { (average, "average") };
+    (merged > 1.05 * other + 0.01).then(|| {
+        format!(
+            "on the calibration tokens the merge loses {merged:.3}, more than the {name} ({other:.3}): do the options \
+             or weights ask for that?"
+        )
+    })
+}
+
 /// How often a ridge is raised, tenfold.
 const TRIES: usize = 12;
 
@@ -650,6 +668,7 @@ fn solve(
             if status.is_ok() && router.data.iter().all(|v| v.is_finite()) {
                 out[i] = Ok(Solved { router, ridge, raised: attempt > 0 });
             } else {
+                tracing::debug!(ridge, "a system is singular; its ridge is raised");
                 failed.push((i, system, if ridge == 0.0 { 1e-12 * system.mean } else { 10.0 * ridge }));
             }
         }

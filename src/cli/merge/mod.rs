@@ -6,14 +6,14 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use clap::{Args, Subcommand};
-use loraweld::adapter::write_atomic;
+use loraweld::adapter::{check_target, same_file, write_atomic};
 use loraweld::merge::{Action, Losses, Report};
 use loraweld::{Adapter, Control, Device, Dtype, Merged, Plan, SaveOptions, Weighted};
 use serde_json::json;
 
 use super::args::{Global, LoraArg, Memory, OutputFormat, dtype, open_adapters};
 use super::layers::{group, pattern, range};
-use super::output::{Output, Table, check_target, count, same_file, size, some};
+use super::output::{Output, Table, count, size, some};
 use super::usage;
 
 /// Merge adapters into one.
@@ -116,7 +116,7 @@ impl Common {
         for path in self.output.iter().chain(&self.report) {
             match check_target(path, self.force, files) {
                 // Nothing is going to be written: this is part of what there is to say.
-                Err(e) if self.dry_run => out.warn(format_args!("this merge would be refused: {e:#}"))?,
+                Err(e) if self.dry_run => out.warn(format_args!("this merge would be refused: {e}"))?,
                 other => other?,
             }
         }
@@ -214,6 +214,7 @@ impl Common {
         }
         result["report"] = full;
         out.event("result", &result)?;
+        say_merged(&report, out)?;
         if let Some(table) = losses(&report) {
             out.info(table)?;
         }
@@ -265,6 +266,9 @@ impl Inputs {
             )?;
         }
         for (i, adapter) in self.adapters.iter().enumerate() {
+            if self.adapters[..i].iter().any(|other| same_file(other.path(), adapter.path())) {
+                out.warn(format_args!("{}: given more than once", adapter.name()))?;
+            }
             let off = adapter.layers().iter().filter(|layer| layer.scale.value == 0.0);
             let off: Vec<_> = off.map(|layer| &layer.key).collect();
             if !off.is_empty() {
@@ -284,15 +288,18 @@ impl Inputs {
 fn say_notes(report: &Report, plan: &Plan, out: &Output) -> anyhow::Result<()> {
     let said = out.warnings();
     for note in report.notes.iter().filter(|note| !plan.notes().contains(note) && !said.contains(note)) {
-        out.warn(note.trim_start_matches("WARNING: "))?;
+        out.warn(note)?;
     }
     let names = |layers: &[&str]| some(layers, 3);
     let actions = report.layers.iter().filter_map(|layer| match &layer.action {
         Action::Routed => None,
-        Action::PassedThrough if report.inputs.len() == 1 => None,
         Action::PassedThrough => {
-            let whose = layer.adapters.first().and_then(|&i| report.inputs.get(i)).map_or("?", |i| &i.name);
-            Some((format!("passed through, as only {whose} has them"), layer.layer.as_str()))
+            let input = report.inputs.get(*layer.adapters.first()?)?;
+            // Of one adapter alone there is nothing to say, and of strength 0 it was said.
+            let silent = report.inputs.len() == 1 || input.strength == 0.0;
+            (!silent).then(|| {
+                (format!("passed through, as only {} adds to them", input.name), layer.layer.as_str())
+            })
         }
         Action::Summed { why } => Some((format!("summed: {why}"), layer.layer.as_str())),
     });
@@ -306,12 +313,18 @@ fn say_notes(report: &Report, plan: &Plan, out: &Output) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// How much was merged, and how fast.
+pub fn say_merged(report: &Report, out: &Output) -> anyhow::Result<()> {
+    let Report { method, layers, seconds, .. } = report;
+    let layers = count(layers.len(), "layer");
+    out.info(format_args!("merged     {layers} by {method} in {seconds:.2} s"))
+}
+
 /// What the merge, the sum and the average lose: in all, and where it is worst.
 pub fn losses(report: &Report) -> Option<Table> {
     const WORST: usize = 5;
     let total = report.losses?;
-    let method = report.method.split(' ').next().unwrap_or_default();
-    let mut table = Table::new(&["loss", &format!(">{method}"), ">sum", ">average"]);
+    let mut table = Table::new(&["loss", &format!(">{}", report.method), ">sum", ">average"]);
     let mut row = |name: &str, losses: Losses| {
         let Losses { merged, sum, average } = losses;
         table.row([name.into(), format!("{merged:.3}"), format!("{sum:.3}"), format!("{average:.3}")]);
@@ -319,8 +332,11 @@ pub fn losses(report: &Report) -> Option<Table> {
     row("total", total);
     let mut layers: Vec<_> = report.layers.iter().filter_map(|l| Some((&l.layer, l.losses?))).collect();
     layers.sort_by(|x, y| y.1.merged.total_cmp(&x.1.merged));
-    for (name, losses) in layers.into_iter().take(WORST) {
-        row(name, losses);
+    for (name, losses) in layers.iter().take(WORST) {
+        row(name, *losses);
+    }
+    if let Some(rest @ 1..) = layers.len().checked_sub(WORST) {
+        table.row([format!("{} that lose less", count(rest, "layer")), "".into(), "".into(), "".into()]);
     }
     Some(table)
 }

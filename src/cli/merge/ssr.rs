@@ -2,7 +2,6 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::Context;
 use clap::Args;
 use loraweld::merge::{Prior, Ridge};
 use loraweld::{Calibration, Ssr, SsrOptions};
@@ -126,8 +125,8 @@ impl SsrMerge {
         let file = Some(self.calibration.as_path()).filter(|path| *path != Path::new("none"));
         let inputs = self.common.open(&self.loras, file.as_slice(), out)?;
         let calibration = file.map(Calibration::open).transpose()?;
-        if let (Some(calibration), Some(file)) = (&calibration, file) {
-            check(calibration, file, &inputs, out)?;
+        if let Some(calibration) = &calibration {
+            check(calibration, &inputs, out)?;
         }
         if self.common.dry_run {
             if calibration.is_none() {
@@ -147,9 +146,9 @@ impl SsrMerge {
 }
 
 /// Refuses a calibration of other adapters, and says where it knows nothing.
-fn check(calibration: &Calibration, file: &Path, inputs: &Inputs, out: &Output) -> anyhow::Result<()> {
+fn check(calibration: &Calibration, inputs: &Inputs, out: &Output) -> anyhow::Result<()> {
     let adapters: Vec<_> = inputs.adapters.iter().collect();
-    let tasks = calibration.select(&adapters).with_context(|| file.display().to_string())?;
+    let tasks = calibration.select(&adapters)?;
     let missing = calibration.missing();
     for (adapter, task) in adapters.iter().zip(tasks) {
         let layers: Vec<_> = missing.iter().filter(|m| m.1 == task).map(|m| &m.0).collect();
