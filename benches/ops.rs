@@ -3,76 +3,19 @@
 //! `cargo bench --bench ops -- accumulate` runs one group. Software adapters and the CPU take only small
 //! shapes. `benches/pytorch/ops.py` times the same work in PyTorch.
 
+mod common;
+
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 
+use common::{Input, devices, values};
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use loraweld::compute::ops::{
-    Activations, Axis, Factor, accumulate, cholesky, cholesky_solve, matmul, rank_concat,
-};
+use loraweld::compute::ops::{Axis, Factor, accumulate, cholesky, cholesky_solve, matmul, rank_concat};
 use loraweld::compute::{Batch, DeviceOptions, Disable, Precision, Select, Shape};
 use loraweld::{Device, Dtype, Matrix, RawMatrix};
 
-/// Every hardware GPU, or else the software adapter, and the CPU.
-fn devices() -> Vec<(String, Device, bool)> {
-    let mut all = Vec::new();
-    for (i, adapter) in Device::adapters().iter().enumerate() {
-        let options = DeviceOptions { select: Select::Index(i), ..Default::default() };
-        match Device::open(&options) {
-            Ok(device) => all.push((adapter.name.clone(), device, adapter.kind != "software")),
-            Err(error) => eprintln!("skipped {}: {error}", adapter.name),
-        }
-    }
-    all.push(("CPU".to_owned(), Device::cpu(), false));
-    all
-}
-
-fn values(len: usize, seed: u64) -> impl Iterator<Item = f32> {
-    let mut state = seed;
-    (0..len).map(move |_| {
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        ((state >> 40) as f32 / (1u64 << 23) as f32) - 1.0
-    })
-}
-
 fn matrix(rows: usize, cols: usize, seed: u64) -> Matrix {
     Matrix { rows, cols, data: values(rows * cols, seed).map(f64::from).collect() }
-}
-
-/// Activations in the device's memory, or on the host for the CPU.
-enum Input {
-    Host(Vec<u8>),
-    Buffer(wgpu::Buffer),
-}
-
-impl Input {
-    fn new(device: &Device, dtype: Dtype, tokens: usize, width: usize) -> Self {
-        let bytes: Vec<u8> = values(tokens * width, 1)
-            .flat_map(|v| match dtype {
-                Dtype::F32 => v.to_le_bytes().to_vec(),
-                Dtype::F16 => half::f16::from_f32(v).to_le_bytes().to_vec(),
-                Dtype::Bf16 => half::bf16::from_f32(v).to_le_bytes().to_vec(),
-            })
-            .collect();
-        let Some((gpu, queue)) = device.wgpu() else { return Self::Host(bytes) };
-        let buffer = gpu.create_buffer(&wgpu::BufferDescriptor {
-            label: Some("activations"),
-            size: bytes.len() as u64,
-            usage: wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_DST,
-            mapped_at_creation: false,
-        });
-        queue.write_buffer(&buffer, 0, &bytes);
-        Self::Buffer(buffer)
-    }
-
-    fn view(&self, dtype: Dtype, tokens: usize, width: usize) -> Activations<'_> {
-        match self {
-            Self::Host(bytes) => {
-                Activations::Host(RawMatrix::new(dtype, tokens, width, bytes).expect("a whole matrix"))
-            }
-            Self::Buffer(buffer) => Activations::Buffer { buffer, offset: 0, dtype, tokens, width },
-        }
-    }
 }
 
 /// Times `iterations` of work that is submitted without waiting, then waits once.
