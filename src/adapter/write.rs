@@ -47,7 +47,11 @@ pub(super) fn save(adapter: &Adapter, path: &Path, options: &SaveOptions) -> Res
     // Stable Diffusion 1 has one text encoder, and so kohya does not number it.
     let has = |of: &dyn Fn(&Layer) -> bool| adapter.layers().iter().any(of);
     let one_encoder = has(&is_unet) && !has(&|layer| layer.key.component() == "text_encoder_2");
-    let plan = |layer| plan(layer, name(layer, format, one_encoder)?, format, dtype, options);
+    let usual = usual_prefixes(adapter, format);
+    let plan = |layer| {
+        let name = name(layer, format, usual.get(layer.key.component()).copied(), one_encoder)?;
+        plan(layer, name, format, dtype, options)
+    };
     let plans: Vec<Plan> = adapter.layers().par_iter().map(plan).collect::<Result<_>>()?;
     // What a file says may be wrong of what became of it; what was given in memory is meant to be written.
     let mut given = if adapter.0.file.is_none() { adapter.metadata().clone() } else { BTreeMap::new() };
@@ -134,21 +138,46 @@ fn tensors<'a>(plan: &'a Plan<'_>, format: Format, dtype: Dtype) -> Vec<TensorOu
     tensors
 }
 
-/// The module as the format spells it.
-fn name(layer: &Layer, format: Format, one_encoder: bool) -> Result<String> {
-    let Layer { module, prefix, .. } = layer;
-    if layer.format == Some(format) {
-        return Ok(format!("{prefix}{module}"));
+/// For the main model and each text encoder, the prefix of most layers that are in this spelling already. Layers of
+/// a merge come from several files, and readers drop those with another prefix than the rest.
+fn usual_prefixes(adapter: &Adapter, format: Format) -> BTreeMap<&str, &str> {
+    let mut counts: BTreeMap<&str, BTreeMap<&str, usize>> = BTreeMap::new();
+    for layer in adapter.layers().iter().filter(|layer| layer.format == Some(format)) {
+        *counts.entry(layer.key.component()).or_default().entry(&layer.prefix).or_default() += 1;
     }
-    let flat = module.replace('.', "_");
-    let component = layer.key.component();
-    let prefix = match (format, component) {
+    let mut usual = BTreeMap::new();
+    for (component, prefixes) in counts {
+        usual.extend(prefixes.into_iter().max_by_key(|(_, n)| *n).map(|(prefix, _)| (component, prefix)));
+    }
+    usual
+}
+
+/// The module as the format spells it, after the `usual` prefix of its component, if there is one.
+fn name(layer: &Layer, format: Format, usual: Option<&str>, one_encoder: bool) -> Result<String> {
+    let prefix = match usual {
+        Some(usual) => usual.to_owned(),
+        None => default_prefix(layer, format, one_encoder)?,
+    };
+    let module = &layer.module;
+    Ok(match format {
+        _ if layer.format == Some(format) => prefix + module,
+        Format::Kohya => prefix + &module.replace('.', "_"),
+        // What was never flat needs no guessing.
+        _ if module.contains('.') || matches!(layer.format, Some(Format::Peft | Format::Comfyui)) => {
+            prefix + module
+        }
+        _ => prefix + &keys::unflatten(module),
+    })
+}
+
+fn default_prefix(layer: &Layer, format: Format, one_encoder: bool) -> Result<String> {
+    Ok(match (format, layer.key.component()) {
         (Format::Kohya, "") => "lora_unet_".to_owned(),
         (Format::Kohya, "text_encoder") if one_encoder => "lora_te_".to_owned(),
         (Format::Kohya, "text_encoder") => "lora_te1_".to_owned(),
         (Format::Kohya, "text_encoder_2") => "lora_te2_".to_owned(),
         (Format::Kohya, "text_encoder_3") => "lora_te3_".to_owned(),
-        (Format::Kohya, _) => {
+        (Format::Kohya, component) => {
             let reason = format!("kohya's spelling has no prefix for `{component}`; choose another format");
             return Err(Error::layer(layer.name(), reason));
         }
@@ -157,14 +186,6 @@ fn name(layer: &Layer, format: Format, one_encoder: bool) -> Result<String> {
         (Format::Comfyui, "") => "diffusion_model.".to_owned(),
         // ComfyUI knows the encoders by the names that diffusers gives them, too.
         (_, component) => format!("{component}."),
-    };
-    Ok(match format {
-        Format::Kohya => prefix + &flat,
-        // What was never flat needs no guessing.
-        _ if module.contains('.') || matches!(layer.format, Some(Format::Peft | Format::Comfyui)) => {
-            prefix + module
-        }
-        _ => prefix + &keys::unflatten(module),
     })
 }
 
