@@ -22,6 +22,11 @@ impl Dtype {
         }
     }
 
+    /// The narrowest type that holds the values of both: f32 for f16 and bf16, of which neither holds the other's.
+    pub fn common(self, other: Self) -> Self {
+        if self == other { self } else { Self::F32 }
+    }
+
     /// The name used on the command line: `f32`, `f16`, `bf16`.
     pub const fn name(self) -> &'static str {
         match self {

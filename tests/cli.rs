@@ -254,6 +254,11 @@ fn every_command(device: &'static str) {
     assert_eq!(file.sizes(), BTreeSet::from(["F16".to_owned()]));
     assert!(file.tensors.iter().all(|t| t.0.starts_with("lora_")), "kohya's spelling");
 
+    let (_, stderr) = sandbox.succeeds(&merge(&four, "more", &["-o", "small", "--rank", "12"]));
+    assert!(stderr.contains("truncated to rank 12"), "{stderr}");
+    let small = event(&sandbox.events(&args(&["inspect", "small"])), "adapter").clone();
+    assert_eq!((&small["rank_min"], &small["rank_max"]), (&json!(12), &json!(12)));
+
     let (_, stderr) = sandbox.succeeds(&merge(&four, "none", &["-o", "free"]));
     assert!(stderr.contains("data-free proxy"), "{stderr}");
     let peft = text(data("loras/content_heart.peft"));
@@ -377,6 +382,7 @@ fn wrong_usage_is_exit_code_2() {
         (&["--dtype", "f64"], &["--dtype", "bf16"]),
         (&["--format", "safetensors"], &["--format", "kohya"]),
         (&["--memory", "0"], &["--memory", "1.."]),
+        (&["--rank", "0"], &["--rank", "1.."]),
         (&["--report", "./out"], &["--report", "out"]),
         (&["--precision", "f32"], &["--precision", "double-single"]),
         (&["-q", "-v"], &["--quiet", "--verbose"]),
@@ -756,6 +762,13 @@ fn a_dry_run_writes_nothing() {
     assert_eq!((&to_q["rank"], &to_q["bytes"]), (&json!(36), &json!(36 * 256 * 2)));
     let refused = event(&events, "warning");
     assert!(refused["message"].is_string());
+    let events = sandbox.events(&merge(&four, &calibration, &["--dry-run", "--rank", "10"]));
+    let ranks =
+        event(&events, "plan")["layers"].as_array().expect("layers").iter().map(|l| l["rank"].clone());
+    assert!(ranks.clone().all(|rank| rank == 10), "{:?}", ranks.collect::<Vec<_>>());
+    // What a merge would refuse.
+    let neutral = merge(&four, &calibration, &["--dry-run", "--neutral-weight", "1"]);
+    sandbox.fails(1, &neutral, &[&calibration, "neutral"]);
     assert!(before == sandbox.files(), "a dry run wrote something");
 }
 

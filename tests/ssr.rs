@@ -294,6 +294,32 @@ fn spellings_mix() {
     assert!(name.contains('.'), "`{name}`: dots are known from the others");
 }
 
+#[test]
+fn layers_of_one_file_share_a_prefix() {
+    let few = |layer: &Layer| layer.module.contains("blocks.0.") || layer.module.contains("blocks_0_");
+    let mirror = adapter("concept_c3_mirror");
+    let part = |adapter: &Adapter, keep: &dyn Fn(&Layer) -> bool| {
+        let layers = adapter.layers().iter().filter(|layer| keep(layer)).cloned().collect();
+        Adapter::new(adapter.name(), adapter.format(), layers).unwrap()
+    };
+    let heart = part(&Adapter::open(data("loras/content_heart.peft")).unwrap(), &few);
+    let thick = adapter("concept_c1_thick.kohya");
+    assert_ne!(heart.layers()[0].prefix, mirror.layers()[0].prefix);
+    let folder = tempfile::tempdir().unwrap();
+    let less = |adapter: &Adapter| part(adapter, &|layer| !few(layer));
+    for (i, adapters) in
+        [[less(&mirror), heart.clone()], [heart, thick.clone()], [less(&thick), mirror]].iter().enumerate()
+    {
+        let merged = Ssr::data_free().merge(&Device::cpu(), &at_one(adapters)).unwrap();
+        let path = folder.path().join(format!("{i}.safetensors"));
+        merged.adapter.save(&path, &SaveOptions::default()).unwrap();
+        let read = Adapter::open(&path).unwrap();
+        let prefix = &read.layers()[0].prefix;
+        assert_eq!(read.layers().len(), 24);
+        assert!(read.layers().iter().all(|layer| layer.prefix == *prefix), "{i}: not all have `{prefix}`");
+    }
+}
+
 /// An adapter of some of the layers, with A and B multiplied.
 fn changed(adapter: &Adapter, keep: impl Fn(&Layer) -> bool, by_a: f32, by_b: f32) -> Adapter {
     let times = |m: Matrix, by: f64| Matrix {
@@ -524,6 +550,34 @@ fn adapters_of_other_models_are_refused() {
         let text = error.to_string();
         assert!(text.contains("other") && text.contains("concept_c3_mirror") && text.contains('7'), "{text}");
         assert!(text.contains(&format!("`{}`", layer.module)), "the dotted name: {text}");
+    }
+}
+
+#[test]
+fn truncating_keeps_the_largest_singular_values() {
+    let adapters = pool();
+    let device = Device::cpu();
+    let calibration = calibrated(&device, &adapters, "step1", &POOL);
+    let merged = Ssr::new(&calibration).merge(&device, &at_one(&adapters)).unwrap();
+    let control = Control::default();
+    let same = merged.clone().truncated(36, &control).unwrap();
+    assert_eq!(worst(&same, |layer| delta(merged.adapter.find(layer).unwrap())), 0.0);
+    assert!(same.report.notes == merged.report.notes && same.report.layers[0].cut.is_none());
+    assert!(merged.clone().truncated(0, &control).is_err());
+
+    let small = merged.clone().truncated(8, &control).unwrap();
+    assert!(small.report.notes.iter().any(|note| note.contains("rank 8")), "{:?}", small.report.notes);
+    for (layer, report) in small.adapter.layers().iter().zip(&small.report.layers) {
+        assert_eq!((layer.rank, report.rank), (8, 8));
+        let whole = delta(merged.adapter.layer(&layer.key).unwrap());
+        let dense = faer::Mat::from_fn(whole.rows, whole.cols, |i, j| whole[(i, j)]);
+        let values = dense.singular_values().unwrap();
+        let norm = |values: &[f64]| values.iter().map(|v| v * v).sum::<f64>().sqrt();
+        let want = norm(&values[8..]) / norm(&values);
+        let error = relative(&delta(layer), &whole);
+        // The factors are rounded to f32.
+        assert!((error - want).abs() <= 1e-6, "{}: {error} is not {want}", report.layer);
+        assert!((report.cut.unwrap() - want).abs() <= 1e-9, "{}", report.layer);
     }
 }
 

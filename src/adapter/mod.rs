@@ -198,7 +198,7 @@ impl Adapter {
     /// The type that holds every tensor's values: the one that they share, else f32.
     pub fn dtype(&self) -> Dtype {
         let layers = self.layers().iter().map(Layer::dtype);
-        layers.reduce(widest).unwrap_or(Dtype::F32)
+        layers.reduce(Dtype::common).unwrap_or(Dtype::F32)
     }
 
     /// The metadata of the file's header.
@@ -380,7 +380,7 @@ impl Layer {
 
     /// The type that holds the values of both factors.
     pub fn dtype(&self) -> Dtype {
-        widest(self.a.dtype, self.b.dtype)
+        self.a.dtype.common(self.b.dtype)
     }
 
     /// How the file that the layer comes from spells it, if it comes from one.
@@ -392,11 +392,6 @@ impl Layer {
 /// The first of the layers that is spelled with dots.
 pub(crate) fn dotted<'a>(mut layers: impl Iterator<Item = &'a Layer>) -> Option<&'a Layer> {
     layers.find(|layer| layer.module.contains('.'))
-}
-
-/// Neither of f16 and bf16 holds the other's values.
-fn widest(x: Dtype, y: Dtype) -> Dtype {
-    if x == y { x } else { Dtype::F32 }
 }
 
 /// A factor, in a mapped file or in memory.

@@ -7,6 +7,7 @@ mod loss;
 mod plan;
 mod report;
 mod ssr;
+mod truncate;
 
 pub use plan::{Plan, PlannedLayer};
 pub use report::{Action, InputReport, LayerReport, Losses, Report};

@@ -55,6 +55,8 @@ pub struct LayerReport {
     pub adapters: Vec<usize>,
     /// Rank of the result.
     pub rank: usize,
+    /// Share of the update's norm that was cut off, if it was truncated ([`Merged::truncated`](super::Merged::truncated)).
+    pub cut: Option<f64>,
     /// Calibration tokens that its router was solved from.
     pub tokens: u64,
     /// The ridge that was used, in units of G/N; 0 unless routed.

@@ -156,7 +156,7 @@ impl<'a> Ssr<'a> {
         control: Control<'_>,
     ) -> Result<Merged> {
         let start = Instant::now();
-        self.check_options(adapters.len())?;
+        self.check(adapters.len())?;
         let plan = Plan::new(adapters)?;
         let inputs = super::check_inputs(adapters, &control)?;
         // What is at strength 0 takes no part, with its tokens neither.
@@ -208,7 +208,7 @@ impl<'a> Ssr<'a> {
 
         let mut notes = plan.notes().to_vec();
         notes.extend(device.note().map(str::to_owned));
-        if self.calibration.is_none() {
+        if self.calibration.is_none() && total > 0 {
             notes.push(
                 "no calibration: the routers follow a data-free proxy, the adapters' own A; the losses are unknown"
                     .into(),
@@ -227,6 +227,7 @@ impl<'a> Ssr<'a> {
                 action: merge.action,
                 adapters: planned.members.clone(),
                 rank: planned.rank,
+                cut: None,
                 tokens: merge.tokens,
                 ridge: merge.ridge,
                 losses: merge.squares.and_then(|squares| squares.relative()),
@@ -263,7 +264,12 @@ impl<'a> Ssr<'a> {
         serde_json::to_value(&self.options).map_err(|e| Error::Invalid(format!("the options: {e}")))
     }
 
-    fn check_options(&self, adapters: usize) -> Result<()> {
+    /// Checks the options for a merge of so many adapters, which [`merge`](Self::merge) does as well.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for values out of range, another number of task weights, or a neutral weight without a
+    /// calibration; [`Error::File`] if the calibration has no neutral inputs.
+    pub fn check(&self, adapters: usize) -> Result<()> {
         let SsrOptions { ridge, prior_weight, task_weights, balance, neutral_weight, .. } = &self.options;
         let (Ridge::Absolute(ridge) | Ridge::Relative(ridge)) = *ridge;
         let named = [("ridge", ridge), ("prior weight", *prior_weight), ("neutral weight", *neutral_weight)];

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Context;
 use clap::{Args, Subcommand};
 use loraweld::adapter::{check_target, same_file, write_atomic};
-use loraweld::merge::{Action, Losses, Report};
+use loraweld::merge::{Action, Losses, PlannedLayer, Report};
 use loraweld::{Adapter, Control, Device, Dtype, Merged, Plan, SaveOptions, Weighted};
 use serde_json::json;
 
@@ -42,6 +42,9 @@ struct Common {
     /// The merged adapter to write.
     #[arg(short, long, value_name = "OUT", required_unless_present = "dry_run")]
     output: Option<PathBuf>,
+    /// Truncate layers of a higher rank to this one, by their singular values [default: the sum of the ranks].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    rank: Option<u64>,
     /// Type of the output's tensors: `f16`, `bf16` or `f32` [default: the widest input's].
     #[arg(long, value_name = "TYPE", value_parser = dtype)]
     dtype: Option<Dtype>,
@@ -77,10 +80,7 @@ impl Inputs {
 
     /// The type that holds the values of every input.
     fn dtype(&self) -> Dtype {
-        let mut dtypes = self.adapters.iter().map(Adapter::dtype);
-        let first = dtypes.next().unwrap_or(Dtype::F32);
-        // Neither of f16 and bf16 holds the other's values.
-        if dtypes.all(|dtype| dtype == first) { first } else { Dtype::F32 }
+        self.adapters.iter().map(Adapter::dtype).reduce(Dtype::common).unwrap_or(Dtype::F32)
     }
 
     fn names(&self, members: &[usize]) -> String {
@@ -126,13 +126,16 @@ impl Common {
         Ok(())
     }
 
-    /// Says what a merge would do. `notes` are the method's.
+    fn rank(&self) -> Option<usize> {
+        self.rank.map(|rank| usize::try_from(rank).unwrap_or(usize::MAX))
+    }
+
+    /// Says what a merge would do.
     fn dry_run(&self, inputs: &Inputs, out: &Output) -> anyhow::Result<()> {
         let dtype = self.dtype.unwrap_or(inputs.dtype());
         let layers = inputs.plan.layers();
-        let bytes = |layer: &loraweld::merge::PlannedLayer| {
-            (layer.rank * (layer.input + layer.output) * dtype.size()) as u64
-        };
+        let rank = |layer: &PlannedLayer| self.rank().map_or(layer.rank, |rank| rank.min(layer.rank));
+        let bytes = |layer: &PlannedLayer| (rank(layer) * (layer.input + layer.output) * dtype.size()) as u64;
         let total: u64 = layers.iter().map(bytes).sum();
         let name = |i: &usize| inputs.adapters.get(*i).map(Adapter::name);
         out.event(
@@ -146,21 +149,20 @@ impl Common {
                     "adapters": layer.members.iter().map(name).collect::<Vec<_>>(),
                     "in": layer.input,
                     "out": layer.output,
-                    "rank": layer.rank,
+                    "rank": rank(layer),
                     "bytes": bytes(layer),
                 })).collect::<Vec<_>>(),
             }),
         )?;
         let mut table = Table::new(&["layers", ">count", ">in", ">out", ">rank", ">bytes", "adapters"]);
-        let key =
-            |l: &loraweld::merge::PlannedLayer| (pattern(&l.name), l.members.clone(), l.input, l.output);
+        let key = |l: &PlannedLayer| (pattern(&l.name), l.members.clone(), l.input, l.output);
         for ((pattern, members, input, output), group) in group(layers.iter().map(|l| (key(l), l))) {
             table.row([
                 pattern,
                 group.len().to_string(),
                 input.to_string(),
                 output.to_string(),
-                range(group.iter().map(|layer| layer.rank)),
+                range(group.iter().map(|layer| rank(layer))),
                 group.iter().map(|layer| bytes(layer)).sum::<u64>().to_string(),
                 if members.len() == inputs.adapters.len() { "all".into() } else { inputs.names(&members) },
             ]);
@@ -184,7 +186,13 @@ impl Common {
         // clap asks for it.
         let output = self.output.as_ref().context("no output was named")?;
         let device = global.open_device(&self.memory, out)?;
-        let Merged { adapter, report } = out.long(|control| merge(&device, &inputs.weighted(), *control))?;
+        let Merged { adapter, report } = out.long(|control| {
+            let merged = merge(&device, &inputs.weighted(), *control)?;
+            match self.rank() {
+                Some(rank) => merged.truncated(rank, control),
+                None => Ok(merged),
+            }
+        })?;
         say_notes(&report, &inputs.plan, out)?;
 
         let dtype = self.dtype.unwrap_or(inputs.dtype());
@@ -329,9 +337,13 @@ pub fn losses(report: &Report) -> Option<Table> {
         let Losses { merged, sum, average } = losses;
         table.row([name.into(), format!("{merged:.3}"), format!("{sum:.3}"), format!("{average:.3}")]);
     };
-    row("total", total);
     let mut layers: Vec<_> = report.layers.iter().filter_map(|l| Some((&l.layer, l.losses?))).collect();
     layers.sort_by(|x, y| y.1.merged.total_cmp(&x.1.merged));
+    // Of layers that were passed through or summed, none is known.
+    match layers.len() == report.layers.len() {
+        true => row("total", total),
+        false => row(&format!("total of {}", count(layers.len(), "layer")), total),
+    }
     for (name, losses) in layers.iter().take(WORST) {
         row(name, *losses);
     }

@@ -1,5 +1,6 @@
 //! `loraweld merge ssr`
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use clap::Args;
@@ -128,8 +129,10 @@ impl SsrMerge {
         if let Some(calibration) = &calibration {
             check(calibration, &inputs, out)?;
         }
+        let ssr = calibration.as_ref().map_or(Ssr::data_free(), Ssr::new).options(options);
+        ssr.check(self.loras.len())?;
         if self.common.dry_run {
-            if calibration.is_none() {
+            if calibration.is_none() && inputs.plan.layers().iter().any(|layer| layer.members.len() > 1) {
                 // A merge says so itself.
                 out.warn(
                     "no calibration: a data-free proxy, the adapters' own weights, stands for what their layers \
@@ -139,8 +142,7 @@ impl SsrMerge {
             return self.common.dry_run(&inputs, out);
         }
         self.common.finish(global, &inputs, out, |device, weighted, control| {
-            let ssr = calibration.as_ref().map_or(Ssr::data_free(), Ssr::new);
-            ssr.options(options).merge_with(device, weighted, control)
+            ssr.merge_with(device, weighted, control)
         })
     }
 }
@@ -149,7 +151,9 @@ impl SsrMerge {
 fn check(calibration: &Calibration, inputs: &Inputs, out: &Output) -> anyhow::Result<()> {
     let adapters: Vec<_> = inputs.adapters.iter().collect();
     let tasks = calibration.select(&adapters)?;
-    let missing = calibration.missing();
+    let shared: BTreeSet<_> =
+        inputs.plan.layers().iter().filter(|layer| layer.members.len() > 1).map(|layer| &layer.key).collect();
+    let missing: Vec<_> = calibration.missing().into_iter().filter(|(key, _)| shared.contains(key)).collect();
     for (adapter, task) in adapters.iter().zip(tasks) {
         let layers: Vec<_> = missing.iter().filter(|m| m.1 == task).map(|m| &m.0).collect();
         if !layers.is_empty() {
