@@ -510,6 +510,13 @@ fn bad_activations_are_refused() {
     fs::create_dir(sandbox.path("no-shards")).expect("a folder");
     let cases: Vec<(String, Vec<&str>)> = vec![
         (edit("narrow", &|f| f.tensor(TO_Q).2 = vec![128, 64]), vec![TO_Q, "64", "128", "concept_c3_mirror"]),
+        (
+            edit("twice", &|f| {
+                let (_, dtype, shape, data) = f.tensor(TO_Q).clone();
+                f.tensors.push((TO_Q.replace('.', "_"), dtype, shape, data));
+            }),
+            vec![TO_Q, "same layer"],
+        ),
         (edit("unknown", &rename), vec!["transfomer_blocks", "transformer_blocks"]),
         (
             edit("no-tokens", &|f| {

@@ -341,9 +341,14 @@ impl Calibration {
         let limit = resident::call_limit(device);
         let mut pending = Vec::new();
         let mut cost = 0;
+        let mut seen = BTreeMap::new();
         for (i, tensor) in file.tensors().enumerate() {
             control.step("calibrate", tensor.name, i, total)?;
             let own = LayerKey::parse(tensor.name);
+            if let Some(other) = seen.insert(own.clone(), tensor.name) {
+                let reason = format!("names the same layer as `{other}`; a file may hold each layer once");
+                return Err(Error::tensor(path, tensor.name, reason));
+            }
             if let Some(target) = alias.get(&own) {
                 let reason = format!("is stored, and by the metadata `alias` also the same as `{target}`");
                 return Err(Error::tensor(path, tensor.name, reason));
