@@ -22,8 +22,9 @@ pub use rank_concat::{Axis, Factor, rank_concat};
 use super::{Batch, Shape};
 use crate::{Error, Result};
 
-/// Workgroups that fill a large GPU a few times over; tiles are split until there are so many.
-const ENOUGH_WORKGROUPS: usize = 768;
+/// Workgroups that fill a large GPU; tiles are split until there are so many. More parts would only be more to
+/// write and add.
+const ENOUGH_WORKGROUPS: usize = 320;
 
 /// Loop iterations that one invocation may make, all its loops together: lavapipe leaves every loop, without
 /// a word, after 65,535 (Mesa 22.3, 25.0), and a driver's watchdog should stay calm. Longer work is cut into
