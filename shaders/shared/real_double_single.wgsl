@@ -101,3 +101,7 @@ fn real_sqrt(a: Real) -> Real {
 fn real_greater(a: Real, b: Real) -> bool {
     return a.x > b.x || (a.x == b.x && a.y > b.y);
 }
+
+fn real_abs(a: Real) -> Real {
+    return select(a, -a, a.x < 0.0);
+}

@@ -48,3 +48,7 @@ fn real_sqrt(a: Real) -> Real {
 fn real_greater(a: Real, b: Real) -> bool {
     return a > b;
 }
+
+fn real_abs(a: Real) -> Real {
+    return abs(a);
+}

@@ -170,6 +170,23 @@ impl Batch {
             .collect())
     }
 
+    /// Some of the matrices, in this order: on a device in the same arena, on the host as copies.
+    pub(crate) fn select(&self, indices: &[usize]) -> Self {
+        let shapes: Vec<_> = indices.iter().map(|&i| self.shapes[i]).collect();
+        if let Storage::Gpu { buffer, element } = &self.storage {
+            let offsets = indices.iter().map(|&i| self.offsets[i]).collect();
+            let storage = Storage::Gpu { buffer: buffer.clone(), element: *element };
+            return Self { shapes, offsets, len: self.len, storage };
+        }
+        let (mut offsets, mut data) = (Vec::new(), Vec::new());
+        for &i in indices {
+            offsets.push(data.len());
+            data.extend_from_slice(self.host(i).unwrap_or_default());
+            data.resize(data.len().next_multiple_of(ALIGN), 0.0);
+        }
+        Self { shapes, offsets, len: data.len(), storage: Storage::Host(data) }
+    }
+
     /// The shapes, in order.
     pub fn shapes(&self) -> &[Shape] {
         &self.shapes

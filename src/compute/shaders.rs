@@ -33,6 +33,10 @@ pub enum Kernel {
     CholeskySolve(Element),
     /// `shaders/matmul.wgsl`
     Matmul(Element),
+    /// `shaders/jacobi_svd.wgsl`
+    JacobiSvd(Element),
+    /// `shaders/rank_update.wgsl`
+    RankUpdate(Element),
     /// `shaders/self_test.wgsl`
     SelfTest,
 }
@@ -76,6 +80,8 @@ impl Kernel {
                 Self::Cholesky(wide),
                 Self::CholeskySolve(wide),
                 Self::Matmul(wide),
+                Self::JacobiSvd(wide),
+                Self::RankUpdate(wide),
             ]
         }));
         all
@@ -96,9 +102,12 @@ impl Kernel {
             Self::Project(tile, dtype) => format!("{file}_{tile}_{dtype}"),
             Self::ProjectMatrix(dtype) => format!("{file}_{dtype}"),
             Self::Gram(tile) => format!("{file}_{tile}"),
-            Self::ProjectReal(e) | Self::Cholesky(e) | Self::CholeskySolve(e) | Self::Matmul(e) => {
-                format!("{file}_{}", element(e))
-            }
+            Self::ProjectReal(e)
+            | Self::Cholesky(e)
+            | Self::CholeskySolve(e)
+            | Self::Matmul(e)
+            | Self::JacobiSvd(e)
+            | Self::RankUpdate(e) => format!("{file}_{}", element(e)),
             Self::GramReal(part, e) | Self::GramReduce(part, e) => {
                 format!("{file}_{}_to_{}", element(part), element(e))
             }
@@ -119,6 +128,8 @@ impl Kernel {
             Self::Cholesky(_) => ("cholesky", kernel!("cholesky")),
             Self::CholeskySolve(_) => ("cholesky_solve", kernel!("cholesky_solve")),
             Self::Matmul(_) => ("matmul", kernel!("matmul")),
+            Self::JacobiSvd(_) => ("jacobi_svd", kernel!("jacobi_svd")),
+            Self::RankUpdate(_) => ("rank_update", kernel!("rank_update")),
             Self::SelfTest => ("self_test", kernel!("self_test")),
         }
     }
@@ -132,7 +143,12 @@ impl Kernel {
             | Self::Project(..)
             | Self::ProjectMatrix(_)
             | Self::Gram(_) => None,
-            Self::ProjectReal(e) | Self::Cholesky(e) | Self::CholeskySolve(e) | Self::Matmul(e) => Some(e),
+            Self::ProjectReal(e)
+            | Self::Cholesky(e)
+            | Self::CholeskySolve(e)
+            | Self::Matmul(e)
+            | Self::JacobiSvd(e)
+            | Self::RankUpdate(e) => Some(e),
             Self::GramReal(_, e) | Self::GramReduce(_, e) => Some(e),
             Self::SelfTest => Some(Element::DoubleSingle),
         }

@@ -7,19 +7,29 @@ mod accumulate;
 mod cholesky;
 mod cholesky_solve;
 mod gram;
+mod inner;
+mod jacobi_svd;
 mod matmul;
 mod project;
+mod project_off;
+mod qr;
 mod rank_concat;
+mod rank_update;
 
 pub use accumulate::{Activations, accumulate};
 pub use cholesky::{PivotFailure, cholesky};
 pub use cholesky_solve::cholesky_solve;
 pub use gram::gram;
+pub use inner::inner;
+pub use jacobi_svd::{Svd, jacobi_svd};
 pub use matmul::matmul;
 pub use project::project;
+pub use project_off::{ProjectedOff, project_off};
+pub use qr::{Qr, ScaledRows, qr};
 pub use rank_concat::{Axis, Factor, rank_concat};
+pub use rank_update::rank_update;
 
-use super::{Batch, Shape};
+use super::{Batch, Device, Element, Shape};
 use crate::{Error, Result};
 
 /// Workgroups that fill a large GPU; tiles are split until there are so many. More parts would only be more to
@@ -78,4 +88,9 @@ fn view(data: &[f64], shape: Shape) -> faer::MatRef<'_, f64> {
 /// A row-major slice as a faer view to write to.
 fn view_mut(data: &mut [f64], shape: Shape) -> faer::MatMut<'_, f64> {
     faer::MatMut::from_row_major_slice_mut(data, shape.rows, shape.cols)
+}
+
+/// A batch of a device that has no tier of full precision, where the CPU computes.
+fn host(device: &Device, batch: &Batch) -> Result<Batch> {
+    Batch::upload(&Device::cpu(), Element::Host, &batch.download(device)?)
 }

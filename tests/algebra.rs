@@ -1,0 +1,245 @@
+//! The factor-space algebra (SVD, QR, projections) against plain f64, on the CPU and in every tier of the GPU.
+
+mod common;
+
+use common::{Random, devices, product, relative};
+use loraweld::compute::ops::{ScaledRows, Svd, inner, jacobi_svd, project_off, qr, rank_update};
+use loraweld::compute::{Batch, Element};
+use loraweld::{Device, Matrix, RawMatrix};
+
+/// What double-single loses against f64.
+fn tolerance(device: &Device) -> f64 {
+    if device.sum() == Element::DoubleSingle { 1e-11 } else { 1e-13 }
+}
+
+/// max |M·Mᵀ − I| over rows that are not zero.
+fn skewness(rows: &Matrix) -> f64 {
+    let g = product(rows, &rows.transposed());
+    let mut worst = 0.0f64;
+    for i in (0..g.rows).filter(|&i| g[(i, i)] != 0.0) {
+        for j in 0..g.cols {
+            worst = worst.max((g[(i, j)] - f64::from(u8::from(i == j))).abs());
+        }
+    }
+    worst
+}
+
+fn rebuilt(svd: &Svd) -> Matrix {
+    let n = svd.values.len();
+    let scaled = Matrix::from_fn(n, n, |k, j| svd.values[k] * svd.right[(k, j)]);
+    product(&svd.left.transposed(), &scaled)
+}
+
+fn orthogonal(random: &mut Random, n: usize) -> Matrix {
+    let values: Vec<f32> = random.matrix(n, n, 1.0).data.iter().map(|&v| v as f32).collect();
+    let cpu = Device::cpu();
+    let rows = ScaledRows::new(&cpu, &[RawMatrix::from_f32(n, n, &values).unwrap()]).unwrap();
+    qr(&cpu, &rows).unwrap().q.download(&cpu).unwrap().remove(0)
+}
+
+fn with_values(random: &mut Random, values: &[f64]) -> Matrix {
+    let n = values.len();
+    let (u, v) = (orthogonal(random, n), orthogonal(random, n));
+    product(&u, &Matrix::from_fn(n, n, |i, j| values[i] * v[(i, j)]))
+}
+
+#[test]
+fn svd_over_hard_spectra() {
+    let mut random = Random(21);
+    let mut spectra: Vec<Vec<f64>> = vec![
+        vec![2.0],
+        vec![0.0],
+        vec![0.0; 7],
+        vec![3.0; 5],
+        vec![1.0; 33],
+        vec![1.0, 1e-6],
+        (0..16).map(|i| if i < 9 { 1.0 } else { 0.0 }).collect(),
+        (0..20).map(|i| 10f64.powi(-i / 2)).collect(),
+    ];
+    for n in [2, 3, 8, 15, 16, 17, 32, 47, 64] {
+        spectra.push((0..n).map(|i| 1e-6f64.powf(i as f64 / n as f64)).collect());
+    }
+    let mut matrices: Vec<Matrix> = spectra.iter().map(|values| with_values(&mut random, values)).collect();
+    for scale in [1e-30, 1e30] {
+        let values: Vec<f64> = (0..12).map(|i| scale * 0.5f64.powi(i)).collect();
+        matrices.push(with_values(&mut random, &values));
+        spectra.push(values);
+    }
+    for case in devices() {
+        let (device, tolerance) = (&case.device, tolerance(&case.device));
+        let all = jacobi_svd(device, &matrices).unwrap();
+        for ((svd, a), want) in all.iter().zip(&matrices).zip(&spectra) {
+            let what = format!("{}: order {}, {:?}", case.name, a.rows, want.last());
+            assert!(svd.converged, "{what}");
+            let error = relative(&rebuilt(svd), a);
+            assert!(error <= 10.0 * tolerance, "{what}: {error:.1e}");
+            assert!(skewness(&svd.left) <= 10.0 * tolerance, "{what}: {:.1e}", skewness(&svd.left));
+            assert!(svd.values.is_sorted_by(|x, y| x >= y), "{what}: {:?}", svd.values);
+            for (got, want) in svd.values.iter().zip(want) {
+                assert!(
+                    (got - want).abs() <= 10.0 * tolerance * svd.values[0].max(1e-99),
+                    "{what}: {got} {want}"
+                );
+            }
+            for i in 0..a.rows {
+                let top =
+                    svd.left.row(i).iter().fold(0.0f64, |top, &v| if v.abs() > top.abs() { v } else { top });
+                assert!(top > 0.0, "{what}: the sign of vector {i}");
+            }
+        }
+        assert_eq!(all, jacobi_svd(device, &matrices).unwrap(), "{}: two runs differ", case.name);
+    }
+}
+
+#[test]
+fn small_singular_values_of_scaled_matrices_keep_their_digits() {
+    // A = D·B with a graded D: Jacobi finds even the smallest to full relative accuracy.
+    let mut random = Random(22);
+    let n = 24;
+    let b = random.matrix(n, n, 1.0);
+    let mut graded = b.clone();
+    for i in 0..n {
+        for j in 0..n {
+            graded[(i, j)] *= 10f64.powi(-(i as i32) / 2);
+        }
+    }
+    // The determinant, and so the product of all values, is known by the ungraded matrix.
+    let log = |svd: &Svd| svd.values.iter().map(|v| v.log10()).sum::<f64>();
+    let grading: f64 = (0..n).map(|i| -((i / 2) as f64)).sum();
+    for case in
+        devices().into_iter().filter(|case| case.device.is_gpu() && case.device.sum() != Element::Host)
+    {
+        let all = jacobi_svd(&case.device, &[b.clone(), graded.clone()]).unwrap();
+        let error = (log(&all[1]) - log(&all[0]) - grading).abs();
+        assert!(error <= 1e-9, "{}: {error:.1e}", case.name);
+    }
+}
+
+#[test]
+fn what_is_not_finite_does_not_converge() {
+    for case in devices() {
+        let mut bad = Matrix::from_fn(5, 5, |i, j| (i + 2 * j) as f64);
+        bad[(3, 1)] = f64::NAN;
+        let good = Matrix::from_fn(3, 3, |i, j| f64::from(u8::from(i == j)));
+        let all = jacobi_svd(&case.device, &[bad, good, Matrix::zeros(0, 0)]).unwrap();
+        assert!(!all[0].converged, "{}", case.name);
+        assert!(all[1].converged && all[2].converged, "{}", case.name);
+        assert!(jacobi_svd(&case.device, &[Matrix::zeros(2, 3)]).is_err());
+    }
+}
+
+#[test]
+fn large_orders_take_several_launches() {
+    let mut random = Random(23);
+    let values: Vec<f64> = (0..200).map(|i| 1e-6f64.powf(i as f64 / 200.0)).collect();
+    let a = with_values(&mut random, &values);
+    for case in devices().into_iter().filter(|case| matches!(case.name, "CPU" | "f64" | "double-single")) {
+        let svd = &jacobi_svd(&case.device, std::slice::from_ref(&a)).unwrap()[0];
+        assert!(svd.converged, "{}", case.name);
+        let error = relative(&rebuilt(svd), &a);
+        assert!(error <= 10.0 * tolerance(&case.device), "{}: {error:.1e}", case.name);
+    }
+}
+
+/// Rows of all kinds: (name, rank, matrix).
+fn row_sets() -> Vec<(&'static str, usize, Matrix)> {
+    let mut random = Random(24);
+    let mut sets = vec![
+        ("one row", 1, random.matrix(1, 40, 1.0)),
+        ("tall", 32, random.matrix(32, 300, 0.02)),
+        ("more rows than columns", 7, random.matrix(12, 7, 1.0)),
+        ("square", 16, random.matrix(16, 16, 1.0)),
+        ("zero", 0, Matrix::zeros(6, 20)),
+        ("tiny", 9, random.matrix(9, 33, 1e-30)),
+        ("huge", 9, random.matrix(9, 33, 1e30)),
+    ];
+    let mut duplicate = random.matrix(10, 64, 1.0);
+    for j in 0..64 {
+        duplicate[(4, j)] = duplicate[(1, j)];
+        duplicate[(7, j)] = 0.0;
+        duplicate[(9, j)] = 4.0 * duplicate[(2, j)];
+    }
+    sets.push(("duplicate and zero rows", 7, duplicate));
+    let mut scaled = random.matrix(12, 80, 1.0);
+    for i in 0..12 {
+        for j in 0..80 {
+            scaled[(i, j)] *= 8f64.powi(i as i32 * 3 - 18);
+        }
+    }
+    sets.push(("badly scaled rows", 12, scaled));
+    // Nearly dependent: singular values down to about 1e-5 of the largest.
+    let mut near = random.matrix(8, 90, 1.0);
+    for j in 0..90 {
+        near[(5, j)] = f64::from((near[(3, j)] * (1.0 + 1e-5 * near[(6, j)])) as f32);
+    }
+    sets.push(("nearly dependent", 8, near));
+    sets
+}
+
+#[test]
+fn qr_of_every_kind_of_rows() {
+    let sets = row_sets();
+    let stored: Vec<Vec<f32>> =
+        sets.iter().map(|(_, _, m)| m.data.iter().map(|&v| v as f32).collect()).collect();
+    let raw: Vec<RawMatrix> = sets
+        .iter()
+        .zip(&stored)
+        .map(|((_, _, m), v)| RawMatrix::from_f32(m.rows, m.cols, v).unwrap())
+        .collect();
+    for case in devices() {
+        let device = &case.device;
+        let rows = ScaledRows::new(device, &raw).unwrap();
+        let factors = qr(device, &rows).unwrap();
+        let q = factors.q.download(device).unwrap();
+        for (((name, rank, a), q), l) in sets.iter().zip(&q).zip(&factors.l) {
+            let error = skewness(q);
+            assert!(error <= 1e-6, "{}: {name}: QQᵀ − I: {error:.1e}", case.name);
+            if device.is_gpu() && device.sum() != Element::Host {
+                let kept: f64 = q.data.iter().map(|v| v * v).sum();
+                assert!((kept - *rank as f64).abs() < 1e-3, "{}: {name}: rank {kept}", case.name);
+            }
+            // Each row to its own size.
+            let got = product(l, q);
+            for i in 0..a.rows {
+                let row = |m: &Matrix| Matrix { rows: 1, cols: m.cols, data: m.row(i).to_vec() };
+                let error = relative(&row(&got), &row(a));
+                assert!(error <= 1e-6, "{}: {name}: row {i} of L·Q: {error:.1e}", case.name);
+            }
+        }
+    }
+}
+
+#[test]
+fn inner_update_and_projection_match_f64() {
+    let mut random = Random(25);
+    let shapes = [(1, 1, 1), (3, 2, 17), (16, 16, 64), (17, 33, 131), (8, 0, 20), (40, 12, 300)];
+    let a: Vec<Matrix> = shapes.iter().map(|&(p, _, n)| random.matrix(p, n, 1.0)).collect();
+    let m: Vec<Matrix> = shapes.iter().map(|&(_, q, n)| random.matrix(q, n, 1.0)).collect();
+    for case in devices() {
+        let device = &case.device;
+        let a_batch = Batch::upload(device, device.factor(), &a).unwrap();
+        let m_batch = Batch::upload(device, device.factor(), &m).unwrap();
+        let c = inner(device, &a_batch, &m_batch).unwrap();
+        let updated = rank_update(device, Some(&a_batch), &c, &m_batch).unwrap().download(device).unwrap();
+        let alone = rank_update(device, None, &c, &m_batch).unwrap().download(device).unwrap();
+        let t: Vec<f64> = (0..a.len()).map(|i| i as f64 / 4.0).collect();
+        let off = project_off(device, &a_batch, &m_batch, &t).unwrap();
+        let off_rows = off.rows.download(device).unwrap();
+        for (i, c) in c.download(device).unwrap().iter().enumerate() {
+            let want = product(&a[i], &m[i].transposed());
+            let error = relative(c, &want);
+            assert!(error <= tolerance(device), "{}: inner {:?}: {error:.1e}", case.name, shapes[i]);
+            assert_eq!(&off.coefficients[i], c);
+            let want = product(&want, &m[i]);
+            let plus = |f: f64| Matrix {
+                data: a[i].data.iter().zip(&want.data).map(|(a, w)| a + f * w).collect(),
+                ..a[i]
+            };
+            for (got, want) in [(&alone[i], &want), (&updated[i], &plus(1.0)), (&off_rows[i], &plus(-t[i]))] {
+                let error = relative(got, want);
+                assert!(error <= 2e-7, "{}: update {:?}: {error:.1e}", case.name, shapes[i]);
+            }
+        }
+        assert!(inner(device, &a_batch, &Batch::upload(device, device.factor(), &a[..1]).unwrap()).is_err());
+    }
+}
