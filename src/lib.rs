@@ -70,8 +70,8 @@ pub use control::{Control, Progress};
 pub use error::{Error, Result};
 pub use matrix::{Dtype, Matrix, RawMatrix};
 pub use merge::{
-    Action, InputReport, LayerReport, Losses, Merged, Plan, PlannedLayer, Prior, Report, Ridge, Ssr,
-    SsrOptions,
+    Action, Directions, InputReport, LayerReport, Linear, Losses, Merged, NpLora, NpLoraOptions, Plan,
+    PlannedLayer, Prior, Projection, ProjectionReport, Report, Ridge, Ssr, SsrOptions,
 };
 pub use wgpu;
 

@@ -3,14 +3,18 @@
 //! A method takes adapters at strengths ([`Adapter::at`]) and gives a [`Merged`]: an ordinary LoRA and a
 //! [`Report`] on what each layer lost.
 
+mod linear;
 mod loss;
+mod np_lora;
 mod plan;
 mod report;
 mod ssr;
 mod truncate;
 
+pub use linear::Linear;
+pub use np_lora::{Directions, NpLora, NpLoraOptions, Projection};
 pub use plan::{Plan, PlannedLayer};
-pub use report::{Action, InputReport, LayerReport, Losses, Report};
+pub use report::{Action, InputReport, LayerReport, Losses, ProjectionReport, Report};
 pub use ssr::{Prior, Ridge, Ssr, SsrOptions};
 
 use std::collections::BTreeMap;
@@ -18,7 +22,8 @@ use std::collections::BTreeMap;
 use rayon::prelude::*;
 
 use crate::adapter::dotted;
-use crate::{Adapter, Control, Layer, Matrix, Result, Weighted};
+use crate::calibration::arena;
+use crate::{Adapter, Control, Device, Layer, Matrix, Result, Weighted};
 
 /// What a merge gives.
 #[derive(Clone, Debug)]
@@ -130,4 +135,32 @@ fn joined_layer(members: &[(&Layer, f64)], a: Matrix<f32>, b: Matrix<f32>) -> Re
         return Err(crate::Error::layer(template.name(), reason));
     }
     template.replaced(a, b)
+}
+
+/// Layers in groups that the device has room for, and where each group is merged: on the CPU, what is too large for the
+/// device. `size`: bytes of a layer's largest buffer, and in all.
+fn chunks<'p>(
+    device: &Device,
+    layers: &[&'p PlannedLayer],
+    size: impl Fn(&PlannedLayer) -> (u64, u64),
+) -> Vec<(Vec<&'p PlannedLayer>, Device)> {
+    let arena = arena(device);
+    let limit = (device.memory() / 4).min(arena);
+    let mut chunks: Vec<(Vec<&PlannedLayer>, Device)> = Vec::new();
+    let mut used = 0;
+    for layer in layers {
+        let (largest, size) = size(layer);
+        let fits = !device.is_gpu() || (largest <= arena && size <= device.memory());
+        match chunks.last_mut() {
+            Some((chunk, on)) if used + size <= limit && fits && on.is_gpu() == device.is_gpu() => {
+                chunk.push(layer);
+                used += size;
+            }
+            _ => {
+                chunks.push((vec![layer], if fits { device.clone() } else { Device::cpu() }));
+                used = size;
+            }
+        }
+    }
+    chunks
 }

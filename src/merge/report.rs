@@ -6,6 +6,8 @@ use std::path::PathBuf;
 
 use serde::Serialize;
 
+use super::PlannedLayer;
+
 /// What a merge did.
 #[derive(Clone, Debug, Serialize)]
 pub struct Report {
@@ -63,8 +65,49 @@ pub struct LayerReport {
     pub ridge: f64,
     /// Its losses, if it was routed by measured statistics.
     pub losses: Option<Losses>,
+    /// What each subject gave up, in order, if it was projected.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub projections: Vec<ProjectionReport>,
     /// What the user should know about it.
     pub notes: Vec<String>,
+}
+
+impl LayerReport {
+    /// Of a layer of which nothing is known but how it was merged.
+    pub(super) fn new(planned: &PlannedLayer, action: Action) -> Self {
+        Self {
+            layer: planned.name.clone(),
+            action,
+            adapters: planned.members.clone(),
+            rank: planned.rank,
+            cut: None,
+            tokens: 0,
+            ridge: 0.0,
+            losses: None,
+            projections: Vec::new(),
+            notes: Vec::new(),
+        }
+    }
+}
+
+/// What projecting one adapter's `ΔW_c` off the directions V of those before it did.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct ProjectionReport {
+    /// Which of [`Report::inputs`] was projected.
+    pub adapter: usize,
+    /// t = μ/(1 + μ); 1 if hard.
+    pub share: f64,
+    /// Columns of V.
+    pub directions: usize,
+    /// Principal angles between the input subspace of ΔW_c and V, in degrees, ascending. Angles below 1e-3 degrees
+    /// cannot be told from 0.
+    pub angles: Vec<f64>,
+    /// Share of `‖ΔW_c‖²` that was removed.
+    pub removed: f64,
+    /// Interference before: `‖ΔW_c·V‖ / ‖ΔW_c‖`.
+    pub before: f64,
+    /// Interference after: `‖ΔW_c'·V‖ / ‖ΔW_c‖`.
+    pub after: f64,
 }
 
 /// How a layer was merged.
@@ -73,6 +116,10 @@ pub struct LayerReport {
 pub enum Action {
     /// Through a router that was solved for.
     Routed,
+    /// Subjects were projected off what comes before them.
+    Projected,
+    /// As the exact sum that was asked for.
+    Concatenated,
     /// Only one adapter has it, or adds anything to it: its factors are unchanged.
     PassedThrough,
     /// Plain sum (identity router).
@@ -112,14 +159,21 @@ impl fmt::Display for Report {
             writeln!(f, "  {} at {}, {} layers", input.name, input.strength, input.layers)?;
         }
         let count = |of: fn(&Action) -> bool| self.layers.iter().filter(|layer| of(&layer.action)).count();
-        writeln!(
-            f,
-            "{} layers routed, {} passed through (one adapter), {} summed",
-            count(|a| *a == Action::Routed),
-            count(|a| *a == Action::PassedThrough),
-            count(|a| matches!(a, Action::Summed { .. }))
-        )?;
+        let passed = count(|a| *a == Action::PassedThrough);
+        let projected = count(|a| *a == Action::Projected);
+        let concatenated = count(|a| *a == Action::Concatenated);
+        match (projected, concatenated) {
+            (0, 0) => writeln!(
+                f,
+                "{} layers routed, {passed} passed through (one adapter), {} summed",
+                count(|a| *a == Action::Routed),
+                count(|a| matches!(a, Action::Summed { .. }))
+            )?,
+            (0, n) => writeln!(f, "{n} layers concatenated, {passed} passed through (one adapter)")?,
+            (n, _) => writeln!(f, "{n} layers projected, {passed} passed through (one adapter)")?,
+        }
         self.fmt_losses(f)?;
+        self.fmt_projections(f)?;
         let mut why: BTreeMap<&str, usize> = BTreeMap::new();
         for layer in &self.layers {
             if let Action::Summed { why: reason } = &layer.action {
@@ -141,6 +195,35 @@ impl fmt::Display for Report {
 }
 
 impl Report {
+    /// What was removed of each subject, where it is most.
+    fn fmt_projections(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut most: Vec<_> =
+            self.layers.iter().flat_map(|l| l.projections.iter().map(|p| (&l.layer, p))).collect();
+        if most.is_empty() {
+            return Ok(());
+        }
+        most.sort_by(|x, y| y.1.removed.total_cmp(&x.1.removed));
+        let rest = most.len().saturating_sub(SHOWN);
+        most.truncate(SHOWN);
+        let width = most.iter().map(|(layer, _)| layer.chars().count()).max().unwrap_or(0).max(22);
+        let head = "layers that lose most";
+        writeln!(f, "  {head:width$}  directions  energy removed  interference before  after")?;
+        for (layer, p) in most {
+            writeln!(
+                f,
+                "  {layer:width$}  {:>10}  {:>13.1}%  {:>19.3}  {:>5.3}",
+                p.directions,
+                100.0 * p.removed,
+                p.before,
+                p.after
+            )?;
+        }
+        if rest > 0 {
+            writeln!(f, "  ... and {rest} more")?;
+        }
+        Ok(())
+    }
+
     fn fmt_losses(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Some(total) = self.losses else { return Ok(()) };
         let mut worst: Vec<_> = self.layers.iter().filter_map(|l| Some((l, l.losses?))).collect();

@@ -9,7 +9,7 @@ use serde::Serialize;
 
 use super::loss::{Squares, dot, times};
 use super::{Action, LayerReport, Losses, Merged, Plan, PlannedLayer, Report};
-use crate::calibration::{LayerStatistics, arena, gram_parts};
+use crate::calibration::{LayerStatistics, gram_parts};
 use crate::compute::ops::{self, Axis, Factor};
 use crate::compute::{Batch, Shape};
 use crate::power::{exponent, exponent_of, pow2};
@@ -179,7 +179,7 @@ impl<'a> Ssr<'a> {
         }
         let total = routed.len();
         let mut done = 0;
-        for (chunk, on) in chunks(device, &routed) {
+        for (chunk, on) in super::chunks(device, &routed, size) {
             let mut jobs = Vec::new();
             for planned in chunk {
                 control.step("merge", &planned.name, done, total)?;
@@ -223,15 +223,11 @@ impl<'a> Ssr<'a> {
                 squares.add(of);
             }
             reports.push(LayerReport {
-                layer: planned.name.clone(),
-                action: merge.action,
-                adapters: planned.members.clone(),
-                rank: planned.rank,
-                cut: None,
                 tokens: merge.tokens,
                 ridge: merge.ridge,
                 losses: merge.squares.and_then(|squares| squares.relative()),
                 notes: merge.notes,
+                ..LayerReport::new(planned, merge.action)
             });
             layers.push(merge.layer);
         }
@@ -734,30 +730,11 @@ fn trace(m: &Matrix) -> f64 {
     (0..m.rows).map(|i| m[(i, i)]).sum()
 }
 
-/// Layers in the order given, as many at a time as fit a quarter of the device's memory; what does not fit by
-/// itself goes to the CPU.
-fn chunks<'p>(device: &Device, layers: &[&'p PlannedLayer]) -> Vec<(Vec<&'p PlannedLayer>, Device)> {
-    let arena = arena(device);
-    let limit = (device.memory() / 4).min(arena);
-    let mut chunks: Vec<(Vec<&PlannedLayer>, Device)> = Vec::new();
-    let mut used = 0;
-    for layer in layers {
-        let PlannedLayer { rank, input, output, .. } = layer;
-        let partial = gram_parts(*output, *rank) * rank * rank;
-        let largest = 8 * (rank * rank.max(input).max(output)).max(partial) as u64;
-        let size = 4 * rank * (2 * input + 3 * output) + 8 * (6 * rank * rank + partial);
-        let size = size as u64;
-        let fits = !device.is_gpu() || (largest <= arena && size <= device.memory());
-        match chunks.last_mut() {
-            Some((chunk, on)) if used + size <= limit && fits && on.is_gpu() == device.is_gpu() => {
-                chunk.push(layer);
-                used += size;
-            }
-            _ => {
-                chunks.push((vec![layer], if fits { device.clone() } else { Device::cpu() }));
-                used = size;
-            }
-        }
-    }
-    chunks
+/// Bytes of the largest buffer that a layer takes, and in all.
+fn size(layer: &PlannedLayer) -> (u64, u64) {
+    let PlannedLayer { rank, input, output, .. } = layer;
+    let partial = gram_parts(*output, *rank) * rank * rank;
+    let largest = 8 * (rank * rank.max(input).max(output)).max(partial);
+    let size = 4 * rank * (2 * input + 3 * output) + 8 * (6 * rank * rank + partial);
+    (largest as u64, size as u64)
 }

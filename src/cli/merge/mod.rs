@@ -1,5 +1,7 @@
 //! `loraweld merge`: one file a method; here is what they share.
 
+mod linear;
+mod np_lora;
 mod ssr;
 
 use std::path::{Path, PathBuf};
@@ -26,12 +28,16 @@ pub struct Merge {
 #[derive(Subcommand, Debug)]
 enum Method {
     Ssr(ssr::SsrMerge),
+    NpLora(np_lora::NpLoraMerge),
+    Linear(linear::LinearMerge),
 }
 
 impl Merge {
     pub fn run(self, global: &Global, out: &Output) -> anyhow::Result<()> {
         match self.method {
             Method::Ssr(method) => method.run(global, out),
+            Method::NpLora(method) => method.run(global, out),
+            Method::Linear(method) => method.run(global, out),
         }
     }
 }
@@ -223,7 +229,7 @@ impl Common {
         result["report"] = full;
         out.event("result", &result)?;
         say_merged(&report, out)?;
-        if let Some(table) = losses(&report) {
+        for table in [losses(&report), projections(&report)].into_iter().flatten() {
             out.info(table)?;
         }
         out.info(format_args!("wrote      {} ({}, {dtype}, {format})", output.display(), size(bytes)))?;
@@ -300,7 +306,7 @@ fn say_notes(report: &Report, plan: &Plan, out: &Output) -> anyhow::Result<()> {
     }
     let names = |layers: &[&str]| some(layers, 3);
     let actions = report.layers.iter().filter_map(|layer| match &layer.action {
-        Action::Routed => None,
+        Action::Routed | Action::Projected | Action::Concatenated => None,
         Action::PassedThrough => {
             let input = report.inputs.get(*layer.adapters.first()?)?;
             // Of one adapter alone there is nothing to say, and of strength 0 it was said.
@@ -328,9 +334,30 @@ pub fn say_merged(report: &Report, out: &Output) -> anyhow::Result<()> {
     out.info(format_args!("merged     {layers} by {method} in {seconds:.2} s"))
 }
 
+/// Layers that a table shows.
+const WORST: usize = 5;
+
+/// What subjects gave up: where it is most.
+fn projections(report: &Report) -> Option<Table> {
+    let mut most: Vec<_> =
+        report.layers.iter().flat_map(|l| l.projections.iter().map(|p| (&l.layer, p))).collect();
+    most.sort_by(|x, y| y.1.removed.total_cmp(&x.1.removed));
+    let mut table = Table::new(&["projected", "subject", ">directions", ">removed", ">before", ">after"]);
+    for (layer, p) in most.iter().take(WORST) {
+        table.row([
+            layer.to_string(),
+            report.inputs.get(p.adapter).map_or_else(String::new, |input| input.name.clone()),
+            p.directions.to_string(),
+            format!("{:.1}%", 100.0 * p.removed),
+            format!("{:.3}", p.before),
+            format!("{:.3}", p.after),
+        ]);
+    }
+    (!most.is_empty()).then_some(table)
+}
+
 /// What the merge, the sum and the average lose: in all, and where it is worst.
 pub fn losses(report: &Report) -> Option<Table> {
-    const WORST: usize = 5;
     let total = report.losses?;
     let mut table = Table::new(&["loss", &format!(">{}", report.method), ">sum", ">average"]);
     let mut row = |name: &str, losses: Losses| {

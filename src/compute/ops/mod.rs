@@ -30,7 +30,7 @@ pub use rank_concat::{Axis, Factor, rank_concat};
 pub use rank_update::rank_update;
 
 use super::{Batch, Device, Element, Shape};
-use crate::{Error, Result};
+use crate::{Error, Matrix, Result};
 
 /// Workgroups that fill a large GPU; tiles are split until there are so many. More parts would only be more to
 /// write and add.
@@ -93,4 +93,12 @@ fn view_mut(data: &mut [f64], shape: Shape) -> faer::MatMut<'_, f64> {
 /// A batch of a device that has no tier of full precision, where the CPU computes.
 fn host(device: &Device, batch: &Batch) -> Result<Batch> {
     Batch::upload(&Device::cpu(), Element::Host, &batch.download(device)?)
+}
+
+/// Small matrices in full precision, where it is to be had: on the device, else on the host.
+pub(crate) fn small(device: &Device, matrices: &[Matrix]) -> Result<Batch> {
+    match device.sum() {
+        Element::Host => Batch::upload(&Device::cpu(), Element::Host, matrices),
+        element => Batch::upload(device, element, matrices),
+    }
 }

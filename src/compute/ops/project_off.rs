@@ -1,5 +1,5 @@
-use super::{inner, rank_update};
-use crate::compute::{Batch, Device, Element};
+use super::{inner, rank_update, small};
+use crate::compute::{Batch, Device};
 use crate::{Error, Matrix, Result};
 
 /// What [`project_off`] gives.
@@ -29,10 +29,6 @@ pub fn project_off(device: &Device, a: &Batch, v: &Batch, t: &[f64]) -> Result<P
         .zip(t)
         .map(|(c, t)| Matrix { data: c.data.iter().map(|c| -t * c).collect(), ..*c })
         .collect();
-    // Without a tier of its own, the GPU gives the sums to the host.
-    let minus = match device.sum() {
-        Element::Host => Batch::upload(&Device::cpu(), Element::Host, &minus)?,
-        element => Batch::upload(device, element, &minus)?,
-    };
+    let minus = small(device, &minus)?;
     Ok(ProjectedOff { rows: rank_update(device, Some(a), &minus, v)?, coefficients })
 }

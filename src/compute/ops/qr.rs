@@ -22,15 +22,16 @@ impl ScaledRows {
     /// # Errors
     /// [`Error::Device`](crate::Error::Device) if they are more than the device binds at once.
     pub fn new(device: &Device, factors: &[RawMatrix<'_>]) -> Result<Self> {
-        let scaled: Vec<(Matrix, Vec<i32>)> = factors
-            .par_iter()
-            .map(|factor| {
-                let mut m = Matrix { rows: factor.rows, cols: factor.cols, data: factor.to_vec() };
-                let exponents = m.data.chunks_exact_mut(factor.cols.max(1)).map(normalise).collect();
-                (m, exponents)
-            })
+        let wide = |m: &RawMatrix<'_>| Matrix { rows: m.rows, cols: m.cols, data: m.to_vec() };
+        Self::from_matrices(device, factors.par_iter().map(wide).collect())
+    }
+
+    /// The same for matrices in f64, which a GPU rounds to f32 once they are scaled.
+    pub(crate) fn from_matrices(device: &Device, mut matrices: Vec<Matrix>) -> Result<Self> {
+        let exponents = matrices
+            .par_iter_mut()
+            .map(|m| m.data.chunks_exact_mut(m.cols.max(1)).map(normalise).collect())
             .collect();
-        let (matrices, exponents): (Vec<_>, _) = scaled.into_iter().unzip();
         Ok(Self { rows: Batch::upload(device, device.factor(), &matrices)?, exponents })
     }
 

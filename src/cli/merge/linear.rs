@@ -1,0 +1,31 @@
+//! `loraweld merge linear`
+
+use clap::Args;
+use loraweld::Linear;
+
+use super::Common;
+use crate::cli::args::{Global, LoraArg};
+use crate::cli::output::Output;
+
+/// The sum of adapters at their strengths (task arithmetic), exactly, by joining ranks.
+#[derive(Args, Debug)]
+#[command(after_help = "\
+Examples:
+  loraweld merge linear cat.safetensors:0.5 dog.safetensors:0.5 -o average.safetensors")]
+pub struct LinearMerge {
+    /// Adapters: PATH, or PATH:STRENGTH with any finite strength.
+    #[arg(required = true, value_name = "LORA", value_parser = LoraArg::parser())]
+    loras: Vec<LoraArg>,
+    #[command(flatten)]
+    common: Common,
+}
+
+impl LinearMerge {
+    pub fn run(self, global: &Global, out: &Output) -> anyhow::Result<()> {
+        let inputs = self.common.open(&self.loras, &[], out)?;
+        if self.common.dry_run {
+            return self.common.dry_run(&inputs, out);
+        }
+        self.common.finish(global, &inputs, out, |_, weighted, control| Linear.merge_with(weighted, control))
+    }
+}

@@ -1,0 +1,539 @@
+//! NP-LoRA (arXiv 2511.11051): subjects are projected off the input directions of the style.
+
+use std::collections::BTreeMap;
+use std::time::Instant;
+
+use rayon::prelude::*;
+use serde::Serialize;
+
+use super::loss::times;
+use super::{Action, LayerReport, Merged, Plan, PlannedLayer, ProjectionReport, Report};
+use crate::compute::Batch;
+use crate::compute::ops::{self, ScaledRows, Svd};
+use crate::{Control, Device, Error, Layer, LayerKey, Matrix, RawMatrix, Result, Weighted};
+
+/// Singular values below this share of the largest are what rounding to f32 leaves of zero: they are no directions.
+const NEGLIGIBLE: f64 = 2.5e-7;
+/// The same for what a hard projection left, which is f32 as well, relative to what there was before.
+const LEFT_OVER: f64 = 1e-6;
+
+/// How much of the style's directions a subject gives up.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Projection {
+    /// All: t = 1.
+    Hard,
+    /// t = μ/(1 + μ); μ = 0 is the plain sum.
+    Soft(f64),
+}
+
+impl Projection {
+    /// t of `A − t·(A·V)·Vᵀ`.
+    pub fn share(self) -> f64 {
+        match self {
+            Self::Hard => 1.0,
+            Self::Soft(mu) if mu.is_infinite() => 1.0,
+            Self::Soft(mu) => mu / (1.0 + mu),
+        }
+    }
+}
+
+/// Which of the style's right singular vectors are kept clear of subjects.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Directions {
+    /// All whose singular value is not negligible.
+    #[default]
+    All,
+    /// At most this many, the strongest.
+    Count(usize),
+    /// As few as hold this share of `‖ΔW_s‖²`, in (0, 1].
+    Energy(f64),
+}
+
+/// Options of [`NpLora`].
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct NpLoraOptions {
+    /// How much subjects give up; `Soft(0.5)` by default, as published.
+    pub projection: Projection,
+    /// The same for layers whose name matches a pattern, in which `*` stands for anything and dots and underscores
+    /// are alike; the last match counts.
+    pub by_layer: Vec<(String, Projection)>,
+    /// The style's directions.
+    pub directions: Directions,
+}
+
+impl Default for NpLoraOptions {
+    fn default() -> Self {
+        Self { projection: Projection::Soft(0.5), by_layer: Vec::new(), directions: Directions::default() }
+    }
+}
+
+/// NP-LoRA: the style is kept whole, subjects are projected off its input directions.
+///
+/// For each layer, with V (in × k) the right singular vectors of `ΔW_s = s_s·B_s·A_s`, the result is the ordinary LoRA of
+/// rank r_s + r_c
+///
+/// ```text
+/// A = [A_s; A_c − t·(A_c·V)·Vᵀ]     B = [s_s·B_s | s_c·B_c]     t = μ/(1 + μ), or 1 if hard
+/// ```
+///
+/// whose ΔW is `ΔW_s + ΔW_c·(I − t·V·Vᵀ)`, where the second term is the closed form of
+/// `min ‖X − ΔW_c‖² + μ·‖X·V‖²`. Of more subjects, each is projected off the span of the style and of all subjects before it
+/// (our extension). ΔW is never formed: thin QR gives `A_s = L_A·Q_A` and `B_sᵀ = L_B·Q_B`, and the SVD of the r × r core
+/// `L_Bᵀ·L_A` gives `Vᵀ = V_coreᵀ·Q_A`. So how an adapter splits ΔW into B and A does not matter.
+///
+/// Directions whose singular value is below 2.5e-7 of the largest count as none. All sums are f64 or double-single;
+/// ‖VᵀV − I‖ ≤ 1e-6, and a hard projection leaves at most 1e-6 of ‖ΔW_c‖ in V, as f32 rounds it.
+/// Layers of one adapter pass through unchanged. Beyond the paper: strengths, fewer directions, μ by layer.
+///
+/// # Example
+/// ```no_run
+/// use loraweld::{Adapter, Device, NpLora, SaveOptions};
+/// # fn main() -> loraweld::Result<()> {
+/// let device = Device::auto()?;
+/// let (ink, cat) = (Adapter::open("ink.safetensors")?, Adapter::open("cat.safetensors")?);
+/// let merged = NpLora::soft(0.5).merge(&device, ink.at(1.0), &[cat.at(0.9)])?;
+/// merged.adapter.save("ink-cat.safetensors", &SaveOptions::default())?;
+/// println!("{}", merged.report);
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Clone, Debug, Default)]
+pub struct NpLora {
+    options: NpLoraOptions,
+}
+
+impl NpLora {
+    /// With t = 1.
+    pub fn hard() -> Self {
+        Self::default().options(NpLoraOptions { projection: Projection::Hard, ..Default::default() })
+    }
+
+    /// With t = μ/(1 + μ).
+    pub fn soft(mu: f64) -> Self {
+        Self::default().options(NpLoraOptions { projection: Projection::Soft(mu), ..Default::default() })
+    }
+
+    /// Sets the options.
+    pub fn options(self, options: NpLoraOptions) -> Self {
+        Self { options }
+    }
+
+    /// Merges.
+    ///
+    /// # Errors
+    /// As [`merge_with`](Self::merge_with).
+    pub fn merge(&self, device: &Device, style: Weighted<'_>, subjects: &[Weighted<'_>]) -> Result<Merged> {
+        self.merge_with(device, style, subjects, Control::default())
+    }
+
+    /// Merges, with progress and cancellation.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] without subjects and for options out of range; as [`Plan::new`]; [`Error::Tensor`] for NaN
+    /// or infinity in an adapter; [`Error::Layer`] if a result overflows f32; [`Error::Device`]; [`Error::Cancelled`].
+    pub fn merge_with(
+        &self,
+        device: &Device,
+        style: Weighted<'_>,
+        subjects: &[Weighted<'_>],
+        control: Control<'_>,
+    ) -> Result<Merged> {
+        let start = Instant::now();
+        self.check_options()?;
+        if subjects.is_empty() {
+            return Err(Error::Invalid("np-lora needs a subject beside the style".into()));
+        }
+        let adapters: Vec<Weighted<'_>> = std::iter::once(style).chain(subjects.iter().copied()).collect();
+        let plan = Plan::new(&adapters)?;
+        let inputs = super::check_inputs(&adapters, &control)?;
+        let mut notes = plan.notes().to_vec();
+        notes.extend(device.note().map(str::to_owned));
+        for (pattern, _) in &self.options.by_layer {
+            if !plan.layers().iter().any(|layer| matches(pattern, &layer.key)) {
+                notes.push(format!("no layer matches `{pattern}`"));
+            }
+        }
+
+        let mut results: BTreeMap<&LayerKey, Merge> = BTreeMap::new();
+        let mut shared = Vec::new();
+        for planned in plan.layers() {
+            match super::passed_through(planned, &adapters) {
+                Some(layer) => drop(results.insert(&planned.key, Merge { layer, projections: Vec::new() })),
+                None => shared.push(planned),
+            }
+        }
+        let (total, mut done) = (shared.len(), 0);
+        for (chunk, on) in super::chunks(device, &shared, |layer| size(device, layer)) {
+            let mut jobs = Vec::new();
+            for planned in chunk {
+                control.step("merge", &planned.name, done, total)?;
+                done += 1;
+                let members = super::members(planned, &adapters);
+                jobs.push(Job { planned, members, projection: self.projection(&planned.key) });
+            }
+            let merges = self.chunk(&on, &jobs)?;
+            results.extend(jobs.iter().map(|job| &job.planned.key).zip(merges));
+        }
+
+        control.finish("merge", total);
+        let (mut layers, mut reports) = (Vec::new(), Vec::new());
+        for planned in plan.layers() {
+            let Some(merge) = results.remove(&planned.key) else { continue };
+            let passed = merge.projections.is_empty();
+            reports.push(LayerReport {
+                projections: merge.projections,
+                ..LayerReport::new(planned, if passed { Action::PassedThrough } else { Action::Projected })
+            });
+            layers.push(merge.layer);
+        }
+        let options =
+            serde_json::to_value(&self.options).map_err(|e| Error::Invalid(format!("the options: {e}")))?;
+        let adapter = super::finish("np-lora", &options, &inputs, &adapters, layers)?;
+        Ok(Merged {
+            adapter,
+            report: Report {
+                method: "np-lora".to_owned(),
+                device: device.describe(),
+                inputs,
+                options,
+                layers: reports,
+                losses: None,
+                notes,
+                seconds: start.elapsed().as_secs_f64(),
+                version: env!("CARGO_PKG_VERSION").to_owned(),
+            },
+        })
+    }
+
+    fn check_options(&self) -> Result<()> {
+        let NpLoraOptions { projection, by_layer, directions } = &self.options;
+        for projection in std::iter::once(projection).chain(by_layer.iter().map(|(_, p)| p)) {
+            if let Projection::Soft(mu) = projection
+                && !(*mu >= 0.0)
+            {
+                return Err(Error::Invalid(format!("mu: {mu}, but it must not be negative")));
+            }
+        }
+        match directions {
+            Directions::Energy(share) if !(*share > 0.0 && *share <= 1.0) => {
+                Err(Error::Invalid(format!("energy: {share}, but it must be above 0 and at most 1")))
+            }
+            Directions::Count(0) => Err(Error::Invalid(
+                "directions: 0 would be the plain sum; take 1 or more, or `merge linear`".into(),
+            )),
+            _ => Ok(()),
+        }
+    }
+
+    fn projection(&self, key: &LayerKey) -> Projection {
+        let of = self.options.by_layer.iter().rev().find(|(pattern, _)| matches(pattern, key));
+        of.map_or(self.options.projection, |(_, projection)| *projection)
+    }
+
+    /// How many of the singular values of the style count.
+    fn count(&self, values: &[f64]) -> usize {
+        let all = significant(values, NEGLIGIBLE * values.first().unwrap_or(&0.0));
+        match self.options.directions {
+            Directions::All => all,
+            Directions::Count(n) => n.min(all),
+            Directions::Energy(share) => {
+                let total: f64 = values.iter().map(|v| (v / values[0]).powi(2)).sum();
+                let mut held = 0.0;
+                let enough = values.iter().take_while(|v| {
+                    let short = held < share * total;
+                    held += (**v / values[0]).powi(2);
+                    short
+                });
+                enough.count().min(all)
+            }
+        }
+    }
+
+    /// Merges layers on a device that has room for them; each has two members at least.
+    fn chunk(&self, device: &Device, jobs: &[Job<'_>]) -> Result<Vec<Merge>> {
+        // The factors of every member of every layer are entries of one batch.
+        let mut entries = Vec::new();
+        let mut first = Vec::new();
+        for (i, job) in jobs.iter().enumerate() {
+            first.push(entries.len());
+            entries.extend((0..job.members.len()).map(|m| (i, m)));
+        }
+        let layer = |&(i, m): &(usize, usize)| jobs[i].members[m].0;
+        let a: Vec<RawMatrix<'_>> = entries.iter().map(|entry| layer(entry).a()).collect();
+        let a = ScaledRows::new(device, &a)?;
+        let b: Vec<Matrix<f32>> = entries
+            .par_iter()
+            .map(|entry| {
+                let b = layer(entry).b();
+                Matrix { rows: b.rows, cols: b.cols, data: b.to_vec() }.transposed()
+            })
+            .collect();
+        let b = b.iter().map(|b| RawMatrix::from_f32(b.rows, b.cols, &b.data)).collect::<Result<Vec<_>>>()?;
+        let b = ops::qr(device, &ScaledRows::new(device, &b)?)?.l;
+        let factors = ops::qr(device, &a)?;
+        let members: Vec<Member> = entries
+            .par_iter()
+            .zip(b)
+            .zip(&factors.l)
+            .map(|((&(i, m), b), l)| {
+                // L_Bᵀ with the scale: what B does to a vector, but for a rotation.
+                let scale = jobs[i].members[m].1;
+                let mut left = b.transposed();
+                left.data.iter_mut().for_each(|v| *v *= scale);
+                let core = times(&left, l);
+                Member { norm: norm(&core), left, core }
+            })
+            .collect();
+        let cores: Vec<Matrix> = members.iter().map(|member| member.core.clone()).collect();
+        let svds = self.svds(device, jobs, &entries, &cores)?;
+        let counts: Vec<usize> = entries
+            .iter()
+            .zip(&svds)
+            .map(|((_, m), svd)| match m {
+                0 => self.count(&svd.values),
+                _ => significant(&svd.values, NEGLIGIBLE * svd.values.first().unwrap_or(&0.0)),
+            })
+            .collect();
+        let v = spanned(device, &svds, &counts, &factors.q)?;
+        drop(factors);
+
+        let mut projected: Vec<Vec<Matrix<f32>>> = jobs.iter().map(|_| Vec::new()).collect();
+        let mut reports: Vec<Vec<ProjectionReport>> = jobs.iter().map(|_| Vec::new()).collect();
+        let mut basis = v.select(&first);
+        let mut active: Vec<usize> = (0..jobs.len()).collect();
+        for step in 1.. {
+            let here: Vec<usize> = active.iter().map(|&i| first[i] + step).collect();
+            let shares: Vec<f64> = active.iter().map(|&i| jobs[i].projection.share()).collect();
+            let rows = a.select(&here);
+            let off = ops::project_off(device, &rows.rows, &basis, &shares)?;
+            let after = ops::inner(device, &off.rows, &basis)?.download(device)?;
+            let cosines = ops::inner(device, &v.select(&here), &basis)?.download(device)?;
+            let bases = self.kept(device, &basis)?;
+            let cosines: Vec<Matrix> = cosines.iter().map(square).collect();
+            let cosines = ops::jacobi_svd(device, &cosines)?;
+            for (k, result) in off.rows.download(device)?.into_iter().enumerate() {
+                let (i, entry) = (active[k], here[k]);
+                let Member { left, norm: whole, .. } = &members[entry];
+                let share = |coefficients: &Matrix| {
+                    let inside = norm(&times(left, &rows.unscale(k, coefficients.clone())));
+                    if *whole > 0.0 { inside / whole } else { 0.0 }
+                };
+                let before = share(&off.coefficients[k]);
+                let t = shares[k];
+                let angles = cosines[k].values.iter().take(bases[k].min(counts[entry]));
+                reports[i].push(ProjectionReport {
+                    adapter: jobs[i].planned.members[step],
+                    share: t,
+                    directions: bases[k],
+                    angles: angles.map(|c| c.min(1.0).acos().to_degrees()).collect(),
+                    removed: t * (2.0 - t) * before * before,
+                    before,
+                    after: share(&after[k]),
+                });
+                let Matrix { rows: r, cols, data } = rows.unscale(k, result);
+                let data = data.iter().map(|&v| v as f32).collect();
+                projected[i].push(Matrix { rows: r, cols, data });
+            }
+            let places: Vec<usize> =
+                (0..active.len()).filter(|&k| jobs[active[k]].members.len() > step + 1).collect();
+            if places.is_empty() {
+                break;
+            }
+            active = places.iter().map(|&k| active[k]).collect();
+            let rows = rows.select(&places);
+            let entries: Vec<&Member> = places.iter().map(|&k| &members[here[k]]).collect();
+            basis = extended(device, &rows, &basis.select(&places), &entries)?;
+        }
+
+        jobs.par_iter()
+            .zip(projected)
+            .zip(reports)
+            .map(|((job, projected), projections)| {
+                let (style, _) = job.members[0];
+                let mut data: Vec<f32> = style.a().to_vec();
+                data.extend(projected.into_iter().flat_map(|m| m.data));
+                let a = Matrix { rows: job.planned.rank, cols: style.input, data };
+                let layer = super::joined_layer(&job.members, a, super::joined_b(&job.members))?;
+                Ok(Merge { layer, projections })
+            })
+            .collect()
+    }
+
+    fn svds(
+        &self,
+        device: &Device,
+        jobs: &[Job<'_>],
+        entries: &[(usize, usize)],
+        cores: &[Matrix],
+    ) -> Result<Vec<Svd>> {
+        let svds = ops::jacobi_svd(device, cores)?;
+        match svds.iter().position(|svd| !svd.converged) {
+            None => Ok(svds),
+            Some(k) => Err(Error::layer(
+                jobs[entries[k].0].planned.name.as_str(),
+                "its singular values could not be found; are its scale and strength right?",
+            )),
+        }
+    }
+
+    /// How many directions each basis has.
+    fn kept(&self, device: &Device, basis: &Batch) -> Result<Vec<usize>> {
+        let grams = ops::inner(device, basis, basis)?.download(device)?;
+        Ok(grams.iter().map(|g| (0..g.rows).filter(|&i| g[(i, i)] > 0.5).count()).collect())
+    }
+}
+
+/// A layer to merge.
+struct Job<'a> {
+    planned: &'a PlannedLayer,
+    members: Vec<(&'a Layer, f64)>,
+    projection: Projection,
+}
+
+/// A merged layer, and what was done to its subjects; to none if it passed through.
+struct Merge {
+    layer: Layer,
+    projections: Vec<ProjectionReport>,
+}
+
+/// One adapter's update of one layer, in its own coordinates.
+struct Member {
+    /// `s·L_Bᵀ`: ‖s·B·M‖ = ‖left·M‖ for any M.
+    left: Matrix,
+    /// `s·L_Bᵀ·L_A`, with ΔW's singular values.
+    core: Matrix,
+    /// ‖ΔW‖.
+    norm: f64,
+}
+
+/// (Bytes of the largest buffer, bytes in all) that a layer takes on the device.
+fn size(device: &Device, layer: &PlannedLayer) -> (u64, u64) {
+    let PlannedLayer { rank, input, output, .. } = layer;
+    let element = if device.is_gpu() { 4 } else { 8 };
+    // A, its two Q, V, the result and a spare; B and its two Q.
+    let all = element * rank * (6 * input + 3 * output) + 8 * 8 * rank * rank;
+    ((element * rank * rank.max(input).max(output)) as u64, all as u64)
+}
+
+/// How many of the descending values are above `least` and not zero.
+fn significant(values: &[f64], least: f64) -> usize {
+    values.iter().take_while(|v| **v > least && **v > 0.0).count()
+}
+
+/// ‖M‖ in the Frobenius norm, for any scale.
+fn norm(m: &Matrix) -> f64 {
+    let largest = m.data.iter().fold(0.0, |max, v| v.abs().max(max));
+    if largest == 0.0 {
+        return 0.0;
+    }
+    largest * m.data.iter().map(|v| (v / largest).powi(2)).sum::<f64>().sqrt()
+}
+
+/// With zero rows or columns.
+fn square(m: &Matrix) -> Matrix {
+    let n = m.rows.max(m.cols);
+    Matrix::from_fn(n, n, |i, j| if i < m.rows && j < m.cols { m[(i, j)] } else { 0.0 })
+}
+
+/// Vᵀ of each: the first right singular vectors of the core, in the coordinates that Q gives them; then zero rows.
+fn spanned(device: &Device, svds: &[Svd], counts: &[usize], q: &Batch) -> Result<Batch> {
+    let rows: Vec<Matrix> = svds
+        .iter()
+        .zip(counts)
+        .map(|(svd, &count)| {
+            let mut rows = svd.right.clone();
+            rows.data[count * rows.cols..].fill(0.0);
+            rows
+        })
+        .collect();
+    ops::rank_update(device, None, &ops::small(device, &rows)?, q)
+}
+
+/// The basis and the directions of the subject's rows that it lacks.
+fn extended(device: &Device, rows: &ScaledRows, basis: &Batch, members: &[&Member]) -> Result<Batch> {
+    let off = ops::project_off(device, &rows.rows, basis, &vec![1.0; members.len()])?;
+    // What is left may be small in some rows.
+    let left = off.rows.download(device)?;
+    let left = left.into_iter().enumerate().map(|(k, m)| rows.unscale(k, m)).collect();
+    let left = ScaledRows::from_matrices(device, left)?;
+    let factors = ops::qr(device, &left)?;
+    let cores: Vec<Matrix> = members.iter().zip(&factors.l).map(|(m, l)| times(&m.left, l)).collect();
+    let svds = ops::jacobi_svd(device, &cores)?;
+    let counts: Vec<usize> =
+        members.iter().zip(&svds).map(|(m, svd)| significant(&svd.values, LEFT_OVER * m.norm)).collect();
+    let new = spanned(device, &svds, &counts, &factors.q)?.download(device)?;
+    let old = basis.download(device)?;
+    // New directions are orthogonal to old ones as far as f32 allowed for what was left: once more.
+    let joined = old
+        .iter()
+        .zip(&new)
+        .map(|(old, new)| {
+            let rows = old.data.chunks_exact(old.cols).chain(new.data.chunks_exact(new.cols));
+            let data: Vec<f64> =
+                rows.filter(|row| row.iter().any(|v| *v != 0.0)).flatten().copied().collect();
+            Matrix { rows: data.len() / old.cols, cols: old.cols, data }
+        })
+        .collect();
+    Ok(ops::qr(device, &ScaledRows::from_matrices(device, joined)?)?.q)
+}
+
+/// Whether a layer's name is as a pattern says; `*` stands for anything, dots and underscores are alike.
+fn matches(pattern: &str, key: &LayerKey) -> bool {
+    let (pattern, name) = (pattern.replace('.', "_"), key.as_str().replace('.', "_"));
+    let mut parts = pattern.split('*');
+    let Some(mut rest) = name.strip_prefix(parts.next().unwrap_or_default()) else { return false };
+    let mut parts: Vec<&str> = parts.collect();
+    let Some(last) = parts.pop() else { return rest.is_empty() };
+    for part in parts {
+        match rest.find(part) {
+            Some(at) => rest = &rest[at + part.len()..],
+            None => return false,
+        }
+    }
+    rest.ends_with(last)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::power::pow2;
+
+    #[test]
+    fn patterns() {
+        for (pattern, name, expected) in [
+            ("*", "transformer.transformer_blocks.0.attn.to_q", true),
+            ("transformer_blocks.*", "transformer.transformer_blocks.0.attn.to_q", true),
+            ("transformer_blocks.*.to_q", "lora_unet_transformer_blocks_0_attn_to_q", true),
+            ("transformer_blocks.*.to_q", "transformer_blocks.0.attn.to_k", false),
+            ("single_blocks.*", "transformer_blocks.0.attn.to_q", false),
+            ("*.attn.*", "transformer_blocks.0.attn.to_q", true),
+            ("transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn.to_q", true),
+            ("transformer_blocks.0.attn", "transformer_blocks.0.attn.to_q", false),
+            ("*a*a", "a", false),
+        ] {
+            assert_eq!(matches(pattern, &LayerKey::parse(name)), expected, "{pattern} {name}");
+        }
+    }
+
+    #[test]
+    fn energy_takes_as_few_directions_as_hold_it() {
+        let of = |directions| NpLora::default().options(NpLoraOptions { directions, ..Default::default() });
+        let values = [2.0, 1.0, 1.0, 1e-9];
+        assert_eq!(of(Directions::All).count(&values), 3);
+        assert_eq!(of(Directions::Count(2)).count(&values), 2);
+        assert_eq!(of(Directions::Energy(0.5)).count(&values), 1);
+        assert_eq!(of(Directions::Energy(0.7)).count(&values), 2);
+        assert_eq!(of(Directions::Energy(1.0)).count(&values), 3);
+        assert_eq!(of(Directions::Energy(0.5)).count(&[0.0; 3]), 0);
+    }
+
+    #[test]
+    fn norms_of_any_scale() {
+        let of = |v: f64| norm(&Matrix { rows: 1, cols: 2, data: vec![3.0 * v, 4.0 * v] });
+        for e in [-600, 0, 600] {
+            assert_eq!(of(pow2(e)), 5.0 * pow2(e));
+        }
+    }
+}
