@@ -264,7 +264,28 @@ fn every_command(device: &'static str) {
     let peft = text(data("loras/content_heart.peft"));
     sandbox.succeeds(&merge(std::slice::from_ref(&peft), "none", &["-o", "alone"]));
 
-    let events = sandbox.events(&args(&["inspect", "merged", "f16", "alone", &peft]));
+    let np_lora = |style: &str, subject: &str, more: &[&str]| {
+        let fixed = ["merge", "np-lora", "--style", style, "--subject", subject];
+        args(&[&fixed[..], more].concat())
+    };
+    let (style, subject) = (text(lora("style_shade")), text(lora("content_heart")));
+    for output in ["styled", "styled-again"] {
+        let hard = ["--hard", "--mu-for", "transformer_blocks.3.*=0.5", "-o", output];
+        let events = sandbox.events(&np_lora(&style, &format!("{subject}:0.9"), &hard));
+        let layers = &event(&events, "result")["report"]["layers"];
+        let projection = |i: usize| &layers[i]["projections"][0];
+        assert_eq!(projection(0)["directions"], 8, "{layers}");
+        assert!(projection(0)["after"].as_f64().is_some_and(|v| v <= 1e-6), "{layers}");
+        assert!(projection(23)["after"].as_f64().is_some_and(|v| v > 1e-3), "{layers}");
+    }
+    assert!(read("styled") == read("styled-again"), "two merges differ");
+    let (stdout, _) = sandbox.succeeds(&np_lora(&style, &subject, &["--energy", "0.9", "-o", "some"]));
+    assert!(stdout.contains("projected") && stdout.contains("content_heart"), "{stdout}");
+    let (stdout, _) = sandbox.succeeds(&np_lora(&style, &subject, &["--dry-run"]));
+    assert!(stdout.contains("24 layers"), "{stdout}");
+    sandbox.succeeds(&["merge", "linear", &style, &format!("{subject}:0.5"), "-o", "sum-of-two"]);
+
+    let events = sandbox.events(&args(&["inspect", "merged", "f16", "alone", "styled", "sum-of-two", &peft]));
     assert_eq!(event(&events, "match")["in_all"], 24);
     sandbox.succeeds(&["inspect", "merged", "f16"]);
 
@@ -341,6 +362,8 @@ fn help_and_version() {
         &["--version"],
         &["merge", "--help"],
         &["merge", "ssr", "--help"],
+        &["merge", "np-lora", "--help"],
+        &["merge", "linear", "--help"],
         &["calibrate", "--help"],
         &["calibration", "add", "--help"],
         &["calibration", "show", "--help"],
@@ -399,6 +422,25 @@ fn wrong_usage_is_exit_code_2() {
     sandbox.fails(2, &self::merge(&two, "none", &[]), &["--output"]);
     sandbox.fails(2, &self::merge(&[], "none", &["-o", "out"]), &["LORA"]);
     sandbox.fails(2, &args(&["merge", "ssr", &two[0], "-o", "out"]), &["--calibration"]);
+
+    let np_lora = |more: &[&str]| {
+        args(
+            &[&["merge", "np-lora", "--style", &two[0], "--subject", &two[1], "-o", "out"][..], more]
+                .concat(),
+        )
+    };
+    for (options, culprits) in [
+        (&["--mu", "-1"][..], &["--mu", "0 or more"][..]),
+        (&["--mu", "0.5", "--hard"], &["--mu", "--hard"]),
+        (&["--mu-for", "0.5"], &["--mu-for", "PATTERN=MU"]),
+        (&["--mu-for", "single.*=x"], &["--mu-for", "number"]),
+        (&["--directions", "0"], &["--directions", "1.."]),
+        (&["--energy", "1.5"], &["--energy", "at most 1"]),
+        (&["--energy", "0.5", "--directions", "2"], &["--energy", "--directions"]),
+    ] {
+        sandbox.fails(2, &np_lora(options), culprits);
+    }
+    sandbox.fails(2, &args(&["merge", "np-lora", "--style", &two[0], "-o", "out"]), &["--subject"]);
 
     let mut lopsided = calibrate(&CONCEPTS[..2], "step1", "out");
     lopsided.retain(|arg| arg != &two[1]);
