@@ -71,7 +71,7 @@ pub use error::{Error, Result};
 pub use matrix::{Dtype, Matrix, RawMatrix};
 pub use merge::{
     Action, Directions, InputReport, LayerReport, Linear, Losses, Merged, NpLora, NpLoraOptions, Plan,
-    PlannedLayer, Prior, Projection, ProjectionReport, Report, Ridge, Ssr, SsrOptions,
+    PlannedLayer, Prior, Projection, ProjectionReport, Report, Ridge, Ssr, SsrOptions, SvdMerge,
 };
 pub use wgpu;
 

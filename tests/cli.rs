@@ -284,6 +284,12 @@ fn every_command(device: &'static str) {
     let (stdout, _) = sandbox.succeeds(&np_lora(&style, &subject, &["--dry-run"]));
     assert!(stdout.contains("24 layers"), "{stdout}");
     sandbox.succeeds(&["merge", "linear", &style, &format!("{subject}:0.5"), "-o", "sum-of-two"]);
+    let svd = ["merge", "svd", &style, &subject, "--rank", "6", "-o", "svd"];
+    let (_, stderr) = sandbox.succeeds(&svd);
+    assert!(stderr.contains("truncated to rank 6"), "{stderr}");
+    let events = sandbox.events(&np_lora(&style, &subject, &["--rank", "5", "-o", "small"]));
+    let layer = &event(&events, "result")["report"]["layers"][0];
+    assert!(layer["rank"] == 5 && layer["cut"].as_f64().is_some_and(|e| e < 1.0), "{layer}");
 
     let events = sandbox.events(&args(&["inspect", "merged", "f16", "alone", "styled", "sum-of-two", &peft]));
     assert_eq!(event(&events, "match")["in_all"], 24);
@@ -364,6 +370,7 @@ fn help_and_version() {
         &["merge", "ssr", "--help"],
         &["merge", "np-lora", "--help"],
         &["merge", "linear", "--help"],
+        &["merge", "svd", "--help"],
         &["calibrate", "--help"],
         &["calibration", "add", "--help"],
         &["calibration", "show", "--help"],
@@ -441,6 +448,8 @@ fn wrong_usage_is_exit_code_2() {
         sandbox.fails(2, &np_lora(options), culprits);
     }
     sandbox.fails(2, &args(&["merge", "np-lora", "--style", &two[0], "-o", "out"]), &["--subject"]);
+
+    sandbox.fails(2, &args(&["merge", "svd", &two[0], "-o", "out"]), &["--rank"]);
 
     let mut lopsided = calibrate(&CONCEPTS[..2], "step1", "out");
     lopsided.retain(|arg| arg != &two[1]);

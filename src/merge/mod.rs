@@ -9,6 +9,7 @@ mod np_lora;
 mod plan;
 mod report;
 mod ssr;
+mod svd;
 mod truncate;
 
 pub use linear::Linear;
@@ -16,6 +17,7 @@ pub use np_lora::{Directions, NpLora, NpLoraOptions, Projection};
 pub use plan::{Plan, PlannedLayer};
 pub use report::{Action, InputReport, LayerReport, Losses, ProjectionReport, Report};
 pub use ssr::{Prior, Ridge, Ssr, SsrOptions};
+pub use svd::SvdMerge;
 
 use std::collections::BTreeMap;
 

@@ -211,7 +211,7 @@ impl NpLora {
         let NpLoraOptions { projection, by_layer, directions } = &self.options;
         for projection in std::iter::once(projection).chain(by_layer.iter().map(|(_, p)| p)) {
             if let Projection::Soft(mu) = projection
-                && !(*mu >= 0.0)
+                && (mu.is_nan() || *mu < 0.0)
             {
                 return Err(Error::Invalid(format!("mu: {mu}, but it must not be negative")));
             }

@@ -3,6 +3,7 @@
 mod linear;
 mod np_lora;
 mod ssr;
+mod svd;
 
 use std::path::{Path, PathBuf};
 
@@ -30,6 +31,7 @@ enum Method {
     Ssr(ssr::SsrMerge),
     NpLora(np_lora::NpLoraMerge),
     Linear(linear::LinearMerge),
+    Svd(svd::SvdCommand),
 }
 
 impl Merge {
@@ -38,6 +40,7 @@ impl Merge {
             Method::Ssr(method) => method.run(global, out),
             Method::NpLora(method) => method.run(global, out),
             Method::Linear(method) => method.run(global, out),
+            Method::Svd(method) => method.run(global, out),
         }
     }
 }
