@@ -287,7 +287,7 @@ fn every_command(device: &'static str) {
     let svd = ["merge", "svd", &style, &subject, "--rank", "6", "-o", "svd"];
     let (_, stderr) = sandbox.succeeds(&svd);
     assert!(stderr.contains("truncated to rank 6"), "{stderr}");
-    let events = sandbox.events(&np_lora(&style, &subject, &["--rank", "5", "-o", "small"]));
+    let events = sandbox.events(&np_lora(&style, &subject, &["--rank", "5", "-o", "small-styled"]));
     let layer = &event(&events, "result")["report"]["layers"][0];
     assert!(layer["rank"] == 5 && layer["cut"].as_f64().is_some_and(|e| e < 1.0), "{layer}");
 
