@@ -2,8 +2,9 @@
 //!
 //! loraweld reads LoRA files as diffusers, PEFT, kohya and ComfyUI write them, sums up what their layers read while a
 //! model runs ([`Calibration`]), and solves for one LoRA that does on each adapter's inputs what that adapter does
-//! ([`Ssr`]). The result is an ordinary LoRA, with a [`Report`] of what each layer lost. It computes in WGSL shaders
-//! through wgpu, on its own device or on the host program's, or on the CPU.
+//! ([`Ssr`]); or it keeps a style whole and projects a subject off it ([`NpLora`]). The result is an ordinary LoRA, with
+//! a [`Report`] of what each layer lost. It computes in WGSL shaders through wgpu, on its own device or on the host
+//! program's, or on the CPU.
 //!
 //! ```
 //! use loraweld::{Adapter, Calibration, Device, RawMatrix, SaveOptions, Ssr};

@@ -1,7 +1,7 @@
 //! `loraweld devices`
 
 use clap::Args;
-use loraweld::compute::{AdapterSummary, Capabilities, Device, Select};
+use loraweld::compute::{AdapterSummary, Capabilities, Device, DeviceOptions, Precision, Select};
 use serde_json::{Value, json};
 
 use super::args::Global;
@@ -18,7 +18,16 @@ pub struct Devices {}
 
 impl Devices {
     pub fn run(self, global: &Global, out: &Output) -> anyhow::Result<()> {
-        let adapters = Device::adapters();
+        let mut adapters = Device::adapters();
+        // Only a device that is open can tell whether its compiler leaves double-single sums alone.
+        for (i, adapter) in adapters.iter_mut().enumerate() {
+            let options = DeviceOptions {
+                select: Select::Index(i),
+                precision: Precision::DoubleSingle,
+                ..DeviceOptions::default()
+            };
+            adapter.capabilities.double_single = Some(Device::open(&options).is_ok());
+        }
         // A choice that cannot be had is something to list, not a failure, unless it was asked for.
         let chosen = match Device::choice(&global.device) {
             Err(e) if global.device != Select::Auto => return Err(e.into()),
