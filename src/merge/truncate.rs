@@ -1,6 +1,9 @@
 //! Truncating a merge to a rank.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
+
 use faer::{Mat, MatRef};
+use rayon::prelude::*;
 
 use super::Merged;
 use crate::{Adapter, Control, Error, Layer, Matrix, RawMatrix, Result};
@@ -23,9 +26,16 @@ impl Merged {
         let mut layers = adapter.layers().to_vec();
         let (mut cut, mut whole, mut worst, mut count) = (0.0, 0.0, (0.0, String::new()), 0);
         let total = layers.len();
-        for (i, (layer, report)) in layers.iter_mut().zip(&mut report.layers).enumerate() {
-            control.step("truncate", &report.layer, i, total)?;
-            let Truncated { layer: smaller, cut: rest, whole: all } = truncated(layer, rank)?;
+        let done = AtomicUsize::new(0);
+        let results: Vec<Truncated> = layers
+            .par_iter()
+            .map(|layer| {
+                control.step("truncate", &layer.name(), done.fetch_add(1, Ordering::Relaxed), total)?;
+                truncated(layer, rank)
+            })
+            .collect::<Result<_>>()?;
+        for ((layer, report), result) in layers.iter_mut().zip(&mut report.layers).zip(results) {
+            let Truncated { layer: smaller, cut: rest, whole: all } = result;
             whole += all;
             let Some(smaller) = smaller else { continue };
             *layer = smaller;

@@ -107,9 +107,9 @@ fn accumulate_cpu(inputs: &[(usize, Activations)], a: &Batch, sums: &mut Batch) 
                 .map(|&first| {
                     let block = x.rows(first, (first + CPU_ROWS).min(x.rows));
                     let mut z = vec![0.0; block.rows * n];
-                    project_cpu(block, a, &mut z, faer::Par::Seq);
+                    project_cpu(block, a, &mut z);
                     let mut g = vec![0.0; n * n];
-                    gram_cpu(&z, Shape::new(block.rows, n), &mut g, faer::Par::Seq);
+                    gram_cpu(&z, Shape::new(block.rows, n), &mut g);
                     g
                 })
                 .collect();

@@ -89,7 +89,7 @@ fn cholesky_cpu(a: &mut [f64], n: usize) -> std::result::Result<(), PivotFailure
     let diagonal: Vec<f64> = (0..n).map(|i| a[i * n + i]).collect();
     // Row-major upper is column-major lower: view the transpose, and UᵀU is its LLᵀ.
     let lower = view_mut(a, Shape::new(n, n)).transpose_mut();
-    let par = if n >= 256 { faer::get_global_parallelism() } else { faer::Par::Seq };
+    let par = faer::Par::Seq;
     let mut memory =
         faer::dyn_stack::MemBuffer::new(cholesky_in_place_scratch::<f64>(n, par, Default::default()));
     let stack = faer::dyn_stack::MemStack::new(&mut memory);

@@ -1,4 +1,5 @@
 use bytemuck::NoUninit;
+use rayon::prelude::*;
 
 use super::{ENOUGH_WORKGROUPS, mismatch, same_count, view, view_mut};
 use crate::compute::gpu::{Commands, Gpu, Scratch, Work, whole};
@@ -25,9 +26,9 @@ pub fn gram(device: &Device, z: &Batch, sums: &mut Batch) -> Result<()> {
     }
     if z.element() == Element::Host {
         let shapes = z.shapes().to_vec();
-        for (i, sum) in sums.host_mut().unwrap_or_default().into_iter().enumerate() {
-            gram_cpu(z.host(i).unwrap_or_default(), shapes[i], sum, faer::get_global_parallelism());
-        }
+        sums.host_mut().unwrap_or_default().into_par_iter().enumerate().for_each(|(i, sum)| {
+            gram_cpu(z.host(i).unwrap_or_default(), shapes[i], sum);
+        });
         return Ok(());
     }
     let gpu = device.gpu()?;
@@ -44,7 +45,7 @@ pub fn gram(device: &Device, z: &Batch, sums: &mut Batch) -> Result<()> {
 }
 
 /// The CPU twin for one matrix.
-pub(super) fn gram_cpu(z: &[f64], shape: Shape, sum: &mut [f64], par: faer::Par) {
+pub(super) fn gram_cpu(z: &[f64], shape: Shape, sum: &mut [f64]) {
     if shape.is_empty() {
         return;
     }
@@ -60,7 +61,7 @@ pub(super) fn gram_cpu(z: &[f64], shape: Shape, sum: &mut [f64], par: faer::Par)
         z,
         BlockStructure::Rectangular,
         1.0,
-        par,
+        faer::Par::Seq,
     );
     for i in 0..n {
         for j in 0..i {

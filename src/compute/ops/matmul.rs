@@ -1,4 +1,5 @@
 use bytemuck::NoUninit;
+use rayon::prelude::*;
 
 use super::{mismatch, same_count, view, view_mut};
 use crate::Result;
@@ -23,7 +24,7 @@ pub fn matmul(device: &Device, b: &Batch, r: &Batch) -> Result<Batch> {
     let shapes: Vec<_> = b.shapes().iter().zip(r.shapes()).map(|(b, r)| Shape::new(b.rows, r.cols)).collect();
     let mut c = Batch::zeros(device, device.factor(), &shapes)?;
     if let Some(outputs) = c.host_mut() {
-        for (i, c) in outputs.into_iter().enumerate() {
+        outputs.into_par_iter().enumerate().for_each(|(i, c)| {
             matmul_cpu(
                 b.host(i).unwrap_or_default(),
                 r.host(i).unwrap_or_default(),
@@ -31,7 +32,7 @@ pub fn matmul(device: &Device, b: &Batch, r: &Batch) -> Result<Batch> {
                 b.shapes()[i],
                 shapes[i],
             );
-        }
+        });
         return Ok(c);
     }
     let gpu = device.gpu()?;
@@ -82,6 +83,6 @@ fn matmul_cpu(b: &[f64], r: &[f64], c: &mut [f64], b_shape: Shape, c_shape: Shap
         view(b, b_shape),
         view(r, Shape::new(b_shape.cols, c_shape.cols)),
         1.0,
-        faer::get_global_parallelism(),
+        faer::Par::Seq,
     );
 }

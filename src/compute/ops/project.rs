@@ -2,6 +2,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use bytemuck::NoUninit;
+use rayon::prelude::*;
 
 use super::{ENOUGH_WORKGROUPS, dtype_code, mismatch, view, view_mut};
 use crate::compute::gpu::{Commands, Gpu, Work, whole};
@@ -28,9 +29,9 @@ pub fn project(device: &Device, x: &[RawMatrix], a: &Batch) -> Result<Batch> {
     let shapes: Vec<_> = x.iter().zip(a.shapes()).map(|(x, a)| Shape::new(x.rows, a.rows)).collect();
     let mut z = Batch::zeros(device, device.product(), &shapes)?;
     if let Some(outputs) = z.host_mut() {
-        for (i, (x, z)) in x.iter().zip(outputs).enumerate() {
-            project_cpu(*x, a.host(i).unwrap_or_default(), z, faer::get_global_parallelism());
-        }
+        x.par_iter().zip(outputs).enumerate().for_each(|(i, (x, z))| {
+            project_cpu(*x, a.host(i).unwrap_or_default(), z);
+        });
         return Ok(z);
     }
     let gpu = device.gpu()?;
@@ -57,7 +58,7 @@ pub fn project(device: &Device, x: &[RawMatrix], a: &Batch) -> Result<Batch> {
 }
 
 /// The CPU twin for one matrix. `z`: tokens × rank, overwritten.
-pub(super) fn project_cpu(x: RawMatrix, a: &[f64], z: &mut [f64], par: faer::Par) {
+pub(super) fn project_cpu(x: RawMatrix, a: &[f64], z: &mut [f64]) {
     if z.is_empty() {
         return;
     }
@@ -69,7 +70,7 @@ pub(super) fn project_cpu(x: RawMatrix, a: &[f64], z: &mut [f64], par: faer::Par
         view(&wide, Shape::new(x.rows, x.cols)),
         view(a, Shape::new(rank, x.cols)).transpose(),
         1.0,
-        par,
+        faer::Par::Seq,
     );
 }
 
