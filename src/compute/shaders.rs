@@ -37,6 +37,10 @@ pub enum Kernel {
     JacobiSvd(Element),
     /// `shaders/rank_update.wgsl`
     RankUpdate(Element),
+    /// `shaders/entries.wgsl`
+    Entries(Element),
+    /// `shaders/magnitudes.wgsl`
+    Magnitudes(Element),
     /// `shaders/self_test.wgsl`
     SelfTest,
 }
@@ -64,6 +68,9 @@ impl Kernel {
             Self::SumParts,
             Self::SelfTest,
             Self::Matmul(Element::F32),
+            Self::RankUpdate(Element::F32),
+            Self::Entries(Element::F32),
+            Self::Magnitudes(Element::F32),
         ];
         for dtype in [Dtype::F32, Dtype::F16, Dtype::Bf16] {
             all.extend(TILES.map(|tile| Self::Project(tile, dtype)));
@@ -82,6 +89,8 @@ impl Kernel {
                 Self::Matmul(wide),
                 Self::JacobiSvd(wide),
                 Self::RankUpdate(wide),
+                Self::Entries(wide),
+                Self::Magnitudes(wide),
             ]
         }));
         all
@@ -107,7 +116,9 @@ impl Kernel {
             | Self::CholeskySolve(e)
             | Self::Matmul(e)
             | Self::JacobiSvd(e)
-            | Self::RankUpdate(e) => format!("{file}_{}", element(e)),
+            | Self::RankUpdate(e)
+            | Self::Entries(e)
+            | Self::Magnitudes(e) => format!("{file}_{}", element(e)),
             Self::GramReal(part, e) | Self::GramReduce(part, e) => {
                 format!("{file}_{}_to_{}", element(part), element(e))
             }
@@ -130,6 +141,8 @@ impl Kernel {
             Self::Matmul(_) => ("matmul", kernel!("matmul")),
             Self::JacobiSvd(_) => ("jacobi_svd", kernel!("jacobi_svd")),
             Self::RankUpdate(_) => ("rank_update", kernel!("rank_update")),
+            Self::Entries(_) => ("entries", kernel!("entries")),
+            Self::Magnitudes(_) => ("magnitudes", kernel!("magnitudes")),
             Self::SelfTest => ("self_test", kernel!("self_test")),
         }
     }
@@ -148,7 +161,9 @@ impl Kernel {
             | Self::CholeskySolve(e)
             | Self::Matmul(e)
             | Self::JacobiSvd(e)
-            | Self::RankUpdate(e) => Some(e),
+            | Self::RankUpdate(e)
+            | Self::Entries(e)
+            | Self::Magnitudes(e) => Some(e),
             Self::GramReal(_, e) | Self::GramReduce(_, e) => Some(e),
             Self::SelfTest => Some(Element::DoubleSingle),
         }
@@ -206,6 +221,7 @@ impl Kernel {
             ("words", _) => shared!("words"),
             ("fetch", _) => shared!("fetch"),
             ("tile_f32", _) => shared!("tile_f32"),
+            ("entry", _) => shared!("entry"),
             ("real", Some(Element::F32)) => shared!("real_f32"),
             ("real", Some(Element::F64)) => shared!("real_f64"),
             ("real", Some(Element::DoubleSingle)) => shared!("real_double_single"),

@@ -6,6 +6,7 @@
 mod accumulate;
 mod cholesky;
 mod cholesky_solve;
+mod entries;
 mod gram;
 mod inner;
 mod jacobi_svd;
@@ -19,8 +20,9 @@ mod rank_update;
 pub use accumulate::{Activations, accumulate};
 pub use cholesky::{PivotFailure, cholesky};
 pub use cholesky_solve::cholesky_solve;
+pub use entries::{BUCKETS, Entries, EntryMember, EntryRule, entries, magnitudes};
 pub use gram::gram;
-pub use inner::inner;
+pub use inner::{inner, inner_as};
 pub use jacobi_svd::{Svd, jacobi_svd};
 pub use matmul::matmul;
 pub use project::project;
