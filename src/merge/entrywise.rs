@@ -123,17 +123,22 @@ impl EntryMerge {
         if let Rule::Ties(ties) = &self.rule {
             sketch.trim(kept(ties.density, input * output))?;
         }
-        // Rows of W: directions × in.
-        let mut w = Batch::upload(device, device.factor(), &[random(directions, *input)])?;
-        for _ in 0..STEPS {
-            let rows = ScaledRows::from_matrices(device, vec![sketch.squared(&w)?])?;
-            w = ops::qr(device, &rows)?.q;
-        }
-        let (y, square) = sketch.applied(&w)?;
-
-        // M ≈ (W·Mᵀ)ᵀ·W, and W·Mᵀ = L·Q.
-        let y = ops::qr(device, &ScaledRows::from_matrices(device, vec![y])?)?;
-        let core = y.l[0].transposed();
+        let (y, core, w, square) = match directions == *output {
+            // All rows are wanted: M = L·Q itself.
+            true => {
+                let (rows, square) = sketch.whole()?;
+                let w = ops::qr(device, &ScaledRows::from_matrices(device, vec![rows])?)?;
+                let y = Batch::upload(device, device.factor(), &[identity(*output)])?;
+                (y, w.l[0].clone(), w.q, square)
+            }
+            false => {
+                let w = self.directions_of(&sketch, directions)?;
+                let (y, square) = sketch.applied(&w)?;
+                // M ≈ (W·Mᵀ)ᵀ·W, and W·Mᵀ = L·Q.
+                let y = ops::qr(device, &ScaledRows::from_matrices(device, vec![y])?)?;
+                (y.q, y.l[0].transposed(), w, square)
+            }
+        };
         let svd = ops::jacobi_svd(device, &[core])?.remove(0);
         if !svd.converged {
             return Err(unconverged(&job.planned.name));
@@ -147,7 +152,7 @@ impl EntryMerge {
             let rows = ops::rank_update(device, None, &ops::small(device, &[half(vectors)])?, q)?;
             Ok(rows.download(device)?.remove(0))
         };
-        let layer = rounded(job.template(), &lift(&svd.right, &w)?, &lift(&svd.left, &y.q)?)?;
+        let layer = rounded(job.template(), &lift(&svd.right, &w)?, &lift(&svd.left, &y)?)?;
         let held: f64 = svd.values[..count].iter().map(|v| v * v).sum();
         let captured = if square > 0.0 { (held / square).min(1.0) } else { 1.0 };
         let report = LayerReport {
@@ -157,6 +162,26 @@ impl EntryMerge {
         };
         Ok(Done { layer, report })
     }
+}
+
+impl EntryMerge {
+    /// W, directions × in: orthonormal rows that hold most of M.
+    fn directions_of(&self, sketch: &Sketch<'_>, directions: usize) -> Result<Batch> {
+        let (device, input) = (sketch.device, sketch.shape.cols);
+        if directions == input {
+            return Batch::upload(device, device.factor(), &[identity(input)]);
+        }
+        let mut w = Batch::upload(device, device.factor(), &[random(directions, input)])?;
+        for _ in 0..STEPS {
+            let rows = ScaledRows::from_matrices(device, vec![sketch.squared(&w)?])?;
+            w = ops::qr(device, &rows)?.q;
+        }
+        Ok(w)
+    }
+}
+
+fn identity(order: usize) -> Matrix {
+    Matrix::from_fn(order, order, |i, j| f64::from(u8::from(i == j)))
 }
 
 /// The merged update M of one layer, divided by `2^exponent`, as far as products with it show.
@@ -268,6 +293,19 @@ impl<'a> Sketch<'a> {
             Ok(())
         })?;
         Ok((product, square))
+    }
+
+    /// M itself, and ‖M‖².
+    fn whole(&self) -> Result<(Matrix, f64)> {
+        let mut whole = Matrix { rows: self.shape.rows, cols: self.shape.cols, data: Vec::new() };
+        let mut square = 0.0;
+        self.panels(|rows| {
+            let panel = ops::entries(self.device, &self.a, &self.b, &self.rule, rows)?;
+            square += panel.square;
+            whole.data.extend(self.one(Some(panel.values))?.data);
+            Ok(())
+        })?;
+        Ok((whole, square))
     }
 
     fn one(&self, batch: Option<Batch>) -> Result<Matrix> {
