@@ -13,6 +13,8 @@ pub enum Kernel {
     RankConcat,
     /// `shaders/project.wgsl`, with the columns (rank) of its tile, 32, 64 or 128, and the type of X.
     Project(u32, Dtype),
+    /// `shaders/rows.wgsl`
+    Rows,
     /// `shaders/row_scale.wgsl`
     RowScale,
     /// `shaders/project_matrix.wgsl`, with the type of X.
@@ -64,6 +66,7 @@ impl Kernel {
     pub fn all() -> Vec<Self> {
         let mut all = vec![
             Self::RankConcat,
+            Self::Rows,
             Self::RowScale,
             Self::SumParts,
             Self::SelfTest,
@@ -106,7 +109,9 @@ impl Kernel {
             Element::Host => "host",
         };
         match self {
-            Self::RankConcat | Self::RowScale | Self::SumParts | Self::SelfTest => file.to_owned(),
+            Self::RankConcat | Self::Rows | Self::RowScale | Self::SumParts | Self::SelfTest => {
+                file.to_owned()
+            }
 
             Self::Project(tile, dtype) => format!("{file}_{tile}_{dtype}"),
             Self::ProjectMatrix(dtype) => format!("{file}_{dtype}"),
@@ -128,6 +133,7 @@ impl Kernel {
     fn file(self) -> (&'static str, &'static str) {
         match self {
             Self::RankConcat => ("rank_concat", kernel!("rank_concat")),
+            Self::Rows => ("rows", kernel!("rows")),
             Self::Project(..) => ("project", kernel!("project")),
             Self::SumParts => ("sum_parts", kernel!("sum_parts")),
             Self::RowScale => ("row_scale", kernel!("row_scale")),
@@ -151,6 +157,7 @@ impl Kernel {
     fn real(self) -> Option<Element> {
         match self {
             Self::RankConcat
+            | Self::Rows
             | Self::RowScale
             | Self::SumParts
             | Self::Project(..)

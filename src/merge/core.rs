@@ -7,8 +7,8 @@ use super::loss::times;
 use super::rule::{self, Rule};
 use super::truncate::Truncation;
 use super::{Action, LayerReport, Merged, PlannedLayer};
-use crate::compute::ops::{self, Qr, ScaledRows, Svd};
-use crate::{Control, Device, Error, Layer, Matrix, Result, Weighted};
+use crate::compute::ops::{self, Qr, ScaledRows, Side, Svd};
+use crate::{Control, Device, Error, Layer, Matrix, RawMatrix, Result, Weighted};
 
 /// Singular values below this share of the largest are what rounding to f32 leaves of zero: they are no directions.
 pub(super) const NEGLIGIBLE: f64 = 2.5e-7;
@@ -186,23 +186,14 @@ pub(super) struct Lifted {
 impl Factored {
     /// Of layers that are given as their members.
     pub fn new(device: &Device, layers: &[&[(&Layer, f64)]]) -> Result<Self> {
-        let stacked = |rows: fn(&Layer) -> Matrix| -> Vec<Matrix> {
-            let stack = |members: &&[(&Layer, f64)]| {
-                let mut data = Vec::new();
-                let mut cols = 0;
-                for (layer, _) in *members {
-                    let rows = rows(layer);
-                    cols = rows.cols;
-                    data.extend(rows.data);
-                }
-                Matrix { rows: data.len() / cols.max(1), cols, data }
-            };
-            layers.par_iter().map(stack).collect()
+        let rows = |side: Side, factor: fn(&Layer) -> RawMatrix<'_>| {
+            let stacks: Vec<Vec<RawMatrix<'_>>> = layers
+                .iter()
+                .map(|members| members.iter().map(|(layer, _)| factor(layer)).collect())
+                .collect();
+            ops::qr(device, &ScaledRows::new(device, side, &stacks)?)
         };
-        let a = ScaledRows::from_matrices(device, stacked(|layer| wide(layer.a())))?;
-        let a = ops::qr(device, &a)?;
-        let b = ScaledRows::from_matrices(device, stacked(|layer| wide(layer.b()).transposed()))?;
-        let b = ops::qr(device, &b)?;
+        let (a, b) = (rows(Side::Input, Layer::a)?, rows(Side::Output, Layer::b)?);
         let cores = (0..layers.len())
             .into_par_iter()
             .map(|i| {
@@ -260,15 +251,15 @@ impl Factored {
                 .collect()
         };
         let a = ops::rank_update(device, None, &ops::small(device, &half(|svd| &svd.right))?, &self.a.q)?
-            .download(device)?;
+            .download_f32(device)?;
         let b = ops::rank_update(device, None, &ops::small(device, &half(|svd| &svd.left))?, &self.b.q)?
-            .download(device)?;
+            .download_f32(device)?;
         templates
             .par_iter()
             .zip(svds)
             .zip(a.into_par_iter().zip(b))
             .map(|((template, svd), (a, b))| {
-                Ok(Lifted { layer: rounded(template, &a, &b)?, values: svd.values })
+                Ok(Lifted { layer: finite(template, a, b.transposed())?, values: svd.values })
             })
             .collect()
     }
@@ -284,7 +275,10 @@ impl Job<'_> {
 /// The layer of `A` and `Bᵀ`, rounded to f32.
 pub(super) fn rounded(template: &Layer, a: &Matrix, b: &Matrix) -> Result<Layer> {
     let narrow = |m: &Matrix| Matrix::from_fn(m.rows, m.cols, |i, j| m[(i, j)] as f32);
-    let (a, b) = (narrow(a), narrow(&b.transposed()));
+    finite(template, narrow(a), narrow(&b.transposed()))
+}
+
+fn finite(template: &Layer, a: Matrix<f32>, b: Matrix<f32>) -> Result<Layer> {
     if a.data.iter().chain(&b.data).any(|v| !v.is_finite()) {
         let reason = "the merged factors overflow f32; are scales and strengths right?";
         return Err(Error::layer(template.name(), reason));

@@ -8,8 +8,9 @@ use super::driver::{self, Done, Job};
 use super::loss::times;
 use super::{Action, LayerReport, Merged, PlannedLayer, ProjectionReport};
 use crate::compute::Batch;
-use crate::compute::ops::{self, ScaledRows, Svd};
-use crate::{Control, Device, Error, LayerKey, Matrix, RawMatrix, Result, Weighted};
+use crate::compute::ops::{self, ScaledRows, Side, Svd};
+use crate::power::pow2;
+use crate::{Control, Device, Error, Layer, LayerKey, Matrix, RawMatrix, Result, Weighted};
 
 /// The same for what a hard projection left, which is f32 as well, relative to what there was before.
 const LEFT_OVER: f64 = 1e-6;
@@ -209,17 +210,13 @@ impl NpLora {
             entries.extend((0..job.members.len()).map(|m| (i, m)));
         }
         let layer = |&(i, m): &(usize, usize)| jobs[i].members[m].0;
-        let a: Vec<RawMatrix<'_>> = entries.iter().map(|entry| layer(entry).a()).collect();
-        let a = ScaledRows::new(device, &a)?;
-        let b: Vec<Matrix<f32>> = entries
-            .par_iter()
-            .map(|entry| {
-                let b = layer(entry).b();
-                Matrix { rows: b.rows, cols: b.cols, data: b.to_vec() }.transposed()
-            })
-            .collect();
-        let b = b.iter().map(|b| RawMatrix::from_f32(b.rows, b.cols, &b.data)).collect::<Result<Vec<_>>>()?;
-        let b = ops::qr(device, &ScaledRows::new(device, &b)?)?.l;
+        let rows = |side: Side, factor: fn(&Layer) -> RawMatrix<'_>| {
+            let stacks: Vec<Vec<RawMatrix<'_>>> =
+                entries.iter().map(|entry| vec![factor(layer(entry))]).collect();
+            ScaledRows::new(device, side, &stacks)
+        };
+        let (a, b) = (rows(Side::Input, Layer::a)?, rows(Side::Output, Layer::b)?);
+        let b = ops::qr_l(device, &b)?;
         let factors = ops::qr(device, &a)?;
         let members: Vec<Member> = entries
             .par_iter()
@@ -262,7 +259,7 @@ impl NpLora {
             let bases = self.kept(device, &basis)?;
             let cosines: Vec<Matrix> = cosines.iter().map(square).collect();
             let cosines = ops::jacobi_svd(device, &cosines)?;
-            for (k, result) in off.rows.download(device)?.into_iter().enumerate() {
+            for (k, mut result) in off.rows.download_f32(device)?.into_iter().enumerate() {
                 let (i, entry) = (active[k], here[k]);
                 let Member { left, norm: whole, .. } = &members[entry];
                 let share = |coefficients: &Matrix| {
@@ -281,9 +278,10 @@ impl NpLora {
                     before,
                     after: share(&after[k]),
                 });
-                let Matrix { rows: r, cols, data } = rows.unscale(k, result);
-                let data = data.iter().map(|&v| v as f32).collect();
-                projected[i].push(Matrix { rows: r, cols, data });
+                for (row, &e) in result.data.chunks_exact_mut(result.cols.max(1)).zip(&rows.exponents[k]) {
+                    row.iter_mut().for_each(|v| *v *= pow2(e) as f32);
+                }
+                projected[i].push(result);
             }
             let places: Vec<usize> =
                 (0..active.len()).filter(|&k| jobs[active[k]].members.len() > step + 1).collect();
@@ -421,7 +419,6 @@ fn matches(pattern: &str, key: &LayerKey) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::power::pow2;
 
     #[test]
     fn patterns() {

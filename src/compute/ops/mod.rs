@@ -16,6 +16,7 @@ mod project_off;
 mod qr;
 mod rank_concat;
 mod rank_update;
+mod rows;
 
 pub use accumulate::{Activations, accumulate};
 pub use cholesky::{PivotFailure, cholesky};
@@ -27,9 +28,10 @@ pub use jacobi_svd::{Svd, jacobi_svd};
 pub use matmul::matmul;
 pub use project::project;
 pub use project_off::{ProjectedOff, project_off};
-pub use qr::{Qr, ScaledRows, qr};
+pub use qr::{Qr, qr, qr_l};
 pub use rank_concat::{Axis, Factor, rank_concat};
 pub use rank_update::rank_update;
+pub use rows::{ScaledRows, Side};
 
 use super::{Batch, Device, Element, Shape};
 use crate::{Error, Matrix, Result};
