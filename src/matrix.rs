@@ -113,18 +113,25 @@ impl<'a> RawMatrix<'a> {
     pub fn first_non_finite(self) -> Option<usize> {
         // A half or single is non-finite exactly when its exponent bits are all ones.
         match self.dtype {
-            Dtype::F32 => self
-                .bytes
-                .chunks_exact(4)
-                .position(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]]) & 0x7f80_0000 == 0x7f80_0000),
-            Dtype::F16 => {
-                self.bytes.chunks_exact(2).position(|b| u16::from_le_bytes([b[0], b[1]]) & 0x7c00 == 0x7c00)
-            }
-            Dtype::Bf16 => {
-                self.bytes.chunks_exact(2).position(|b| u16::from_le_bytes([b[0], b[1]]) & 0x7f80 == 0x7f80)
-            }
+            Dtype::F32 => first_with(self.bytes, 0x7f80_0000, u32::from_le_bytes),
+            Dtype::F16 => first_with(self.bytes, 0x7c00, u16::from_le_bytes),
+            Dtype::Bf16 => first_with(self.bytes, 0x7f80, u16::from_le_bytes),
         }
     }
+}
+
+/// Index of the first value that has all bits of `mask`.
+fn first_with<T, const N: usize>(bytes: &[u8], mask: T, read: impl Fn([u8; N]) -> T) -> Option<usize>
+where
+    T: Copy + Eq + std::ops::BitAnd<Output = T>,
+{
+    const BLOCK: usize = 1 << 12;
+    let (values, _) = bytes.as_chunks::<N>();
+    let is_bad = |v: &[u8; N]| read(*v) & mask == mask;
+    // Without an early way out, a block is compared many values at a time.
+    let block = values.chunks(BLOCK).position(|block| block.iter().fold(false, |bad, v| bad | is_bad(v)))?;
+    let first = block * BLOCK;
+    values[first..].iter().position(is_bad).map(|i| first + i)
 }
 
 /// An owned row-major matrix of f32 or f64.

@@ -291,6 +291,42 @@ fn every_command(device: &'static str) {
     let layer = &event(&events, "result")["report"]["layers"][0];
     assert!(layer["rank"] == 5 && layer["cut"].as_f64().is_some_and(|e| e < 1.0), "{layer}");
 
+    for (method, more) in [
+        ("ties", &["--density", "0.5", "--lambda", "0.9", "--rank", "9"][..]),
+        ("dare", &["--seed", "7", "--ties"]),
+        ("knots", &["--rule", "dare", "--density", "0.3"]),
+        ("core", &["--rule", "mean"]),
+        ("tsv", &["--sv-fro", "0.9"]),
+        ("iso-c", &["--sv-ratio", "2", "--rank", "12"]),
+    ] {
+        let output = format!("by-{method}");
+        let fixed = ["merge", method, &four[0], &four[1], "--calibration", "more", "-o", &output];
+        let events = sandbox.events(&args(&[&fixed[..], more].concat()));
+        let report = &event(&events, "result")["report"];
+        assert_eq!(report["method"], method);
+        assert!(report["losses"]["merged"].as_f64().is_some_and(|loss| loss < 1.2), "{method}: {report}");
+        assert_eq!(report["layers"][0]["captured"].is_f64(), ["ties", "dare"].contains(&method), "{method}");
+    }
+    let (stdout, _) = sandbox.succeeds(&["merge", "ties", &style, &subject, "-o", "tied"]);
+    assert!(stdout.contains("energy held"), "{stdout}");
+    let resized = ["resize", &subject, "--sv-cumulative", "0.8", "-o", "resized"];
+    let events = sandbox.events(&args(&resized));
+    let report = &event(&events, "result")["report"];
+    assert_eq!(report["method"], "resize");
+    assert!(report["layers"][0]["cut"].as_f64().is_some_and(|cut| cut > 0.0 && cut < 0.5), "{report}");
+
+    let compare = ["compare", &four[0], &four[1], "--calibration", "more"];
+    let methods = ["--methods", "ssr,linear,np-lora,tsv", "-o", "compared.json"];
+    let (stdout, _) = sandbox.succeeds(&[&compare[..], &methods].concat());
+    assert!(stdout.contains("where it loses most") && stdout.contains("np-lora"), "{stdout}");
+    let compared: Value = serde_json::from_slice(&read("compared.json")).expect("JSON");
+    let loss = |i: usize| compared["methods"][i]["loss"].as_f64().expect("a loss");
+    assert!(loss(0) < loss(1) && compared["methods"].as_array().map(Vec::len) == Some(4), "{compared}");
+    let sum = compared["methods"][0]["loss_of_sum"].as_f64().expect("a loss");
+    assert!((loss(1) - sum).abs() < 1e-6, "{compared}");
+    let events = sandbox.events(&args(&[&compare[..], &["--rank", "4"]].concat()));
+    assert_eq!(events.iter().filter(|e| e["event"] == "method").count(), 13);
+
     let events = sandbox.events(&args(&["inspect", "merged", "f16", "alone", "styled", "sum-of-two", &peft]));
     assert_eq!(event(&events, "match")["in_all"], 24);
     sandbox.succeeds(&["inspect", "merged", "f16"]);
@@ -371,6 +407,14 @@ fn help_and_version() {
         &["merge", "np-lora", "--help"],
         &["merge", "linear", "--help"],
         &["merge", "svd", "--help"],
+        &["merge", "ties", "--help"],
+        &["merge", "dare", "--help"],
+        &["merge", "knots", "--help"],
+        &["merge", "core", "--help"],
+        &["merge", "tsv", "--help"],
+        &["merge", "iso-c", "--help"],
+        &["compare", "--help"],
+        &["resize", "--help"],
         &["calibrate", "--help"],
         &["calibration", "add", "--help"],
         &["calibration", "show", "--help"],
@@ -420,6 +464,21 @@ fn wrong_usage_is_exit_code_2() {
     ] {
         sandbox.fails(2, &merge(options), culprits);
     }
+    for (words, culprits) in [
+        (&["merge", "ties", "--density", "0"][..], &["--density", "above 0"][..]),
+        (&["merge", "ties", "--seed", "1"], &["--seed", "dare"]),
+        (&["merge", "dare", "--lambda", "2"], &["--lambda", "signs"]),
+        (&["merge", "core", "--rule", "mean", "--density", "0.5"], &["--density", "ties"]),
+        (&["merge", "knots", "--rule", "median"], &["--rule", "mean"]),
+        (&["merge", "svd", "--sv-ratio", "0.5"], &["--sv-ratio", "1 or more"]),
+        (&["merge", "svd", "--sv-fro", "0.5", "--sv-ratio", "2"], &["--sv-fro", "--sv-ratio"]),
+        (&["merge", "linear", "--sv-cumulative", "1.5"], &["--sv-cumulative", "at most 1"]),
+    ] {
+        sandbox.fails(2, &args(&[words, &[&two[0], &two[1], "-o", "out"]].concat()), culprits);
+    }
+    sandbox.fails(2, &args(&["resize", &two[0], "-o", "out"]), &["--rank", "--sv-fro"]);
+    sandbox.fails(2, &args(&["compare", &two[0], &two[1]]), &["--calibration"]);
+    sandbox.fails(1, &args(&["compare", &two[0], &two[1], "--calibration", "gone"]), &["gone"]);
     let strength = |strength: &str| {
         self::merge(&[two[0].clone(), format!("{}:{strength}", two[1])], "none", &["-o", "out"])
     };

@@ -182,13 +182,14 @@ impl Batch {
             };
             return Ok(self.download(device)?.into_par_iter().map(narrow).collect());
         };
-        let bytes = device.gpu()?.read(buffer, self.len as u64 * 4)?;
-        let of = |(shape, &start): (&Shape, &usize)| Matrix {
-            rows: shape.rows,
-            cols: shape.cols,
-            data: bytemuck::pod_collect_to_vec(&bytes[4 * start..4 * (start + shape.len())]),
-        };
-        Ok(self.shapes.par_iter().zip(&self.offsets).map(of).collect())
+        device.gpu()?.read_with(buffer, self.len as u64 * 4, |bytes| {
+            let of = |(shape, &start): (&Shape, &usize)| Matrix {
+                rows: shape.rows,
+                cols: shape.cols,
+                data: bytemuck::pod_collect_to_vec(&bytes[4 * start..4 * (start + shape.len())]),
+            };
+            self.shapes.par_iter().zip(&self.offsets).map(of).collect()
+        })
     }
 
     /// Some of the matrices, in this order: on a device in the same arena, on the host as copies.

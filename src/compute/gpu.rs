@@ -5,16 +5,18 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use rayon::prelude::*;
-
 use super::capabilities::{Capabilities, Disable};
 use super::shaders::Kernel;
+use super::staging::{Downloads, Uploads};
 use crate::{Error, Result};
 
 /// Workgroups in one row of a dispatch grid; WebGPU's default limit of a dimension.
 const GRID_WIDTH: u32 = 65535;
 
-/// Bytes that may be staged for upload before we wait for the queue.
+/// Uploads from this size on pass through memory of our own.
+const LARGE: usize = 1 << 20;
+
+/// Bytes of smaller ones that may be staged by wgpu before we wait for the queue.
 const MAX_STAGED: u64 = 256 << 20;
 
 pub(crate) struct Gpu {
@@ -27,6 +29,8 @@ pub(crate) struct Gpu {
     pipelines: Mutex<HashMap<Kernel, wgpu::ComputePipeline>>,
     scratch: Mutex<Vec<wgpu::Buffer>>,
     staged: AtomicU64,
+    uploads: Uploads,
+    downloads: Downloads,
     error: Arc<Mutex<Option<String>>>,
 }
 
@@ -63,6 +67,8 @@ impl Gpu {
             pipelines: Mutex::default(),
             scratch: Mutex::default(),
             staged: AtomicU64::new(0),
+            uploads: Uploads::default(),
+            downloads: Downloads::default(),
             error: Arc::default(),
         }
     }
@@ -126,8 +132,11 @@ impl Gpu {
         Ok(Scratch { gpu: self.clone(), buffer: Some(buffer) })
     }
 
-    /// Copies host bytes (a multiple of 4) into a buffer, through wgpu's staging memory.
+    /// Copies host bytes (a multiple of 4) into a buffer.
     pub fn write(&self, buffer: &wgpu::Buffer, offset: u64, bytes: &[u8]) -> Result<()> {
+        if bytes.len() >= LARGE {
+            return self.write_pieces(buffer, &[(offset as usize, bytes)]);
+        }
         let len = bytes.len() as u64;
         if self.staged.fetch_add(len, Ordering::Relaxed) + len > MAX_STAGED {
             self.wait()?;
@@ -138,34 +147,7 @@ impl Gpu {
 
     /// Copies pieces of host bytes to their offsets, which ascend in multiples of 4, on all threads.
     pub fn write_pieces(&self, buffer: &wgpu::Buffer, pieces: &[(usize, &[u8])]) -> Result<()> {
-        let Some((last, bytes)) = pieces.last() else { return Ok(()) };
-        let len = (last + bytes.len()).next_multiple_of(4) as u64;
-        if self.staged.fetch_add(len, Ordering::Relaxed) + len > MAX_STAGED {
-            self.wait()?;
-        }
-        let share = (len as usize / rayon::current_num_threads()).max(1 << 20);
-        let mut views = Vec::new();
-        let mut rest = pieces;
-        while let Some(&(start, _)) = rest.first() {
-            let count = rest.iter().take_while(|(at, _)| at - start <= share).count();
-            let (group, tail) = rest.split_at(count);
-            let end = tail.first().map_or(len as usize, |(at, _)| *at);
-            let Some(size) = wgpu::BufferSize::new((end - start) as u64) else { break };
-            let view = self.queue.write_buffer_with(buffer, start as u64, size);
-            let refused = || Error::Device(format!("{}: an upload of {size} bytes was refused", self.name));
-            views.push((start, view.ok_or_else(refused)?, group));
-            rest = tail;
-        }
-        views.into_par_iter().for_each(|(start, mut view, group)| {
-            let end = view.len();
-            for (i, (at, bytes)) in group.iter().enumerate() {
-                let (from, to) = (at - start, at - start + bytes.len());
-                let next = group.get(i + 1).map_or(end, |(at, _)| at - start);
-                view.slice(from..to).copy_from_slice(bytes);
-                view.slice(to..next).fill(0);
-            }
-        });
-        Ok(())
+        self.uploads.write(&self.device, &self.queue, buffer, pieces)
     }
 
     /// Waits until everything is done, uploads too, and frees staging memory.
@@ -181,21 +163,26 @@ impl Gpu {
 
     /// Reads the first `bytes` of a buffer back.
     pub fn read(&self, buffer: &wgpu::Buffer, bytes: u64) -> Result<Vec<u8>> {
+        self.read_with(buffer, bytes, <[u8]>::to_vec)
+    }
+
+    /// Lets `use_bytes` see the first `bytes` of a buffer.
+    pub fn read_with<T>(
+        &self,
+        buffer: &wgpu::Buffer,
+        bytes: u64,
+        use_bytes: impl FnOnce(&[u8]) -> T,
+    ) -> Result<T> {
         if bytes == 0 {
-            return self.check().map(|()| Vec::new());
+            return self.check().map(|()| use_bytes(&[]));
         }
         let size = bytes.next_multiple_of(4);
-        let staging = self.device.create_buffer(&wgpu::BufferDescriptor {
-            label: Some("read back"),
-            size,
-            usage: wgpu::BufferUsages::MAP_READ | wgpu::BufferUsages::COPY_DST,
-            mapped_at_creation: false,
-        });
+        let staging = self.downloads.take(&self.device, size);
         let mut encoder = self.device.create_command_encoder(&Default::default());
         encoder.copy_buffer_to_buffer(buffer, 0, &staging, 0, size);
         self.queue.submit([encoder.finish()]);
         let (send, receive) = std::sync::mpsc::channel();
-        staging.map_async(wgpu::MapMode::Read, .., move |result| drop(send.send(result)));
+        staging.map_async(wgpu::MapMode::Read, ..size, move |result| drop(send.send(result)));
         self.wait()?;
         match receive.recv() {
             Ok(Ok(())) => {}
@@ -203,9 +190,12 @@ impl Gpu {
             Err(_) => return Err(Error::Device(format!("{}: the device was lost", self.name))),
         }
         let view = staging
-            .get_mapped_range(..)
+            .get_mapped_range(..size)
             .map_err(|e| Error::Device(format!("{}: cannot read back: {e}", self.name)))?;
-        Ok(view[..bytes as usize].to_vec())
+        let result = use_bytes(&view[..bytes as usize]);
+        drop(view);
+        self.downloads.put(staging);
+        Ok(result)
     }
 
     fn pipeline(&self, kernel: Kernel) -> wgpu::ComputePipeline {

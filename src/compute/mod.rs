@@ -11,6 +11,7 @@ mod gpu;
 pub mod ops;
 mod self_test;
 pub mod shaders;
+mod staging;
 
 pub use batch::{Batch, Element, Shape};
 pub use capabilities::{

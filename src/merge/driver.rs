@@ -34,7 +34,7 @@ pub(super) fn run<'a>(
 ) -> Result<Merged> {
     let start = Instant::now();
     let plan = Plan::new(adapters)?;
-    let inputs = super::check_inputs(adapters, control)?;
+    let mut inputs = super::check_inputs(adapters, control)?;
     let mut results: BTreeMap<&LayerKey, Done> = BTreeMap::new();
     let mut shared = Vec::new();
     for planned in plan.layers() {
@@ -47,19 +47,25 @@ pub(super) fn run<'a>(
         }
     }
     let (total, mut done) = (shared.len(), 0);
-    for (chunk, on) in super::chunks(device, &shared, |layer| size(layer)) {
-        control.step("merge", &chunk[0].name, done, total)?;
-        let jobs: Vec<Job<'_>> =
-            chunk.iter().map(|planned| Job { planned, members: super::members(planned, adapters) }).collect();
-        tracing::debug!(layers = jobs.len(), gpu = on.is_gpu(), "merging a chunk");
-        for (planned, mut merged) in chunk.iter().zip(merge(&on, &jobs)?) {
-            if on.is_gpu() != device.is_gpu() {
-                merged.report.notes.push(TOO_LARGE.into());
+    let chunks = || -> Result<()> {
+        for (chunk, on) in super::chunks(device, &shared, |layer| size(layer)) {
+            control.step("merge", &chunk[0].name, done, total)?;
+            let jobs: Vec<Job<'_>> = chunk
+                .iter()
+                .map(|planned| Job { planned, members: super::members(planned, adapters) })
+                .collect();
+            tracing::debug!(layers = jobs.len(), gpu = on.is_gpu(), "merging a chunk");
+            for (planned, mut merged) in chunk.iter().zip(merge(&on, &jobs)?) {
+                if on.is_gpu() != device.is_gpu() {
+                    merged.report.notes.push(TOO_LARGE.into());
+                }
+                results.insert(&planned.key, merged);
             }
-            results.insert(&planned.key, merged);
+            done += chunk.len();
         }
-        done += chunk.len();
-    }
+        Ok(())
+    };
+    super::hash_inputs(&mut inputs, adapters, chunks)?;
     control.finish("merge", total);
 
     let mut notes = plan.notes().to_vec();

@@ -29,8 +29,6 @@ pub use truncate::{Spectrum, Truncation};
 
 use std::collections::BTreeMap;
 
-use rayon::prelude::*;
-
 use crate::adapter::dotted;
 use crate::calibration::arena;
 use crate::{Adapter, Control, Device, Layer, Matrix, Result, Weighted};
@@ -45,7 +43,7 @@ pub struct Merged {
     pub report: Report,
 }
 
-/// Reads all values of the inputs once: refuses NaN and infinity, and hashes the files.
+/// Reads all values of the inputs once, and refuses NaN and infinity. [`hash_inputs`] adds the hashes.
 fn check_inputs(adapters: &[Weighted<'_>], control: &Control<'_>) -> Result<Vec<InputReport>> {
     let mut inputs = Vec::new();
     for (i, Weighted { adapter, strength }) in adapters.iter().enumerate() {
@@ -60,10 +58,17 @@ fn check_inputs(adapters: &[Weighted<'_>], control: &Control<'_>) -> Result<Vec<
         });
     }
     control.finish("check", adapters.len());
-    inputs.par_iter_mut().zip(adapters).for_each(|(input, weighted)| {
-        input.sha256 = weighted.adapter.file_sha256().ok();
-    });
     Ok(inputs)
+}
+
+/// Hashes the inputs' files while `merge` runs.
+fn hash_inputs<T>(inputs: &mut [InputReport], adapters: &[Weighted<'_>], merge: impl FnOnce() -> T) -> T {
+    rayon::in_place_scope(|scope| {
+        for (input, weighted) in inputs.iter_mut().zip(adapters) {
+            scope.spawn(|_| input.sha256 = weighted.adapter.file_sha256().ok());
+        }
+        merge()
+    })
 }
 
 /// The adapter of merged layers, spelled as the first input is. Its metadata: what all inputs agree on, and how

@@ -128,13 +128,18 @@ impl Rule {
     pub(super) fn entrywise(&self, members: &[Matrix], layer: &LayerKey) -> Matrix {
         let mut rule = self.entries(layer, &vec![0..0; members.len()], &vec![1.0; members.len()]);
         if let Self::Ties(ties) = self {
-            for (entry, member) in rule.members.iter_mut().zip(members) {
+            rule.members.par_iter_mut().zip(members).for_each(|(entry, member)| {
                 entry.threshold = threshold(&member.data, kept(ties.density, member.data.len()));
-            }
+            });
         }
-        Matrix::from_fn(members[0].rows, members[0].cols, |i, j| {
-            rule.merged(i, j, members.iter().map(|member| member[(i, j)]))
-        })
+        let (rows, cols) = (members[0].rows, members[0].cols);
+        let mut merged = Matrix::zeros(rows, cols);
+        merged.data.par_chunks_exact_mut(cols.max(1)).enumerate().for_each(|(i, row)| {
+            for (j, out) in row.iter_mut().enumerate() {
+                *out = rule.merged(i, j, members.iter().map(|member| member[(i, j)]));
+            }
+        });
+        merged
     }
 }
 

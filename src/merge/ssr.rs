@@ -159,7 +159,7 @@ impl<'a> Ssr<'a> {
         let start = Instant::now();
         self.check(adapters.len())?;
         let plan = Plan::new(adapters)?;
-        let inputs = super::check_inputs(adapters, &control)?;
+        let mut inputs = super::check_inputs(adapters, &control)?;
         // What is at strength 0 takes no part, with its tokens neither.
         let active: Vec<usize> = (0..adapters.len()).filter(|&i| adapters[i].strength != 0.0).collect();
         let pool = match self.calibration {
@@ -180,31 +180,35 @@ impl<'a> Ssr<'a> {
         }
         let total = routed.len();
         let mut done = 0;
-        for (chunk, on) in super::chunks(device, &routed, size) {
-            let mut jobs = Vec::new();
-            for planned in chunk {
-                control.step("merge", &planned.name, done, total)?;
-                done += 1;
-                let statistics = match self.calibration {
-                    None => None,
-                    Some(calibration) => {
-                        let tasks: Vec<usize> = active.iter().map(|&i| pool[i]).collect();
-                        let members: Vec<usize> = planned.members.iter().map(|&i| pool[i]).collect();
-                        Some(calibration.statistics(&planned.key, &tasks, &members)?)
-                    }
-                };
-                jobs.push(Job::new(planned, adapters, &active, statistics));
-            }
-            tracing::debug!(layers = jobs.len(), gpu = on.is_gpu(), "merging a chunk");
-            let keys: Vec<&LayerKey> = jobs.iter().map(|job| &job.planned.key).collect();
-            let mut merges = self.chunk(&on, &jobs)?;
-            if on.is_gpu() != device.is_gpu() {
-                for merge in &mut merges {
-                    merge.notes.push(TOO_LARGE.into());
+        let chunks = || -> Result<()> {
+            for (chunk, on) in super::chunks(device, &routed, size) {
+                let mut jobs = Vec::new();
+                for planned in chunk {
+                    control.step("merge", &planned.name, done, total)?;
+                    done += 1;
+                    let statistics = match self.calibration {
+                        None => None,
+                        Some(calibration) => {
+                            let tasks: Vec<usize> = active.iter().map(|&i| pool[i]).collect();
+                            let members: Vec<usize> = planned.members.iter().map(|&i| pool[i]).collect();
+                            Some(calibration.statistics(&planned.key, &tasks, &members)?)
+                        }
+                    };
+                    jobs.push(Job::new(planned, adapters, &active, statistics));
                 }
+                tracing::debug!(layers = jobs.len(), gpu = on.is_gpu(), "merging a chunk");
+                let keys: Vec<&LayerKey> = jobs.iter().map(|job| &job.planned.key).collect();
+                let mut merges = self.chunk(&on, &jobs)?;
+                if on.is_gpu() != device.is_gpu() {
+                    for merge in &mut merges {
+                        merge.notes.push(TOO_LARGE.into());
+                    }
+                }
+                results.extend(keys.into_iter().zip(merges));
             }
-            results.extend(keys.into_iter().zip(merges));
-        }
+            Ok(())
+        };
+        super::hash_inputs(&mut inputs, adapters, chunks)?;
         control.finish("merge", total);
 
         let mut notes = plan.notes().to_vec();

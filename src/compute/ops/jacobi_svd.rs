@@ -164,7 +164,7 @@ fn scaled(a: &Matrix, e: i32) -> Matrix {
 }
 
 /// The CPU twin for one matrix.
-fn jacobi_svd_cpu(a: &Matrix) -> Svd {
+pub(super) fn jacobi_svd_cpu(a: &Matrix) -> Svd {
     let n = a.rows;
     let e = exponent_of(largest(a));
     let a = scaled(a, -e);

@@ -1,5 +1,7 @@
+use faer::{Accum, MatRef, Par};
 use rayon::prelude::*;
 
+use super::jacobi_svd::jacobi_svd_cpu;
 use super::{ScaledRows, Svd, host, inner, jacobi_svd, rank_update, view};
 use crate::compute::{Batch, Device, Element, Shape};
 use crate::{Matrix, Result};
@@ -27,7 +29,8 @@ pub struct Qr {
 /// Gram matrices square the condition number: after rows are scaled, directions whose singular value is below about
 /// `√(rank·ε)` of the largest (1e-7 in f64, 6e-7 in double-single, at rank 32) are taken for zero. What is kept has
 /// ‖QQᵀ − I‖ ≤ 1e-6, as f32 rounds it, and each direction of A a relative error of about 1e-7 of its own size.
-/// On the CPU, faer's Householder QR in f64, which drops nothing.
+/// On the CPU two passes in f64 where the first bends rows by 1e-8 at most, else faer's Householder QR, which drops
+/// nothing.
 ///
 /// # Errors
 /// [`Error::Device`](crate::Error::Device).
@@ -97,37 +100,54 @@ struct Root {
     inverse: Matrix,
     /// What rounding of the Gram matrix does to the orthogonality of `Λ^-½·Wᵀ·A`.
     bend: f64,
+    /// Whether no direction was left out.
+    whole: bool,
 }
 
 fn roots(device: &Device, rows: &Batch) -> Result<Vec<Root>> {
     let epsilon = if device.sum() == Element::DoubleSingle { 1e-14 } else { f64::EPSILON };
     let grams = inner(device, rows, rows)?.download(device)?;
-    let root = |spectrum: &Svd| {
+    let spectra = jacobi_svd(device, &grams)?;
+    Ok(spectra.par_iter().map(|spectrum| Root::new(spectrum, epsilon)).collect())
+}
+
+impl Root {
+    /// From the spectrum of a Gram matrix whose entries have an error of `epsilon`.
+    fn new(spectrum: &Svd, epsilon: f64) -> Self {
         let n = spectrum.values.len();
         let largest = spectrum.values.first().copied().unwrap_or(0.0);
         let error = n.max(16) as f64 * epsilon * largest;
         let kept = spectrum.values.iter().take_while(|v| **v > error && **v > 0.0).count();
         let root = |k: usize| if k < kept { spectrum.values[k].sqrt() } else { 0.0 };
         let inverse = |k: usize| if k < kept { 1.0 / root(k) } else { 0.0 };
-        Root {
+        Self {
             left: Matrix::from_fn(n, n, |i, k| spectrum.left[(k, i)] * root(k)),
             inverse: Matrix::from_fn(n, n, |k, i| spectrum.left[(k, i)] * inverse(k)),
             bend: if kept > 0 { error / spectrum.values[kept - 1] } else { 0.0 },
+            whole: kept == n,
         }
-    };
-    Ok(jacobi_svd(device, &grams)?.par_iter().map(root).collect())
+    }
+
+    /// Whether one pass is as good as any.
+    fn is_exact(&self) -> bool {
+        self.whole && self.bend <= MAX_BEND
+    }
 }
 
 /// L with `L·Lᵀ = A·Aᵀ`, rank × rank: all that is to be known of A if only `X·A` counts, for any X.
 ///
 /// On a GPU from the Gram matrix, so that directions below about 1e-7 of the largest (of scaled rows) are taken for zero;
-/// on the CPU from faer's Householder QR in f64.
+/// on the CPU only where that is exact, else from faer's Householder QR in f64.
 ///
 /// # Errors
 /// [`Error::Device`](crate::Error::Device).
 pub fn qr_l(device: &Device, a: &ScaledRows) -> Result<Vec<Matrix>> {
     if !device.is_gpu() {
-        let l = |i: usize| a.unscale(i, l_cpu(&view(a.rows.host(i).unwrap_or_default(), a.rows.shapes()[i])));
+        let l = |i: usize| {
+            let rows = view(a.rows.host(i).unwrap_or_default(), a.rows.shapes()[i]);
+            let root = Some(root_cpu(rows)).filter(Root::is_exact);
+            a.unscale(i, root.map_or_else(|| l_cpu(rows), |root| root.left))
+        };
         return Ok((0..a.rows.len()).into_par_iter().map(l).collect());
     }
     if device.sum() == Element::Host {
@@ -139,15 +159,37 @@ pub fn qr_l(device: &Device, a: &ScaledRows) -> Result<Vec<Matrix>> {
 }
 
 /// Rᵀ of the QR decomposition of Aᵀ, padded to a square.
-fn l_cpu(a: &faer::MatRef<'_, f64>) -> Matrix {
+fn l_cpu(a: MatRef<'_, f64>) -> Matrix {
     let (rank, kept) = (a.nrows(), a.nrows().min(a.ncols()));
     let qr = a.transpose().qr();
     let r = qr.thin_R();
     Matrix::from_fn(rank, rank, |i, k| if k < kept && k <= i { r[(k, i)] } else { 0.0 })
 }
 
+fn root_cpu(a: MatRef<'_, f64>) -> Root {
+    let mut gram = Matrix::zeros(a.nrows(), a.nrows());
+    let shape = Shape::new(a.nrows(), a.nrows());
+    let into = super::view_mut(&mut gram.data, shape);
+    faer::linalg::matmul::matmul(into, Accum::Replace, a, a.transpose(), 1.0, Par::Seq);
+    Root::new(&jacobi_svd_cpu(&gram), f64::EPSILON)
+}
+
 /// The CPU twin for one matrix: Q and L.
 fn qr_cpu(a: &[f64], shape: Shape) -> (Matrix, Matrix) {
+    let root = root_cpu(view(a, shape));
+    if root.is_exact() {
+        let times = |x: &Matrix, y: &[f64]| {
+            let mut out = Matrix::zeros(x.rows, shape.cols);
+            let into = super::view_mut(&mut out.data, Shape::new(x.rows, shape.cols));
+            let (x, y) = (view(&x.data, Shape::new(x.rows, x.cols)), view(y, Shape::new(x.cols, shape.cols)));
+            faer::linalg::matmul::matmul(into, Accum::Replace, x, y, 1.0, Par::Seq);
+            out
+        };
+        // Once more, since there are digits for it in f64.
+        let q = times(&root.inverse, a);
+        let second = root_cpu(view(&q.data, shape));
+        return (times(&second.inverse, &q.data), product(&root.left, &second.left));
+    }
     let qr = view(a, shape).transpose().qr();
     let (q, r) = (qr.compute_thin_Q(), qr.thin_R());
     // Of a wide factor with more rows than columns, only so many directions exist.
