@@ -19,8 +19,6 @@ pub use report::{Action, InputReport, LayerReport, Losses, ProjectionReport, Rep
 pub use ssr::{Prior, Ridge, Ssr, SsrOptions};
 pub use svd::SvdMerge;
 
-use std::collections::BTreeMap;
-
 use rayon::prelude::*;
 
 use crate::adapter::dotted;
@@ -67,14 +65,8 @@ fn finish(
     adapters: &[Weighted<'_>],
     layers: Vec<Layer>,
 ) -> Result<Adapter> {
-    let (first, rest) = (adapters[0].adapter, &adapters[1..]);
-    let mut metadata: BTreeMap<String, String> = first.metadata().clone();
-    // Ranks and alphas of the inputs are not those of the result.
-    metadata.retain(|key, value| {
-        key != "lora_adapter_metadata"
-            && !key.starts_with("loraweld.")
-            && rest.iter().all(|other| other.adapter.metadata().get(key) == Some(value))
-    });
+    let first = adapters[0].adapter;
+    let mut metadata = Adapter::common_metadata(adapters.iter().map(|weighted| weighted.adapter));
     let inputs: Vec<_> = inputs
         .iter()
         .map(|i| serde_json::json!({ "name": i.name, "sha256": i.sha256, "strength": i.strength }))
@@ -85,7 +77,7 @@ fn finish(
         ("loraweld.inputs".to_owned(), serde_json::Value::from(inputs).to_string()),
         ("loraweld.version".to_owned(), env!("CARGO_PKG_VERSION").to_owned()),
     ]);
-    Ok(Adapter::new("merged", first.format(), layers)?.with_metadata(metadata))
+    Ok(Adapter::new("merged", first.format(), layers)?.spelled_like(first).with_metadata(metadata))
 }
 
 /// The members' layers, in order, with the factor on each: scale times strength.

@@ -60,7 +60,8 @@ impl Merged {
         }
         let mut metadata = adapter.metadata().clone();
         metadata.insert("loraweld.rank".into(), rank.to_string());
-        let adapter = Adapter::new(adapter.name(), adapter.format(), layers)?.with_metadata(metadata);
+        let adapter =
+            Adapter::new(adapter.name(), adapter.format(), layers)?.spelled_like(&adapter).with_metadata(metadata);
         Ok(Self { adapter, report })
     }
 }

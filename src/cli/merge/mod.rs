@@ -14,7 +14,7 @@ use loraweld::merge::{Action, Losses, PlannedLayer, Report};
 use loraweld::{Adapter, Control, Device, Dtype, Merged, Plan, SaveOptions, Weighted};
 use serde_json::json;
 
-use super::args::{Global, LoraArg, Memory, OutputFormat, dtype, open_adapters};
+use super::args::{ByLayer, Global, LoraArg, Memory, OutputFormat, Reading, dtype, open_adapters};
 use super::layers::{group, pattern, range};
 use super::output::{Output, Table, count, size, some};
 use super::usage;
@@ -57,7 +57,8 @@ struct Common {
     /// Type of the output's tensors: `f16`, `bf16` or `f32` [default: the widest input's].
     #[arg(long, value_name = "TYPE", value_parser = dtype)]
     dtype: Option<Dtype>,
-    /// Spelling of the output's keys: `same` (as the first input), `peft`, `kohya` or `comfyui`.
+    /// Spelling of the output's keys: `same` (as the first input), `peft` (or `diffusers`), `kohya`, `comfyui`, `bfl` or
+    /// `xlabs`.
     #[arg(long, value_name = "FORMAT", default_value = "same", value_parser = OutputFormat::parse)]
     format: OutputFormat,
     /// Say what matches, its shapes, ranks and bytes, and write nothing.
@@ -71,12 +72,18 @@ struct Common {
     force: bool,
     #[command(flatten)]
     memory: Memory,
+    #[command(flatten)]
+    by_layer: ByLayer,
+    #[command(flatten)]
+    reading: Reading,
 }
 
 /// What is merged, opened and checked.
 struct Inputs {
     adapters: Vec<Adapter>,
     strengths: Vec<f64>,
+    /// Strengths by layer, in words.
+    by_layer: Option<String>,
     plan: Plan,
     /// Files that are never overwritten.
     files: Vec<PathBuf>,
@@ -103,7 +110,7 @@ impl Common {
         let mut files: Vec<_> = loras.iter().map(|lora| lora.path.clone()).collect();
         files.extend(others.iter().map(|path| path.to_path_buf()));
         self.check_targets(&files, out)?;
-        let adapters = open_adapters(loras)?;
+        let (adapters, by_layer) = self.by_layer.apply(open_adapters(loras, &self.reading)?)?;
         // A merge checks its inputs itself.
         for adapter in adapters.iter().filter(|_| self.dry_run) {
             adapter.check_finite()?;
@@ -111,7 +118,7 @@ impl Common {
         let strengths: Vec<_> = loras.iter().map(|lora| lora.strength).collect();
         let weighted: Vec<_> = adapters.iter().zip(&strengths).map(|(a, &s)| a.at(s)).collect();
         let plan = Plan::new(&weighted)?;
-        let inputs = Inputs { adapters, strengths, plan, files };
+        let inputs = Inputs { adapters, strengths, by_layer, plan, files };
         inputs.describe(out)?;
         Ok(inputs)
     }
@@ -205,12 +212,14 @@ impl Common {
         say_notes(&report, &inputs.plan, out)?;
 
         let dtype = self.dtype.unwrap_or(inputs.dtype());
+        let mut metadata = adapter.metadata().clone();
+        metadata.extend(inputs.by_layer.clone().map(|text| ("loraweld.strengths".to_owned(), text)));
         let options = SaveOptions {
             dtype: Some(dtype),
             format: self.format.format(),
             overwrite: self.force,
             protect: inputs.files.clone(),
-            metadata: adapter.metadata().clone(),
+            metadata,
         };
         adapter.save(output, &options)?;
         let format = options.format.unwrap_or(adapter.format());
@@ -260,6 +269,9 @@ impl Inputs {
             let rank = range(layers.iter().map(|layer| layer.rank));
             let layers = count(layers.len(), "layer");
             out.info(format_args!("input      {} at {strength}: {layers}, rank {rank}", adapter.name()))?;
+            for note in adapter.notes() {
+                out.warn(note)?;
+            }
         }
         let layers = self.plan.layers();
         let n = self.adapters.len();
