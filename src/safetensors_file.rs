@@ -14,8 +14,8 @@ use std::sync::Arc;
 use memmap2::Mmap;
 pub use safetensors::Dtype as FileDtype;
 use safetensors::tensor::TensorInfo;
-use sha2::{Digest, Sha256};
 use serde::de::{Deserialize, Deserializer, MapAccess, Visitor};
+use sha2::{Digest, Sha256};
 
 use crate::{Error, Result};
 

@@ -1,42 +1,24 @@
 //! Reading and writing of adapter files.
 
-use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use half::{bf16, f16};
-use loraweld::adapter::{Adapter, Format, Layer, LayerKey, OpenOptions, SaveOptions, ScaleRule, write_atomic};
+use loraweld::adapter::{
+    Adapter, Format, Layer, LayerKey, OpenOptions, SaveOptions, ScaleRule, write_atomic,
+};
 use loraweld::{Dtype, Error, Matrix};
 use proptest::prelude::*;
 use sha2::{Digest, Sha256};
 use tempfile::TempDir;
 
+#[path = "common/files.rs"]
+mod files;
+
+use files::{Raw, f32s, file_of};
+
 fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/loras").join(name)
-}
-
-/// A tensor for a file made by hand: key, type, shape, bytes.
-type Raw<'a> = (&'a str, &'a str, &'a [usize], Vec<u8>);
-
-fn file_of(metadata: &[(&str, &str)], tensors: &[Raw]) -> Vec<u8> {
-    let mut header = serde_json::Map::new();
-    header.insert(
-        "__metadata__".into(),
-        metadata.iter().copied().collect::<BTreeMap<_, _>>().into_iter().collect(),
-    );
-    let mut data = Vec::new();
-    for (key, dtype, shape, bytes) in tensors {
-        let end = data.len() + bytes.len();
-        let info = serde_json::json!({"dtype": dtype, "shape": shape, "data_offsets": [data.len(), end]});
-        header.insert((*key).into(), info);
-        data.extend(bytes);
-    }
-    let header = serde_json::to_vec(&header).unwrap();
-    [&(header.len() as u64).to_le_bytes()[..], &header, &data].concat()
-}
-
-fn f32s(values: &[f32]) -> Vec<u8> {
-    values.iter().flat_map(|v| v.to_le_bytes()).collect()
 }
 
 /// A file with one layer of rank 2, 3 wide and 2 tall, under the given keys, and more.
@@ -167,7 +149,9 @@ fn saving_and_reading_back_changes_nothing() {
                 let kept = adapter.layers()[0].scale.rule == ScaleRule::AlphaTensor && format != Format::Peft;
                 let scale = if kept { adapter.layers()[0].scale.value } else { 1.0 };
                 assert!(back.layers().iter().all(|l| l.scale.value == scale));
-                assert!(kept || back.layers().iter().all(|l| l.scale.alpha.is_none_or(|a| a == l.rank as f64)));
+                assert!(
+                    kept || back.layers().iter().all(|l| l.scale.alpha.is_none_or(|a| a == l.rank as f64))
+                );
                 adapter.save(&path, &options).unwrap();
                 assert_eq!(fs::read(&path).unwrap(), bytes, "the bytes should be the same every time");
                 // Scale 1 now, so that the second time every tensor is copied.
@@ -338,9 +322,14 @@ fn scales_follow_the_precedence() {
     assert_eq!(scale(&[], &alpha("F32", &f32s(&[0.0]))).value, 0.0);
 
     // PEFT's patterns: the module's whole name, or its end after a dot.
-    for (pattern, value) in
-        [("m.0.to_q", 3.5), ("to_q", 3.5), ("^m\\\\.0\\\\.to_q$", 3.5), ("m.*to_[qk]", 3.5), ("o_q", 1.0), ("^to_q", 1.0)]
-    {
+    for (pattern, value) in [
+        ("m.0.to_q", 3.5),
+        ("to_q", 3.5),
+        ("^m\\\\.0\\\\.to_q$", 3.5),
+        ("m.*to_[qk]", 3.5),
+        ("o_q", 1.0),
+        ("^to_q", 1.0),
+    ] {
         let text = format!(r#"{{"unet.lora_alpha": 2, "unet.alpha_pattern": {{"{pattern}": 7}}}}"#);
         assert_eq!(scale(&[peft(&text)], &[]).value, value, "{pattern}");
     }
@@ -386,11 +375,15 @@ fn other_adapters_are_refused_by_name() {
         ("w_norm", "norm", "--skip-unsupported"),
         ("lora_B.bias", "bias", "--skip-unsupported"),
     ] {
-        let shape: &[usize] = if suffix.starts_with(['h', 'l']) && suffix.contains('w') { &[2, 1] } else { &[2] };
+        let shape: &[usize] =
+            if suffix.starts_with(['h', 'l']) && suffix.contains('w') { &[2, 1] } else { &[2] };
         assert_contains(&extra(suffix, shape), &[suffix, kind, hint]);
     }
     let dora = [("lora_adapter_metadata", r#"{"transformer.use_dora": true}"#)];
-    assert_contains(&error(one(A, B, &dora, &[])), &["transformer.use_dora", "DoRA", "lora_magnitude_vector"]);
+    assert_contains(
+        &error(one(A, B, &dora, &[])),
+        &["transformer.use_dora", "DoRA", "lora_magnitude_vector"],
+    );
     let oft = [("lora_adapter_metadata", r#"{"peft_type": "OFT"}"#)];
     assert_contains(&error(one(A, B, &oft, &[])), &["OFT", "LORA, LOHA and LOKR"]);
 }
@@ -478,7 +471,11 @@ fn broken_layers_are_refused() {
         ("ss_network_alpha", "inf", "not a number"),
         ("lora_adapter_metadata", "[", "JSON object"),
         ("lora_adapter_metadata", r#"{"lora_alpha": "x"}"#, "makes no sense"),
-        ("lora_adapter_metadata", r#"{"alpha_pattern": {"(to_q": 3}}"#, "`(to_q`, which is no regular expression"),
+        (
+            "lora_adapter_metadata",
+            r#"{"alpha_pattern": {"(to_q": 3}}"#,
+            "`(to_q`, which is no regular expression",
+        ),
     ] {
         assert_contains(&error(one(A, B, &[(key, value)], &[])), &[key, reason]);
     }

@@ -32,8 +32,8 @@ const PRESETS: &[BlockPreset] = &[
     BlockPreset {
         families: SD,
         names: &[
-            "BASE", "IN01", "IN02", "IN04", "IN05", "IN07", "IN08", "M00", "OUT03", "OUT04", "OUT05", "OUT06",
-            "OUT07", "OUT08", "OUT09", "OUT10", "OUT11",
+            "BASE", "IN01", "IN02", "IN04", "IN05", "IN07", "IN08", "M00", "OUT03", "OUT04", "OUT05",
+            "OUT06", "OUT07", "OUT08", "OUT09", "OUT10", "OUT11",
         ],
     },
     BlockPreset {
@@ -47,7 +47,8 @@ const PRESETS: &[BlockPreset] = &[
     BlockPreset {
         families: XL,
         names: &[
-            "BASE", "IN04", "IN05", "IN07", "IN08", "M00", "OUT00", "OUT01", "OUT02", "OUT03", "OUT04", "OUT05",
+            "BASE", "IN04", "IN05", "IN07", "IN08", "M00", "OUT00", "OUT01", "OUT02", "OUT03", "OUT04",
+            "OUT05",
         ],
     },
     BlockPreset {
@@ -60,11 +61,11 @@ const PRESETS: &[BlockPreset] = &[
     BlockPreset {
         families: FLUX,
         names: &[
-            "CLIP", "T5", "IN", "D00", "D01", "D02", "D03", "D04", "D05", "D06", "D07", "D08", "D09", "D10", "D11",
-            "D12", "D13", "D14", "D15", "D16", "D17", "D18", "S00", "S01", "S02", "S03", "S04", "S05", "S06", "S07",
-            "S08", "S09", "S10", "S11", "S12", "S13", "S14", "S15", "S16", "S17", "S18", "S19", "S20", "S21", "S22",
-            "S23", "S24", "S25", "S26", "S27", "S28", "S29", "S30", "S31", "S32", "S33", "S34", "S35", "S36", "S37",
-            "OUT",
+            "CLIP", "T5", "IN", "D00", "D01", "D02", "D03", "D04", "D05", "D06", "D07", "D08", "D09", "D10",
+            "D11", "D12", "D13", "D14", "D15", "D16", "D17", "D18", "S00", "S01", "S02", "S03", "S04", "S05",
+            "S06", "S07", "S08", "S09", "S10", "S11", "S12", "S13", "S14", "S15", "S16", "S17", "S18", "S19",
+            "S20", "S21", "S22", "S23", "S24", "S25", "S26", "S27", "S28", "S29", "S30", "S31", "S32", "S33",
+            "S34", "S35", "S36", "S37", "OUT",
         ],
     },
 ];
@@ -148,13 +149,16 @@ pub(super) fn block(layer: &Layer) -> String {
     };
     let named = |kind: &str, n: usize| format!("{kind}{n:02}");
     if layer.family.is_unet() {
-        let path = layer.family.place(key, Names::Native).filter(|_| component.is_empty()).map(|place| place.path);
+        let path =
+            layer.family.place(key, Names::Native).filter(|_| component.is_empty()).map(|place| place.path);
         let path = path.unwrap_or_default();
         if path.starts_with("middle_block.") {
             return named("M", 0);
         }
         let input = number("input_blocks.", &path).map(|n| named("IN", n));
-        return input.or(number("output_blocks.", &path).map(|n| named("OUT", n))).unwrap_or("BASE".to_owned());
+        return input
+            .or(number("output_blocks.", &path).map(|n| named("OUT", n)))
+            .unwrap_or("BASE".to_owned());
     }
     match component {
         "" => {
@@ -206,7 +210,10 @@ impl Strengths {
         });
         let layers: Vec<Layer> = layers.collect();
         let note = (outside > 0).then(|| {
-            format!("`{}`: {outside} layers are in no block of the list, and are at strength 1", adapter.name())
+            format!(
+                "`{}`: {outside} layers are in no block of the list, and are at strength 1",
+                adapter.name()
+            )
         });
         Ok((layers, note))
     }

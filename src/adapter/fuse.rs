@@ -144,12 +144,19 @@ mod tests {
     fn blocks_are_found() {
         let three = [0..1, 1..2, 2..3];
         assert_eq!(found(&[&[1., 2.], &[3., 4.], &[5., 6.]], &three), None);
-        assert_eq!(found(&[&[1., 0., 0.], &[0., 1., 0.], &[0., 0., 1.]], &three), Some(vec![0..1, 1..2, 2..3]));
+        assert_eq!(
+            found(&[&[1., 0., 0.], &[0., 1., 0.], &[0., 0., 1.]], &three),
+            Some(vec![0..1, 1..2, 2..3])
+        );
         // A zero at the border of a share is the share's.
-        let rows: &[&[f32]] = &[&[1., 0., 0., 0., 0., 0.], &[0., 0., 1., 1., 0., 0.], &[0., 0., 0., 0., 0., 1.]];
+        let rows: &[&[f32]] =
+            &[&[1., 0., 0., 0., 0., 0.], &[0., 0., 1., 1., 0., 0.], &[0., 0., 0., 0., 0., 1.]];
         assert_eq!(found(rows, &three), Some(vec![0..2, 2..4, 4..6]));
         // Unequal shares, and a part that is not adapted.
-        assert_eq!(found(&[&[1., 1., 0.], &[0., 0., 0.], &[0., 0., 1.]], &three), Some(vec![0..2, 2..2, 2..3]));
+        assert_eq!(
+            found(&[&[1., 1., 0.], &[0., 0., 0.], &[0., 0., 1.]], &three),
+            Some(vec![0..2, 2..2, 2..3])
+        );
         assert_eq!(found(&[&[1., 1.], &[0., 0.], &[0., 0.]], &three), Some(vec![0..2, 2..2, 2..2]));
         // Shared columns, and an untrained layer.
         assert_eq!(found(&[&[1., 1.], &[0., 1.], &[1., 0.]], &three), None);

@@ -513,7 +513,11 @@ mod tests {
             ("m.a1.weight", "GLoRA"),
             ("m.ia3_l.default", "IA3"),
         ] {
-            assert!(matches!(split(key), Split::Foreign("m", k) if k.contains(kind)), "{key}: {:?}", split(key));
+            assert!(
+                matches!(split(key), Split::Foreign("m", k) if k.contains(kind)),
+                "{key}: {:?}",
+                split(key)
+            );
         }
     }
 

@@ -74,7 +74,9 @@ impl Adapter {
     /// The title that the file gives itself, or its name.
     pub fn title(&self) -> &str {
         let said = ["modelspec.title", "ss_output_name"].iter().filter_map(|key| self.metadata().get(*key));
-        said.map(|title| title.trim()).find(|title| !title.is_empty() && *title != "None").unwrap_or(self.name())
+        said.map(|title| title.trim())
+            .find(|title| !title.is_empty() && *title != "None")
+            .unwrap_or(self.name())
     }
 }
 
@@ -88,7 +90,11 @@ fn joined_tags<'a>(texts: impl Iterator<Item = &'a String>) -> Option<String> {
             let counts = all.entry(folder).or_insert_with(|| Value::Object(Map::new()));
             let Value::Object(counts) = counts else { continue };
             for (tag, n) in tags {
-                let sum = counts.get(&tag).and_then(Value::as_u64).unwrap_or(0).checked_add(n.as_u64().unwrap_or(0));
+                let sum = counts
+                    .get(&tag)
+                    .and_then(Value::as_u64)
+                    .unwrap_or(0)
+                    .checked_add(n.as_u64().unwrap_or(0));
                 counts.insert(tag, sum.unwrap_or(u64::MAX).into());
             }
         }

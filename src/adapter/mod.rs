@@ -30,12 +30,12 @@ use rayon::prelude::*;
 pub use self::atomic::{check_target, same_file, write_atomic};
 pub use self::blocks::{BlockPreset, Strengths};
 pub use self::families::Family;
+use self::families::{Fused, Names};
 pub use self::keys::LayerKey;
 pub use self::read::OpenOptions;
 pub use self::scale::{Scale, ScaleRule};
-pub use self::write::SaveOptions;
-use self::families::{Fused, Names};
 use self::spelling::{Spelling, Usual};
+pub use self::write::SaveOptions;
 use crate::safetensors_file::SafetensorsFile;
 use crate::{Dtype, Error, Matrix, RawMatrix, Result};
 
@@ -422,7 +422,10 @@ impl Layer {
             let standard = Spelling::standard(Format::of(prefix, path, names), family);
             Arc::new(Spelling { names: names.unwrap_or(standard.names), ..standard })
         });
-        let (a, b) = (Tensor::of(a, format!("{module}.lora_A.weight")), Tensor::of(b, format!("{module}.lora_B.weight")));
+        let (a, b) = (
+            Tensor::of(a, format!("{module}.lora_A.weight")),
+            Tensor::of(b, format!("{module}.lora_B.weight")),
+        );
         Ok(Self {
             key,
             module: path.to_owned(),

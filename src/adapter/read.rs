@@ -87,7 +87,9 @@ pub(super) fn read(
     {
         return Err(Error::file(
             path,
-            format!("`{key}` is set, but it holds no norms: DoRA needs `lora_magnitude_vector` beside its factors"),
+            format!(
+                "`{key}` is set, but it holds no norms: DoRA needs `lora_magnitude_vector` beside its factors"
+            ),
         ));
     }
     let clues: Vec<Clue> = groups.iter().map(|(key, group)| group.clue(file, key)).collect();
@@ -179,7 +181,8 @@ fn groups<'a>(file: &'a SafetensorsFile, options: &OpenOptions) -> Result<(Group
         skipped.insert("no known kind", unknown);
     }
     if groups.is_empty() {
-        let what = if skipped.is_empty() { "there is no tensor in it" } else { "nothing in it can be merged" };
+        let what =
+            if skipped.is_empty() { "there is no tensor in it" } else { "nothing in it can be merged" };
         return Err(Error::file(path, format!("it holds no LoRA layers: {what}")));
     }
     let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy();
@@ -354,7 +357,8 @@ pub(super) fn lora(
         let core = factor(file, &mid, "[rank, rank, kernel...]")?;
         dims = mid.shape.get(2..).unwrap_or_default().to_vec();
         if a_dims.iter().any(|&d| d != 1) || mid.shape.get(1) != Some(&a_out.rows) {
-            let reason = format!("has the shape {:?}, which does not fit `{}` of {:?}", mid.shape, a.name, a.shape);
+            let reason =
+                format!("has the shape {:?}, which does not fit `{}` of {:?}", mid.shape, a.name, a.shape);
             return Err(Error::tensor(path, mid.name, reason));
         }
         a_out = contracted(&core, &a_out, dims.iter().product());

@@ -188,7 +188,12 @@ fn configured(configs: &[LoraConfig], key: &LayerKey, module: &str) -> Option<(f
 }
 
 /// Reads a PEFT configuration, or several in one object, told apart by `<component>.` before each field.
-fn configs(path: &Path, what: &str, text: &str, dora: &mut Option<(PathBuf, String)>) -> Result<Vec<LoraConfig>> {
+fn configs(
+    path: &Path,
+    what: &str,
+    text: &str,
+    dora: &mut Option<(PathBuf, String)>,
+) -> Result<Vec<LoraConfig>> {
     let fail = |reason: String| Error::file(path, reason);
     let fields: Map<String, Value> = serde_json::from_str(text)
         .map_err(|e| fail(format!("{what} should hold a JSON object with PEFT's configuration: {e}")))?;
@@ -204,11 +209,15 @@ fn configs(path: &Path, what: &str, text: &str, dora: &mut Option<(PathBuf, Stri
         let config = &mut configs[i];
         match field {
             // PEFT calls it `alpha` for LoHa and LoKr.
-            "lora_alpha" | "alpha" if !value.is_null() => config.alpha = Some(value.as_f64().ok_or_else(wrong)?),
+            "lora_alpha" | "alpha" if !value.is_null() => {
+                config.alpha = Some(value.as_f64().ok_or_else(wrong)?)
+            }
             "alpha_pattern" if !value.is_null() => {
                 for (pattern, alpha) in value.as_object().ok_or_else(wrong)? {
                     let regex = Pattern::new(pattern).map_err(|e| {
-                        fail(format!("{what}: `{key}` holds `{pattern}`, which is no regular expression: {e}"))
+                        fail(format!(
+                            "{what}: `{key}` holds `{pattern}`, which is no regular expression: {e}"
+                        ))
                     })?;
                     config.alpha_pattern.push((regex, alpha.as_f64().ok_or_else(wrong)?));
                 }

@@ -62,7 +62,8 @@ impl Usual {
                 prefixes.entry(layer.key.component()).or_default().push(&layer.prefix);
             }
         }
-        let prefixes = prefixes.into_iter().filter_map(|(c, p)| Some((c.to_owned(), (*most(p.iter())?).to_owned())));
+        let prefixes =
+            prefixes.into_iter().filter_map(|(c, p)| Some((c.to_owned(), (*most(p.iter())?).to_owned())));
         Some(Self { spelling, prefixes: prefixes.collect() })
     }
 }

@@ -93,8 +93,10 @@ pub(super) fn save(adapter: &Adapter, path: &Path, options: &SaveOptions) -> Res
     }
     let protect: Vec<PathBuf> = protect.into_iter().collect();
     write_atomic(path, options.overwrite, &protect, |out| {
-        let tensors: Vec<_> = modules.iter().flat_map(|module| module.tensors(&target.spelling, dtype)).collect();
-        let metadata = metadata::written(&modules, target.spelling.format, adapter.family(), &given, &tensors)?;
+        let tensors: Vec<_> =
+            modules.iter().flat_map(|module| module.tensors(&target.spelling, dtype)).collect();
+        let metadata =
+            metadata::written(&modules, target.spelling.format, adapter.family(), &given, &tensors)?;
         write_safetensors(out, &metadata, tensors)
     })
 }
@@ -105,11 +107,17 @@ impl Target {
         let one_encoder = has(&is_unet) && !has(&|layer| layer.key.component() == "text_encoder_2");
         let own = adapter.0.usual.as_ref().filter(|own| own.spelling.names != Names::Processor);
         if let (None, Some(Usual { spelling, prefixes })) = (format, own) {
-            return Self { spelling: (**spelling).clone(), prefixes: prefixes.clone(), own: true, one_encoder };
+            return Self {
+                spelling: (**spelling).clone(),
+                prefixes: prefixes.clone(),
+                own: true,
+                one_encoder,
+            };
         }
         let format = format.unwrap_or(adapter.format());
         let spelling = Spelling::standard(format, adapter.family());
-        let usual = Usual::of(adapter.layers(), format).filter(|usual| usual.spelling.names == spelling.names);
+        let usual =
+            Usual::of(adapter.layers(), format).filter(|usual| usual.spelling.names == spelling.names);
         let prefixes = usual.map_or_else(BTreeMap::new, |usual| usual.prefixes);
         Self { spelling, prefixes, own: false, one_encoder }
     }
@@ -147,7 +155,9 @@ impl Target {
                 Some(part) if self.own => {
                     return Ok(Place { part: Some((part.index, part.fused)), ..whole(&part.module) });
                 }
-                None if self.spelling.is_flat() || layer.module.contains('.') => return Ok(whole(&layer.module)),
+                None if self.spelling.is_flat() || layer.module.contains('.') => {
+                    return Ok(whole(&layer.module));
+                }
                 None if layer.family == Family::Generic => return Ok(whole(&layer.module)),
                 _ => {}
             }
@@ -168,7 +178,9 @@ impl Target {
                     Family::Generic => format!(
                         "the model that it is for is not known, and so not what it is called in {format}; choose                          another format"
                     ),
-                    _ => format!("it has no name of {family} in {format} that is known; choose another format"),
+                    _ => {
+                        format!("it has no name of {family} in {format} that is known; choose another format")
+                    }
                 };
                 return Err(Error::layer(layer.name(), reason));
             }
@@ -221,7 +233,9 @@ fn joined<'a>(
     fused: Option<&'static Fused>,
     parts: &[(usize, &'a Layer)],
 ) -> Result<Module<'a>> {
-    let Some(&(_, layer)) = parts.first() else { return Err(Error::Invalid(format!("`{name}` has no layer"))) };
+    let Some(&(_, layer)) = parts.first() else {
+        return Err(Error::Invalid(format!("`{name}` has no layer")));
+    };
     let shared = parts.iter().all(|(_, other)| other.a.same(&layer.a));
     let known: BTreeMap<usize, usize> = parts.iter().map(|(index, layer)| (*index, layer.output)).collect();
     let (mut row, mut col, mut next) = (0, 0, parts.iter().peekable());
@@ -232,14 +246,20 @@ fn joined<'a>(
             continue;
         };
         if part.input != layer.input {
-            let reason = format!("reads {} inputs, but `{}`, with which `{name}` fuses it, {}", part.input, layer.name(), layer.input);
+            let reason = format!(
+                "reads {} inputs, but `{}`, with which `{name}` fuses it, {}",
+                part.input,
+                layer.name(),
+                layer.input
+            );
             return Err(Error::layer(part.name(), reason));
         }
         pieces.push(Piece { layer: part, row, col, fold: 1.0 });
         row += part.output;
         col += if shared { 0 } else { part.rank };
     }
-    let a: Vec<&Tensor> = if shared { vec![&layer.a] } else { parts.iter().map(|(_, part)| &part.a).collect() };
+    let a: Vec<&Tensor> =
+        if shared { vec![&layer.a] } else { parts.iter().map(|(_, part)| &part.a).collect() };
     let rank = a.iter().map(|a| a.rows).sum();
     Ok(Module {
         name,
@@ -269,8 +289,7 @@ impl Module<'_> {
         }
         let all = |of: &dyn Fn(&Layer) -> bool| self.pieces.iter().all(|piece| of(piece.layer));
         let one = all(&|layer| layer.scale.value == scale.value);
-        let folds =
-            all(&|l| l.scale.value == 1.0 || folds_exactly(l.b(), l.scale.value, dtype));
+        let folds = all(&|l| l.scale.value == 1.0 || folds_exactly(l.b(), l.scale.value, dtype));
         // An alpha of the file's stays what it is.
         let kept = spelling.alpha && all(&|layer| layer.scale.rule == ScaleRule::AlphaTensor);
         let place = spelling.alpha || matches!(spelling.format, Format::Kohya | Format::Comfyui);
@@ -278,7 +297,8 @@ impl Module<'_> {
         self.has_alpha = spelling.alpha;
         if one && place && (kept || !folds) {
             // scale · rank may be off by a rounding.
-            self.alpha = scale.alpha.filter(|alpha| alpha / rank == scale.value).unwrap_or(scale.value * rank);
+            self.alpha =
+                scale.alpha.filter(|alpha| alpha / rank == scale.value).unwrap_or(scale.value * rank);
             self.has_alpha = true;
             return Ok(());
         }

@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 use clap::builder::{OsStringValueParser, TypedValueParser, ValueParser};
-use loraweld::compute::{Device, DeviceOptions, Precision, Select};
 use loraweld::adapter::BlockPreset;
+use loraweld::compute::{Device, DeviceOptions, Precision, Select};
 use loraweld::{Adapter, Dtype, Format, OpenOptions, Strengths};
 
 use super::output::Output;
@@ -125,11 +125,9 @@ impl OutputFormat {
         if text == "diffusers" {
             return Ok(Self::As(Format::Peft));
         }
-        Format::ALL
-            .into_iter()
-            .find(|format| format.name() == text)
-            .map(Self::As)
-            .ok_or_else(|| "expected `same`, `peft` (or `diffusers`), `kohya`, `comfyui`, `bfl` or `xlabs`".into())
+        Format::ALL.into_iter().find(|format| format.name() == text).map(Self::As).ok_or_else(|| {
+            "expected `same`, `peft` (or `diffusers`), `kohya`, `comfyui`, `bfl` or `xlabs`".into()
+        })
     }
 }
 
@@ -270,8 +268,10 @@ impl ByLayer {
             Some((name, rest)) if names.iter().any(|n| n == name) => (Some(name.to_owned()), rest.to_owned()),
             _ => (None, text.to_owned()),
         };
-        let is_for = |whose: &Option<String>, adapter: &Adapter| whose.as_ref().is_none_or(|n| n == adapter.name());
-        let rules: Vec<_> = self.strength_for.iter().map(|(text, strength)| (split(text), *strength)).collect();
+        let is_for =
+            |whose: &Option<String>, adapter: &Adapter| whose.as_ref().is_none_or(|n| n == adapter.name());
+        let rules: Vec<_> =
+            self.strength_for.iter().map(|(text, strength)| (split(text), *strength)).collect();
         for ((whose, pattern), _) in &rules {
             let of = adapters.iter().filter(|adapter| is_for(whose, adapter));
             if !of.flat_map(|adapter| adapter.layers()).any(|layer| layer.matches(pattern)) {
@@ -286,7 +286,8 @@ impl ByLayer {
                     is_for(whose, &adapter) && adapter.layers().iter().any(|layer| layer.matches(pattern))
                 });
                 let by_name = rules.map(|((_, pattern), strength)| (pattern.clone(), *strength)).collect();
-                let blocks = self.blocks.iter().map(|text| split(text)).filter(|(whose, _)| is_for(whose, &adapter));
+                let blocks =
+                    self.blocks.iter().map(|text| split(text)).filter(|(whose, _)| is_for(whose, &adapter));
                 let by_block = blocks.last().map(|(_, text)| blocks_of(&adapter, &text)).transpose()?;
                 let strengths = Strengths { by_name, by_block };
                 if strengths.is_empty() {

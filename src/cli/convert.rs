@@ -62,7 +62,8 @@ impl Convert {
         metadata.insert("loraweld.version".into(), env!("CARGO_PKG_VERSION").into());
         metadata.extend(strengths.map(|text| ("loraweld.strengths".to_owned(), text)));
         let dtype = self.dtype;
-        let options = SaveOptions { dtype, format: self.format.format(), overwrite: self.force, protect, metadata };
+        let options =
+            SaveOptions { dtype, format: self.format.format(), overwrite: self.force, protect, metadata };
         adapter.save(&self.output, &options)?;
         let bytes = std::fs::metadata(&self.output).map(|meta| meta.len()).unwrap_or_default();
         let format = options.format.unwrap_or(adapter.format());
@@ -82,7 +83,11 @@ impl Convert {
             }),
         )?;
         let layers = count(adapter.layers().len(), "layer");
-        out.info(format_args!("converted  {layers} ({}) from {} to {format}", adapter.family(), adapter.format()))?;
+        out.info(format_args!(
+            "converted  {layers} ({}) from {} to {format}",
+            adapter.family(),
+            adapter.format()
+        ))?;
         out.info(format_args!("wrote      {} ({}, {dtype}, {format})", self.output.display(), size(bytes)))
     }
 }

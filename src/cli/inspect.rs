@@ -315,7 +315,10 @@ fn why_alone(adapters: &[Adapter], file: usize, alone: &[&LayerKey]) -> Option<S
     let (_, other) = adapters.iter().enumerate().find(|(i, _)| *i != file)?;
     let (mine, theirs) = (adapters[file].family(), other.family());
     if mine != theirs && mine != Family::Generic && theirs != Family::Generic {
-        return Some(format!("nothing of this file matches: it is for {mine}, and {} for {theirs}", other.name()));
+        return Some(format!(
+            "nothing of this file matches: it is for {mine}, and {} for {theirs}",
+            other.name()
+        ));
     }
     let other = other.layers().first()?;
     Some(format!(

@@ -60,8 +60,9 @@ impl Merged {
         }
         let mut metadata = adapter.metadata().clone();
         metadata.insert("loraweld.rank".into(), rank.to_string());
-        let adapter =
-            Adapter::new(adapter.name(), adapter.format(), layers)?.spelled_like(&adapter).with_metadata(metadata);
+        let adapter = Adapter::new(adapter.name(), adapter.format(), layers)?
+            .spelled_like(&adapter)
+            .with_metadata(metadata);
         Ok(Self { adapter, report })
     }
 }

@@ -145,7 +145,8 @@ pub(super) fn canonical<'a>(component: &str, flat: &'a str) -> (Cow<'a, str>, Op
         }
     }
     for table in TABLES {
-        let rows = [(table.names, Some(Names::Native)), (table.aliases, None), (table.own, Some(Names::Diffusers))];
+        let rows =
+            [(table.names, Some(Names::Native)), (table.aliases, None), (table.own, Some(Names::Diffusers))];
         for (rows, names) in rows {
             for (other, diffusers) in rows {
                 if let Some(blocks) = capture(other, flat) {
@@ -224,8 +225,9 @@ impl Family {
     pub(super) fn names(self, format: Format) -> Names {
         match (format, self) {
             (Format::Xlabs, _) => Names::Xlabs,
-            (Format::Peft, _) | (_, Self::QwenImage | Self::ZImage | Self::Generic) => Names::Diffusers,
-            (Format::Kohya, Self::Sd1 | Self::Sd2) => Names::Diffusers,
+            (Format::Peft, _) | (Format::Kohya, Self::Sd1 | Self::Sd2) => Names::Diffusers,
+            // Of Z-Image, tools have those of diffusers rather than its fused ones.
+            (_, family) if family == Self::ZImage || !family.has_native() => Names::Diffusers,
             (Format::Kohya | Format::Comfyui | Format::Bfl, _) => Names::Native,
         }
     }
@@ -259,9 +261,7 @@ impl Family {
     pub(super) fn whole(self, key: &str) -> Option<(String, usize, &'static Fused)> {
         let fused = self.table()?.fused.iter();
         let mut parts = fused.flat_map(|f| f.parts.iter().enumerate().map(move |(i, part)| (f, i, *part)));
-        parts.find_map(|(fused, i, part)| {
-            Some((flat_of(&fill(fused.whole, &capture(part, key)?)), i, fused))
-        })
+        parts.find_map(|(fused, i, part)| Some((flat_of(&fill(fused.whole, &capture(part, key)?)), i, fused)))
     }
 
     /// Whether native B has the two halves of its rows the other way round: scale and shift.
@@ -307,7 +307,11 @@ pub(super) fn recognise(clues: &[Clue], metadata: &BTreeMap<String, String>) -> 
         let second = any(&|c| c.component == "text_encoder_2");
         return unet::recognise(clues, second, said);
     }
-    if has("blocks.{}.attn.wq") || has("blocks.{}.attn.wo") || has("blocks.{}.attn.gate") || starts("txtfusion") {
+    if has("blocks.{}.attn.wq")
+        || has("blocks.{}.attn.wo")
+        || has("blocks.{}.attn.gate")
+        || starts("txtfusion")
+    {
         return Family::Krea2;
     }
     if ["blocks.{}.attn1.to_q", "blocks.{}.attn1.to_v", "blocks.{}.attn2.to_q", "blocks.{}.ffn.net.0.proj"]
@@ -333,17 +337,18 @@ pub(super) fn recognise(clues: &[Clue], metadata: &BTreeMap<String, String>) -> 
         return Family::Sd3;
     }
     let native = main(&|c| c.flat.starts_with("double_blocks_") || c.flat.starts_with("single_blocks_"));
+    let blocks = |start: &str| {
+        let number = |c: &Clue| c.key.strip_prefix(start)?.split('_').next()?.parse::<usize>().ok();
+        let numbers = clues.iter().filter(|c| c.component.is_empty()).filter_map(number);
+        numbers.max().map_or(0, |n| n.saturating_add(1))
+    };
     if native || starts("single_transformer_blocks_") {
-        let blocks = |start: &str| {
-            let number = |c: &Clue| c.key.strip_prefix(start)?.split('_').next()?.parse::<usize>().ok();
-            clues.iter().filter(|c| c.component.is_empty()).filter_map(number).max().map_or(0, |n| n + 1)
-        };
         let fused = |c: &Clue| c.flat.ends_with("_attn_to_qkv_mlp_proj");
         // Kinds of adapters that do not store them have no widths.
         let wide = |c: &Clue| {
             c.input > 0
                 && (c.key.ends_with("_attn_to_qkv_mlp_proj") && c.output == 9 * c.input
-                || c.key.ends_with("_ff_net_0_proj") && c.output == 6 * c.input)
+                    || c.key.ends_with("_ff_net_0_proj") && c.output == 6 * c.input)
         };
         let modulation = |c: &Clue| c.key.contains("_stream_modulation");
         if said == Some(Family::Flux2)
@@ -364,8 +369,16 @@ pub(super) fn recognise(clues: &[Clue], metadata: &BTreeMap<String, String>) -> 
         }
         return Family::Flux1;
     }
-    match said {
-        // Text encoders alone, or double blocks alone, are of several families.
+    // Double blocks alone have the same names in several families, but not the same number.
+    let joint = main(&|c| c.key.ends_with("_attn_add_q_proj") || c.key.ends_with("_attn_to_add_out"));
+    let counted = match blocks("transformer_blocks_") {
+        19 => Some(Family::Flux1),
+        20 => Some(Family::HunyuanVideo),
+        24 | 38 => Some(Family::Sd3),
+        60 => Some(Family::QwenImage),
+        _ => None,
+    };
+    match said.or(counted.filter(|_| joint)) {
         Some(family) => family,
         None => {
             let clip_g = any(&|c| c.component == "text_encoder_2" && c.key.starts_with("text_model"));
@@ -473,14 +486,9 @@ mod tests {
 
     #[test]
     fn native_names_come_back() {
-        for family in [
-            Family::Flux1,
-            Family::Flux2,
-            Family::HunyuanVideo,
-            Family::Sd3,
-            Family::Wan,
-            Family::ZImage,
-        ] {
+        for family in
+            [Family::Flux1, Family::Flux2, Family::HunyuanVideo, Family::Sd3, Family::Wan, Family::ZImage]
+        {
             let table = family.table().unwrap();
             for (native, diffusers) in table.names {
                 let (path, key) = (fill(native, &["7"]), flat_of(&fill(diffusers, &["7"])));

@@ -171,15 +171,24 @@ mod tests {
     #[test]
     fn blocks_are_counted_both_ways() {
         for (native, diffusers) in [
-            ("input_blocks.4.1.transformer_blocks.0.attn1.to_q", "down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q"),
+            (
+                "input_blocks.4.1.transformer_blocks.0.attn1.to_q",
+                "down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q",
+            ),
             ("input_blocks.8.1.proj_in", "down_blocks_2_attentions_1_proj_in"),
             ("input_blocks.3.0.op", "down_blocks_0_downsamplers_0_conv"),
             ("input_blocks.1.0.in_layers.2", "down_blocks_0_resnets_0_conv1"),
             ("input_blocks.0.0", "conv_in"),
             ("middle_block.0.out_layers.3", "mid_block_resnets_0_conv2"),
             ("middle_block.2.emb_layers.1", "mid_block_resnets_1_time_emb_proj"),
-            ("middle_block.1.transformer_blocks.9.ff.net.0.proj", "mid_block_attentions_0_transformer_blocks_9_ff_net_0_proj"),
-            ("output_blocks.0.1.transformer_blocks.0.attn2.to_out.0", "up_blocks_0_attentions_0_transformer_blocks_0_attn2_to_out_0"),
+            (
+                "middle_block.1.transformer_blocks.9.ff.net.0.proj",
+                "mid_block_attentions_0_transformer_blocks_9_ff_net_0_proj",
+            ),
+            (
+                "output_blocks.0.1.transformer_blocks.0.attn2.to_out.0",
+                "up_blocks_0_attentions_0_transformer_blocks_0_attn2_to_out_0",
+            ),
             ("output_blocks.5.2.conv", "up_blocks_1_upsamplers_0_conv"),
             ("output_blocks.8.0.skip_connection", "up_blocks_2_resnets_2_conv_shortcut"),
         ] {
@@ -188,7 +197,13 @@ mod tests {
         }
         assert_eq!(from_sgm("output_blocks_2_1_conv").as_deref(), Some("up_blocks_0_upsamplers_0_conv"));
         assert_eq!(to_sgm("up_blocks_0_upsamplers_0_conv", false).as_deref(), Some("output_blocks.2.1.conv"));
-        for name in ["input_blocks_0_1_x", "middle_block_7_x", "input_blocks_3_0_x", "output_blocks_1_7_x", "input_blocks_99999999999_0_op"] {
+        for name in [
+            "input_blocks_0_1_x",
+            "middle_block_7_x",
+            "input_blocks_3_0_x",
+            "output_blocks_1_7_x",
+            "input_blocks_99999999999_0_op",
+        ] {
             assert_eq!(from_sgm(name), None, "{name}");
         }
     }

@@ -20,11 +20,7 @@ pub(super) const TABLE: Table = Table {
     fused: &[
         Fused {
             whole: "layers.{}.attention.to_qkv",
-            parts: &[
-                "layers.{}.attention.to_q",
-                "layers.{}.attention.to_k",
-                "layers.{}.attention.to_v",
-            ],
+            parts: &["layers.{}.attention.to_q", "layers.{}.attention.to_k", "layers.{}.attention.to_v"],
             mlp: 0,
         },
         Fused {

@@ -19,7 +19,8 @@ pub(super) fn update(
         return Err(Error::tensor(file.path(), group.module, "belongs to DoRA whose factors are missing"));
     };
     let factors = lora(file, &a, &b, find(Part::Mid))?;
-    let alpha = find(Part::Alpha).map(|t| super::super::read::number(file.path(), &t, "an alpha")).transpose()?;
+    let alpha =
+        find(Part::Alpha).map(|t| super::super::read::number(file.path(), &t, "an alpha")).transpose()?;
     let (_, len) = keys::prefix(group.module);
     let scale = source.scales.of(key, &group.module[len..], factors.a.rows, alpha).value;
     let matrix = |t: &super::Tensor| Matrix { rows: t.rows, cols: t.cols, data: t.raw().to_vec::<f64>() };

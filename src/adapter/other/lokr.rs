@@ -23,7 +23,11 @@ impl LoKr {
                 alpha_rank = Some(b.rows);
                 (a, b)
             }
-            _ => return Err("is of a LoKr whose first factor is not whole, or does not fit together".to_owned()),
+            _ => {
+                return Err(
+                    "is of a LoKr whose first factor is not whole, or does not fit together".to_owned()
+                );
+            }
         };
         let second = match (w2, w2a, w2b, t2) {
             (Some((shape, w)), None, None, None) => {
@@ -41,7 +45,11 @@ impl LoKr {
                 alpha_rank = Some(b.rows);
                 (a, b)
             }
-            _ => return Err("is of a LoKr whose second factor is not whole, or does not fit together".to_owned()),
+            _ => {
+                return Err(
+                    "is of a LoKr whose second factor is not whole, or does not fit together".to_owned()
+                );
+            }
         };
         Ok(Self { pairs: [first, second], alpha_rank, kernel })
     }
@@ -71,8 +79,10 @@ impl LoKr {
         let side = |x: &Matrix, y: &Matrix, row: usize, n: usize, p: &(usize, usize)| {
             x[(row / n, p.0)] * y[(row % n, p.1)] * value(p).sqrt()
         };
-        let b = Matrix::from_fn(first.u.rows * n, pairs.len(), |o, k| side(&first.u, &second.u, o, n, &pairs[k]));
-        let a = Matrix::from_fn(pairs.len(), first.v.rows * m, |k, c| side(&first.v, &second.v, c, m, &pairs[k]));
+        let b =
+            Matrix::from_fn(first.u.rows * n, pairs.len(), |o, k| side(&first.u, &second.u, o, n, &pairs[k]));
+        let a =
+            Matrix::from_fn(pairs.len(), first.v.rows * m, |k, c| side(&first.v, &second.v, c, m, &pairs[k]));
         let whole = self.squared();
         let kept: f64 = pairs.iter().map(|p| value(p) * value(p)).sum();
         Expanded { b, a, cut: (whole - kept).max(0.0), whole }

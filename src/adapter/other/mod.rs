@@ -179,7 +179,8 @@ pub(super) fn factors(source: &Source, key: &LayerKey, group: &Group, kind: Othe
         }
     };
     let input = expanded.a.cols;
-    let dims = kernel.or_else(|| source.family.kernel(key.flat(), input).filter(|_| key.component().is_empty()));
+    let dims =
+        kernel.or_else(|| source.family.kernel(key.flat(), input).filter(|_| key.component().is_empty()));
     let lost = Lost { kind, rank: expanded.a.rows, cut: expanded.cut, whole: expanded.whole };
     let name = |part: &str| format!("{}.{part}", group.module);
     Ok(Factors {
@@ -201,7 +202,8 @@ fn tensors(source: &Source, group: &Group, part: Part) -> Result<Found> {
 }
 
 fn unfit(source: &Source, group: &Group, reason: String) -> Error {
-    let key = group.parts.values().next().copied().unwrap_or(group.module);
+    // Those of other kinds come after those of a LoRA.
+    let key = group.parts.values().next_back().copied().unwrap_or(group.module);
     Error::tensor(source.file.path(), key, reason)
 }
 
@@ -248,7 +250,8 @@ pub(super) struct Base {
 
 impl Base {
     pub fn open(path: &Path) -> Result<Self> {
-        let files: Vec<_> = shards(path)?.iter().map(|file| SafetensorsFile::open(file)).collect::<Result<_>>()?;
+        let files: Vec<_> =
+            shards(path)?.iter().map(|file| SafetensorsFile::open(file)).collect::<Result<_>>()?;
         let mut places = BTreeMap::new();
         for (i, file) in files.iter().enumerate() {
             for tensor in file.tensors() {
@@ -285,7 +288,8 @@ impl Base {
     }
 
     fn stored(&self, key: &LayerKey) -> Result<Option<Matrix>> {
-        let Some((file, name)) = self.places.get(key).and_then(|(i, name)| Some((self.files.get(*i)?, name))) else {
+        let Some((file, name)) = self.places.get(key).and_then(|(i, name)| Some((self.files.get(*i)?, name)))
+        else {
             return Ok(None);
         };
         file.tensor(name).map(|t| wide(file, &t)).transpose()
