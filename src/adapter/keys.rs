@@ -542,4 +542,21 @@ mod tests {
         assert_eq!(unflatten(""), "");
         assert_eq!(unflatten("a__b_"), "a..b.");
     }
+
+    #[test]
+    fn patterns() {
+        for (pattern, name, expected) in [
+            ("*", "transformer.transformer_blocks.0.attn.to_q", true),
+            ("transformer_blocks.*", "transformer.transformer_blocks.0.attn.to_q", true),
+            ("transformer_blocks.*.to_q", "lora_unet_transformer_blocks_0_attn_to_q", true),
+            ("transformer_blocks.*.to_q", "transformer_blocks.0.attn.to_k", false),
+            ("single_blocks.*", "transformer_blocks.0.attn.to_q", false),
+            ("*.attn.*", "transformer_blocks.0.attn.to_q", true),
+            ("transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn.to_q", true),
+            ("transformer_blocks.0.attn", "transformer_blocks.0.attn.to_q", false),
+            ("*a*a", "a", false),
+        ] {
+            assert_eq!(matches(pattern, LayerKey::parse(name).as_str()), expected, "{pattern} {name}");
+        }
+    }
 }

@@ -100,7 +100,7 @@ pub(super) fn read(
     let alpha = groups.values().any(|g| g.has(Part::Alpha));
     let source = Source { file, options, base, family, scales };
 
-    let read: Vec<(Vec<Layer>, Option<(LayerKey, Lost)>)> = groups
+    let read: Vec<Module> = groups
         .into_par_iter()
         .map(|(key, group)| {
             let names = if family.has_native() { group.names.unwrap_or(usual) } else { Names::Diffusers };
@@ -162,7 +162,8 @@ fn groups<'a>(file: &'a SafetensorsFile, options: &OpenOptions) -> Result<(Group
         groups.retain(|_, g| !g.parts.keys().all(|part| matches!(part, Part::Alpha | Part::Scalar)));
     }
     let holds = groups.values().any(|g| g.parts.keys().any(|part| *part != Part::Alpha));
-    if !unknown.is_empty() && !(options.skip_unsupported && holds) {
+    let skip = options.skip_unsupported && holds;
+    if !skip && !unknown.is_empty() {
         let what = if holds {
             "besides LoRA layers it holds tensors that are none"
         } else {
@@ -244,14 +245,11 @@ impl<'a> Group<'a> {
     }
 }
 
+/// The layers of a module, and what making LoRAs of them lost.
+type Module = (Vec<Layer>, Option<(LayerKey, Lost)>);
+
 /// The layers of a module: one, or the parts that it fuses.
-fn layers(
-    source: &Source,
-    key: LayerKey,
-    group: &Group,
-    names: Names,
-    alphas: bool,
-) -> Result<(Vec<Layer>, Option<(LayerKey, Lost)>)> {
+fn layers(source: &Source, key: LayerKey, group: &Group, names: Names, alphas: bool) -> Result<Module> {
     let file = source.file;
     let factors = factors(source, &key, group)?;
     let (_, len) = keys::prefix(group.module);

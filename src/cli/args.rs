@@ -286,9 +286,9 @@ impl ByLayer {
                     is_for(whose, &adapter) && adapter.layers().iter().any(|layer| layer.matches(pattern))
                 });
                 let by_name = rules.map(|((_, pattern), strength)| (pattern.clone(), *strength)).collect();
-                let blocks =
+                let mut blocks =
                     self.blocks.iter().map(|text| split(text)).filter(|(whose, _)| is_for(whose, &adapter));
-                let by_block = blocks.last().map(|(_, text)| blocks_of(&adapter, &text)).transpose()?;
+                let by_block = blocks.next_back().map(|(_, text)| blocks_of(&adapter, &text)).transpose()?;
                 let strengths = Strengths { by_name, by_block };
                 if strengths.is_empty() {
                     return Ok(adapter);

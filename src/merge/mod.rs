@@ -89,6 +89,11 @@ fn members<'a>(planned: &PlannedLayer, adapters: &[Weighted<'a>]) -> Vec<(&'a La
     planned.members.iter().filter_map(of).collect()
 }
 
+/// Whether the layer's name, in the spelling of any member's file or of its model, is of a pattern.
+fn matches(pattern: &str, planned: &PlannedLayer, adapters: &[Weighted<'_>]) -> bool {
+    members(planned, adapters).iter().any(|(layer, _)| layer.matches(pattern))
+}
+
 /// The only member, at its strength, its tensors unchanged.
 fn passed_through(planned: &PlannedLayer, adapters: &[Weighted<'_>]) -> Option<Layer> {
     let [(layer, scale)] = members(planned, adapters)[..] else { return None };
