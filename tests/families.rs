@@ -7,7 +7,7 @@ use std::path::PathBuf;
 
 use half::bf16;
 use loraweld::adapter::{Adapter, BlockPreset, Family, Format, OpenOptions, SaveOptions, Strengths};
-use loraweld::{Layer, Linear, Matrix};
+use loraweld::{Calibration, Control, Device, Layer, LayerKey, Linear, Matrix, RawMatrix, Source};
 use tempfile::TempDir;
 
 #[path = "common/files.rs"]
@@ -743,6 +743,31 @@ fn names_that_there_are_not_are_refused() {
     twice.extend(styled(KOHYA, flux_fused()));
     let text = Adapter::open(folder.write("twice.safetensors", &file(&twice))).unwrap_err().to_string();
     assert!(text.contains("names the same layer"), "{text}");
+}
+
+#[test]
+fn recordings_of_fused_modules_serve_their_parts() {
+    let folder = Folder::new();
+    let fused = folder.open("fused.safetensors", &file(&styled(KOHYA, flux_fused())));
+    let split = folder.open("split.safetensors", &file(&styled(PEFT, flux_split(19, 38))));
+    let device = Device::cpu();
+    let mut calibration = Calibration::new([&fused, &split]).unwrap();
+    let inputs = wave(5, H, 1.0);
+    let x = RawMatrix::from_f32(5, H, &inputs.data).unwrap();
+    calibration.accumulate(&device, 0, "double_blocks.0.img_attn.qkv", x).unwrap();
+    calibration.accumulate(&device, 0, "transformer_blocks.0.attn.to_q", x).unwrap();
+    let recorded =
+        folder.write("x.safetensors", &file_of(&[], &[raw("single_blocks.0.linear1", &inputs, &[5, H])]));
+    let control = Control::default();
+    let summary = calibration.accumulate_file(&device, Source::Task(1), &recorded, &control).unwrap();
+    assert_eq!((summary.layers.len(), summary.tokens), (4, 5));
+    let tokens = |name: &str, task| calibration.tokens(&LayerKey::parse(name), task);
+    assert_eq!(tokens("transformer_blocks.0.attn.to_q", 0), 10);
+    assert_eq!(tokens("transformer_blocks.0.attn.to_v", 0), 5);
+    assert_eq!(tokens("single_transformer_blocks.0.proj_mlp", 1), 5);
+    let narrow = RawMatrix::from_f32(1, 5, &inputs.data[..5]).unwrap();
+    let wrong = calibration.accumulate(&device, 0, "double_blocks.0.img_attn.qkv", narrow);
+    assert!(wrong.unwrap_err().to_string().contains("width 5"));
 }
 
 /// A wave that no two tensors share.

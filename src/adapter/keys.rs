@@ -95,6 +95,12 @@ impl LayerKey {
         Self(flat)
     }
 
+    /// Keys of the layers that adapters have in place of this one, if it fuses them: of `to_qkv`, those of q, k and v.
+    pub(crate) fn parts(&self) -> impl Iterator<Item = Self> {
+        let parts = if self.component().is_empty() { families::fused_in(self.flat()) } else { Vec::new() };
+        parts.into_iter().map(Self)
+    }
+
     /// The key as text; [`parse`](Self::parse) gives it back.
     pub fn as_str(&self) -> &str {
         &self.0

@@ -178,6 +178,15 @@ pub(super) fn fused(family: Family, key: &str) -> Option<(&'static Fused, Vec<St
     })
 }
 
+/// Flat names, in diffusers' spelling, of what a module fuses, whatever the family; none if it does not.
+pub(super) fn fused_in(key: &str) -> Vec<String> {
+    let mut fused = TABLES.iter().flat_map(|table| table.fused);
+    let parts = fused.find_map(|fused| Some((fused, capture(fused.whole, key)?)));
+    parts.map_or_else(Vec::new, |(fused, blocks)| {
+        fused.parts.iter().map(|part| flat_of(&fill(part, &blocks))).collect()
+    })
+}
+
 impl Family {
     /// The name that people use.
     pub const fn name(self) -> &'static str {

@@ -303,7 +303,10 @@ impl Inputs {
             if !off.is_empty() {
                 let what = count(off.len(), "layer");
                 let names = self::some(&off, 3);
-                out.warn(format_args!("{}: alpha 0, adds nothing, on {what}: {names}", adapter.name()))?;
+                out.warn(format_args!(
+                    "{}: alpha or strength 0, adds nothing, on {what}: {names}",
+                    adapter.name()
+                ))?;
             }
             if self.strengths[i] == 0.0 {
                 out.warn(format_args!("{}: strength 0, adds nothing", adapter.name()))?;
