@@ -135,7 +135,9 @@ impl SafetensorsFile {
         if data.is_empty() {
             return fail("the file is empty; a .safetensors file is needed".into());
         }
-        if data.starts_with(b"PK\x03\x04") || data.starts_with(b"\x80\x02") {
+        // The length of a header may begin with these bytes as well.
+        let pickle = data.starts_with(b"PK\x03\x04") || data.starts_with(b"\x80\x02");
+        if pickle && data.get(8) != Some(&b'{') {
             return fail("is a PyTorch checkpoint (pickle); convert it to .safetensors first".into());
         }
         let Some((head, body)) = data.split_first_chunk::<8>() else {

@@ -487,6 +487,11 @@ fn broken_files_are_refused() {
     assert_contains(&error(vec![]), &["the file is empty"]);
     assert_contains(&error(vec![1, 2, 3]), &["not a safetensors file"]);
     assert_contains(&error(b"PK\x03\x04 and so on".to_vec()), &["PyTorch checkpoint"]);
+    // A header of 640 bytes starts like a pickle.
+    let padded = (0..700)
+        .map(|n| one(A, B, &[("x", &"y".repeat(n))], &[]))
+        .find(|bytes| bytes.starts_with(b"\x80\x02"));
+    assert!(Adapter::from_bytes("x", padded.unwrap()).is_ok());
     assert_contains(&error(b"Once upon a time there was a file".to_vec()), &["not a safetensors file"]);
     assert_contains(&error(good[..40].to_vec()), &["cut short", "header"]);
     assert_contains(&error(good[..good.len() - 1].to_vec()), &["cut short", B, "byte 40", "39"]);
@@ -760,6 +765,42 @@ proptest! {
         );
         let bytes = [&(header.len() as u64).to_le_bytes()[..], header.as_bytes(), &[0; 32]].concat();
         let _ = Adapter::from_bytes("x", bytes);
+    }
+
+    #[test]
+    fn any_metadata_never_panics(
+        field in prop::sample::select(vec![
+            "lora_adapter_metadata", "lora_alpha", "ss_network_alpha", "ss_network_args", "ss_tag_frequency",
+            "ss_base_model_version", "modelspec.architecture",
+        ]),
+        text in prop_oneof![
+            ".{0,60}",
+            "[\\[\\]{}\",:0-9a-z._ -]{0,60}",
+            "\\{\"(transformer\\.)?(lora_alpha|alpha_pattern|use_rslora|use_dora|peft_type|r)\": (8|-1e300|true|null|\"LOHA\"|\\{\"[a-z.*(|^$]{0,8}\": 3\\})\\}",
+        ],
+    ) {
+        if let Ok(adapter) = Adapter::from_bytes("x", one(A, B, &[(field, &text)], &[])) {
+            prop_assert!(adapter.layers()[0].scale.value.is_finite());
+            let _ = Adapter::common_metadata([&adapter, &adapter]);
+        }
+    }
+
+    #[test]
+    fn any_keys_never_panic(keys in prop::collection::btree_set(
+        "(transformer\\.|lora_unet_|diffusion_model\\.|lora_te3_)?\
+         (double_blocks[._]0[._]img_attn[._]qkv|layers\\.0\\.attention\\.qkv|input_blocks_[0-9]{1,2}_[0-2]_op|\
+         single_blocks[._]9[._]linear1|encoder_block_0|x|final_layer\\.adaLN_modulation\\.1)\
+         (\\.lora_(A|B)(\\.default)?\\.weight|\\.lora_(up|down|mid)\\.weight|\\.alpha|\\.hada_w[12]_[ab]|\\.lokr_w[12](_[ab])?|\
+         \\.dora_scale|\\.diff|\\.scalar|\\.up|\\.down)",
+        1..6,
+    )) {
+        let tensors: Vec<Raw> = keys.iter().map(|key| (key.as_str(), "F32", &[6, 2][..], f32s(&[0.5; 12]))).collect();
+        if let Ok(adapter) = Adapter::from_bytes("x", file_of(&[], &tensors)) {
+            for layer in adapter.layers() {
+                prop_assert_eq!(&LayerKey::parse(&layer.name()), &layer.key);
+                prop_assert!(layer.matches("*") && layer.norm().is_finite());
+            }
+        }
     }
 
     #[test]

@@ -1,13 +1,14 @@
 //! Files of every family and spelling, with the names and counts of real ones at small widths: they are recognised, come
 //! out of a merge alone as they went in, and are converted to each other spelling and back without a change.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::PathBuf;
 
 use half::bf16;
 use loraweld::adapter::{Adapter, BlockPreset, Family, Format, OpenOptions, SaveOptions, Strengths};
 use loraweld::{Calibration, Control, Device, Layer, LayerKey, Linear, Matrix, RawMatrix, Source};
+use proptest::prelude::*;
 use tempfile::TempDir;
 
 #[path = "common/files.rs"]
@@ -1205,4 +1206,37 @@ fn metadata_of_merges_names_what_went_in() {
     assert_eq!(said("modelspec.hash_sha256"), Some(format!("0x{hash}").as_str()));
     assert_eq!((hash.len(), hash == "dead"), (64, false));
     assert!(said("loraweld.inputs").unwrap().contains("cat"));
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(48) })]
+
+    /// Any modules of any family, in any order of formats, come back.
+    #[test]
+    fn chains_of_conversions_lose_nothing(
+        case in any::<prop::sample::Index>(),
+        picked in prop::collection::vec(any::<prop::sample::Index>(), 1..12),
+        chain in prop::collection::vec(any::<prop::sample::Index>(), 1..4),
+    ) {
+        let folder = Folder::new();
+        let cases = cases();
+        let case = &cases[case.index(cases.len())];
+        let all = Adapter::from_bytes("all", case.bytes.clone()).unwrap();
+        let keep: BTreeSet<usize> = picked.iter().map(|i| i.index(all.layers().len())).collect();
+        let layers: Vec<Layer> = keep.iter().map(|&i| all.layers()[i].clone()).collect();
+        let first = Adapter::new("some", all.format(), layers).unwrap().spelled_like(&all);
+        let mut adapter = first.clone();
+        for (n, to) in chain.iter().enumerate() {
+            // A few layers may not tell the family any more, and then they keep their names.
+            let format = case.through[to.index(case.through.len())];
+            let options = SaveOptions { format: Some(format), ..Default::default() };
+            let path = folder.0.path().join(format!("{n}.safetensors"));
+            if adapter.family() == Family::Generic {
+                break;
+            }
+            adapter.save(&path, &options).unwrap_or_else(|e| panic!("{} to {format}: {e}", case.name));
+            adapter = Adapter::open(&path).unwrap();
+            assert_same_layers(&adapter, &first, case.name);
+        }
+    }
 }

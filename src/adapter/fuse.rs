@@ -32,6 +32,7 @@ pub(super) fn split(
             None => (layer.a.clone(), b),
             Some(columns) => match &columns[index] {
                 columns if columns.is_empty() => continue,
+                columns if columns.len() == layer.rank => (layer.a.clone(), b),
                 columns => (layer.a.rows(columns.clone()), some_columns(&b, columns)),
             },
         };
@@ -49,7 +50,8 @@ pub(super) fn split(
     layers
 }
 
-/// The columns of each part, if B is zero everywhere else; `None` if parts share columns.
+/// The columns of each part, if B is zero everywhere else; all of them for those that share some, and none for a part
+/// that is zero. `None` if every part has all.
 fn blocks(b: RawMatrix<'_>, places: &[Range<usize>]) -> Option<Vec<Range<usize>>> {
     let size = b.dtype.size();
     // Bits, so that a negative zero is not lost.
@@ -95,16 +97,18 @@ fn blocks(b: RawMatrix<'_>, places: &[Range<usize>]) -> Option<Vec<Range<usize>>
     if share * present == b.cols && used.iter().zip(&equal).all(inside) {
         return Some(equal);
     }
+    let whole = |of: &Option<Range<usize>>| if of.is_some() { 0..b.cols } else { 0..0 };
+    let shared = || (present < used.len()).then(|| used.iter().map(whole).collect());
     let mut blocks = Vec::with_capacity(used.len());
     let mut left = present;
-    for of in used {
+    for of in &used {
         let Some(of) = of else {
             blocks.push(end..end);
             continue;
         };
         left -= 1;
         if of.start < end {
-            return None;
+            return shared();
         }
         let stop = if left == 0 { b.cols } else { of.end };
         blocks.push(end..stop);
@@ -114,9 +118,6 @@ fn blocks(b: RawMatrix<'_>, places: &[Range<usize>]) -> Option<Vec<Range<usize>>
 }
 
 fn some_columns(b: &Tensor, columns: &Range<usize>) -> Tensor {
-    if columns.len() == b.cols {
-        return b.clone();
-    }
     let raw = b.raw();
     let (width, size) = (raw.cols * raw.dtype.size(), raw.dtype.size());
     let cut = |row: &[u8]| row[columns.start * size..columns.end * size].to_vec();
@@ -158,7 +159,8 @@ mod tests {
             Some(vec![0..2, 2..2, 2..3])
         );
         assert_eq!(found(&[&[1., 1.], &[0., 0.], &[0., 0.]], &three), Some(vec![0..2, 2..2, 2..2]));
-        // Shared columns, and an untrained layer.
+        // Shared columns, with and without a part that is zero, and an untrained layer.
+        assert_eq!(found(&[&[1., 1.], &[0., 0.], &[1., 1.]], &three), Some(vec![0..2, 0..0, 0..2]));
         assert_eq!(found(&[&[1., 1.], &[0., 1.], &[1., 0.]], &three), None);
         assert_eq!(found(&[&[0., 0.], &[0., 0.], &[0., 0.]], &three), None);
     }
