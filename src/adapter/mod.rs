@@ -17,6 +17,7 @@ mod other;
 mod read;
 mod scale;
 mod spelling;
+mod spill;
 mod write;
 
 use std::borrow::Cow;
@@ -35,6 +36,7 @@ pub use self::keys::LayerKey;
 pub use self::read::OpenOptions;
 pub use self::scale::{Scale, ScaleRule};
 use self::spelling::{Spelling, Usual};
+use self::spill::Values;
 pub use self::write::SaveOptions;
 use crate::safetensors_file::SafetensorsFile;
 use crate::{Dtype, Error, Matrix, RawMatrix, Result};
@@ -531,14 +533,14 @@ struct Tensor {
 enum TensorData {
     /// From a row of the file's tensor.
     File(SafetensorsFile, usize),
-    Memory(Arc<Vec<f32>>),
+    Memory(Arc<Values>),
     /// Of any type, little-endian.
     Bytes(Arc<Vec<u8>>),
 }
 
 impl Tensor {
     fn of(m: Matrix<f32>, key: String) -> Self {
-        let data = TensorData::Memory(m.data.into());
+        let data = TensorData::Memory(Values::new(m.data).into());
         Self { dtype: Dtype::F32, rows: m.rows, cols: m.cols, key: key.into(), data }
     }
 
@@ -549,7 +551,7 @@ impl Tensor {
                 let bytes = file.tensor(&self.key).map_or(&[][..], |t| t.bytes);
                 bytes.get(row * self.cols * self.dtype.size()..).and_then(|b| b.get(..len)).unwrap_or(&[])
             }
-            TensorData::Memory(values) => bytemuck::cast_slice(values.as_slice()),
+            TensorData::Memory(values) => values,
             TensorData::Bytes(bytes) => bytes.as_slice(),
         };
         RawMatrix { dtype: self.dtype, rows: self.rows, cols: self.cols, bytes }
