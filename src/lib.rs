@@ -64,7 +64,9 @@ pub mod calibration;
 pub mod compute;
 pub mod merge;
 
-pub use adapter::{Adapter, Format, Layer, LayerKey, SaveOptions, Scale, ScaleRule, Weighted};
+pub use adapter::{
+    Adapter, Family, Format, Layer, LayerKey, OpenOptions, SaveOptions, Scale, ScaleRule, Strengths, Weighted,
+};
 pub use calibration::{Activations, Calibration, FileSummary, Source, Task};
 pub use compute::{Device, DeviceOptions, Disable, Precision, Select};
 pub use control::{Control, Progress};

@@ -15,6 +15,7 @@ use memmap2::Mmap;
 pub use safetensors::Dtype as FileDtype;
 use safetensors::tensor::TensorInfo;
 use serde::de::{Deserialize, Deserializer, MapAccess, Visitor};
+use sha2::{Digest, Sha256};
 
 use crate::{Error, Result};
 
@@ -134,7 +135,9 @@ impl SafetensorsFile {
         if data.is_empty() {
             return fail("the file is empty; a .safetensors file is needed".into());
         }
-        if data.starts_with(b"PK\x03\x04") || data.starts_with(b"\x80\x02") {
+        // The length of a header may begin with these bytes as well.
+        let pickle = data.starts_with(b"PK\x03\x04") || data.starts_with(b"\x80\x02");
+        if pickle && data.get(8) != Some(&b'{') {
             return fail("is a PyTorch checkpoint (pickle); convert it to .safetensors first".into());
         }
         let Some((head, body)) = data.split_first_chunk::<8>() else {
@@ -245,7 +248,7 @@ impl<'de> Deserialize<'de> for Header {
     }
 }
 
-/// Writes a tensor's bytes, as many as its shape asks for.
+/// Writes a tensor's bytes, as many as its shape asks for, and the same every time.
 pub type WriteTensor<'a> = Box<dyn Fn(&mut dyn Write) -> io::Result<()> + 'a>;
 
 /// A tensor to be written.
@@ -256,8 +259,31 @@ pub struct TensorOut<'a> {
     pub dtype: FileDtype,
     /// Dimensions, outermost first; empty for a scalar.
     pub shape: Vec<usize>,
-    /// Writes its elements, little-endian; called once, when its turn comes.
+    /// Writes its elements, little-endian.
     pub write: WriteTensor<'a>,
+}
+
+/// SHA-256 (hex) of the data of the file that [`write_safetensors`] would write: what follows the header.
+pub fn data_sha256(tensors: &[TensorOut<'_>]) -> io::Result<String> {
+    struct Hash(Sha256);
+    impl Write for Hash {
+        fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
+            self.0.update(buf);
+            Ok(buf.len())
+        }
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+    let mut hash = Hash(Sha256::new());
+    let mut sorted: Vec<_> = tensors.iter().collect();
+    sorted.sort_by(|x, y| order(x, y));
+    sorted.into_iter().try_for_each(|t| (t.write)(&mut hash))?;
+    Ok(hash.0.finalize().iter().map(|b| format!("{b:02x}")).collect())
+}
+
+fn order(x: &TensorOut<'_>, y: &TensorOut<'_>) -> std::cmp::Ordering {
+    (Reverse(x.dtype.bitsize()), &x.name).cmp(&(Reverse(y.dtype.bitsize()), &y.name))
 }
 
 /// Streams a safetensors file. Tensors are laid out widest element first (which keeps every one aligned) and
@@ -267,7 +293,7 @@ pub fn write_safetensors(
     metadata: &BTreeMap<String, String>,
     mut tensors: Vec<TensorOut<'_>>,
 ) -> io::Result<()> {
-    tensors.sort_by(|x, y| (Reverse(x.dtype.bitsize()), &x.name).cmp(&(Reverse(y.dtype.bitsize()), &y.name)));
+    tensors.sort_by(order);
     let mut names = BTreeSet::new();
     let mut header = format!("{{\"__metadata__\":{}", serde_json::to_string(metadata)?);
     let mut sizes = Vec::with_capacity(tensors.len());

@@ -1,41 +1,24 @@
 //! Reading and writing of adapter files.
 
-use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use half::{bf16, f16};
-use loraweld::adapter::{Adapter, Format, Layer, LayerKey, SaveOptions, ScaleRule, write_atomic};
+use loraweld::adapter::{
+    Adapter, Format, Layer, LayerKey, OpenOptions, SaveOptions, ScaleRule, write_atomic,
+};
 use loraweld::{Dtype, Error, Matrix};
 use proptest::prelude::*;
+use sha2::{Digest, Sha256};
 use tempfile::TempDir;
+
+#[path = "common/files.rs"]
+mod files;
+
+use files::{Raw, f32s, file_of};
 
 fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/loras").join(name)
-}
-
-/// A tensor for a file made by hand: key, type, shape, bytes.
-type Raw<'a> = (&'a str, &'a str, &'a [usize], Vec<u8>);
-
-fn file_of(metadata: &[(&str, &str)], tensors: &[Raw]) -> Vec<u8> {
-    let mut header = serde_json::Map::new();
-    header.insert(
-        "__metadata__".into(),
-        metadata.iter().copied().collect::<BTreeMap<_, _>>().into_iter().collect(),
-    );
-    let mut data = Vec::new();
-    for (key, dtype, shape, bytes) in tensors {
-        let end = data.len() + bytes.len();
-        let info = serde_json::json!({"dtype": dtype, "shape": shape, "data_offsets": [data.len(), end]});
-        header.insert((*key).into(), info);
-        data.extend(bytes);
-    }
-    let header = serde_json::to_vec(&header).unwrap();
-    [&(header.len() as u64).to_le_bytes()[..], &header, &data].concat()
-}
-
-fn f32s(values: &[f32]) -> Vec<u8> {
-    values.iter().flat_map(|v| v.to_le_bytes()).collect()
 }
 
 /// A file with one layer of rank 2, 3 wide and 2 tall, under the given keys, and more.
@@ -162,9 +145,12 @@ fn saving_and_reading_back_changes_nothing() {
                 assert_eq!((back.format(), back.dtype()), (format, dtype.unwrap_or(adapter.dtype())));
                 assert_same_delta(&adapter, &back);
                 assert_eq!(adapter.a_sha256(), back.a_sha256());
-                assert!(back.layers().iter().all(|l| l.scale.value == 1.0));
+                // An alpha tensor stays as it is where the format has alphas; else the scale is folded.
+                let kept = adapter.layers()[0].scale.rule == ScaleRule::AlphaTensor && format != Format::Peft;
+                let scale = if kept { adapter.layers()[0].scale.value } else { 1.0 };
+                assert!(back.layers().iter().all(|l| l.scale.value == scale));
                 assert!(
-                    back.layers().iter().all(|l| l.scale.alpha.is_none_or(|alpha| alpha == l.rank as f64))
+                    kept || back.layers().iter().all(|l| l.scale.alpha.is_none_or(|a| a == l.rank as f64))
                 );
                 adapter.save(&path, &options).unwrap();
                 assert_eq!(fs::read(&path).unwrap(), bytes, "the bytes should be the same every time");
@@ -239,12 +225,20 @@ fn metadata_that_would_be_wrong_is_left_out() {
     let options = SaveOptions { format: Some(Format::Kohya), metadata, ..Default::default() };
     adapter.save(&path, &options).unwrap();
     let back = Adapter::open(&path).unwrap();
+    let data = {
+        let bytes = fs::read(&path).unwrap();
+        let header = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+        let hash = Sha256::digest(&bytes[8 + header..]);
+        hash.iter().map(|b| format!("{b:02x}")).collect::<String>()
+    };
     let expected = text(&[
         ("format", "pt"),
         ("ss_network_alpha", "8"),
         ("ss_network_dim", "8"),
         ("ss_network_module", "networks.lora"),
         ("ss_v2", "True"),
+        // Of all bytes after the header.
+        ("sshs_model_hash", &data),
         ("title", "x \"y\" ü"),
     ]);
     assert_eq!(back.metadata(), &expected);
@@ -328,9 +322,14 @@ fn scales_follow_the_precedence() {
     assert_eq!(scale(&[], &alpha("F32", &f32s(&[0.0]))).value, 0.0);
 
     // PEFT's patterns: the module's whole name, or its end after a dot.
-    for (pattern, value) in
-        [("m.0.to_q", 3.5), ("to_q", 3.5), ("^m\\\\.0\\\\.to_q$", 3.5), ("o_q", 1.0), ("^to_q", 1.0)]
-    {
+    for (pattern, value) in [
+        ("m.0.to_q", 3.5),
+        ("to_q", 3.5),
+        ("^m\\\\.0\\\\.to_q$", 3.5),
+        ("m.*to_[qk]", 3.5),
+        ("o_q", 1.0),
+        ("^to_q", 1.0),
+    ] {
         let text = format!(r#"{{"unet.lora_alpha": 2, "unet.alpha_pattern": {{"{pattern}": 7}}}}"#);
         assert_eq!(scale(&[peft(&text)], &[]).value, value, "{pattern}");
     }
@@ -365,27 +364,58 @@ fn other_adapters_are_refused_by_name() {
         let bytes = vec![0; 4 * shape.iter().product::<usize>()];
         error(one(A, B, &[], &[(&format!("transformer.m.0.to_q.{suffix}"), "F32", shape, bytes)]))
     };
-    for (suffix, kind) in [
-        ("dora_scale", "DoRA"),
-        ("lora_magnitude_vector.weight", "DoRA"),
-        ("hada_w1_a", "LoHa"),
-        ("lokr_w1", "LoKr"),
-        ("oft_blocks", "OFT"),
-        ("diff", "full weight difference"),
-        ("diff_b", "full weight difference"),
-        ("w_norm", "norm"),
-        ("lora_B.bias", "bias"),
-        ("lora_mid.weight", "Tucker"),
+    for (suffix, kind, hint) in [
+        ("dora_scale", "DoRA", "--base"),
+        ("lora_magnitude_vector.weight", "DoRA", "--base"),
+        ("hada_w1_a", "LoHa", "lacks"),
+        ("lokr_w1", "LoKr", "not whole"),
+        ("oft_blocks", "OFT", "--skip-unsupported"),
+        ("diff", "norm", "--skip-unsupported"),
+        ("diff_b", "bias", "--skip-unsupported"),
+        ("w_norm", "norm", "--skip-unsupported"),
+        ("lora_B.bias", "bias", "--skip-unsupported"),
     ] {
-        let text = extra(suffix, &[2]);
-        assert_contains(&text, &[suffix, kind, "only linear LoRA is supported so far"]);
+        let shape: &[usize] =
+            if suffix.starts_with(['h', 'l']) && suffix.contains('w') { &[2, 1] } else { &[2] };
+        assert_contains(&extra(suffix, shape), &[suffix, kind, hint]);
     }
-    let conv = [(A, "F32", &[1, 2, 1, 1][..], f32s(&[0.0; 2])), (B, "F32", &[1, 1, 1, 1][..], f32s(&[0.0]))];
-    assert_contains(&error(file_of(&[], &conv)), &[A, "convolution", "[1, 2, 1, 1]", "only linear LoRA"]);
     let dora = [("lora_adapter_metadata", r#"{"transformer.use_dora": true}"#)];
-    assert_contains(&error(one(A, B, &dora, &[])), &["transformer.use_dora", "DoRA", "only linear LoRA"]);
-    let loha = [("lora_adapter_metadata", r#"{"peft_type": "LOHA"}"#)];
-    assert_contains(&error(one(A, B, &loha, &[])), &["LOHA", "only linear LoRA"]);
+    assert_contains(
+        &error(one(A, B, &dora, &[])),
+        &["transformer.use_dora", "DoRA", "lora_magnitude_vector"],
+    );
+    let oft = [("lora_adapter_metadata", r#"{"peft_type": "OFT"}"#)];
+    assert_contains(&error(one(A, B, &oft, &[])), &["OFT", "LORA, LOHA and LOKR"]);
+}
+
+#[test]
+fn what_cannot_be_merged_is_left_out_if_that_is_asked_for() {
+    let folder = TempDir::new().unwrap();
+    let path = folder.path().join("wan.safetensors");
+    let bias = ("transformer.m.0.to_q.diff_b", "F32", &[2][..], f32s(&[1.0, 2.0]));
+    let norm = ("transformer.m.0.norm.diff", "F32", &[3][..], f32s(&[1.0; 3]));
+    fs::write(&path, one(A, B, &[], &[bias, norm])).unwrap();
+    assert!(Adapter::open(&path).is_err());
+    let options = OpenOptions { skip_unsupported: true, ..Default::default() };
+    let adapter = Adapter::open_with(&path, &options).unwrap();
+    assert_eq!(adapter.layers().len(), 1);
+    assert_contains(&adapter.notes().join("; "), &["diff_b", "difference of a bias", "norm.diff"]);
+}
+
+#[test]
+fn alpha_can_be_told() {
+    let folder = TempDir::new().unwrap();
+    let path = folder.path().join("x.safetensors");
+    let alpha = ("transformer.m.0.to_q.alpha", "F32", &[][..], f32s(&[8.0]));
+    fs::write(&path, one(A, B, &[], &[alpha])).unwrap();
+    let open = |alpha| {
+        let adapter = Adapter::open_with(&path, &OpenOptions { alpha, ..Default::default() })?;
+        Ok::<_, Error>(adapter.layers()[0].scale)
+    };
+    assert_eq!(open(None).unwrap().value, 4.0);
+    let told = open(Some(1.0)).unwrap();
+    assert_eq!((told.value, told.rule), (0.5, ScaleRule::Override));
+    assert!(open(Some(f64::NAN)).is_err());
 }
 
 #[test]
@@ -413,7 +443,7 @@ fn broken_layers_are_refused() {
     let flat = (A, "F32", &[6][..], f32s(&[0.0; 6]));
     assert_contains(&error(file_of(&[], &[flat, b.clone()])), &[A, "shape [6]", "[rank, inputs] is needed"]);
     let bytes = (A, "I8", &[2, 3][..], vec![0; 6]);
-    assert_contains(&error(file_of(&[], &[bytes, b.clone()])), &[A, "type I8", "F32, F16 and BF16"]);
+    assert_contains(&error(file_of(&[], &[bytes, b.clone()])), &[A, "type I8", "F32, F16, BF16"]);
     let none = (A, "F32", &[0, 3][..], vec![]);
     assert_contains(&error(file_of(&[], &[none, b])), &[A, "[0, 3]", "may be zero"]);
     assert_contains(&with_alpha("F32", &[], f32s(&[f32::NAN])), &[alpha, "NaN", "finite"]);
@@ -441,7 +471,11 @@ fn broken_layers_are_refused() {
         ("ss_network_alpha", "inf", "not a number"),
         ("lora_adapter_metadata", "[", "JSON object"),
         ("lora_adapter_metadata", r#"{"lora_alpha": "x"}"#, "makes no sense"),
-        ("lora_adapter_metadata", r#"{"alpha_pattern": {".*to_q": 3}}"#, "regular expression `.*to_q`"),
+        (
+            "lora_adapter_metadata",
+            r#"{"alpha_pattern": {"(to_q": 3}}"#,
+            "`(to_q`, which is no regular expression",
+        ),
     ] {
         assert_contains(&error(one(A, B, &[(key, value)], &[])), &[key, reason]);
     }
@@ -453,6 +487,11 @@ fn broken_files_are_refused() {
     assert_contains(&error(vec![]), &["the file is empty"]);
     assert_contains(&error(vec![1, 2, 3]), &["not a safetensors file"]);
     assert_contains(&error(b"PK\x03\x04 and so on".to_vec()), &["PyTorch checkpoint"]);
+    // A header of 640 bytes starts like a pickle.
+    let padded = (0..700)
+        .map(|n| one(A, B, &[("x", &"y".repeat(n))], &[]))
+        .find(|bytes| bytes.starts_with(b"\x80\x02"));
+    assert!(Adapter::from_bytes("x", padded.unwrap()).is_ok());
     assert_contains(&error(b"Once upon a time there was a file".to_vec()), &["not a safetensors file"]);
     assert_contains(&error(good[..40].to_vec()), &["cut short", "header"]);
     assert_contains(&error(good[..good.len() - 1].to_vec()), &["cut short", B, "byte 40", "39"]);
@@ -726,6 +765,42 @@ proptest! {
         );
         let bytes = [&(header.len() as u64).to_le_bytes()[..], header.as_bytes(), &[0; 32]].concat();
         let _ = Adapter::from_bytes("x", bytes);
+    }
+
+    #[test]
+    fn any_metadata_never_panics(
+        field in prop::sample::select(vec![
+            "lora_adapter_metadata", "lora_alpha", "ss_network_alpha", "ss_network_args", "ss_tag_frequency",
+            "ss_base_model_version", "modelspec.architecture",
+        ]),
+        text in prop_oneof![
+            ".{0,60}",
+            "[\\[\\]{}\",:0-9a-z._ -]{0,60}",
+            "\\{\"(transformer\\.)?(lora_alpha|alpha_pattern|use_rslora|use_dora|peft_type|r)\": (8|-1e300|true|null|\"LOHA\"|\\{\"[a-z.*(|^$]{0,8}\": 3\\})\\}",
+        ],
+    ) {
+        if let Ok(adapter) = Adapter::from_bytes("x", one(A, B, &[(field, &text)], &[])) {
+            prop_assert!(adapter.layers()[0].scale.value.is_finite());
+            let _ = Adapter::common_metadata([&adapter, &adapter]);
+        }
+    }
+
+    #[test]
+    fn any_keys_never_panic(keys in prop::collection::btree_set(
+        "(transformer\\.|lora_unet_|diffusion_model\\.|lora_te3_)?\
+         (double_blocks[._]0[._]img_attn[._]qkv|layers\\.0\\.attention\\.qkv|input_blocks_[0-9]{1,2}_[0-2]_op|\
+         single_blocks[._]9[._]linear1|encoder_block_0|x|final_layer\\.adaLN_modulation\\.1)\
+         (\\.lora_(A|B)(\\.default)?\\.weight|\\.lora_(up|down|mid)\\.weight|\\.alpha|\\.hada_w[12]_[ab]|\\.lokr_w[12](_[ab])?|\
+         \\.dora_scale|\\.diff|\\.scalar|\\.up|\\.down)",
+        1..6,
+    )) {
+        let tensors: Vec<Raw> = keys.iter().map(|key| (key.as_str(), "F32", &[6, 2][..], f32s(&[0.5; 12]))).collect();
+        if let Ok(adapter) = Adapter::from_bytes("x", file_of(&[], &tensors)) {
+            for layer in adapter.layers() {
+                prop_assert_eq!(&LayerKey::parse(&layer.name()), &layer.key);
+                prop_assert!(layer.matches("*") && layer.norm().is_finite());
+            }
+        }
     }
 
     #[test]

@@ -419,6 +419,7 @@ fn help_and_version() {
         &["calibration", "add", "--help"],
         &["calibration", "show", "--help"],
         &["inspect", "--help"],
+        &["convert", "--help"],
         &["devices", "--help"],
         &["demo", "--help"],
     ] {

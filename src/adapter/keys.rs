@@ -7,6 +7,8 @@
 use std::borrow::Borrow;
 use std::fmt;
 
+use super::families::{self, Names};
+
 /// Prefixes in files, and the text encoder that each stands for (empty: the main model). Where one starts
 /// another, the longer is first. They may be nested: `base_model.model.transformer.`.
 const PREFIXES: &[(&str, &str)] = &[
@@ -17,7 +19,10 @@ const PREFIXES: &[(&str, &str)] = &[
     ("diffusion_model.", ""),
     ("text_encoders.clip_l.transformer.", "text_encoder"),
     ("text_encoders.clip_g.transformer.", "text_encoder_2"),
+    ("text_encoders.t5xxl.transformer.", "text_encoder_3"),
     ("text_encoders.", "text_encoders"),
+    ("cond_stage_model.transformer.", "text_encoder"),
+    ("conditioner.embedders.0.transformer.", "text_encoder"),
     ("text_encoder.", "text_encoder"),
     ("text_encoder_2.", "text_encoder_2"),
     ("text_encoder_3.", "text_encoder_3"),
@@ -50,15 +55,20 @@ pub(super) fn prefix(name: &str) -> (&'static str, usize) {
     (component, len)
 }
 
-/// The name by which layers of different files are matched: the module path without its prefix, dots written
-/// as underscores. Layers of a text encoder are kept apart by its name and a dot in front.
+/// The name by which layers of different files are matched: the module path without its prefix, as diffusers has it,
+/// dots written as underscores. Layers of a text encoder are kept apart by its name and a dot in front.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct LayerKey(String);
 
 impl LayerKey {
-    /// The key of a module in any spelling: `transformer.transformer_blocks.0.attn.to_q`,
-    /// `lora_unet_transformer_blocks_0_attn_to_q` and `transformer_blocks.0.attn.to_q` give the same one.
+    /// The key of a module in any spelling: `transformer.transformer_blocks.0.ff.net.2`,
+    /// `lora_unet_double_blocks_0_img_mlp_2` and `transformer_blocks.0.ff.net.2` give the same one.
     pub fn parse(name: &str) -> Self {
+        Self::recognise(name).0
+    }
+
+    /// The key, the flat name without its prefix, and whose names it is in.
+    pub(super) fn recognise(name: &str) -> (Self, String, Option<Names>) {
         let (mut component, mut rest) = ("", name.to_owned());
         loop {
             let (found, len) = prefix(&rest);
@@ -71,7 +81,24 @@ impl LayerKey {
             }
             rest = flat;
         }
-        Self(if component.is_empty() { rest } else { format!("{component}.{rest}") })
+        // The T5 of FLUX is the second encoder for some and the third for others.
+        if !component.is_empty() && rest.starts_with("encoder_block_") {
+            component = "text_encoder_3";
+        }
+        let (key, names) = families::canonical(component, &rest);
+        let key = if component.is_empty() { key.into_owned() } else { format!("{component}.{key}") };
+        (Self(key), rest, names)
+    }
+
+    /// The key of a layer of the main model, by its flat name in diffusers' spelling.
+    pub(super) fn of_flat(flat: String) -> Self {
+        Self(flat)
+    }
+
+    /// Keys of the layers that adapters have in place of this one, if it fuses them: of `to_qkv`, those of q, k and v.
+    pub(crate) fn parts(&self) -> impl Iterator<Item = Self> {
+        let parts = if self.component().is_empty() { families::fused_in(self.flat()) } else { Vec::new() };
+        parts.into_iter().map(Self)
     }
 
     /// The key as text; [`parse`](Self::parse) gives it back.
@@ -82,6 +109,11 @@ impl LayerKey {
     /// The text encoder that the layer belongs to; empty for the main model.
     pub fn component(&self) -> &str {
         self.0.split_once('.').map_or("", |(component, _)| component)
+    }
+
+    /// The key without the text encoder.
+    pub(super) fn flat(&self) -> &str {
+        self.0.split_once('.').map_or(self.as_str(), |(_, flat)| flat)
     }
 }
 
@@ -98,20 +130,55 @@ impl Borrow<str> for LayerKey {
 }
 
 /// What a tensor is to its module.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Part {
     A,
     B,
+    /// The core of a Tucker decomposition.
+    Mid,
     Alpha,
+    /// A factor that LyCORIS trains on the whole update.
+    Scalar,
+    /// DoRA's norms, of each output.
+    Magnitude,
+    /// DoRA's norms, whose shape says of what.
+    DoraScale,
+    Hada(Hada),
+    Lokr(Lokr),
+    /// The whole update.
+    Diff,
+}
+
+/// Factors of a LoHa.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Hada {
+    W1A,
+    W1B,
+    W2A,
+    W2B,
+    T1,
+    T2,
+}
+
+/// Factors of a LoKr.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Lokr {
+    W1,
+    W1A,
+    W1B,
+    W2,
+    W2A,
+    W2B,
+    T2,
 }
 
 /// What a tensor's key says.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Split<'a> {
-    /// Part of a LoRA of this module.
-    Lora(&'a str, Part),
-    /// Part of another kind of adapter.
-    Foreign(&'static str),
+    /// Part of an adapter of this module.
+    Part(&'a str, Part),
+    /// Part of something that cannot be merged, of this module.
+    Foreign(&'a str, &'static str),
     /// No adapter at all.
     Unknown,
 }
@@ -121,6 +188,7 @@ const SUFFIXES: &[(&str, Part)] = &[
     (".lora_B.weight", Part::B),
     (".lora_down.weight", Part::A),
     (".lora_up.weight", Part::B),
+    (".lora_mid.weight", Part::Mid),
     (".lora.down.weight", Part::A),
     (".lora.up.weight", Part::B),
     (".lora_linear_layer.down.weight", Part::A),
@@ -129,6 +197,27 @@ const SUFFIXES: &[(&str, Part)] = &[
     (".lora_B", Part::B),
     (".lora_A.alpha", Part::Alpha),
     (".alpha", Part::Alpha),
+    (".scalar", Part::Scalar),
+    (".dora_scale", Part::DoraScale),
+    (".lora_magnitude_vector", Part::Magnitude),
+    (".lora_magnitude_vector.weight", Part::Magnitude),
+    (".magnitude", Part::Magnitude),
+    (".hada_w1_a", Part::Hada(Hada::W1A)),
+    (".hada_w1_b", Part::Hada(Hada::W1B)),
+    (".hada_w2_a", Part::Hada(Hada::W2A)),
+    (".hada_w2_b", Part::Hada(Hada::W2B)),
+    (".hada_t1", Part::Hada(Hada::T1)),
+    (".hada_t2", Part::Hada(Hada::T2)),
+    (".lokr_w1", Part::Lokr(Lokr::W1)),
+    (".lokr_w1_a", Part::Lokr(Lokr::W1A)),
+    (".lokr_w1_b", Part::Lokr(Lokr::W1B)),
+    (".lokr_w2", Part::Lokr(Lokr::W2)),
+    (".lokr_w2_a", Part::Lokr(Lokr::W2A)),
+    (".lokr_w2_b", Part::Lokr(Lokr::W2B)),
+    (".lokr_t2", Part::Lokr(Lokr::T2)),
+    (".diff", Part::Diff),
+    (".down", Part::A),
+    (".up", Part::B),
 ];
 
 /// Splits a tensor's key at its suffix. Only the last dotted parts count: module paths contain words such as
@@ -136,47 +225,58 @@ const SUFFIXES: &[(&str, Part)] = &[
 pub(super) fn split(key: &str) -> Split<'_> {
     for &(suffix, part) in SUFFIXES {
         if let Some(module) = key.strip_suffix(suffix).filter(|m| !m.is_empty()) {
-            return Split::Lora(module, part);
+            return Split::Part(module, part);
         }
     }
     let mut parts = key.rsplitn(4, '.');
     let last = parts.next().unwrap_or_default();
     let second = parts.next().unwrap_or_default();
     let third = parts.next().unwrap_or_default();
+    let path = parts.next().filter(|path| !path.is_empty());
     // `.lora_A.<name of the adapter>.weight`
-    if let (Some(module), "weight", "lora_A" | "lora_B") = (parts.next(), last, third) {
-        return Split::Lora(module, if third == "lora_A" { Part::A } else { Part::B });
+    match (path, third, last) {
+        (Some(module), "lora_A", "weight") => return Split::Part(module, Part::A),
+        (Some(module), "lora_B", "weight") => return Split::Part(module, Part::B),
+        (Some(module), "lora_magnitude_vector", "weight") => return Split::Part(module, Part::Magnitude),
+        _ => {}
     }
-    let factors = ["lora_A", "lora_B", "lora_down", "lora_up"];
-    if last == "bias" && (factors.contains(&second) || factors.contains(&third)) {
-        return Split::Foreign("a LoRA with a bias (`lora_bias`)");
+    let before = |n: usize| key.rsplitn(n + 1, '.').last().unwrap_or_default();
+    if let (Some(module), "lora_magnitude_vector") =
+        (Some(before(2)).filter(|module| !module.is_empty()), second)
+    {
+        return Split::Part(module, Part::Magnitude);
     }
-    if last == "weight"
-        && matches!(second, "down" | "up")
+    // Attention processors: XLabs', and those of diffusers of 2023.
+    if let ("weight", "down" | "up") = (last, second)
         && third.trim_end_matches(['1', '2']).ends_with("_lora")
     {
-        return Split::Foreign("a LoRA on attention processors (XLabs, or diffusers of 2023)");
+        return Split::Part(before(2), if second == "down" { Part::A } else { Part::B });
+    }
+    let factors = ["lora_A", "lora_B", "lora_down", "lora_up"];
+    if last == "bias" && factors.contains(&second) {
+        return Split::Foreign(before(2), "a LoRA with a bias (`lora_bias`)");
+    }
+    if last == "bias" && factors.contains(&third) {
+        return Split::Foreign(before(3), "a LoRA with a bias (`lora_bias`)");
     }
     if last == "weight" && matches!(second, "a1" | "a2" | "b1" | "b2") {
-        return Split::Foreign("GLoRA");
+        return Split::Foreign(before(2), "GLoRA");
     }
-    [last, second, third].into_iter().find_map(foreign).map_or(Split::Unknown, Split::Foreign)
+    let names = [last, second, third].into_iter().enumerate();
+    names
+        .filter_map(|(i, part)| Some((i, foreign(part)?)))
+        .next()
+        .map_or(Split::Unknown, |(i, kind)| Split::Foreign(before(i + 1), kind))
 }
 
 fn foreign(part: &str) -> Option<&'static str> {
     Some(match part {
-        "scalar" => "LyCORIS with a trained scalar",
-        "dora_scale" | "lora_magnitude_vector" | "magnitude" => {
-            "DoRA, which depends on the base model's weights"
-        }
-        "lora_mid" => "a LoRA of a convolution with a Tucker core",
         "lora_embedding_A" | "lora_embedding_B" => "a LoRA of an embedding",
-        "diff" | "diff_b" | "set_weight" | "reshape_weight" => "a full weight difference",
+        "diff_b" => "a difference of a bias",
+        "set_weight" | "reshape_weight" => "a replaced weight",
         "w_norm" | "b_norm" => "a difference of a norm",
         "ia3_l" => "IA3",
         "oft_blocks" | "oft_diag" | "oft_r" | "oft_R" => "OFT",
-        _ if part.starts_with("hada_") => "LoHa",
-        _ if part.starts_with("lokr_") => "LoKr",
         _ if part.starts_with("boft_") => "BOFT",
         _ if part.starts_with("glora_") => "GLoRA",
         _ => return None,
@@ -271,6 +371,11 @@ const NAMES: &[&str] = &[
     "out_layer",
     "final_layer",
     "individual_token_refiner",
+    "joint_blocks",
+    "x_block",
+    "context_block",
+    "to_added_qkv",
+    "time_guidance_embed",
     "double_stream_modulation_img",
     "double_stream_modulation_txt",
     "single_stream_modulation",
@@ -325,6 +430,22 @@ pub(super) fn unflatten(flat: &str) -> String {
     }
 }
 
+/// Whether a name is of a pattern: `*` stands for anything, and dots and underscores are one.
+pub(super) fn matches(pattern: &str, name: &str) -> bool {
+    let (pattern, name) = (pattern.replace('.', "_"), name.replace('.', "_"));
+    let mut parts = pattern.split('*');
+    let Some(mut rest) = name.strip_prefix(parts.next().unwrap_or_default()) else { return false };
+    let mut parts: Vec<&str> = parts.collect();
+    let Some(last) = parts.pop() else { return rest.is_empty() };
+    for part in parts {
+        match rest.find(part) {
+            Some(at) => rest = &rest[at + part.len()..],
+            None => return false,
+        }
+    }
+    rest.ends_with(last)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -362,28 +483,47 @@ mod tests {
 
     #[test]
     fn suffixes() {
-        assert_eq!(split("m.0.lora_A.default.weight"), Split::Lora("m.0", Part::A));
-        assert_eq!(split("m.0.lora_B"), Split::Lora("m.0", Part::B));
-        assert_eq!(split("m.0.lora_A.alpha"), Split::Lora("m.0", Part::Alpha));
-        assert_eq!(split("down_blocks.up.weight"), Split::Unknown);
-        assert_eq!(split(".alpha"), Split::Unknown);
+        use Part::{A, Alpha, B, Diff, DoraScale, Magnitude, Mid};
+        for (key, module, part) in [
+            ("m.0.lora_A.default.weight", "m.0", A),
+            ("m.0.lora_A.cat.weight", "m.0", A),
+            ("m.0.lora_B", "m.0", B),
+            ("m.0.lora_A.alpha", "m.0", Alpha),
+            ("mlp.down.lora_A.weight", "mlp.down", A),
+            ("mlp.up.lora_up.weight", "mlp.up", B),
+            ("q_proj.lora_linear_layer.up.weight", "q_proj", B),
+            ("attn1.processor.to_q_lora.down.weight", "attn1.processor.to_q_lora", A),
+            ("double_blocks.0.processor.qkv_lora1.up.weight", "double_blocks.0.processor.qkv_lora1", B),
+            ("proj_in.down", "proj_in", A),
+            ("m.lora_mid.weight", "m", Mid),
+            ("m.dora_scale", "m", DoraScale),
+            ("m.lora_magnitude_vector.default.weight", "m", Magnitude),
+            ("m.lora_magnitude_vector.default", "m", Magnitude),
+            ("m.lora_magnitude_vector", "m", Magnitude),
+            ("m.magnitude", "m", Magnitude),
+            ("m.hada_w1_a", "m", Part::Hada(Hada::W1A)),
+            ("m.lokr_w2", "m", Part::Lokr(Lokr::W2)),
+            ("m.diff", "m", Diff),
+        ] {
+            assert_eq!(split(key), Split::Part(module, part), "{key}");
+        }
+        for key in ["down_blocks.up.weight", "mlp.down.weight", ".alpha", "lora_A.weight", ""] {
+            assert_eq!(split(key), Split::Unknown, "{key}");
+        }
         for (key, kind) in [
-            ("m.dora_scale", "DoRA"),
-            ("m.lora_magnitude_vector.default.weight", "DoRA"),
-            ("m.lora_magnitude_vector", "DoRA"),
-            ("m.hada_w1_a", "LoHa"),
-            ("m.lokr_w2", "LoKr"),
             ("m.oft_blocks", "OFT"),
-            ("m.diff", "difference"),
-            ("m.diff_b", "difference"),
+            ("m.diff_b", "bias"),
             ("m.w_norm", "norm"),
-            ("m.lora_mid.weight", "Tucker"),
             ("m.lora_B.bias", "lora_bias"),
             ("m.lora_B.default.bias", "lora_bias"),
             ("m.a1.weight", "GLoRA"),
-            ("double_blocks.0.processor.qkv_lora1.down.weight", "XLabs"),
+            ("m.ia3_l.default", "IA3"),
         ] {
-            assert!(matches!(split(key), Split::Foreign(k) if k.contains(kind)), "{key}: {:?}", split(key));
+            assert!(
+                matches!(split(key), Split::Foreign("m", k) if k.contains(kind)),
+                "{key}: {:?}",
+                split(key)
+            );
         }
     }
 
@@ -395,6 +535,7 @@ mod tests {
             "single_transformer_blocks.37.proj_mlp",
             "transformer_blocks.3.norm1_context.linear",
             "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q",
+            "joint_blocks.18.x_block.attn.qkv",
             "double_blocks.18.img_attn.qkv",
             "layers.29.feed_forward.w1",
             "layers.0.adaLN_modulation.0",
@@ -406,5 +547,22 @@ mod tests {
         }
         assert_eq!(unflatten(""), "");
         assert_eq!(unflatten("a__b_"), "a..b.");
+    }
+
+    #[test]
+    fn patterns() {
+        for (pattern, name, expected) in [
+            ("*", "transformer.transformer_blocks.0.attn.to_q", true),
+            ("transformer_blocks.*", "transformer.transformer_blocks.0.attn.to_q", true),
+            ("transformer_blocks.*.to_q", "lora_unet_transformer_blocks_0_attn_to_q", true),
+            ("transformer_blocks.*.to_q", "transformer_blocks.0.attn.to_k", false),
+            ("single_blocks.*", "transformer_blocks.0.attn.to_q", false),
+            ("*.attn.*", "transformer_blocks.0.attn.to_q", true),
+            ("transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn.to_q", true),
+            ("transformer_blocks.0.attn", "transformer_blocks.0.attn.to_q", false),
+            ("*a*a", "a", false),
+        ] {
+            assert_eq!(matches(pattern, LayerKey::parse(name).as_str()), expected, "{pattern} {name}");
+        }
     }
 }

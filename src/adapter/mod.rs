@@ -1,14 +1,23 @@
 //! What a LoRA file is: key grammar, scales and layers; reading, writing, converting.
 //!
-//! An [`Adapter`] is a sorted list of [`Layer`]s, each a low-rank update `ΔW = scale · B · A` of one linear
-//! module. Tensors stay in the mapped file until they are asked for. So far only linear LoRA is read; every
-//! other kind of adapter (convolutions, DoRA, LoHa, LoKr, OFT, full differences) is refused by name.
+//! An [`Adapter`] is a sorted list of [`Layer`]s, each a low-rank update `ΔW = scale · B · A` of one module, linear or a
+//! convolution. Tensors stay in the mapped file until they are asked for. Modules that one spelling fuses (q, k and v)
+//! are read as several layers, and so different spellings of a [`Family`] match layer by layer. LoHa and LoKr become
+//! LoRAs, DoRA with the base model's weights; every other kind of adapter is refused by name.
 
 mod atomic;
+mod blocks;
+mod families;
+mod fuse;
 mod hash;
 mod keys;
+mod metadata;
+mod norm;
+mod other;
 mod read;
 mod scale;
+mod spelling;
+mod spill;
 mod write;
 
 use std::borrow::Cow;
@@ -20,8 +29,14 @@ use std::sync::{Arc, OnceLock};
 use rayon::prelude::*;
 
 pub use self::atomic::{check_target, same_file, write_atomic};
+pub use self::blocks::{BlockPreset, Strengths};
+pub use self::families::Family;
+use self::families::{Fused, Names};
 pub use self::keys::LayerKey;
+pub use self::read::OpenOptions;
 pub use self::scale::{Scale, ScaleRule};
+use self::spelling::{Spelling, Usual};
+use self::spill::Values;
 pub use self::write::SaveOptions;
 use crate::safetensors_file::SafetensorsFile;
 use crate::{Dtype, Error, Matrix, RawMatrix, Result};
@@ -32,31 +47,46 @@ const PEFT_MODEL: &str = "adapter_model.safetensors";
 const PEFT_CONFIG: &str = "adapter_config.json";
 
 /// How keys are spelled.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[non_exhaustive]
 pub enum Format {
     /// diffusers and PEFT: `transformer.transformer_blocks.0.attn.to_q.lora_A.weight`.
     Peft,
-    /// kohya: `lora_unet_transformer_blocks_0_attn_to_q.lora_down.weight`.
+    /// kohya: `lora_unet_transformer_blocks_0_attn_to_q.lora_down.weight`; names are those that kohya's trainers use
+    /// for the family, such as `lora_unet_double_blocks_0_img_attn_qkv` for FLUX.
     Kohya,
-    /// ComfyUI: `diffusion_model.transformer_blocks.0.attn.to_q.lora_A.weight`.
+    /// ComfyUI: `diffusion_model.transformer_blocks.0.attn.to_q.lora_A.weight`; names are those of the model's own code.
     Comfyui,
+    /// The model's own names without a prefix: `double_blocks.0.img_attn.qkv.lora_A.weight`.
+    Bfl,
+    /// XLabs' attention processors of FLUX.1: `double_blocks.0.processor.qkv_lora1.down.weight`.
+    Xlabs,
 }
 
 impl Format {
-    /// The name used on the command line: `peft`, `kohya`, `comfyui`.
+    /// All of them.
+    pub const ALL: [Self; 5] = [Self::Peft, Self::Kohya, Self::Comfyui, Self::Bfl, Self::Xlabs];
+
+    /// The name used on the command line: `peft`, `kohya`, `comfyui`, `bfl`, `xlabs`.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Peft => "peft",
             Self::Kohya => "kohya",
             Self::Comfyui => "comfyui",
+            Self::Bfl => "bfl",
+            Self::Xlabs => "xlabs",
         }
     }
 
-    fn of(prefix: &str, module: &str) -> Self {
+    fn of(prefix: &str, module: &str, names: Option<Names>) -> Self {
         if !module.contains('.') && (prefix.starts_with("lora_") || prefix.starts_with("lycoris_")) {
             Self::Kohya
         } else if prefix.contains("diffusion_model.") || prefix.starts_with("text_encoders.") {
             Self::Comfyui
+        } else if names == Some(Names::Xlabs) {
+            Self::Xlabs
+        } else if prefix.is_empty() && names == Some(Names::Native) {
+            Self::Bfl
         } else {
             Self::Peft
         }
@@ -73,13 +103,16 @@ impl fmt::Display for Format {
 #[derive(Clone, Debug)]
 pub struct Adapter(Arc<Inner>);
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Inner {
     name: String,
     path: PathBuf,
     format: Format,
+    usual: Option<Usual>,
     metadata: BTreeMap<String, String>,
     layers: Vec<Layer>,
+    /// What the user should know about how it was read.
+    notes: Vec<String>,
     file: Option<SafetensorsFile>,
     /// Reading all of A takes time, and calibrations and merges ask for it.
     a_sha256: OnceLock<String>,
@@ -100,6 +133,11 @@ impl Adapter {
     /// Checks the header and reads alphas; the other tensors stay untouched in the mapped file. A file called
     /// `adapter_model.safetensors` is read with the `adapter_config.json` beside it, if there is one.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
+        Self::open_with(path, &OpenOptions::default())
+    }
+
+    /// As [`open`](Self::open), with what other kinds of adapters take.
+    pub fn open_with(path: impl AsRef<Path>, options: &OpenOptions) -> Result<Self> {
         let path = path.as_ref();
         let folder = path.is_dir();
         let model = if folder { path.join(PEFT_MODEL) } else { path.to_owned() };
@@ -127,7 +165,7 @@ impl Adapter {
         let stem = stem.as_deref().unwrap_or(path);
         let stem = if folder { stem.file_name() } else { stem.file_stem() };
         let name = stem.unwrap_or(path.as_os_str()).to_string_lossy().into_owned();
-        Self::from_file(name, file, text.as_deref().map(|text| (config.as_path(), text)))
+        Self::from_file(name, file, text.as_deref().map(|text| (config.as_path(), text)), options)
     }
 
     /// Reads a `.safetensors` file that is in memory, without copying it: `include_bytes!(..)` or a `Vec<u8>`.
@@ -135,20 +173,28 @@ impl Adapter {
     pub fn from_bytes(name: impl Into<String>, bytes: impl Into<Cow<'static, [u8]>>) -> Result<Self> {
         let name = name.into();
         let file = SafetensorsFile::from_bytes(&name, bytes)?;
-        Self::from_file(name, file, None)
+        Self::from_file(name, file, None, &OpenOptions::default())
     }
 
-    fn from_file(name: String, file: SafetensorsFile, config: Option<(&Path, &str)>) -> Result<Self> {
-        let layers = read::read(&file, config)?;
+    fn from_file(
+        name: String,
+        file: SafetensorsFile,
+        config: Option<(&Path, &str)>,
+        options: &OpenOptions,
+    ) -> Result<Self> {
+        let read::Read { layers, notes } = read::read(&file, config, options)?;
         tracing::info!(file = %file.path().display(), layers = layers.len(), "read an adapter");
         // Text encoders come in fewer spellings; the main model's layers tell more.
         let main = layers.iter().find(|l| l.key.component().is_empty()).or(layers.first());
+        let format = main.and_then(Layer::format).unwrap_or(Format::Peft);
         Ok(Self(Arc::new(Inner {
             name,
             path: file.path().to_owned(),
-            format: main.and_then(|l| l.format).unwrap_or(Format::Peft),
+            format,
+            usual: Usual::of(&layers, format),
             metadata: file.metadata().clone(),
             layers,
+            notes,
             file: Some(file),
             a_sha256: OnceLock::new(),
         })))
@@ -173,8 +219,10 @@ impl Adapter {
             name,
             path,
             format,
+            usual: Usual::of(&layers, format),
             metadata: BTreeMap::new(),
             layers,
+            notes: Vec::new(),
             file: None,
             a_sha256: OnceLock::new(),
         })))
@@ -208,17 +256,33 @@ impl Adapter {
 
     /// The same layers, as an adapter in memory with this metadata, which [`save`](Self::save) writes.
     pub fn with_metadata(&self, metadata: BTreeMap<String, String>) -> Self {
-        let Inner { name, path, format, layers, .. } = &*self.0;
-        let (name, path, layers) = (name.clone(), path.clone(), layers.clone());
-        Self(Arc::new(Inner {
-            name,
-            path,
-            format: *format,
-            metadata,
-            layers,
-            file: None,
-            a_sha256: OnceLock::new(),
-        }))
+        Self(Arc::new(Inner { metadata, file: None, a_sha256: OnceLock::new(), ..(*self.0).clone() }))
+    }
+
+    /// The same layers, to be spelled as another adapter is.
+    pub fn spelled_like(&self, other: &Self) -> Self {
+        let Inner { format, usual, .. } = &*other.0;
+        Self(Arc::new(Inner { format: *format, usual: usual.clone(), ..(*self.0).clone() }))
+    }
+
+    /// The same adapter with the scale of each layer multiplied by its strength, if that is finite.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] for a pattern that no layer's name matches.
+    pub fn with_strengths(&self, strengths: &Strengths) -> Result<Self> {
+        let (layers, note) = strengths.apply(self)?;
+        let notes = self.0.notes.iter().cloned().chain(note).collect();
+        Ok(Self(Arc::new(Inner { layers, notes, ..(*self.0).clone() })))
+    }
+
+    /// What the user should know about how the file was read: what was truncated, and what it lost.
+    pub fn notes(&self) -> &[String] {
+        &self.0.notes
+    }
+
+    /// The model that it is for, as far as its layers tell.
+    pub fn family(&self) -> Family {
+        self.layers().iter().map(|layer| layer.family).max().unwrap_or_default()
     }
 
     /// The layers, sorted by key.
@@ -251,7 +315,8 @@ impl Adapter {
         let size = raw.dtype.size();
         let element = RawMatrix { rows: 1, cols: 1, bytes: &raw.bytes[i * size..(i + 1) * size], ..raw };
         let value = element.to_vec::<f32>()[0];
-        let (row, col) = (i / raw.cols, i % raw.cols);
+        let (row, col) = (i / raw.cols + tensor.first_row(), i % raw.cols);
+        let i = row * raw.cols + col;
         let reason = format!("element {i} (row {row}, column {col}) is {value}; every value must be finite");
         Err(Error::tensor(tensor.path().unwrap_or(self.path()), &tensor.key, reason))
     }
@@ -282,12 +347,15 @@ impl Adapter {
     }
 }
 
-/// The low-rank update of one linear module: `ΔW = scale · B · A`. Cloning shares the tensors.
+/// The low-rank update of one module: `ΔW = scale · B · A`. Cloning shares the tensors.
+///
+/// A convolution is the matrix of its outputs and of its inputs at every place of the kernel: A is
+/// rank x (inputs · kernel), and its shape comes back when it is written.
 #[derive(Clone, Debug)]
 pub struct Layer {
     /// The name that it is matched by.
     pub key: LayerKey,
-    /// The module's path as the file spells it, without the prefix.
+    /// The module's path as the file spells it, without the prefix; of a part of a fused module, as diffusers does.
     pub module: String,
     /// What stands before the module's path in the file: `transformer.`, `lora_unet_`, ...
     pub prefix: String,
@@ -299,9 +367,30 @@ pub struct Layer {
     pub output: usize,
     /// The factor on `B · A`.
     pub scale: Scale,
-    format: Option<Format>,
+    family: Family,
+    spelling: Option<Arc<Spelling>>,
+    part: Option<PartOf>,
+    kernel: Option<Kernel>,
     a: Tensor,
     b: Tensor,
+}
+
+/// Which part of a fused module a layer is in its file.
+#[derive(Clone, Debug)]
+struct PartOf {
+    /// Path of the fused module as the file spells it, without the prefix.
+    module: Arc<str>,
+    index: usize,
+    fused: &'static Fused,
+}
+
+/// The shapes of a convolution's factors beyond that of matrices.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Kernel {
+    /// The kernel: A is [rank, inputs, kernel...].
+    dims: Vec<usize>,
+    /// How many ones follow in the shape of B.
+    ones: usize,
 }
 
 impl Layer {
@@ -309,7 +398,6 @@ impl Layer {
     pub fn new(module: &str, a: Matrix<f32>, b: Matrix<f32>) -> Result<Self> {
         let (_, len) = keys::prefix(module);
         let (prefix, path) = module.split_at(len);
-        let format = (len > 0).then(|| Format::of(prefix, path));
         let (rank, input, output) = (a.rows, a.cols, b.rows);
         if rank != b.cols {
             let b_shape = format!("B is {} x {}", b.rows, b.cols);
@@ -327,31 +415,43 @@ impl Layer {
                 return Err(Error::layer(module, format!("{name} does not hold rows x columns values")));
             }
         }
-        let tensor = |m: Matrix<f32>, part: &str| Tensor {
-            dtype: Dtype::F32,
-            rows: m.rows,
-            cols: m.cols,
-            key: format!("{module}.{part}.weight").into(),
-            data: TensorData::Memory(m.data.into()),
-        };
+        let (key, flat, names) = LayerKey::recognise(module);
+        let clue = families::Clue { component: key.component(), key: key.flat(), flat: &flat, input, output };
+        let family = families::recognise(&[clue], &BTreeMap::new());
+        // A bare name is of no file, but for those that only the model's own code has.
+        let native = matches!(names, Some(Names::Native | Names::Xlabs));
+        let spelling = (len > 0 || native).then(|| {
+            let standard = Spelling::standard(Format::of(prefix, path, names), family);
+            Arc::new(Spelling { names: names.unwrap_or(standard.names), ..standard })
+        });
+        let (a, b) = (
+            Tensor::of(a, format!("{module}.lora_A.weight")),
+            Tensor::of(b, format!("{module}.lora_B.weight")),
+        );
         Ok(Self {
-            key: LayerKey::parse(module),
+            key,
             module: path.to_owned(),
             prefix: prefix.to_owned(),
             rank,
             input,
             output,
             scale: Scale::given(1.0),
-            format,
-            a: tensor(a, "lora_A"),
-            b: tensor(b, "lora_B"),
+            family,
+            spelling,
+            part: None,
+            kernel: None,
+            a,
+            b,
         })
     }
 
     /// A layer at scale 1 with new factors, in place of this one: of the same module, spelled the same way.
     pub fn replaced(&self, a: Matrix<f32>, b: Matrix<f32>) -> Result<Self> {
-        let layer = Self::new(&format!("{}{}", self.prefix, self.module), a, b)?;
-        Ok(Self { format: self.format, ..layer })
+        let new = Self::new(&format!("{}{}", self.prefix, self.module), a, b)?;
+        let Self { rank, input, output, scale, a, b, .. } = new;
+        // Widths are the module's own, but for callers that know better.
+        let kernel = self.kernel.clone().filter(|_| input == self.input);
+        Ok(Self { rank, input, output, scale, a, b, kernel, ..self.clone() })
     }
 
     /// The layer's name for people: the module as the file spells it, without the prefix; of a text encoder,
@@ -385,7 +485,31 @@ impl Layer {
 
     /// How the file that the layer comes from spells it, if it comes from one.
     pub fn format(&self) -> Option<Format> {
-        self.format
+        self.spelling.as_ref().map(|spelling| spelling.format)
+    }
+
+    /// The model that it is for, as far as its file tells.
+    pub fn family(&self) -> Family {
+        self.family
+    }
+
+    /// The kernel of a convolution, empty for a linear module.
+    pub fn kernel(&self) -> &[usize] {
+        self.kernel.as_ref().map_or(&[], |kernel| &kernel.dims)
+    }
+
+    /// The module that fuses this one with others in the file, as the file spells it.
+    pub fn fused_in(&self) -> Option<&str> {
+        self.part.as_ref().map(|part| &*part.module)
+    }
+
+    /// Whether the layer's name, in diffusers' spelling, its file's or the model's own, is of this pattern: `*` stands for
+    /// anything, dots and underscores are one.
+    pub fn matches(&self, pattern: &str) -> bool {
+        let native = self.family.place(self.key.flat(), Names::Native).map(|place| place.path);
+        let fused = self.fused_in().map(str::to_owned);
+        let names = [Some(self.key.as_str().to_owned()), Some(self.name()), fused, native];
+        names.iter().flatten().any(|name| keys::matches(pattern, name))
     }
 }
 
@@ -407,23 +531,57 @@ struct Tensor {
 
 #[derive(Clone)]
 enum TensorData {
-    File(SafetensorsFile),
-    Memory(Arc<Vec<f32>>),
+    /// From a row of the file's tensor.
+    File(SafetensorsFile, usize),
+    Memory(Arc<Values>),
+    /// Of any type, little-endian.
+    Bytes(Arc<Vec<u8>>),
 }
 
 impl Tensor {
+    fn of(m: Matrix<f32>, key: String) -> Self {
+        let data = TensorData::Memory(Values::new(m.data).into());
+        Self { dtype: Dtype::F32, rows: m.rows, cols: m.cols, key: key.into(), data }
+    }
+
     fn raw(&self) -> RawMatrix<'_> {
+        let len = self.rows * self.cols * self.dtype.size();
         let bytes = match &self.data {
-            TensorData::File(file) => file.tensor(&self.key).map_or(&[][..], |t| t.bytes),
-            TensorData::Memory(values) => bytemuck::cast_slice(values.as_slice()),
+            TensorData::File(file, row) => {
+                let bytes = file.tensor(&self.key).map_or(&[][..], |t| t.bytes);
+                bytes.get(row * self.cols * self.dtype.size()..).and_then(|b| b.get(..len)).unwrap_or(&[])
+            }
+            TensorData::Memory(values) => values,
+            TensorData::Bytes(bytes) => bytes.as_slice(),
         };
         RawMatrix { dtype: self.dtype, rows: self.rows, cols: self.cols, bytes }
     }
 
+    /// Some of the rows.
+    fn rows(&self, rows: std::ops::Range<usize>) -> Self {
+        let data = match &self.data {
+            TensorData::File(file, first) => TensorData::File(file.clone(), first + rows.start),
+            _ => TensorData::Bytes(Arc::new(self.raw().rows(rows.start, rows.end).bytes.to_vec())),
+        };
+        Self { rows: rows.len(), data, ..self.clone() }
+    }
+
+    /// Rows of a file's tensor before this one.
+    fn first_row(&self) -> usize {
+        if let TensorData::File(_, row) = self.data { row } else { 0 }
+    }
+
+    /// Whether both hold the same bytes.
+    fn same(&self, other: &Self) -> bool {
+        let (x, y) = (self.raw(), other.raw());
+        let shape = |m: RawMatrix<'_>| (m.dtype, m.rows, m.cols, m.bytes.as_ptr());
+        shape(x) == shape(y) || ((x.dtype, x.rows, x.cols) == (y.dtype, y.rows, y.cols) && x.bytes == y.bytes)
+    }
+
     fn path(&self) -> Option<&Path> {
         match &self.data {
-            TensorData::File(file) => Some(file.path()),
-            TensorData::Memory(_) => None,
+            TensorData::File(file, _) => Some(file.path()),
+            TensorData::Memory(_) | TensorData::Bytes(_) => None,
         }
     }
 }

@@ -2,8 +2,9 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
+use regex_lite::Regex;
 use serde_json::{Map, Value};
 
 use super::keys::LayerKey;
@@ -26,6 +27,8 @@ pub struct Scale {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum ScaleRule {
+    /// Told when the file was opened ([`OpenOptions::alpha`](super::OpenOptions::alpha)).
+    Override,
     /// An alpha tensor beside the layer's factors.
     AlphaTensor,
     /// `lora_adapter_metadata` in the file's header.
@@ -45,6 +48,7 @@ pub enum ScaleRule {
 impl fmt::Display for ScaleRule {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
+            Self::Override => "--alpha",
             Self::AlphaTensor => "alpha tensor",
             Self::AdapterMetadata => "lora_adapter_metadata",
             Self::AdapterConfig => "adapter_config.json",
@@ -73,8 +77,22 @@ impl Scale {
 struct LoraConfig {
     component: String,
     alpha: Option<f64>,
-    alpha_pattern: Vec<(String, f64)>,
+    alpha_pattern: Vec<(Pattern, f64)>,
     rslora: bool,
+}
+
+/// A key of `alpha_pattern`: a module's whole name, or its end after a dot, as a regular expression.
+struct Pattern {
+    text: String,
+    regex: Regex,
+}
+
+impl Pattern {
+    /// As PEFT has it: `^` in front asks for the whole name.
+    fn new(text: &str) -> Result<Self, regex_lite::Error> {
+        let regex = Regex::new(&format!("^(?:.*\\.)?(?:{text})$"))?;
+        Ok(Self { text: text.trim_start_matches('^').trim_end_matches('$').replace("\\.", "."), regex })
+    }
 }
 
 /// Everything in a file and beside it that says a scale, but for alpha tensors.
@@ -83,6 +101,9 @@ pub(super) struct Scales {
     config: Vec<LoraConfig>,
     flat: Option<f64>,
     network: Option<(f64, bool)>,
+    told: Option<f64>,
+    /// The field that says that it is DoRA.
+    pub dora: Option<(PathBuf, String)>,
 }
 
 impl Scales {
@@ -91,13 +112,15 @@ impl Scales {
         path: &Path,
         metadata: &BTreeMap<String, String>,
         config: Option<(&Path, &str)>,
+        told: Option<f64>,
     ) -> Result<Self> {
+        let mut dora = None;
         let in_header = match metadata.get("lora_adapter_metadata") {
-            Some(text) => configs(path, "its `lora_adapter_metadata`", text)?,
+            Some(text) => configs(path, "its `lora_adapter_metadata`", text, &mut dora)?,
             None => Vec::new(),
         };
         let config = match config {
-            Some((path, text)) => configs(path, "the file", text)?,
+            Some((path, text)) => configs(path, "the file", text, &mut dora)?,
             None => Vec::new(),
         };
         let number = |key: &str| -> Result<Option<f64>> {
@@ -118,12 +141,15 @@ impl Scales {
             .and_then(|text| serde_json::from_str::<Map<String, Value>>(text).ok())
             .and_then(|args| args.get("rs_lora").map(truthy));
         let network = number("ss_network_alpha")?.map(|alpha| (alpha, rslora.unwrap_or(false)));
-        Ok(Self { metadata: in_header, config, flat, network })
+        Ok(Self { metadata: in_header, config, flat, network, told, dora })
     }
 
     /// The scale of one layer. An alpha tensor is always divided by the rank: LyCORIS, the one writer of both
     /// alpha tensors and rsLoRA, stores an alpha that makes up for it.
     pub fn of(&self, key: &LayerKey, module: &str, rank: usize, alpha_tensor: Option<f64>) -> Scale {
+        if let Some(alpha) = self.told {
+            return Scale::new(alpha, rank, ScaleRule::Override, false);
+        }
         if let Some(alpha) = alpha_tensor {
             return Scale::new(alpha, rank, ScaleRule::AlphaTensor, false);
         }
@@ -155,18 +181,19 @@ fn configured(configs: &[LoraConfig], key: &LayerKey, module: &str) -> Option<(f
         })
         .or_else(|| configs.iter().find(|c| c.component.is_empty()))?;
     let patterns = &config.alpha_pattern;
-    let exact = patterns.iter().find(|(p, _)| p.trim_start_matches('^') == module);
-    let suffix = || {
-        patterns.iter().find(|(p, _)| {
-            !p.starts_with('^') && module.strip_suffix(p.as_str()).is_some_and(|rest| rest.ends_with('.'))
-        })
-    };
-    let alpha = exact.or_else(suffix).map(|(_, alpha)| *alpha).or(config.alpha)?;
+    let exact = patterns.iter().find(|(p, _)| p.text == module);
+    let matching = || patterns.iter().find(|(p, _)| p.regex.is_match(module));
+    let alpha = exact.or_else(matching).map(|(_, alpha)| *alpha).or(config.alpha)?;
     Some((alpha, config.rslora))
 }
 
 /// Reads a PEFT configuration, or several in one object, told apart by `<component>.` before each field.
-fn configs(path: &Path, what: &str, text: &str) -> Result<Vec<LoraConfig>> {
+fn configs(
+    path: &Path,
+    what: &str,
+    text: &str,
+    dora: &mut Option<(PathBuf, String)>,
+) -> Result<Vec<LoraConfig>> {
     let fail = |reason: String| Error::file(path, reason);
     let fields: Map<String, Value> = serde_json::from_str(text)
         .map_err(|e| fail(format!("{what} should hold a JSON object with PEFT's configuration: {e}")))?;
@@ -181,30 +208,24 @@ fn configs(path: &Path, what: &str, text: &str) -> Result<Vec<LoraConfig>> {
         let wrong = || fail(format!("{what}: `{key}` is {value}, which makes no sense there"));
         let config = &mut configs[i];
         match field {
-            "lora_alpha" if !value.is_null() => config.alpha = Some(value.as_f64().ok_or_else(wrong)?),
+            // PEFT calls it `alpha` for LoHa and LoKr.
+            "lora_alpha" | "alpha" if !value.is_null() => {
+                config.alpha = Some(value.as_f64().ok_or_else(wrong)?)
+            }
             "alpha_pattern" if !value.is_null() => {
                 for (pattern, alpha) in value.as_object().ok_or_else(wrong)? {
-                    let name = pattern.trim_end_matches('$').replace("\\.", ".");
-                    if name.contains(['*', '+', '?', '[', ']', '(', ')', '{', '}', '|', '\\']) {
-                        return Err(fail(format!(
-                            "{what}: `{key}` holds the regular expression `{pattern}`; only names of modules \
-                             are supported"
-                        )));
-                    }
-                    config.alpha_pattern.push((name, alpha.as_f64().ok_or_else(wrong)?));
+                    let regex = Pattern::new(pattern).map_err(|e| {
+                        fail(format!(
+                            "{what}: `{key}` holds `{pattern}`, which is no regular expression: {e}"
+                        ))
+                    })?;
+                    config.alpha_pattern.push((regex, alpha.as_f64().ok_or_else(wrong)?));
                 }
             }
             "use_rslora" => config.rslora = truthy(value),
-            "use_dora" if truthy(value) => {
-                return Err(fail(format!(
-                    "{what}: `{key}` is set: this is DoRA, which depends on the base model's weights; only \
-                     linear LoRA is supported so far"
-                )));
-            }
-            "peft_type" if value.as_str().is_some_and(|kind| kind != "LORA") => {
-                return Err(fail(format!(
-                    "{what}: `{key}` is {value}; only linear LoRA (\"LORA\") is supported so far"
-                )));
+            "use_dora" if truthy(value) => *dora = Some((path.to_owned(), key.clone())),
+            "peft_type" if value.as_str().is_some_and(|kind| !["LORA", "LOHA", "LOKR"].contains(&kind)) => {
+                return Err(fail(format!("{what}: `{key}` is {value}; supported are LORA, LOHA and LOKR")));
             }
             _ => {}
         }

@@ -6,7 +6,10 @@ use std::path::{Path, PathBuf};
 
 use rayon::prelude::*;
 
-use super::{Adapter, Format, Layer, TensorData, keys, write_atomic};
+use super::families::{self, Family, Fused, Names, Place};
+use super::scale::ScaleRule;
+use super::spelling::{Spelling, Usual};
+use super::{Adapter, Format, Kernel, Layer, Tensor, TensorData, keys, metadata, write_atomic};
 use crate::safetensors_file::{FileDtype, TensorOut, write_safetensors};
 use crate::{Dtype, Error, RawMatrix, Result};
 
@@ -15,7 +18,7 @@ use crate::{Dtype, Error, RawMatrix, Result};
 pub struct SaveOptions {
     /// Type of the tensors; by default the adapter's own ([`Adapter::dtype`]).
     pub dtype: Option<Dtype>,
-    /// Spelling of the keys; by default the adapter's own ([`Adapter::format`]).
+    /// Spelling of the keys; by default the adapter's own ([`Adapter::format`]), with everything that is its file's.
     pub format: Option<Format>,
     /// Whether an existing file is replaced.
     pub overwrite: bool,
@@ -29,39 +32,59 @@ pub struct SaveOptions {
 /// Elements converted at a time.
 const CHUNK: usize = 1 << 14;
 
-/// How a layer's scale is written.
-struct Plan<'a> {
-    layer: &'a Layer,
-    /// Key of the module.
-    name: String,
-    /// What B is multiplied by.
-    fold: f64,
+/// How everything is to be spelled.
+struct Target {
+    spelling: Spelling,
+    /// Of the main model and each text encoder, where it is not the usual one.
+    prefixes: BTreeMap<String, String>,
+    /// Whether it is the spelling of the adapter's own file.
+    own: bool,
+    /// Stable Diffusion 1 has one text encoder, and so kohya does not number it.
+    one_encoder: bool,
+}
+
+/// A module as it is written: a layer, or several that are fused.
+pub(super) struct Module<'a> {
+    /// Key of the module, with the prefix of this length.
+    pub name: String,
+    pub prefix: usize,
+    /// The first of its layers.
+    pub layer: &'a Layer,
+    pub rank: usize,
+    output: usize,
+    /// One above the other.
+    a: Vec<&'a Tensor>,
+    pieces: Vec<Piece<'a>>,
+    /// Whether the halves of the rows of B change places.
+    swap: bool,
     b_dtype: Dtype,
     /// What is left for alpha; the rank if everything is folded.
-    alpha: f64,
+    pub alpha: f64,
+    has_alpha: bool,
+}
+
+/// A layer's place in the B of its module.
+struct Piece<'a> {
+    layer: &'a Layer,
+    row: usize,
+    col: usize,
+    /// What it is multiplied by.
+    fold: f64,
 }
 
 pub(super) fn save(adapter: &Adapter, path: &Path, options: &SaveOptions) -> Result<()> {
     let dtype = options.dtype.unwrap_or(adapter.dtype());
-    let format = options.format.unwrap_or(adapter.format());
-    // Stable Diffusion 1 has one text encoder, and so kohya does not number it.
-    let has = |of: &dyn Fn(&Layer) -> bool| adapter.layers().iter().any(of);
-    let one_encoder = has(&is_unet) && !has(&|layer| layer.key.component() == "text_encoder_2");
-    let usual = usual_prefixes(adapter, format);
-    let plan = |layer| {
-        let name = name(layer, format, usual.get(layer.key.component()).copied(), one_encoder)?;
-        plan(layer, name, format, dtype, options)
-    };
-    let plans: Vec<Plan> = adapter.layers().par_iter().map(plan).collect::<Result<_>>()?;
+    let target = Target::new(adapter, options.format);
+    let modules = modules(adapter, &target, dtype, options)?;
     // What a file says may be wrong of what became of it; what was given in memory is meant to be written.
     let mut given = if adapter.0.file.is_none() { adapter.metadata().clone() } else { BTreeMap::new() };
     given.extend(options.metadata.clone());
-    let metadata = metadata(&plans, format, &given);
 
     let mut protect: BTreeSet<PathBuf> = options.protect.iter().cloned().collect();
+    protect.extend(adapter.0.file.iter().filter(|file| file.is_on_disk()).map(|file| file.path().to_owned()));
     for layer in adapter.layers() {
         for tensor in [&layer.a, &layer.b] {
-            if let TensorData::File(file) = &tensor.data
+            if let TensorData::File(file, _) = &tensor.data
                 && file.is_on_disk()
             {
                 protect.insert(file.path().to_owned());
@@ -70,36 +93,286 @@ pub(super) fn save(adapter: &Adapter, path: &Path, options: &SaveOptions) -> Res
     }
     let protect: Vec<PathBuf> = protect.into_iter().collect();
     write_atomic(path, options.overwrite, &protect, |out| {
-        let tensors = plans.iter().flat_map(|plan| tensors(plan, format, dtype)).collect();
+        let tensors: Vec<_> =
+            modules.iter().flat_map(|module| module.tensors(&target.spelling, dtype)).collect();
+        let metadata =
+            metadata::written(&modules, target.spelling.format, adapter.family(), &given, &tensors)?;
         write_safetensors(out, &metadata, tensors)
     })
 }
 
-fn plan<'a>(
-    layer: &'a Layer,
-    name: String,
-    format: Format,
+impl Target {
+    fn new(adapter: &Adapter, format: Option<Format>) -> Self {
+        let has = |of: &dyn Fn(&Layer) -> bool| adapter.layers().iter().any(of);
+        let one_encoder = has(&is_unet) && !has(&|layer| layer.key.component() == "text_encoder_2");
+        let own = adapter.0.usual.as_ref().filter(|own| own.spelling.names != Names::Processor);
+        if let (None, Some(Usual { spelling, prefixes })) = (format, own) {
+            return Self {
+                spelling: (**spelling).clone(),
+                prefixes: prefixes.clone(),
+                own: true,
+                one_encoder,
+            };
+        }
+        let format = format.unwrap_or(adapter.format());
+        let spelling = Spelling::standard(format, adapter.family());
+        let usual =
+            Usual::of(adapter.layers(), format).filter(|usual| usual.spelling.names == spelling.names);
+        let prefixes = usual.map_or_else(BTreeMap::new, |usual| usual.prefixes);
+        Self { spelling, prefixes, own: false, one_encoder }
+    }
+
+    fn prefix(&self, layer: &Layer) -> Result<String> {
+        match self.prefixes.get(layer.key.component()) {
+            Some(prefix) => Ok(prefix.clone()),
+            None => default_prefix(layer, self.spelling.format, self.one_encoder),
+        }
+    }
+
+    /// The module that a layer is written to, without the prefix.
+    fn place(&self, layer: &Layer) -> Result<Place> {
+        let Spelling { names, .. } = self.spelling;
+        let own = layer.spelling.as_ref().map_or(Names::Diffusers, |spelling| spelling.names);
+        let respelled = |path: &str| {
+            let was_flat = layer.spelling.as_ref().is_none_or(|spelling| spelling.is_flat());
+            match (self.spelling.is_flat(), was_flat && !path.contains('.')) {
+                (true, _) => path.replace('.', "_"),
+                (false, true) => keys::unflatten(path),
+                (false, false) => path.to_owned(),
+            }
+        };
+        let whole = |path: &str| Place { path: respelled(path), part: None };
+        if !layer.key.component().is_empty() {
+            // Attention processors of 2023.
+            let module = if own == Names::Processor { layer.key.flat() } else { &layer.module };
+            return Ok(match own == Names::Processor && !self.spelling.is_flat() {
+                true => Place { path: keys::unflatten(module), part: None },
+                false => whole(module),
+            });
+        }
+        if own == names {
+            match &layer.part {
+                Some(part) if self.own => {
+                    return Ok(Place { part: Some((part.index, part.fused)), ..whole(&part.module) });
+                }
+                None if self.spelling.is_flat() || layer.module.contains('.') => {
+                    return Ok(whole(&layer.module));
+                }
+                None if layer.family == Family::Generic => return Ok(whole(&layer.module)),
+                _ => {}
+            }
+        }
+        let key = layer.key.flat();
+        // What has no known name in one spelling has none in another.
+        let known = own == names
+            || names != Names::Diffusers
+            || !layer.family.has_native()
+            || families::canonical("", key).1 == Some(Names::Diffusers);
+        let place = layer.family.place(key, names).filter(|_| known);
+        let place = match place {
+            Some(place) => place,
+            None if own == names => return Ok(whole(&layer.module)),
+            None => {
+                let (format, family) = (self.spelling.format, layer.family);
+                let reason = match family {
+                    Family::Generic => format!(
+                        "the model that it is for is not known, and so not what it is called in {format}; choose                          another format"
+                    ),
+                    _ => {
+                        format!("it has no name of {family} in {format} that is known; choose another format")
+                    }
+                };
+                return Err(Error::layer(layer.name(), reason));
+            }
+        };
+        let path = if self.spelling.is_flat() { place.path.replace('.', "_") } else { place.path };
+        Ok(Place { path, ..place })
+    }
+}
+
+/// The modules of a file, in order of their first layers.
+fn modules<'a>(
+    adapter: &'a Adapter,
+    target: &Target,
     dtype: Dtype,
     options: &SaveOptions,
-) -> Result<Plan<'a>> {
-    let rank = layer.rank as f64;
-    let scale = layer.scale.value;
-    if !scale.is_finite() {
-        return Err(Error::layer(layer.name(), format!("its scale is {scale}; it should be finite")));
+) -> Result<Vec<Module<'a>>> {
+    type Parts<'a> = (usize, usize, Option<&'static Fused>, Vec<(usize, &'a Layer)>);
+    let mut places: BTreeMap<String, Parts> = BTreeMap::new();
+    for (i, layer) in adapter.layers().iter().enumerate() {
+        let prefix = target.prefix(layer)?;
+        let Place { path, part } = target.place(layer)?;
+        let (index, fused) = part.map_or((0, None), |(index, fused)| (index, Some(fused)));
+        let name = format!("{prefix}{path}");
+        let entry = places.entry(name).or_insert_with(|| (i, prefix.len(), fused, Vec::new()));
+        entry.3.push((index, layer));
     }
-    let plain = Plan { layer, name, fold: scale, b_dtype: dtype, alpha: rank };
-    Ok(if scale == 1.0 || folds_exactly(layer.b(), scale, dtype) {
-        plain
-    } else if format != Format::Peft {
-        // scale · rank may be off by a rounding.
-        let alpha = layer.scale.alpha.filter(|alpha| alpha / rank == scale).unwrap_or(scale * rank);
-        Plan { fold: 1.0, alpha, ..plain }
-    } else if options.dtype.is_some() || scale == 0.0 {
-        plain
-    } else {
-        // There is no place for an alpha: readers of this spelling take it to be the rank.
-        Plan { b_dtype: Dtype::F32, ..plain }
+    let mut places: Vec<_> = places.into_iter().collect();
+    places.sort_by_key(|(_, (i, ..))| *i);
+    let module = |(name, (_, prefix, fused, mut parts)): (String, Parts<'a>)| {
+        parts.sort_by_key(|(index, _)| *index);
+        if let Some(pair) = parts.windows(2).find(|pair| pair[0].0 == pair[1].0) {
+            let reason = format!("`{name}` would be written twice, for it and for `{}`", pair[1].1.name());
+            return Err(Error::layer(pair[0].1.name(), reason));
+        }
+        let mut module = joined(name, prefix, fused, &parts)?;
+        module.scale(&target.spelling, dtype, options)?;
+        let layer = module.layer;
+        module.swap = target.spelling.names == Names::Native
+            && layer.key.component().is_empty()
+            && layer.family.swaps(layer.key.flat(), layer.input, layer.output);
+        Ok(module)
+    };
+    places.into_par_iter().map(module).collect()
+}
+
+/// Puts layers together: over one A if they share it, else as blocks.
+fn joined<'a>(
+    name: String,
+    prefix: usize,
+    fused: Option<&'static Fused>,
+    parts: &[(usize, &'a Layer)],
+) -> Result<Module<'a>> {
+    let Some(&(_, layer)) = parts.first() else {
+        return Err(Error::Invalid(format!("`{name}` has no layer")));
+    };
+    let shared = parts.iter().all(|(_, other)| other.a.same(&layer.a));
+    let known: BTreeMap<usize, usize> = parts.iter().map(|(index, layer)| (*index, layer.output)).collect();
+    let (mut row, mut col, mut next) = (0, 0, parts.iter().peekable());
+    let mut pieces = Vec::with_capacity(parts.len());
+    for index in 0..fused.map_or(1, |fused| fused.parts.len()) {
+        let Some((_, part)) = next.next_if(|(i, _)| *i == index) else {
+            row += fused.map_or(0, |fused| fused.missing(index, layer.input, &known));
+            continue;
+        };
+        if part.input != layer.input {
+            let reason = format!(
+                "reads {} inputs, but `{}`, with which `{name}` fuses it, {}",
+                part.input,
+                layer.name(),
+                layer.input
+            );
+            return Err(Error::layer(part.name(), reason));
+        }
+        pieces.push(Piece { layer: part, row, col, fold: 1.0 });
+        row += part.output;
+        col += if shared { 0 } else { part.rank };
+    }
+    let a: Vec<&Tensor> =
+        if shared { vec![&layer.a] } else { parts.iter().map(|(_, part)| &part.a).collect() };
+    let rank = a.iter().map(|a| a.rows).sum();
+    Ok(Module {
+        name,
+        prefix,
+        layer,
+        rank,
+        output: row,
+        a,
+        pieces,
+        swap: false,
+        b_dtype: Dtype::F32,
+        alpha: rank as f64,
+        has_alpha: false,
     })
+}
+
+impl Module<'_> {
+    /// Decides how scales are written: as alpha, or folded into B.
+    fn scale(&mut self, spelling: &Spelling, dtype: Dtype, options: &SaveOptions) -> Result<()> {
+        let rank = self.rank as f64;
+        let scale = self.layer.scale;
+        for Piece { layer, .. } in &self.pieces {
+            if !layer.scale.value.is_finite() {
+                let reason = format!("its scale is {}; it should be finite", layer.scale.value);
+                return Err(Error::layer(layer.name(), reason));
+            }
+        }
+        let all = |of: &dyn Fn(&Layer) -> bool| self.pieces.iter().all(|piece| of(piece.layer));
+        let one = all(&|layer| layer.scale.value == scale.value);
+        let folds = all(&|l| l.scale.value == 1.0 || folds_exactly(l.b(), l.scale.value, dtype));
+        // An alpha of the file's stays what it is.
+        let kept = spelling.alpha && all(&|layer| layer.scale.rule == ScaleRule::AlphaTensor);
+        let place = spelling.alpha || matches!(spelling.format, Format::Kohya | Format::Comfyui);
+        self.b_dtype = dtype;
+        self.has_alpha = spelling.alpha;
+        if one && place && (kept || !folds) {
+            // scale · rank may be off by a rounding.
+            self.alpha =
+                scale.alpha.filter(|alpha| alpha / rank == scale.value).unwrap_or(scale.value * rank);
+            self.has_alpha = true;
+            return Ok(());
+        }
+        for piece in &mut self.pieces {
+            piece.fold = piece.layer.scale.value;
+        }
+        // There is no place for an alpha: readers of this spelling take it to be the rank.
+        if !folds && options.dtype.is_none() && !(one && scale.value == 0.0) {
+            self.b_dtype = Dtype::F32;
+        }
+        Ok(())
+    }
+
+    fn tensors<'a>(&'a self, spelling: &Spelling, dtype: Dtype) -> Vec<TensorOut<'a>> {
+        let Self { name, layer, rank, output, b_dtype, alpha, .. } = self;
+        let (a, b) = (&spelling.a, &spelling.b);
+        let Kernel { dims, ones } = layer.kernel.clone().unwrap_or(Kernel { dims: Vec::new(), ones: 0 });
+        let inputs = layer.input / dims.iter().product::<usize>().max(1);
+        let mut tensors = vec![
+            TensorOut {
+                name: format!("{name}{a}"),
+                dtype: file_dtype(dtype),
+                shape: [&[*rank, inputs][..], &dims].concat(),
+                write: Box::new(move |out| {
+                    self.a.iter().try_for_each(|a| convert(a.raw(), 1.0, dtype, layer, out))
+                }),
+            },
+            TensorOut {
+                name: format!("{name}{b}"),
+                dtype: file_dtype(*b_dtype),
+                shape: [&[*output, *rank][..], &vec![1; ones]].concat(),
+                write: Box::new(move |out| self.write_b(out)),
+            },
+        ];
+        if self.has_alpha {
+            let dtype = if round(*alpha, dtype) == *alpha { dtype } else { Dtype::F32 };
+            tensors.push(TensorOut {
+                name: format!("{name}.alpha"),
+                dtype: file_dtype(dtype),
+                shape: Vec::new(),
+                write: Box::new(move |out| put(&[*alpha], dtype, layer, &mut Vec::new(), out)),
+            });
+        }
+        tensors
+    }
+
+    fn write_b(&self, out: &mut dyn Write) -> io::Result<()> {
+        let dtype = self.b_dtype;
+        let zeros = |n: usize, out: &mut dyn Write| out.write_all(&vec![0; n * dtype.size()]);
+        if self.swap
+            && let [Piece { layer, fold, .. }] = &self.pieces[..]
+        {
+            let (b, half) = (layer.b(), self.output / 2);
+            convert(b.rows(half, self.output), *fold, dtype, layer, out)?;
+            return convert(b.rows(0, half), *fold, dtype, layer, out);
+        }
+        let mut row = 0;
+        for Piece { layer, row: start, col, fold } in &self.pieces {
+            // What no layer adapts.
+            (row..*start).try_for_each(|_| zeros(self.rank, out))?;
+            row = start + layer.output;
+            let b = layer.b();
+            if layer.rank == self.rank {
+                convert(b, *fold, dtype, layer, out)?;
+                continue;
+            }
+            for i in 0..layer.output {
+                zeros(*col, out)?;
+                convert(b.rows(i, i + 1), *fold, dtype, layer, out)?;
+                zeros(self.rank - col - layer.rank, out)?;
+            }
+        }
+        (row..self.output).try_for_each(|_| zeros(self.rank, out))
+    }
 }
 
 /// Whether multiplying by `scale` and rounding to `dtype` can be undone.
@@ -116,60 +389,6 @@ fn folds_exactly(b: RawMatrix<'_>, scale: f64, dtype: Dtype) -> bool {
     }
 }
 
-fn tensors<'a>(plan: &'a Plan<'_>, format: Format, dtype: Dtype) -> Vec<TensorOut<'a>> {
-    let Plan { layer, name, fold, b_dtype, alpha } = plan;
-    let (a, b) = if format == Format::Kohya { ("lora_down", "lora_up") } else { ("lora_A", "lora_B") };
-    let factor = |part: &str, values: RawMatrix<'a>, fold: f64, dtype: Dtype| TensorOut {
-        name: format!("{name}.{part}.weight"),
-        dtype: file_dtype(dtype),
-        shape: vec![values.rows, values.cols],
-        write: Box::new(move |out| convert(values, fold, dtype, layer, out)),
-    };
-    let mut tensors = vec![factor(a, layer.a(), 1.0, dtype), factor(b, layer.b(), *fold, *b_dtype)];
-    if format != Format::Peft {
-        let dtype = if round(*alpha, dtype) == *alpha { dtype } else { Dtype::F32 };
-        tensors.push(TensorOut {
-            name: format!("{name}.alpha"),
-            dtype: file_dtype(dtype),
-            shape: Vec::new(),
-            write: Box::new(move |out| put(&[*alpha], dtype, layer, &mut Vec::new(), out)),
-        });
-    }
-    tensors
-}
-
-/// For the main model and each text encoder, the prefix of most layers that are in this spelling already. Layers of
-/// a merge come from several files, and readers drop those with another prefix than the rest.
-fn usual_prefixes(adapter: &Adapter, format: Format) -> BTreeMap<&str, &str> {
-    let mut counts: BTreeMap<&str, BTreeMap<&str, usize>> = BTreeMap::new();
-    for layer in adapter.layers().iter().filter(|layer| layer.format == Some(format)) {
-        *counts.entry(layer.key.component()).or_default().entry(&layer.prefix).or_default() += 1;
-    }
-    let mut usual = BTreeMap::new();
-    for (component, prefixes) in counts {
-        usual.extend(prefixes.into_iter().max_by_key(|(_, n)| *n).map(|(prefix, _)| (component, prefix)));
-    }
-    usual
-}
-
-/// The module as the format spells it, after the `usual` prefix of its component, if there is one.
-fn name(layer: &Layer, format: Format, usual: Option<&str>, one_encoder: bool) -> Result<String> {
-    let prefix = match usual {
-        Some(usual) => usual.to_owned(),
-        None => default_prefix(layer, format, one_encoder)?,
-    };
-    let module = &layer.module;
-    Ok(match format {
-        _ if layer.format == Some(format) => prefix + module,
-        Format::Kohya => prefix + &module.replace('.', "_"),
-        // What was never flat needs no guessing.
-        _ if module.contains('.') || matches!(layer.format, Some(Format::Peft | Format::Comfyui)) => {
-            prefix + module
-        }
-        _ => prefix + &keys::unflatten(module),
-    })
-}
-
 fn default_prefix(layer: &Layer, format: Format, one_encoder: bool) -> Result<String> {
     Ok(match (format, layer.key.component()) {
         (Format::Kohya, "") => "lora_unet_".to_owned(),
@@ -184,90 +403,17 @@ fn default_prefix(layer: &Layer, format: Format, one_encoder: bool) -> Result<St
         (Format::Peft, "") if is_unet(layer) => "unet.".to_owned(),
         (Format::Peft, "") => "transformer.".to_owned(),
         (Format::Comfyui, "") => "diffusion_model.".to_owned(),
+        (Format::Bfl | Format::Xlabs, "") => String::new(),
+        // FLUX has CLIP and T5, Stable Diffusion 3 another CLIP between them.
+        (_, "text_encoder_3") if layer.family == Family::Flux1 => "text_encoder_2.".to_owned(),
         // ComfyUI knows the encoders by the names that diffusers gives them, too.
         (_, component) => format!("{component}."),
     })
 }
 
-/// Whether the layer is of a UNet, by the names that diffusers gives its blocks.
-fn is_unet(layer: &Layer) -> bool {
-    ["down_blocks_", "up_blocks_", "mid_block_"].iter().any(|part| layer.key.as_str().starts_with(part))
-}
-
-/// The header's metadata: the caller's, without what would be wrong of these tensors.
-fn metadata(
-    plans: &[Plan<'_>],
-    format: Format,
-    given: &BTreeMap<String, String>,
-) -> BTreeMap<String, String> {
-    const STALE: &[&str] = &[
-        "lora_adapter_metadata",
-        "lora_alpha",
-        "network_alpha",
-        "alpha",
-        "ss_network_dim",
-        "ss_network_alpha",
-        "sshs_model_hash",
-        "sshs_legacy_hash",
-        "modelspec.hash_sha256",
-    ];
-    let mut metadata = given.clone();
-    metadata.retain(|key, _| !STALE.contains(&key.as_str()));
-    metadata.insert("format".into(), "pt".into());
-    if format == Format::Kohya {
-        let common = |of: &dyn Fn(&Plan) -> f64| match plans {
-            [first, rest @ ..] if rest.iter().all(|p| of(p) == of(first)) => of(first).to_string(),
-            _ => "Dynamic".to_owned(),
-        };
-        metadata.insert("ss_network_module".into(), "networks.lora".into());
-        metadata.insert("ss_network_dim".into(), common(&|p| p.layer.rank as f64));
-        metadata.insert("ss_network_alpha".into(), common(&|p| p.alpha));
-        metadata.entry("ss_v2".into()).or_insert_with(|| "False".into());
-    } else {
-        metadata.remove("ss_network_args");
-    }
-    if format == Format::Peft
-        && let Some(config) = mixed_ranks(plans)
-    {
-        metadata.insert("lora_adapter_metadata".into(), config);
-    }
-    metadata
-}
-
-/// PEFT's configuration of a file with several ranks. Without one, diffusers takes alpha to be the rank, but
-/// until 0.42 it took the first layer's rank for every layer.
-fn mixed_ranks(plans: &[Plan<'_>]) -> Option<String> {
-    let mut components: BTreeMap<&str, BTreeMap<&str, usize>> = BTreeMap::new();
-    for Plan { layer, name, .. } in plans {
-        let component = match layer.key.component() {
-            "" if is_unet(layer) => "unet",
-            "" => "transformer",
-            encoder => encoder,
-        };
-        let (_, len) = keys::prefix(name);
-        components.entry(component).or_default().insert(&name[len..], layer.rank);
-    }
-    let is_mixed = |ranks: &BTreeMap<_, usize>| ranks.values().collect::<BTreeSet<_>>().len() > 1;
-    if !components.values().any(is_mixed) {
-        return None;
-    }
-    let mut config = serde_json::Map::new();
-    for (component, ranks) in components {
-        let count = |rank: &usize| ranks.values().filter(|r| *r == rank).count();
-        let usual = ranks.values().max_by_key(|rank| (count(rank), **rank));
-        let others: BTreeMap<_, _> = ranks.iter().filter(|(_, rank)| Some(*rank) != usual).collect();
-        let modules: Vec<_> = ranks.keys().collect();
-        for (field, value) in [
-            ("alpha_pattern", serde_json::json!(others)),
-            ("lora_alpha", serde_json::json!(usual)),
-            ("r", serde_json::json!(usual)),
-            ("rank_pattern", serde_json::json!(others)),
-            ("target_modules", serde_json::json!(modules)),
-        ] {
-            config.insert(format!("{component}.{field}"), value);
-        }
-    }
-    Some(serde_json::Value::Object(config).to_string())
+/// Whether the layer is of a UNet.
+pub(super) fn is_unet(layer: &Layer) -> bool {
+    layer.key.component().is_empty() && (layer.family.is_unet() || families::is_unet_block(layer.key.flat()))
 }
 
 /// Writes `values · scale`, rounded once, to `dtype`; unchanged bytes where nothing is to be done.

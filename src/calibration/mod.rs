@@ -93,6 +93,15 @@ struct Pool {
 }
 
 impl Pool {
+    /// The layers that inputs of this name are of, and their widths: those that a fused module stands for, if it is one.
+    fn targets(&self, key: &LayerKey) -> Vec<(LayerKey, usize)> {
+        let found = |key: LayerKey| self.widths.get(&key).map(|width| (key, *width));
+        match found(key.clone()) {
+            Some(own) => vec![own],
+            None => key.parts().filter_map(found).collect(),
+        }
+    }
+
     /// What an error calls a layer, and an adapter that has it: its dotted name, if one of them spells it so.
     fn describe(&self, key: &LayerKey) -> (String, String) {
         let found = || self.adapters.iter().filter_map(|adapter| Some((adapter, adapter.layer(key)?)));
@@ -228,15 +237,16 @@ impl Calibration {
     ) -> Result<()> {
         let slot = self.slot(source)?;
         let key = LayerKey::parse(layer);
-        let Some(&width) = self.source()?.widths.get(&key) else {
+        let targets = self.source()?.targets(&key);
+        if targets.is_empty() {
             return Err(Error::layer(
                 layer,
                 format!("no adapter of the pool has it; the nearest are {}", self.nearest(&key)),
             ));
-        };
+        }
         let shape = x.shape();
-        if shape.cols != width {
-            let (name, file) = self.source()?.describe(&key);
+        if let Some((key, width)) = targets.iter().find(|(_, width)| *width != shape.cols) {
+            let (name, file) = self.source()?.describe(key);
             let reason = format!("the inputs have width {}, but {file} reads {width} there", shape.cols);
             return Err(Error::layer(name, reason));
         }
@@ -250,9 +260,11 @@ impl Calibration {
                 format!("element [{}, {}] of its inputs is NaN or infinite", i / shape.cols, i % shape.cols);
             return Err(Error::layer(layer, reason));
         }
-        match self.layers.contains_key(&key) {
-            true => self.add_inputs(device, slot, &[(key, x)]),
-            false => Ok(()),
+        let shared = targets.into_iter().map(|(key, _)| key).filter(|key| self.layers.contains_key(key));
+        let inputs: Vec<_> = shared.map(|key| (key, x)).collect();
+        match inputs.is_empty() {
+            false => self.add_inputs(device, slot, &inputs),
+            true => Ok(()),
         }
     }
 
@@ -354,11 +366,9 @@ impl Calibration {
                 return Err(Error::tensor(path, tensor.name, reason));
             }
             let others = alias.iter().filter(|(_, target)| **target == own).map(|(key, _)| key);
-            let widths = &self.source()?.widths;
-            let targets: Vec<_> = std::iter::once(&own)
-                .chain(others)
-                .filter_map(|key| Some((key.clone(), *widths.get(key)?)))
-                .collect();
+            let pool = self.source()?;
+            let targets: BTreeMap<_, _> =
+                std::iter::once(&own).chain(others).flat_map(|key| pool.targets(key)).collect();
             if targets.is_empty() {
                 summary.unknown.push(tensor.name.to_owned());
                 continue;

@@ -5,8 +5,9 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 use clap::builder::{OsStringValueParser, TypedValueParser, ValueParser};
+use loraweld::adapter::BlockPreset;
 use loraweld::compute::{Device, DeviceOptions, Precision, Select};
-use loraweld::{Adapter, Dtype, Format};
+use loraweld::{Adapter, Dtype, Format, OpenOptions, Strengths};
 
 use super::output::Output;
 
@@ -121,11 +122,12 @@ impl OutputFormat {
         if text == "same" {
             return Ok(Self::Same);
         }
-        [Format::Peft, Format::Kohya, Format::Comfyui]
-            .into_iter()
-            .find(|format| format.name() == text)
-            .map(Self::As)
-            .ok_or_else(|| "expected `same`, `peft`, `kohya` or `comfyui`".into())
+        if text == "diffusers" {
+            return Ok(Self::As(Format::Peft));
+        }
+        Format::ALL.into_iter().find(|format| format.name() == text).map(Self::As).ok_or_else(|| {
+            "expected `same`, `peft` (or `diffusers`), `kohya`, `comfyui`, `bfl` or `xlabs`".into()
+        })
     }
 }
 
@@ -210,14 +212,133 @@ impl LoraArg {
     }
 }
 
+/// How files are read that do not say everything, or are no plain LoRAs.
+#[derive(Args, Debug, Default)]
+#[command(next_help_heading = "Reading")]
+pub struct Reading {
+    /// Alpha of every layer, whatever the files say.
+    #[arg(long, value_name = "ALPHA", value_parser = finite, allow_hyphen_values = true)]
+    alpha: Option<f64>,
+    /// Read LoHa, LoKr, DoRA and whole differences as LoRAs of this rank at most, and say what that loses.
+    #[arg(long, value_name = "RANK", value_parser = clap::value_parser!(u32).range(1..))]
+    allow_truncate: Option<u32>,
+    /// Weights of the base model, a file or a folder of shards: DoRA depends on them.
+    #[arg(long, value_name = "PATH")]
+    base: Option<PathBuf>,
+    /// Leave out what cannot be merged, such as biases and norms, and say what it was.
+    #[arg(long)]
+    skip_unsupported: bool,
+}
+
+impl Reading {
+    fn options(&self) -> OpenOptions {
+        OpenOptions {
+            alpha: self.alpha,
+            truncate: self.allow_truncate.map(|rank| rank as usize),
+            base: self.base.clone(),
+            skip_unsupported: self.skip_unsupported,
+        }
+    }
+}
+
+/// Strengths by layer.
+#[derive(Args, Debug, Default)]
+#[command(next_help_heading = "Strengths by layer")]
+pub struct ByLayer {
+    /// A factor on the layers whose name matches; `*` stands for anything. Repeatable, the last match counts; `NAME:` in
+    /// front, the name of a file without its extension, is for that one alone.
+    #[arg(long, value_name = "[NAME:]PATTERN=W", value_parser = by_name, allow_hyphen_values = true)]
+    strength_for: Vec<(String, f64)>,
+    /// Factors on blocks: a list as A1111's block weights have it (17 or 26 for SD 1 and 2, 12 or 20 for SDXL, 61 for
+    /// FLUX), or one of `ALL`, `NONE`, `INS`, `IND`, `INALL`, `MIDD`, `OUTD`, `OUTS`, `OUTALL`, `DOUBLE`, `SINGLE`.
+    /// Repeatable with `NAME:` in front.
+    #[arg(long, value_name = "[NAME:]W,W,...", allow_hyphen_values = true)]
+    blocks: Vec<String>,
+}
+
+/// `PATTERN=W`.
+fn by_name(text: &str) -> Result<(String, f64), String> {
+    let Some((pattern, strength)) = text.rsplit_once('=').filter(|(pattern, _)| !pattern.is_empty()) else {
+        return Err("expected PATTERN=W, such as 'single_transformer_blocks.*=0.5'".into());
+    };
+    Ok((pattern.to_owned(), finite(strength)?))
+}
+
+impl ByLayer {
+    /// The adapters at these strengths, and the strengths in words, if there are any.
+    pub fn apply(&self, adapters: Vec<Adapter>) -> anyhow::Result<(Vec<Adapter>, Option<String>)> {
+        if self.strength_for.is_empty() && self.blocks.is_empty() {
+            return Ok((adapters, None));
+        }
+        let names: Vec<String> = adapters.iter().map(|adapter| adapter.name().to_owned()).collect();
+        // Whose it is, and what follows the name.
+        let split = |text: &str| match text.split_once(':') {
+            Some((name, rest)) if names.iter().any(|n| n == name) => (Some(name.to_owned()), rest.to_owned()),
+            _ => (None, text.to_owned()),
+        };
+        let is_for =
+            |whose: &Option<String>, adapter: &Adapter| whose.as_ref().is_none_or(|n| n == adapter.name());
+        let rules: Vec<_> =
+            self.strength_for.iter().map(|(text, strength)| (split(text), *strength)).collect();
+        for ((whose, pattern), _) in &rules {
+            let of = adapters.iter().filter(|adapter| is_for(whose, adapter));
+            if !of.flat_map(|adapter| adapter.layers()).any(|layer| layer.matches(pattern)) {
+                return Err(super::usage(format!("--strength-for: no layer's name matches `{pattern}`")));
+            }
+        }
+        let mut said = Vec::new();
+        let adapters = adapters
+            .into_iter()
+            .map(|adapter| {
+                let rules = rules.iter().filter(|((whose, pattern), _)| {
+                    is_for(whose, &adapter) && adapter.layers().iter().any(|layer| layer.matches(pattern))
+                });
+                let by_name = rules.map(|((_, pattern), strength)| (pattern.clone(), *strength)).collect();
+                let mut blocks =
+                    self.blocks.iter().map(|text| split(text)).filter(|(whose, _)| is_for(whose, &adapter));
+                let by_block = blocks.next_back().map(|(_, text)| blocks_of(&adapter, &text)).transpose()?;
+                let strengths = Strengths { by_name, by_block };
+                if strengths.is_empty() {
+                    return Ok(adapter);
+                }
+                said.push(format!("{}: {strengths}", adapter.name()));
+                Ok(adapter.with_strengths(&strengths)?)
+            })
+            .collect::<anyhow::Result<Vec<_>>>()?;
+        Ok((adapters, (!said.is_empty()).then(|| said.join("; "))))
+    }
+}
+
+/// A list of numbers, or a named one.
+fn blocks_of(adapter: &Adapter, text: &str) -> anyhow::Result<Vec<f64>> {
+    let is_named = !text.is_empty() && text.bytes().all(|b| b.is_ascii_uppercase());
+    let blocks = match is_named {
+        true => BlockPreset::named(adapter.family(), text)?,
+        false => text
+            .split(',')
+            .map(|w| finite(w).map_err(|e| super::usage(format!("--blocks: `{w}`: {e}"))))
+            .collect::<anyhow::Result<_>>()?,
+    };
+    Ok(blocks)
+}
+
 /// Opens every adapter, in order.
-pub fn open_adapters(loras: &[LoraArg]) -> anyhow::Result<Vec<Adapter>> {
-    Ok(loras.iter().map(|lora| Adapter::open(&lora.path)).collect::<loraweld::Result<_>>()?)
+pub fn open_adapters(loras: &[LoraArg], reading: &Reading) -> anyhow::Result<Vec<Adapter>> {
+    let options = reading.options();
+    Ok(loras.iter().map(|lora| Adapter::open_with(&lora.path, &options)).collect::<loraweld::Result<_>>()?)
 }
 
 /// Opens adapters for a command to which strengths mean nothing, and says so if there are any.
-pub fn open_unweighted(loras: &[LoraArg], why: &str, out: &Output) -> anyhow::Result<Vec<Adapter>> {
-    let adapters = open_adapters(loras)?;
+pub fn open_unweighted(
+    loras: &[LoraArg],
+    reading: &Reading,
+    why: &str,
+    out: &Output,
+) -> anyhow::Result<Vec<Adapter>> {
+    let adapters = open_adapters(loras, reading)?;
+    for note in adapters.iter().flat_map(|adapter| adapter.notes()) {
+        out.warn(note)?;
+    }
     if loras.iter().any(|lora| lora.explicit) {
         out.warn(format_args!("strengths are ignored: {why}"))?;
     }

@@ -9,7 +9,7 @@ use loraweld::calibration::{FileSummary, Source};
 use loraweld::{Adapter, Calibration, Device};
 use serde_json::json;
 
-use super::args::{Global, LoraArg, Memory, open_unweighted};
+use super::args::{Global, LoraArg, Memory, Reading, open_unweighted};
 use super::calibration::written;
 use super::layers::range;
 use super::output::{Output, count, some};
@@ -43,6 +43,8 @@ pub struct Calibrate {
     force: bool,
     #[command(flatten)]
     memory: Memory,
+    #[command(flatten)]
+    reading: Reading,
 }
 
 impl Calibrate {
@@ -58,7 +60,8 @@ impl Calibrate {
         if adapters < 2 {
             return Err(usage("a calibration is of two adapters or more: one alone is merged without it"));
         }
-        let adapters = open_unweighted(&self.loras, "a calibration does not depend on them", out)?;
+        let why = "a calibration does not depend on them";
+        let adapters = open_unweighted(&self.loras, &self.reading, why, out)?;
         let mut inputs: Vec<_> = self.loras.iter().map(|lora| lora.path.clone()).collect();
         inputs.extend(self.activations.iter().chain(&self.neutral).cloned());
         for path in self.activations.iter().chain(&self.neutral) {

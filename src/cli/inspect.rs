@@ -3,10 +3,10 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use clap::Args;
-use loraweld::{Adapter, Layer, LayerKey};
+use loraweld::{Adapter, Family, Layer, LayerKey};
 use serde_json::{Map, Value, json};
 
-use super::args::{LoraArg, open_unweighted};
+use super::args::{LoraArg, Reading, open_unweighted};
 use super::layers::{group, pattern, range};
 use super::output::{Output, Table, count, size, some};
 
@@ -21,7 +21,15 @@ pub struct Inspect {
     /// Files, or folders that PEFT saved.
     #[arg(required = true, value_name = "LORA", value_parser = LoraArg::parser())]
     loras: Vec<LoraArg>,
+    /// Compute the norm of each block's update, however long that takes [default: of files that are soon read].
+    #[arg(long)]
+    norms: bool,
+    #[command(flatten)]
+    reading: Reading,
 }
+
+/// Multiplications that norms may take without being asked for.
+const SOON: f64 = 2e10;
 
 /// Metadata that tells people what a file is.
 const METADATA: &[(&str, &str)] = &[
@@ -40,12 +48,12 @@ const METADATA: &[(&str, &str)] = &[
 
 impl Inspect {
     pub fn run(self, out: &Output) -> anyhow::Result<()> {
-        let adapters = open_unweighted(&self.loras, "they only matter to a merge", out)?;
+        let adapters = open_unweighted(&self.loras, &self.reading, "they only matter to a merge", out)?;
         for (i, adapter) in adapters.iter().enumerate() {
             if i > 0 {
                 out.result("")?;
             }
-            one(adapter, out)?;
+            one(adapter, self.norms, out)?;
         }
         if adapters.len() > 1 {
             out.result("")?;
@@ -55,7 +63,7 @@ impl Inspect {
     }
 }
 
-fn one(adapter: &Adapter, out: &Output) -> anyhow::Result<()> {
+fn one(adapter: &Adapter, norms: bool, out: &Output) -> anyhow::Result<()> {
     let layers = adapter.layers();
     let bytes = std::fs::metadata(adapter.path()).map(|meta| meta.len()).unwrap_or_default();
     let prefixes: BTreeSet<_> = layers.iter().map(|layer| layer.prefix.as_str()).collect();
@@ -65,12 +73,17 @@ fn one(adapter: &Adapter, out: &Output) -> anyhow::Result<()> {
         .filter_map(|&(key, label)| Some((key, label, adapter.metadata().get(key)?)))
         .collect::<Vec<_>>();
 
+    let work: f64 = layers.iter().map(|l| (l.rank * l.rank) as f64 * (l.input + l.output) as f64).sum();
+    let norms: Vec<f64> =
+        if norms || work < SOON { layers.iter().map(Layer::norm).collect() } else { Vec::new() };
+    let blocks = blocks(layers, &norms);
     out.event(
         "adapter",
         &json!({
             "file": adapter.path(),
             "name": adapter.name(),
             "bytes": bytes,
+            "family": adapter.family().name(),
             "format": adapter.format().name(),
             "prefixes": prefixes,
             "dtype": adapter.dtype().name(),
@@ -79,13 +92,17 @@ fn one(adapter: &Adapter, out: &Output) -> anyhow::Result<()> {
             "rank_max": layers.iter().map(|l| l.rank).max(),
             "metadata": metadata.iter().map(|(key, _, v)| ((*key).to_owned(), json!(v))).collect::<Map<_, _>>(),
             "tags": tags,
-            "modules": layers.iter().map(describe).collect::<Vec<_>>(),
+            "blocks": blocks.iter().map(|b| json!({
+                "block": b.name, "layers": b.layers, "norm": b.norm,
+            })).collect::<Vec<_>>(),
+            "modules": layers.iter().enumerate().map(|(i, l)| describe(l, norms.get(i))).collect::<Vec<_>>(),
         }),
     )?;
 
     out.result(adapter.path().display())?;
     let line = |label: &str, text: String| out.result(format_args!("  {label:<12} {text}"));
     let prefixes = some(prefixes.iter().map(|p| format!("`{p}`")), 4);
+    line("model", adapter.family().to_string())?;
     line("keys", format!("{}, prefix {prefixes}", adapter.format()))?;
     line("size", format!("{}, {}", size(bytes), adapter.dtype()))?;
     line("layers", format!("{}, rank {}", layers.len(), range(layers.iter().map(|layer| layer.rank))))?;
@@ -120,7 +137,42 @@ fn one(adapter: &Adapter, out: &Output) -> anyhow::Result<()> {
             },
         ]);
     }
+    out.result(table)?;
+    if norms.is_empty() {
+        return out.result("  norms of blocks take a while here: --norms computes them");
+    }
+    let mut table = Table::new(&["  block", ">layers", ">norm of the update"]);
+    for block in blocks {
+        let norm = block.norm.map_or_else(String::new, decimal);
+        table.row([format!("  {}", block.name), block.layers.to_string(), norm]);
+    }
     out.result(table)
+}
+
+/// The layers of a block.
+struct Block {
+    name: String,
+    layers: usize,
+    norm: Option<f64>,
+}
+
+fn blocks(layers: &[Layer], norms: &[f64]) -> Vec<Block> {
+    let layers = layers.iter().enumerate().map(|(i, layer)| (layer.block(), norms.get(i)));
+    let mut blocks: Vec<Block> = group(layers)
+        .into_iter()
+        .map(|(name, norms)| Block {
+            name,
+            layers: norms.len(),
+            norm: norms.into_iter().try_fold(0.0, |sum, norm| Some(sum + norm? * norm?)).map(f64::sqrt),
+        })
+        .collect();
+    // Keys are sorted as text, in which 10 is before 2.
+    let number = |name: &str| {
+        let start = name.trim_end_matches(|c: char| c.is_ascii_digit());
+        (start.to_owned(), name[start.len()..].parse::<u64>().ok())
+    };
+    blocks.sort_by_key(|block| number(&block.name));
+    blocks
 }
 
 /// Four decimals at most.
@@ -139,7 +191,7 @@ fn scale(layer: &Layer) -> String {
     }
 }
 
-fn describe(layer: &Layer) -> Value {
+fn describe(layer: &Layer, norm: Option<&f64>) -> Value {
     let Layer { key, rank, input, output, scale, .. } = layer;
     json!({
         "key": key.as_str(),
@@ -147,6 +199,9 @@ fn describe(layer: &Layer) -> Value {
         "rank": rank,
         "in": input,
         "out": output,
+        "kernel": layer.kernel(),
+        "fused_in": layer.fused_in(),
+        "norm": norm,
         "dtype": layer.dtype().name(),
         "scale": scale.value,
         "alpha": scale.alpha,
@@ -257,7 +312,15 @@ fn why_alone(adapters: &[Adapter], file: usize, alone: &[&LayerKey]) -> Option<S
             false => format!("no other file adapts a {component}; a merge passes them through"),
         });
     }
-    let other = adapters.iter().enumerate().find(|(i, _)| *i != file)?.1.layers().first()?;
+    let (_, other) = adapters.iter().enumerate().find(|(i, _)| *i != file)?;
+    let (mine, theirs) = (adapters[file].family(), other.family());
+    if mine != theirs && mine != Family::Generic && theirs != Family::Generic {
+        return Some(format!(
+            "nothing of this file matches: it is for {mine}, and {} for {theirs}",
+            other.name()
+        ));
+    }
+    let other = other.layers().first()?;
     Some(format!(
         "nothing of this file matches: its layers are named like `{}`, others like `{}`; \
          another base model, or another trainer's names for the same one?",

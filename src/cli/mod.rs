@@ -3,6 +3,7 @@
 mod args;
 mod calibrate;
 mod calibration;
+mod convert;
 mod demo;
 mod devices;
 mod inspect;
@@ -49,6 +50,7 @@ enum Command {
     Calibrate(calibrate::Calibrate),
     Calibration(calibration::CalibrationCommand),
     Inspect(inspect::Inspect),
+    Convert(convert::Convert),
     Devices(devices::Devices),
     Demo(demo::Demo),
 }
@@ -100,6 +102,7 @@ fn run(cli: Cli, out: &Output) -> anyhow::Result<()> {
         Command::Calibrate(command) => command.run(&global, out),
         Command::Calibration(command) => command.run(out),
         Command::Inspect(command) => command.run(out),
+        Command::Convert(command) => command.run(out),
         Command::Devices(command) => command.run(&global, out),
         Command::Demo(command) => command.run(&global, out),
     }

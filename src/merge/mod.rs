@@ -27,8 +27,6 @@ pub use ssr::{Prior, Ridge, Ssr, SsrOptions};
 pub use svd::SvdMerge;
 pub use truncate::{Spectrum, Truncation};
 
-use std::collections::BTreeMap;
-
 use crate::adapter::dotted;
 use crate::calibration::arena;
 use crate::{Adapter, Control, Device, Layer, Matrix, Result, Weighted};
@@ -80,14 +78,8 @@ fn finish(
     adapters: &[Weighted<'_>],
     layers: Vec<Layer>,
 ) -> Result<Adapter> {
-    let (first, rest) = (adapters[0].adapter, &adapters[1..]);
-    let mut metadata: BTreeMap<String, String> = first.metadata().clone();
-    // Ranks and alphas of the inputs are not those of the result.
-    metadata.retain(|key, value| {
-        key != "lora_adapter_metadata"
-            && !key.starts_with("loraweld.")
-            && rest.iter().all(|other| other.adapter.metadata().get(key) == Some(value))
-    });
+    let first = adapters[0].adapter;
+    let mut metadata = Adapter::common_metadata(adapters.iter().map(|weighted| weighted.adapter));
     let inputs: Vec<_> = inputs
         .iter()
         .map(|i| serde_json::json!({ "name": i.name, "sha256": i.sha256, "strength": i.strength }))
@@ -98,7 +90,7 @@ fn finish(
         ("loraweld.inputs".to_owned(), serde_json::Value::from(inputs).to_string()),
         ("loraweld.version".to_owned(), env!("CARGO_PKG_VERSION").to_owned()),
     ]);
-    Ok(Adapter::new("merged", first.format(), layers)?.with_metadata(metadata))
+    Ok(Adapter::new("merged", first.format(), layers)?.spelled_like(first).with_metadata(metadata))
 }
 
 /// The members' layers, in order, with the factor on each: scale times strength.

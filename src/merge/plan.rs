@@ -54,6 +54,7 @@ impl Plan {
             if *strength == 0.0 {
                 notes.push(format!("`{}` adds nothing: its strength is 0", adapter.name()));
             }
+            notes.extend_from_slice(adapter.notes());
             for layer in adapter.layers() {
                 all.entry(&layer.key).or_default().push((i, layer));
             }
@@ -64,7 +65,7 @@ impl Plan {
             let silent = layers.iter().filter(|layer| layer.silent.contains(&i)).count();
             if silent > 0 && *strength != 0.0 {
                 notes.push(format!(
-                    "`{}` adds nothing on {silent} of its {} layers: its alpha is 0 there",
+                    "`{}` adds nothing on {silent} of its {} layers: alpha or strength is 0 there",
                     adapter.name(),
                     adapter.layers().len()
                 ));

@@ -155,7 +155,9 @@ impl Merged {
         let mut metadata = adapter.metadata().clone();
         let json = serde_json::to_string(truncation).map_err(|e| Error::Invalid(e.to_string()))?;
         metadata.insert("loraweld.truncation".into(), json);
-        let adapter = Adapter::new(adapter.name(), adapter.format(), layers)?.with_metadata(metadata);
+        let adapter = Adapter::new(adapter.name(), adapter.format(), layers)?
+            .spelled_like(&adapter)
+            .with_metadata(metadata);
         report.seconds += start.elapsed().as_secs_f64();
         Ok(Self { adapter, report })
     }

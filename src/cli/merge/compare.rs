@@ -12,7 +12,7 @@ use loraweld::{
 use serde_json::{Value, json};
 
 use super::{Inputs, Truncate};
-use crate::cli::args::{Global, LoraArg, Memory};
+use crate::cli::args::{ByLayer, Global, LoraArg, Memory, Reading};
 use crate::cli::layers::range;
 use crate::cli::output::{Output, Table, size};
 
@@ -46,6 +46,10 @@ pub struct Compare {
     force: bool,
     #[command(flatten)]
     memory: Memory,
+    #[command(flatten)]
+    by_layer: ByLayer,
+    #[command(flatten)]
+    reading: Reading,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -128,7 +132,7 @@ impl Compare {
         if let Some(path) = &self.output {
             check_target(path, self.force, &files)?;
         }
-        let inputs = Inputs::open(&self.loras, files)?;
+        let inputs = Inputs::open(&self.loras, &self.by_layer, &self.reading, files)?;
         inputs.describe(out)?;
         let calibration = Calibration::open(&self.calibration)?;
         calibration.select(&inputs.adapters.iter().collect::<Vec<_>>())?;

@@ -22,7 +22,9 @@ use loraweld::{
 };
 use serde_json::json;
 
-use super::args::{Global, LoraArg, Memory, OutputFormat, dtype, finite, open_adapters, share};
+use super::args::{
+    ByLayer, Global, LoraArg, Memory, OutputFormat, Reading, dtype, finite, open_adapters, share,
+};
 use super::layers::{group, pattern, range};
 use super::output::{Output, Table, count, size, some};
 use super::usage;
@@ -76,7 +78,8 @@ struct Common {
     /// Type of the output's tensors: `f16`, `bf16` or `f32` [default: the widest input's].
     #[arg(long, value_name = "TYPE", value_parser = dtype)]
     dtype: Option<Dtype>,
-    /// Spelling of the output's keys: `same` (as the first input), `peft`, `kohya` or `comfyui`.
+    /// Spelling of the output's keys: `same` (as the first input), `peft` (or `diffusers`), `kohya`, `comfyui`, `bfl` or
+    /// `xlabs`.
     #[arg(long, value_name = "FORMAT", default_value = "same", value_parser = OutputFormat::parse)]
     format: OutputFormat,
     /// Say what matches, its shapes, ranks and bytes, and write nothing.
@@ -90,6 +93,10 @@ struct Common {
     force: bool,
     #[command(flatten)]
     memory: Memory,
+    #[command(flatten)]
+    by_layer: ByLayer,
+    #[command(flatten)]
+    reading: Reading,
 }
 
 /// How many ranks to keep.
@@ -162,6 +169,8 @@ impl Measure {
 struct Inputs {
     adapters: Vec<Adapter>,
     strengths: Vec<f64>,
+    /// Strengths by layer, in words.
+    by_layer: Option<String>,
     plan: Plan,
     /// Files that are never overwritten.
     files: Vec<PathBuf>,
@@ -169,12 +178,17 @@ struct Inputs {
 
 impl Inputs {
     /// Opens and matches adapters; `files` are all that is read.
-    fn open(loras: &[LoraArg], files: Vec<PathBuf>) -> anyhow::Result<Self> {
-        let adapters = open_adapters(loras)?;
+    fn open(
+        loras: &[LoraArg],
+        by_layer: &ByLayer,
+        reading: &Reading,
+        files: Vec<PathBuf>,
+    ) -> anyhow::Result<Self> {
+        let (adapters, by_layer) = by_layer.apply(open_adapters(loras, reading)?)?;
         let strengths: Vec<_> = loras.iter().map(|lora| lora.strength).collect();
         let weighted: Vec<_> = adapters.iter().zip(&strengths).map(|(a, &s)| a.at(s)).collect();
         let plan = Plan::new(&weighted)?;
-        Ok(Self { adapters, strengths, plan, files })
+        Ok(Self { adapters, strengths, by_layer, plan, files })
     }
 
     fn weighted(&self) -> Vec<Weighted<'_>> {
@@ -197,7 +211,7 @@ impl Common {
         let mut files: Vec<_> = loras.iter().map(|lora| lora.path.clone()).collect();
         files.extend(others.iter().map(|path| path.to_path_buf()));
         self.check_targets(&files, out)?;
-        let inputs = Inputs::open(loras, files)?;
+        let inputs = Inputs::open(loras, &self.by_layer, &self.reading, files)?;
         // A merge checks its inputs itself.
         for adapter in inputs.adapters.iter().filter(|_| self.dry_run) {
             adapter.check_finite()?;
@@ -319,12 +333,14 @@ impl Common {
         say_notes(&report, &inputs.plan, out)?;
 
         let dtype = self.dtype.unwrap_or(inputs.dtype());
+        let mut metadata = adapter.metadata().clone();
+        metadata.extend(inputs.by_layer.clone().map(|text| ("loraweld.strengths".to_owned(), text)));
         let options = SaveOptions {
             dtype: Some(dtype),
             format: self.format.format(),
             overwrite: self.force,
             protect: inputs.files.clone(),
-            metadata: adapter.metadata().clone(),
+            metadata,
         };
         adapter.save(output, &options)?;
         let format = options.format.unwrap_or(adapter.format());
@@ -374,6 +390,9 @@ impl Inputs {
             let rank = range(layers.iter().map(|layer| layer.rank));
             let layers = count(layers.len(), "layer");
             out.info(format_args!("input      {} at {strength}: {layers}, rank {rank}", adapter.name()))?;
+            for note in adapter.notes() {
+                out.warn(note)?;
+            }
         }
         let layers = self.plan.layers();
         let n = self.adapters.len();
@@ -405,7 +424,10 @@ impl Inputs {
             if !off.is_empty() {
                 let what = count(off.len(), "layer");
                 let names = self::some(&off, 3);
-                out.warn(format_args!("{}: alpha 0, adds nothing, on {what}: {names}", adapter.name()))?;
+                out.warn(format_args!(
+                    "{}: alpha or strength 0, adds nothing, on {what}: {names}",
+                    adapter.name()
+                ))?;
             }
             if self.strengths[i] == 0.0 {
                 out.warn(format_args!("{}: strength 0, adds nothing", adapter.name()))?;
