@@ -62,6 +62,7 @@ pub(crate) mod safetensors_file;
 pub mod adapter;
 pub mod calibration;
 pub mod compute;
+pub mod fusion;
 pub mod merge;
 
 pub use adapter::{Adapter, Format, Layer, LayerKey, SaveOptions, Scale, ScaleRule, Weighted};

@@ -4,6 +4,7 @@
 //! `shaders/shared/` that it `#import`s. `#import real` takes the arithmetic of the permutation's tier.
 
 use super::Element;
+use super::ops::Score;
 use crate::Dtype;
 
 /// A kernel, with the parameters that make it a permutation.
@@ -37,6 +38,24 @@ pub enum Kernel {
     JacobiSvd(Element),
     /// `shaders/rank_update.wgsl`
     RankUpdate(Element),
+    /// `shaders/branch_scores.wgsl`: which score, the type of the features.
+    BranchScores(Score, Dtype),
+    /// `shaders/branch_means.wgsl`
+    BranchMeans,
+    /// `shaders/branch_choose.wgsl`
+    BranchChoose,
+    /// `shaders/branch_apply.wgsl`, with the type of the features.
+    BranchApply(Dtype),
+    /// `shaders/blend.wgsl`
+    Blend,
+    /// `shaders/extrapolate.wgsl`, with the type of its operands.
+    Extrapolate(Dtype),
+    /// `shaders/cosine.wgsl`
+    Cosine,
+    /// `shaders/gradient_norm.wgsl`
+    GradientNorm,
+    /// `shaders/gradient_step.wgsl`
+    GradientStep,
     /// `shaders/self_test.wgsl`
     SelfTest,
 }
@@ -53,6 +72,7 @@ macro_rules! kernel {
 }
 
 const TILES: [u32; 3] = [32, 64, 128];
+const DTYPES: [Dtype; 3] = [Dtype::F32, Dtype::F16, Dtype::Bf16];
 const WIDE: [Element; 2] = [Element::F64, Element::DoubleSingle];
 
 impl Kernel {
@@ -64,8 +84,16 @@ impl Kernel {
             Self::SumParts,
             Self::SelfTest,
             Self::Matmul(Element::F32),
+            Self::BranchMeans,
+            Self::BranchChoose,
+            Self::Blend,
+            Self::Cosine,
+            Self::GradientNorm,
+            Self::GradientStep,
         ];
-        for dtype in [Dtype::F32, Dtype::F16, Dtype::Bf16] {
+        for dtype in DTYPES {
+            all.extend(Score::ALL.map(|score| Self::BranchScores(score, dtype)));
+            all.extend([Self::BranchApply(dtype), Self::Extrapolate(dtype)]);
             all.extend(TILES.map(|tile| Self::Project(tile, dtype)));
             all.push(Self::ProjectMatrix(dtype));
         }
@@ -97,10 +125,21 @@ impl Kernel {
             Element::Host => "host",
         };
         match self {
-            Self::RankConcat | Self::RowScale | Self::SumParts | Self::SelfTest => file.to_owned(),
-
+            Self::RankConcat
+            | Self::RowScale
+            | Self::SumParts
+            | Self::SelfTest
+            | Self::BranchMeans
+            | Self::BranchChoose
+            | Self::Blend
+            | Self::Cosine
+            | Self::GradientNorm
+            | Self::GradientStep => file.to_owned(),
             Self::Project(tile, dtype) => format!("{file}_{tile}_{dtype}"),
-            Self::ProjectMatrix(dtype) => format!("{file}_{dtype}"),
+            Self::BranchScores(score, dtype) => format!("{file}_{}_{dtype}", score.name()),
+            Self::ProjectMatrix(dtype) | Self::BranchApply(dtype) | Self::Extrapolate(dtype) => {
+                format!("{file}_{dtype}")
+            }
             Self::Gram(tile) => format!("{file}_{tile}"),
             Self::ProjectReal(e)
             | Self::Cholesky(e)
@@ -130,6 +169,15 @@ impl Kernel {
             Self::Matmul(_) => ("matmul", kernel!("matmul")),
             Self::JacobiSvd(_) => ("jacobi_svd", kernel!("jacobi_svd")),
             Self::RankUpdate(_) => ("rank_update", kernel!("rank_update")),
+            Self::BranchScores(..) => ("branch_scores", kernel!("branch_scores")),
+            Self::BranchMeans => ("branch_means", kernel!("branch_means")),
+            Self::BranchChoose => ("branch_choose", kernel!("branch_choose")),
+            Self::BranchApply(_) => ("branch_apply", kernel!("branch_apply")),
+            Self::Blend => ("blend", kernel!("blend")),
+            Self::Extrapolate(_) => ("extrapolate", kernel!("extrapolate")),
+            Self::Cosine => ("cosine", kernel!("cosine")),
+            Self::GradientNorm => ("gradient_norm", kernel!("gradient_norm")),
+            Self::GradientStep => ("gradient_step", kernel!("gradient_step")),
             Self::SelfTest => ("self_test", kernel!("self_test")),
         }
     }
@@ -142,7 +190,16 @@ impl Kernel {
             | Self::SumParts
             | Self::Project(..)
             | Self::ProjectMatrix(_)
-            | Self::Gram(_) => None,
+            | Self::Gram(_)
+            | Self::BranchScores(..)
+            | Self::BranchMeans
+            | Self::BranchChoose
+            | Self::BranchApply(_)
+            | Self::Blend
+            | Self::Extrapolate(_)
+            | Self::Cosine
+            | Self::GradientNorm
+            | Self::GradientStep => None,
             Self::ProjectReal(e)
             | Self::Cholesky(e)
             | Self::CholeskySolve(e)
@@ -164,7 +221,12 @@ impl Kernel {
                     tile_constants(tile)
                 )
             }
-            Self::ProjectMatrix(dtype) => dtype_constant(dtype),
+            Self::ProjectMatrix(dtype) | Self::BranchApply(dtype) | Self::Extrapolate(dtype) => {
+                dtype_constant(dtype)
+            }
+            Self::BranchScores(score, dtype) => {
+                format!("{}const SCORE: u32 = {}u;\n", dtype_constant(dtype), score.code())
+            }
             Self::Gram(tile) => format!("const TILE: u32 = {tile}u;\n{}", tile_constants(tile)),
             Self::GramReal(part, _) | Self::GramReduce(part, _) => match part {
                 Element::F32 => {
@@ -206,6 +268,11 @@ impl Kernel {
             ("words", _) => shared!("words"),
             ("fetch", _) => shared!("fetch"),
             ("tile_f32", _) => shared!("tile_f32"),
+            ("pack", _) => shared!("pack"),
+            ("exp_log", _) => shared!("exp_log"),
+            ("branch", _) => shared!("branch"),
+            ("branch_state", _) => shared!("branch_state"),
+            ("branch_tile", _) => shared!("branch_tile"),
             ("real", Some(Element::F32)) => shared!("real_f32"),
             ("real", Some(Element::F64)) => shared!("real_f64"),
             ("real", Some(Element::DoubleSingle)) => shared!("real_double_single"),

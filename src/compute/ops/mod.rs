@@ -4,8 +4,13 @@
 //! computes; see [`Device::product`](super::Device::product) and [`Device::sum`](super::Device::sum).
 
 mod accumulate;
+mod blend;
+pub(crate) mod branches;
 mod cholesky;
 mod cholesky_solve;
+mod cosine;
+mod extrapolate;
+mod gradient_step;
 mod gram;
 mod inner;
 mod jacobi_svd;
@@ -17,8 +22,13 @@ mod rank_concat;
 mod rank_update;
 
 pub use accumulate::{Activations, accumulate};
+pub(crate) use blend::{Blend, BlendJob};
+pub use branches::Score;
 pub use cholesky::{PivotFailure, cholesky};
 pub use cholesky_solve::cholesky_solve;
+pub(crate) use cosine::{CosineJob, cosine_cpu};
+pub(crate) use extrapolate::{ExtrapolateJob, extrapolate_cpu};
+pub(crate) use gradient_step::{GradientJob, gradient_step_cpu};
 pub use gram::gram;
 pub use inner::inner;
 pub use jacobi_svd::{Svd, jacobi_svd};
