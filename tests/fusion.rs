@@ -32,7 +32,11 @@ fn problem(tokens: usize, input: usize, output: usize, ranks: &[usize], size: f6
         .collect();
     // Values that f16 and bf16 hold.
     let coarse = |m: Matrix| Matrix { data: m.data.iter().map(|v| (v * 16.0).round() / 16.0).collect(), ..m };
-    Problem { adapters, x: coarse(random.matrix(tokens, input, 1.0)), f0: coarse(random.matrix(tokens, output, 2.0)) }
+    Problem {
+        adapters,
+        x: coarse(random.matrix(tokens, input, 1.0)),
+        f0: coarse(random.matrix(tokens, output, 2.0)),
+    }
 }
 
 fn narrow(m: &Matrix) -> Matrix<f32> {
@@ -94,15 +98,28 @@ fn read(device: &Device, buffer: &wgpu::Buffer, offset: u64, len: usize) -> Vec<
 }
 
 /// Runs a call in buffers of the host's, both at odd offsets; gives f0.
-fn encode(device: &Device, selector: &mut Selector, p: &Problem, dtypes: [Dtype; 2], how: &Selection) -> Matrix {
+fn encode(
+    device: &Device,
+    selector: &mut Selector,
+    p: &Problem,
+    dtypes: [Dtype; 2],
+    how: &Selection,
+) -> Matrix {
     const OFFSET: u64 = 300;
-    let [x, f0] = [(&p.x, dtypes[0]), (&p.f0, dtypes[1])].map(|(m, dtype)| upload(device, &bytes(m, dtype), OFFSET));
-    let rows = |buffer, m: &Matrix, dtype| {
-        Activations::Buffer { buffer, offset: OFFSET, dtype, tokens: m.rows, width: m.cols }
+    let [x, f0] =
+        [(&p.x, dtypes[0]), (&p.f0, dtypes[1])].map(|(m, dtype)| upload(device, &bytes(m, dtype), OFFSET));
+    let rows = |buffer, m: &Matrix, dtype| Activations::Buffer {
+        buffer,
+        offset: OFFSET,
+        dtype,
+        tokens: m.rows,
+        width: m.cols,
     };
     let (gpu, queue) = device.wgpu().unwrap();
     let mut encoder = gpu.create_command_encoder(&Default::default());
-    selector.encode(&mut encoder, LAYER, rows(&x, &p.x, dtypes[0]), rows(&f0, &p.f0, dtypes[1]), how).unwrap();
+    selector
+        .encode(&mut encoder, LAYER, rows(&x, &p.x, dtypes[0]), rows(&f0, &p.f0, dtypes[1]), how)
+        .unwrap();
     queue.submit([encoder.finish()]);
     let content = read(device, &f0, OFFSET, bytes(&p.f0, dtypes[1]).len());
     fixtures::wide(RawMatrix::new(dtypes[1], p.f0.rows, p.f0.cols, &content).unwrap())
@@ -204,8 +221,9 @@ fn outputs_and_decisions_are_those_of_the_twin() {
             let decided = twin.tokens().unwrap();
             for Case { name, device } in gpus().into_iter().skip(i % 2) {
                 let mut selector = p.selector(&device);
-                let [x, f0] = [[Dtype::F32; 2], [Dtype::F16; 2], [Dtype::Bf16, Dtype::F32], [Dtype::F16, Dtype::Bf16]]
-                    [(i + c) % 4];
+                let [x, f0] =
+                    [[Dtype::F32; 2], [Dtype::F16; 2], [Dtype::Bf16, Dtype::F32], [Dtype::F16, Dtype::Bf16]]
+                        [(i + c) % 4];
                 let got = encode(&device, &mut selector, &p, [x, f0], &choice);
                 let label = format!("{name} {choice:?} {x} {f0} {tokens}x{input}x{output}");
                 let tokens = selector.tokens().unwrap();
@@ -245,7 +263,9 @@ fn same(
             clear.push(token);
             for (got, want) in got.weights.row(token).iter().zip(want.weights.row(token)) {
                 match selection.choice {
-                    Choice::Soft => assert!((got - want).abs() <= 1e-5, "{label}: token {token}: {got} for {want}"),
+                    Choice::Soft => {
+                        assert!((got - want).abs() <= 1e-5, "{label}: token {token}: {got} for {want}")
+                    }
                     _ => assert_eq!(got, want, "{label}: token {token}"),
                 }
             }
@@ -322,7 +342,9 @@ fn divergence_keeps_its_digits_from_tiny_updates_to_logits_of_80() {
 fn extreme_features_give_no_nan() {
     let mut random = Random(6);
     for size in [1e4, 1e8] {
-        let of = |random: &mut Random| (0..514).map(|_| f64::from(((random.uniform() * 2.0 - 1.0) * size) as f32)).collect();
+        let of = |random: &mut Random| {
+            (0..514).map(|_| f64::from(((random.uniform() * 2.0 - 1.0) * size) as f32)).collect()
+        };
         let (f0, u, v): (Vec<f64>, Vec<f64>, Vec<f64>) = (of(&mut random), of(&mut random), of(&mut random));
         // Far ahead at one channel; a spike of the update where f0 has no weight; all alike.
         let mut spike = vec![0.0; 514];
@@ -343,7 +365,10 @@ fn extreme_features_give_no_nan() {
                         let f = run(&device, &mut selector, &p, &how(score, choice));
                         let tokens = selector.tokens().unwrap();
                         let all = tokens.scores.data.iter().chain(&tokens.weights.data).chain(&f.data);
-                        assert!(all.into_iter().all(|v| v.is_finite()), "{name} {score:?} {size:e}: {tokens:?}");
+                        assert!(
+                            all.into_iter().all(|v| v.is_finite()),
+                            "{name} {score:?} {size:e}: {tokens:?}"
+                        );
                         assert!(tokens.scores.data.iter().all(|v| *v >= 0.0), "{name} {score:?}: {tokens:?}");
                     }
                 }
@@ -362,9 +387,14 @@ fn a_call_is_deterministic_and_strengths_are_live() {
         assert_eq!(first, second, "{name}");
 
         // Written after encoding, before submission.
-        let (x, f0) = (upload(&device, &bytes(&p.x, Dtype::F32), 0), upload(&device, &bytes(&p.f0, Dtype::F32), 0));
-        let rows = |buffer, m: &Matrix| {
-            Activations::Buffer { buffer, offset: 0, dtype: Dtype::F32, tokens: m.rows, width: m.cols }
+        let (x, f0) =
+            (upload(&device, &bytes(&p.x, Dtype::F32), 0), upload(&device, &bytes(&p.f0, Dtype::F32), 0));
+        let rows = |buffer, m: &Matrix| Activations::Buffer {
+            buffer,
+            offset: 0,
+            dtype: Dtype::F32,
+            tokens: m.rows,
+            width: m.cols,
         };
         let (gpu, queue) = device.wgpu().unwrap();
         let mut encoder = gpu.create_command_encoder(&Default::default());
@@ -482,5 +512,660 @@ fn what_is_wrong_is_said() {
         let zero = Selection { scope: Scope::Group(0), ..Default::default() };
         assert!(run(4, 8, 24, LAYER, zero).contains("1 token"));
         assert!(selector.set_temperature(0.0).is_err() && selector.set_strength(2, 1.0).is_err());
+    }
+}
+
+/// Widened exactly.
+fn values(m: &Matrix<f32>) -> Matrix {
+    Matrix { rows: m.rows, cols: m.cols, data: m.data.iter().map(|v| f64::from(*v)).collect() }
+}
+
+mod guidance {
+    use super::*;
+    use loraweld::fusion::{guide, guide_host};
+
+    #[test]
+    fn is_the_formula_in_every_type() {
+        let mut random = Random(21);
+        for len in [1, 2, 7, 255, 513, 4099] {
+            let (c, u) = (random.matrix(1, len, 3.0), random.matrix(1, len, 3.0));
+            for dtype in [Dtype::F32, Dtype::F16, Dtype::Bf16] {
+                let round =
+                    |m: &Matrix| fixtures::wide(RawMatrix::new(dtype, 1, len, &bytes(m, dtype)).unwrap());
+                let (c, u) = (round(&c), round(&u));
+                let omega = 3.5;
+                let want = Matrix::from_fn(1, len, |_, j| (1.0 + omega) * c[(0, j)] - omega * u[(0, j)]);
+                for Case { name, device } in gpus() {
+                    let [cb, ub] = [&c, &u].map(|m| upload(&device, &bytes(m, dtype), 12));
+                    let rows =
+                        |buffer| Activations::Buffer { buffer, offset: 12, dtype, tokens: 1, width: len };
+                    let (gpu, queue) = device.wgpu().unwrap();
+                    let mut encoder = gpu.create_command_encoder(&Default::default());
+                    guide(&device, &mut encoder, rows(&cb), rows(&ub), omega).unwrap();
+                    assert!(guide(&device, &mut encoder, rows(&cb), rows(&cb), omega).is_err());
+                    queue.submit([encoder.finish()]);
+                    let got = read(&device, &cb, 12, len * dtype.size());
+                    let got = fixtures::wide(RawMatrix::new(dtype, 1, len, &got).unwrap());
+                    // Rounded once to the type; half an ulp of f16 is 4.9e-4, of bf16 3.9e-3.
+                    for (got, want) in got.data.iter().zip(&want.data) {
+                        let tolerance = [5e-7, 4.9e-4, 3.92e-3][dtype as usize] * want.abs() + 3e-6;
+                        assert!((got - want).abs() <= tolerance, "{name} {dtype} {len}: {got} for {want}");
+                    }
+                }
+                let mut host = narrow(&c).data;
+                guide_host(&mut host, &narrow(&u).data, omega).unwrap();
+                let error = relative(&values(&Matrix { rows: 1, cols: len, data: host }), &want);
+                assert!(error <= 1e-7, "{error:e}");
+            }
+        }
+        assert!(guide_host(&mut [0.0], &[0.0, 0.0], 1.0).is_err());
+        assert!(guide_host(&mut [0.0], &[0.0], f64::NAN).is_err());
+    }
+
+    /// What is too large for f16 becomes infinite, as rounding has it, and NaN stays NaN.
+    #[test]
+    fn overflow_is_infinite() {
+        for Case { name, device } in gpus() {
+            for (dtype, c, want) in [
+                (Dtype::F16, 40000.0, f64::INFINITY),
+                (Dtype::F16, -40000.0, f64::NEG_INFINITY),
+                (Dtype::F16, 16380.0, 65504.0),
+                (Dtype::Bf16, 3e38, f64::INFINITY),
+                (Dtype::F16, f64::NAN, f64::NAN),
+                (Dtype::Bf16, f64::NAN, f64::NAN),
+            ] {
+                let one = |v: f64| Matrix { rows: 1, cols: 2, data: vec![v, 1.0] };
+                let [cb, ub] = [one(c), one(0.0)].map(|m| upload(&device, &bytes(&m, dtype), 0));
+                let rows = |buffer| Activations::Buffer { buffer, offset: 0, dtype, tokens: 1, width: 2 };
+                let (gpu, queue) = device.wgpu().unwrap();
+                let mut encoder = gpu.create_command_encoder(&Default::default());
+                guide(&device, &mut encoder, rows(&cb), rows(&ub), 3.0).unwrap();
+                queue.submit([encoder.finish()]);
+                let got = read(&device, &cb, 0, 4);
+                let got = fixtures::wide(RawMatrix::new(dtype, 1, 2, &got).unwrap()).data[0];
+                let same =
+                    got == want || (got.is_nan() && want.is_nan()) || (want == 65504.0 && got >= 65472.0);
+                assert!(same, "{name} {dtype}: {got} for {want}");
+            }
+        }
+    }
+}
+
+mod live {
+    use super::*;
+    use loraweld::fusion::LiveNpLora;
+    use loraweld::{NpLora, Projection};
+
+    #[test]
+    fn sliders_give_what_a_merge_gives() {
+        let (heart, shade) = (fixtures::adapter("content_heart"), fixtures::adapter("style_shade"));
+        let cases = devices();
+        // Merging is the same on every tier; the kernel under test has one.
+        for Case { name, device } in [&cases[0], &cases[3], &cases[cases.len() - 1]] {
+            let mut live = LiveNpLora::new(device, shade.at(1.0), heart.at(1.0)).unwrap();
+            for (projection, style, subject) in [
+                (Projection::Soft(0.5), 1.0, 1.0),
+                (Projection::Hard, 0.7, 1.3),
+                (Projection::Soft(0.0), -1.0, 0.0),
+            ] {
+                live.set(projection, style, subject).unwrap();
+                let merge = match projection {
+                    Projection::Hard => NpLora::hard(),
+                    Projection::Soft(mu) => NpLora::soft(mu),
+                };
+                // A strength of zero would leave an adapter out of a merge.
+                let subject = if subject == 0.0 { 1e-30 } else { subject };
+                let merged = merge.merge(device, shade.at(style), &[heart.at(subject)]).unwrap().adapter;
+                assert_eq!(live.layers().count(), merged.layers().len());
+                for layer in merged.layers().iter().step_by(7) {
+                    let (a, b) = live.read(&layer.name()).unwrap();
+                    let error = relative(&product(&values(&b), &values(&a)), &fixtures::delta(layer));
+                    assert!(error <= 1e-6, "{name} {projection:?} {}: {error:e}", layer.name());
+                    let factors = live.factors(&layer.name());
+                    assert_eq!(factors.is_some(), device.is_gpu());
+                    if let Some(factors) = factors {
+                        let bytes =
+                            read(device, factors.a, factors.a_offset, 4 * factors.rank * factors.input);
+                        assert_eq!(bytemuck::pod_collect_to_vec::<u8, f32>(&bytes), a.data, "{name}");
+                    }
+                }
+            }
+            assert!(live.set(Projection::Soft(-1.0), 1.0, 1.0).is_err());
+            assert!(live.set(Projection::Hard, f64::NAN, 1.0).is_err());
+            assert!(live.read("no.such.layer").is_err());
+        }
+    }
+
+    #[test]
+    fn layers_of_one_adapter_follow_its_own_slider() {
+        let layer = |name: &str, seed| {
+            let mut random = Random(seed);
+            Layer::new(name, narrow(&random.matrix(2, 6, 1.0)), narrow(&random.matrix(5, 2, 1.0))).unwrap()
+        };
+        let adapter = |name: &str, layers| Adapter::new(name, Format::Peft, layers).unwrap();
+        let style = adapter("style", vec![layer("b.0.p", 1), layer("b.1.p", 2), layer("b.3.p", 3)]);
+        let subject =
+            adapter("subject", vec![layer("b.0.p", 4), layer("b.2.p", 5), layer("b.3.p", 6).with_scale(0.0)]);
+        for Case { name, device } in devices().into_iter().take(4) {
+            let mut live = LiveNpLora::new(&device, style.at(1.0), subject.at(1.0)).unwrap();
+            live.set(Projection::Hard, 2.0, 3.0).unwrap();
+            for (key, of, strength) in
+                [("b.1.p", &style, 2.0), ("b.2.p", &subject, 3.0), ("b.3.p", &style, 2.0)]
+            {
+                let (a, b) = live.read(key).unwrap();
+                let mut want = fixtures::delta(of.find(key).unwrap());
+                want.data.iter_mut().for_each(|v| *v *= strength);
+                let error = relative(&product(&values(&b), &values(&a)), &want);
+                assert!(error <= 1e-6, "{name} {key}: {error:e}");
+            }
+        }
+    }
+}
+
+mod schedules {
+    use super::*;
+    use loraweld::Control;
+    use loraweld::fusion::{EstOptions, KLoraOptions, Schedule, craft, est, k_lora};
+
+    fn pair() -> (Adapter, Adapter) {
+        (fixtures::adapter("content_heart"), fixtures::adapter("style_shade"))
+    }
+
+    #[test]
+    fn k_lora_is_its_rule_at_every_step() {
+        let (subject, style) = pair();
+        let options = KLoraOptions::default();
+        let schedule = k_lora(subject.at(1.0), style.at(0.8), &options, Control::default()).unwrap();
+        // Plainly: all entries, sorted.
+        let sums = |layer: &Layer, strength: f64, top: usize| {
+            let mut entries: Vec<f64> =
+                fixtures::delta(layer).data.iter().map(|v| (v * strength).abs()).collect();
+            entries.sort_by(|x, y| y.total_cmp(x));
+            (entries[..top].iter().sum::<f64>(), entries.iter().sum::<f64>())
+        };
+        let plain: Vec<_> = subject
+            .layers()
+            .iter()
+            .map(|c| {
+                let s = style.layer(&c.key).unwrap();
+                (c.key.clone(), sums(c, 1.0, c.rank * s.rank), sums(s, 0.8, c.rank * s.rank))
+            })
+            .collect();
+        let gamma =
+            plain.iter().map(|(_, c, _)| c.1).sum::<f64>() / plain.iter().map(|(_, _, s)| s.1).sum::<f64>();
+        assert!((schedule.options["gamma"].as_f64().unwrap() / gamma - 1.0).abs() <= 1e-12);
+        assert_eq!(schedule.layers.len(), 24);
+        let mut flips = 0;
+        for (key, (c, _), (s, _)) in plain {
+            let layer = &schedule.layers[&key];
+            // Sums of f64 in another order.
+            assert!((layer.scores[0] / c - 1.0).abs() <= 1e-12 && (layer.scores[1] / s - 1.0).abs() <= 1e-12);
+            for steps in [1, 4, 28, 50] {
+                let mut last = true;
+                for step in 0..steps {
+                    let t = step as f64 / steps as f64;
+                    let bound = gamma * s * (1.5 * t + 0.5);
+                    let subject = c >= bound;
+                    let weights = schedule.weights(&layer.name, step, steps).unwrap();
+                    if (c / bound - 1.0).abs() > 1e-9 {
+                        assert_eq!(
+                            weights,
+                            [f32::from(subject), f32::from(!subject)],
+                            "{key} {step}/{steps}"
+                        );
+                    }
+                    flips += usize::from(step > 0 && last != subject);
+                    last = subject;
+                }
+            }
+        }
+        assert!(flips > 0, "a schedule that never changes tests little");
+    }
+
+    #[test]
+    fn est_is_its_rule_at_every_step() {
+        let (subject, style) = pair();
+        let options = EstOptions { alpha: 2.0, delta: 0.9 };
+        let schedule = est(subject.at(1.0), style.at(1.5), &options).unwrap();
+        for c in subject.layers() {
+            let layer = &schedule.layers[&c.key];
+            let energy = |layer: &Layer, s: f64| {
+                fixtures::delta(layer).data.iter().map(|v| (v * s).powi(2)).sum::<f64>()
+            };
+            let (e_c, e_s) = (energy(c, 1.0), energy(style.layer(&c.key).unwrap(), 1.5));
+            assert!((layer.scores[0] / e_c - 1.0).abs() <= 1e-10, "{}", c.key);
+            assert!((layer.scores[1] / e_s - 1.0).abs() <= 1e-10, "{}", c.key);
+            for step in 0..30 {
+                let subject = e_c >= (2.0 * f64::from(step) / 30.0 + 1.0 - 0.9) * e_s;
+                let weights = schedule.weights(&layer.name, step as usize, 30).unwrap();
+                assert_eq!(weights, [f32::from(subject), f32::from(!subject)], "{} {step}", c.key);
+            }
+        }
+    }
+
+    #[test]
+    fn craft_is_both_in_between() {
+        let (subject, style) = pair();
+        let schedule = craft(subject.at(1.0), style.at(1.0), 0.7, 0.28).unwrap();
+        let acting = |step: usize| schedule.weights("transformer_blocks_0_attn_to_q", step - 1, 50).unwrap();
+        for (step, want) in [
+            (1, [1.0, 0.0]),
+            (14, [1.0, 0.0]),
+            (15, [1.0, 1.0]),
+            (35, [1.0, 1.0]),
+            (36, [0.0, 1.0]),
+            (50, [0.0, 1.0]),
+        ] {
+            assert_eq!(acting(step), want, "step {step} of 50, counted from 1");
+        }
+        assert!(schedule.weights("no.such.layer", 0, 50).is_none());
+        assert!(craft(subject.at(1.0), style.at(1.0), 1.5, 0.0).is_err());
+    }
+
+    #[test]
+    fn a_file_gives_the_schedule_back_and_checks_its_adapters() {
+        let (subject, style) = pair();
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("schedule.json");
+        let options = KLoraOptions::default();
+        let schedule = k_lora(subject.at(1.0), style.at(1.0), &options, Control::default()).unwrap();
+        schedule.save(&path, false, &[]).unwrap();
+        assert!(schedule.save(&path, false, &[]).is_err());
+        let again = Schedule::open(&path).unwrap();
+        assert_eq!(again, schedule);
+        again.check(&[&subject, &style]).unwrap();
+        let error = again.check(&[&style, &subject]).unwrap_err().to_string();
+        assert!(error.contains("content_heart") && error.contains("subject"), "{error}");
+        let text = std::fs::read_to_string(&path).unwrap();
+        for (from, to, expected) in [
+            ("\"version\": 1", "\"version\": 2", "version 2"),
+            ("\"adapter\": 1", "\"adapter\": 7", "windows"),
+            ("\"kind\"", "\"sort\"", "no schedule"),
+        ] {
+            std::fs::write(&path, text.replacen(from, to, 1)).unwrap();
+            let error = Schedule::open(&path).unwrap_err().to_string();
+            assert!(error.contains(expected) && error.contains("schedule.json"), "{error}");
+        }
+    }
+
+    /// The schedule drives a selector: what it names acts, the rest does not.
+    #[test]
+    fn a_selector_follows_it() {
+        let (subject, style) = pair();
+        let schedule = craft(subject.at(1.0), style.at(1.0), 0.5, 0.5).unwrap();
+        let name = "transformer_blocks.1.ff.net.0.proj";
+        let p = Problem {
+            adapters: vec![subject.clone(), style.clone()],
+            ..problem(16, 128, 512, &[1, 1], 1.0, 31)
+        };
+        for Case { device, name: tier } in devices() {
+            let mut selector = p.selector(&device);
+            for (step, acting) in [(0, &subject), (3, &style)] {
+                let how = schedule.selection(name, step, 4).unwrap();
+                let (x, mut f) = (narrow(&p.x), narrow(&p.f0).data);
+                selector.run(name, RawMatrix::from_f32(16, 128, &x.data).unwrap(), &mut f, &how).unwrap();
+                let mut want = p.f0.clone();
+                let u = product(&p.x, &fixtures::delta(acting.find(name).unwrap()).transposed());
+                want.data.iter_mut().zip(&u.data).for_each(|(w, u)| *w += u);
+                let error = relative(&values(&Matrix { rows: 16, cols: 512, data: f }), &want);
+                assert!(error <= 2e-6, "{tier}: {error:e}");
+            }
+        }
+    }
+
+    #[test]
+    fn layers_of_one_adapter_are_always_its_own() {
+        let layer = |name: &str| {
+            let mut random = Random(3);
+            Layer::new(name, narrow(&random.matrix(2, 6, 1.0)), narrow(&random.matrix(5, 2, 1.0))).unwrap()
+        };
+        let adapter = |name: &str, layers| Adapter::new(name, Format::Peft, layers).unwrap();
+        let subject = adapter("subject", vec![layer("b.0.p"), layer("b.1.p")]);
+        let style = adapter("style", vec![layer("b.0.p").with_scale(0.0), layer("b.2.p")]);
+        for schedule in [
+            k_lora(subject.at(1.0), style.at(1.0), &KLoraOptions::default(), Control::default()).unwrap(),
+            est(subject.at(1.0), style.at(1.0), &EstOptions::default()).unwrap(),
+        ] {
+            for step in [0, 9] {
+                assert_eq!(
+                    schedule.weights("b.0.p", step, 10).unwrap(),
+                    [1.0, 0.0],
+                    "a style of nothing never acts"
+                );
+                assert_eq!(schedule.weights("b.1.p", step, 10).unwrap(), [1.0, 0.0]);
+                assert_eq!(schedule.weights("b.2.p", step, 10).unwrap(), [0.0, 1.0]);
+            }
+        }
+        let wide =
+            adapter("wide", vec![Layer::new("b.0.p", Matrix::zeros(2, 7), Matrix::zeros(5, 2)).unwrap()]);
+        let error = est(subject.at(1.0), wide.at(1.0), &EstOptions::default()).unwrap_err().to_string();
+        assert!(error.contains("b.0.p") && error.contains("the style 7 into 5"), "{error}");
+        let options = KLoraOptions { alpha: -1.0, ..Default::default() };
+        assert!(k_lora(subject.at(1.0), style.at(1.0), &options, Control::default()).is_err());
+    }
+}
+
+mod refinement {
+    use super::*;
+    use loraweld::Result;
+    use loraweld::fusion::{Encoder, Objective, Ramp, Refiner, RefinerOptions, Values, ValuesMut};
+
+    /// tanh of a linear layer, on the host or through it, with its own backward pass.
+    struct Layered {
+        device: Device,
+        weights: Vec<Matrix>,
+        samples: usize,
+        /// Features of the last forward pass of each objective.
+        features: Vec<Matrix>,
+    }
+
+    impl Layered {
+        fn get(&self, values: Values<'_>, cols: usize) -> Matrix {
+            let data: Vec<f32> = match values {
+                Values::Host(values) => values.to_vec(),
+                Values::Buffer(buffer) => {
+                    bytemuck::pod_collect_to_vec(&read(&self.device, buffer, 0, self.samples * cols * 4))
+                }
+            };
+            values_of(data, self.samples, cols)
+        }
+
+        fn put(&self, m: &Matrix, values: ValuesMut<'_>) {
+            let narrow = narrow(m).data;
+            match values {
+                ValuesMut::Host(out) => out.copy_from_slice(&narrow),
+                ValuesMut::Buffer(buffer) => {
+                    self.device.wgpu().unwrap().1.write_buffer(buffer, 0, bytemuck::cast_slice(&narrow));
+                    self.device.wgpu().unwrap().1.submit([]);
+                }
+            }
+        }
+    }
+
+    fn values_of(data: Vec<f32>, rows: usize, cols: usize) -> Matrix {
+        Matrix { rows, cols, data: data.into_iter().map(f64::from).collect() }
+    }
+
+    impl Encoder for Layered {
+        fn forward(&mut self, objective: usize, latents: Values<'_>, features: ValuesMut<'_>) -> Result<()> {
+            let w = &self.weights[objective];
+            let x = self.get(latents, w.cols);
+            let mut f = product(&x, &w.transposed());
+            f.data.iter_mut().for_each(|v| *v = v.tanh());
+            self.put(&f, features);
+            self.features[objective] = f;
+            Ok(())
+        }
+
+        fn backward(&mut self, objective: usize, gradient: Values<'_>, latents: ValuesMut<'_>) -> Result<()> {
+            let w = &self.weights[objective];
+            let mut g = self.get(gradient, w.rows);
+            g.data.iter_mut().zip(&self.features[objective].data).for_each(|(g, f)| *g *= 1.0 - f * f);
+            self.put(&product(&g, w), latents);
+            Ok(())
+        }
+    }
+
+    fn problem(device: &Device, samples: usize, len: usize) -> (Layered, Vec<Objective>, Vec<f32>) {
+        let mut random = Random(41);
+        let weights = vec![
+            random.matrix(37, len, 1.0 / (len as f64).sqrt()),
+            random.matrix(300, len, 1.0 / (len as f64).sqrt()),
+        ];
+        let references = |random: &mut Random, width| -> Vec<Vec<f32>> {
+            (0..3).map(|_| narrow(&random.matrix(1, width, 2.0)).data).collect()
+        };
+        let (style, subject) = (references(&mut random, 37), references(&mut random, 300));
+        let of = |references: &[Vec<f32>]| Objective::new(references.iter().map(Vec::as_slice)).unwrap();
+        let latents = narrow(&random.matrix(samples, len, 1.0)).data;
+        let features = vec![Matrix::zeros(0, 0); 2];
+        let encoder = Layered { device: device.clone(), weights, samples, features };
+        (encoder, Objective::balanced(of(&style), of(&subject), 0.3), latents)
+    }
+
+    fn step(
+        device: &Device,
+        encoder: &mut Layered,
+        refiner: &mut Refiner,
+        latents: &[f32],
+        t: f64,
+    ) -> (bool, Vec<f32>) {
+        let mut x = latents.to_vec();
+        if !device.is_gpu() {
+            let stepped = refiner.step(encoder, ValuesMut::Host(&mut x), t).unwrap();
+            return (stepped, x);
+        }
+        let buffer = upload(device, bytemuck::cast_slice(&x), 0);
+        let stepped = refiner.step(encoder, ValuesMut::Buffer(&buffer), t).unwrap();
+        (stepped, bytemuck::pod_collect_to_vec(&read(device, &buffer, 0, x.len() * 4)))
+    }
+
+    /// The whole objective in f64.
+    fn loss(encoder: &Layered, objectives: &[Objective], x: &Matrix) -> f64 {
+        let of = |(w, objective): (&Matrix, &Objective)| {
+            let f = product(x, &w.transposed());
+            let evaluate = |row: &[f64]| {
+                let f: Vec<f32> = row.iter().map(|v| v.tanh() as f32).collect();
+                objective.evaluate(&f).unwrap().0
+            };
+            (0..x.rows).map(|i| evaluate(f.row(i))).sum::<f64>()
+        };
+        encoder.weights.iter().zip(objectives).map(of).sum()
+    }
+
+    #[test]
+    fn the_gradient_of_features_is_that_of_differences() {
+        let mut random = Random(42);
+        for width in [2, 3, 128, 511] {
+            let references: Vec<Vec<f32>> =
+                (0..4).map(|_| narrow(&random.matrix(1, width, 1.0)).data).collect();
+            let objective = Objective::new(references.iter().map(Vec::as_slice)).unwrap().at(0.7);
+            let f = narrow(&random.matrix(1, width, 3.0)).data;
+            let (got, gradient) = objective.evaluate(&f).unwrap();
+            // By the definition: the mean of 1 − cos over the references.
+            let plain = |f: &[f64]| {
+                let norm = |v: &mut dyn Iterator<Item = f64>| v.map(|v| v * v).sum::<f64>().sqrt();
+                let one = |r: &Vec<f32>| {
+                    let dot: f64 = f.iter().zip(r).map(|(f, r)| f * f64::from(*r)).sum();
+                    1.0 - dot / norm(&mut f.iter().copied()) / norm(&mut r.iter().map(|r| f64::from(*r)))
+                };
+                0.7 * references.iter().map(one).sum::<f64>() / 4.0
+            };
+            let wide: Vec<f64> = f.iter().map(|v| f64::from(*v)).collect();
+            assert!((got - plain(&wide)).abs() <= 1e-7, "{width}");
+            let largest = gradient.iter().fold(0.0, |max: f64, g| max.max(f64::from(g.abs())));
+            for i in (0..width).step_by(1 + width / 40) {
+                let at = |h: f64| {
+                    let mut moved = wide.clone();
+                    moved[i] += h;
+                    plain(&moved)
+                };
+                let difference = (at(1e-4) - at(-1e-4)) / 2e-4;
+                let error = (difference - f64::from(gradient[i])).abs();
+                assert!(error <= 1e-3 * largest, "{width} {i}: {} for {difference}", gradient[i]);
+            }
+        }
+    }
+
+    #[test]
+    fn a_step_goes_down_the_gradient_of_differences() {
+        // Neither normalised nor clamped, a step is η times the gradient.
+        let options =
+            RefinerOptions { rate: 0.5, normalise: false, clamp: f64::INFINITY, ..Default::default() };
+        let (samples, len) = (3, 45);
+        for Case { name, device } in devices() {
+            let (mut encoder, objectives, x) = problem(&device, samples, len);
+            let mut refiner = Refiner::new(&device, objectives.clone(), samples, len, options).unwrap();
+            let (stepped, moved) = step(&device, &mut encoder, &mut refiner, &x, 0.5);
+            assert!(stepped);
+            let wide = values_of(x.clone(), samples, len);
+            let mut largest: f64 = 0.0;
+            let errors: Vec<f64> = (0..samples * len)
+                .step_by(3)
+                .map(|i| {
+                    // Differences of features that are rounded to f32: of steps large enough for that.
+                    let at = |h: f64| {
+                        let mut moved = wide.clone();
+                        moved.data[i] += h;
+                        loss(&encoder, &objectives, &moved)
+                    };
+                    let difference = (at(1e-2) - at(-1e-2)) / 2e-2;
+                    largest = largest.max(difference.abs());
+                    (difference - f64::from(x[i] - moved[i]) / 0.5).abs()
+                })
+                .collect();
+            let worst = errors.into_iter().fold(0.0, f64::max);
+            assert!(worst <= 1e-3 * largest, "{name}: {worst:e} of {largest:e}");
+        }
+    }
+
+    #[test]
+    fn steps_are_those_of_the_twin() {
+        for (samples, len) in [(1, 1), (2, 5), (3, 1025), (2, 9001)] {
+            for options in [
+                RefinerOptions::default(),
+                RefinerOptions { rate: 0.3, clamp: 0.1, ramp: Ramp::Cosine, ..Default::default() },
+                RefinerOptions { rate: 2.0, normalise: false, ramp: Ramp::Falling, ..Default::default() },
+            ] {
+                let cpu = Device::cpu();
+                let (mut encoder, objectives, x) = problem(&cpu, samples, len);
+                let mut twin = Refiner::new(&cpu, objectives, samples, len, options).unwrap();
+                let (_, want) = step(&cpu, &mut encoder, &mut twin, &x, 0.25);
+                let expected = twin.outcome().unwrap();
+                let moved = want.iter().zip(&x).fold(0.0, |max: f32, (w, x)| max.max((w - x).abs()));
+                assert!(f64::from(moved) <= options.clamp * 1.001 && moved > 0.0, "{moved}");
+                for Case { name, device } in gpus().into_iter().step_by(2) {
+                    let (mut encoder, objectives, x) = problem(&device, samples, len);
+                    let mut refiner = Refiner::new(&device, objectives, samples, len, options).unwrap();
+                    let (_, got) = step(&device, &mut encoder, &mut refiner, &x, 0.25);
+                    let outcome = refiner.outcome().unwrap();
+                    let label = format!("{name} {samples}x{len} {options:?}");
+                    let (got, want) = (values_of(got, samples, len), values_of(want.clone(), samples, len));
+                    // Gradients of features keep 1e-6 of their size, latents are f32.
+                    let error = relative(&got, &want);
+                    assert!(error <= 1e-5, "{label}: {error:e}");
+                    let pairs = outcome.losses.iter().flatten().zip(expected.losses.iter().flatten());
+                    let pairs = pairs.chain(outcome.gradients.iter().zip(&expected.gradients));
+                    for (got, want) in pairs {
+                        assert!((got - want).abs() <= 1e-5 * want.abs() + 1e-6, "{label}: {got} for {want}");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn refining_lowers_the_loss_within_its_window() {
+        let options = RefinerOptions { rate: 0.1, window: (0.2, 0.8), ..Default::default() };
+        for Case { name, device } in devices().into_iter().step_by(3) {
+            let (mut encoder, objectives, mut x) = problem(&device, 2, 64);
+            let mut refiner = Refiner::new(&device, objectives.clone(), 2, 64, options).unwrap();
+            let before = loss(&encoder, &objectives, &values_of(x.clone(), 2, 64));
+            let mut steps = 0;
+            for i in 0..20 {
+                let (stepped, moved) = step(&device, &mut encoder, &mut refiner, &x, f64::from(i) / 20.0);
+                assert!(stepped || moved == x);
+                steps += usize::from(stepped);
+                x = moved;
+            }
+            let after = loss(&encoder, &objectives, &values_of(x.clone(), 2, 64));
+            assert_eq!(steps, 12);
+            assert!(after < 0.9 * before, "{name}: {after} of {before}");
+        }
+    }
+
+    /// Gradients that cannot be followed leave a sample as it is, and the outcome says so.
+    #[test]
+    fn bad_gradients_change_nothing() {
+        struct Given(Vec<f32>, Device);
+        impl Encoder for Given {
+            fn forward(&mut self, _: usize, _: Values<'_>, features: ValuesMut<'_>) -> Result<()> {
+                match features {
+                    ValuesMut::Host(f) => f.fill(1.0),
+                    ValuesMut::Buffer(b) => {
+                        self.1.wgpu().unwrap().1.write_buffer(b, 0, &1f32.to_le_bytes().repeat(6))
+                    }
+                }
+                Ok(())
+            }
+            fn backward(&mut self, _: usize, _: Values<'_>, latents: ValuesMut<'_>) -> Result<()> {
+                match latents {
+                    ValuesMut::Host(g) => g.copy_from_slice(&self.0),
+                    ValuesMut::Buffer(b) => {
+                        self.1.wgpu().unwrap().1.write_buffer(b, 0, bytemuck::cast_slice(&self.0))
+                    }
+                }
+                Ok(())
+            }
+        }
+        let gradient = vec![f32::NAN, 1.0, 0.0, 0.0, 1e-30, 0.0];
+        for Case { name, device } in devices() {
+            let objective = Objective::new([[1f32, 2.0].as_slice()]).unwrap();
+            let mut refiner =
+                Refiner::new(&device, vec![objective], 3, 2, RefinerOptions::default()).unwrap();
+            let mut x = vec![1f32; 6];
+            let mut host = Given(gradient.clone(), device.clone());
+            if device.is_gpu() {
+                let buffer = upload(&device, bytemuck::cast_slice(&x), 0);
+                refiner.step(&mut host, ValuesMut::Buffer(&buffer), 0.0).unwrap();
+                x = bytemuck::pod_collect_to_vec(&read(&device, &buffer, 0, 24));
+                assert!(refiner.step(&mut host, ValuesMut::Host(&mut x), 0.0).is_err());
+            } else {
+                refiner.step(&mut host, ValuesMut::Host(&mut x), 0.0).unwrap();
+            }
+            assert_eq!(x[..4], [1.0; 4], "{name}");
+            // rms of (g, 0) is g / √2: the step is η·√2.
+            assert!(
+                (f64::from(1.0 - x[4]) - 0.05 * 2f64.sqrt()).abs() <= 1e-6 && x[5] == 1.0,
+                "{name}: {x:?}"
+            );
+            let outcome = refiner.outcome().unwrap();
+            assert_eq!(outcome.gradients[..2], [-1.0, 0.0], "{name}");
+        }
+        assert!(Objective::new([]).is_err() && Objective::new([[0f32].as_slice()]).is_err());
+        assert!(Objective::new([[1f32].as_slice(), [1f32, 2.0].as_slice()]).is_err());
+    }
+}
+
+/// Inputs of real layers, features of a real size: each adapter's calibration inputs mostly choose that adapter.
+#[test]
+fn real_adapters_choose_alike_on_every_device() {
+    let adapters = fixtures::pool();
+    let layers = [
+        "transformer_blocks.0.attn.to_q",
+        "transformer_blocks.2.ff.net.0.proj",
+        "transformer_blocks.3.ff.net.2",
+    ];
+    for layer in layers {
+        let x = fixtures::Tensors::open(fixtures::activations("traj4", fixtures::POOL[1])).get(layer);
+        let output = adapters[0].find(layer).unwrap().output;
+        // Outputs of a layer about as large as its inputs make them.
+        let p = Problem { f0: Random(51).matrix(x.rows, output, 1.0), x, adapters: adapters.clone() };
+        let mut twin = p.selector(&Device::cpu());
+        let run = |device: &Device, selector: &mut Selector, how: &Selection| {
+            let _ = device;
+            let (x, mut f) = (narrow(&p.x), narrow(&p.f0).data);
+            let x = RawMatrix::from_f32(x.rows, x.cols, &x.data).unwrap();
+            selector.run(layer, x, &mut f, how).unwrap();
+            values(&Matrix { rows: p.f0.rows, cols: output, data: f })
+        };
+        for score in Score::ALL {
+            let how = how(score, Choice::Hard);
+            let want = run(&Device::cpu(), &mut twin, &how);
+            let decided = twin.tokens().unwrap();
+            for Case { name, device } in gpus().into_iter().step_by(3) {
+                let mut selector = p.selector(&device);
+                let got = run(&device, &mut selector, &how);
+                let label = format!("{name} {layer} {score:?}");
+                same(&selector.tokens().unwrap(), &decided, &how, &label, |same| {
+                    let rows = |m: &Matrix| {
+                        let data = same.iter().flat_map(|&token| m.row(token).to_vec()).collect();
+                        Matrix { rows: same.len(), cols: m.cols, data }
+                    };
+                    let error = relative(&rows(&got), &rows(&want));
+                    assert!(error <= 2e-6, "{label}: {error:e}");
+                });
+            }
+        }
     }
 }

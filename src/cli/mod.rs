@@ -9,6 +9,7 @@ mod inspect;
 mod layers;
 mod merge;
 mod output;
+mod schedule;
 
 use std::io::{self, IsTerminal};
 use std::process::ExitCode;
@@ -46,6 +47,7 @@ enum Command {
     Merge(merge::Merge),
     Calibrate(calibrate::Calibrate),
     Calibration(calibration::CalibrationCommand),
+    Schedule(schedule::ScheduleCommand),
     Inspect(inspect::Inspect),
     Devices(devices::Devices),
     Demo(demo::Demo),
@@ -95,6 +97,7 @@ fn run(cli: Cli, out: &Output) -> anyhow::Result<()> {
         Command::Merge(command) => command.run(&global, out),
         Command::Calibrate(command) => command.run(&global, out),
         Command::Calibration(command) => command.run(out),
+        Command::Schedule(command) => command.run(out),
         Command::Inspect(command) => command.run(out),
         Command::Devices(command) => command.run(&global, out),
         Command::Demo(command) => command.run(&global, out),

@@ -11,7 +11,17 @@
 //! All of it runs in buffers of the host's device, recorded into the host's command encoder where nothing of the
 //! host comes in between, and has an f64 twin on the CPU. `docs/embedding.md` shows a host.
 
+mod guidance;
+mod live;
+mod refine;
+mod schedule;
 mod selection;
 
+pub use self::guidance::{guide, guide_host};
+pub use self::live::{Factors, LiveNpLora};
+pub use self::refine::{Encoder, Objective, Outcome, Ramp, Refiner, RefinerOptions, Values, ValuesMut};
+pub use self::schedule::{
+    EstOptions, KLoraOptions, Schedule, ScheduleAdapter, ScheduledLayer, Window, craft, est, k_lora,
+};
 pub use self::selection::{Choice, Decision, Scope, Selection, Selector, SelectorOptions, Tokens};
 pub use crate::compute::ops::Score;

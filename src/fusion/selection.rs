@@ -323,7 +323,13 @@ impl Selector {
     }
 
     /// The same on host memory, and at once: on the CPU in f64, or through the GPU and back.
-    pub fn run(&mut self, layer: &str, x: RawMatrix<'_>, f0: &mut [f32], selection: &Selection) -> Result<()> {
+    pub fn run(
+        &mut self,
+        layer: &str,
+        x: RawMatrix<'_>,
+        f0: &mut [f32],
+        selection: &Selection,
+    ) -> Result<()> {
         let (key, resident) = self.find(layer)?;
         if f0.len() != x.rows * resident.output {
             return Err(in_layer(
@@ -368,7 +374,13 @@ impl Selector {
         Ok(())
     }
 
-    fn run_gpu(&mut self, layer: &str, x: RawMatrix<'_>, f0: &mut [f32], selection: &Selection) -> Result<()> {
+    fn run_gpu(
+        &mut self,
+        layer: &str,
+        x: RawMatrix<'_>,
+        f0: &mut [f32],
+        selection: &Selection,
+    ) -> Result<()> {
         let gpu = self.device.gpu()?.clone();
         let upload = |bytes: &[u8]| {
             let buffer = gpu.buffer("features", bytes.len().max(1) as u64)?;
@@ -377,14 +389,17 @@ impl Selector {
             gpu.write(&buffer, 0, &padded).map(|()| buffer)
         };
         let (x_buffer, f0_buffer) = (upload(x.bytes)?, upload(bytemuck::cast_slice(f0))?);
-        let on_device = |buffer, dtype, width| Activations::Buffer { buffer, offset: 0, dtype, tokens: x.rows, width };
+        let on_device =
+            |buffer, dtype, width| Activations::Buffer { buffer, offset: 0, dtype, tokens: x.rows, width };
         let width = f0.len().checked_div(x.rows).unwrap_or(self.find(layer)?.1.output);
         let mut encoder = gpu.device.create_command_encoder(&Default::default());
         let (x_rows, f0_rows) =
             (on_device(&x_buffer, x.dtype, x.cols), on_device(&f0_buffer, Dtype::F32, width));
         self.encode(&mut encoder, layer, x_rows, f0_rows, selection)?;
         gpu.queue.submit([encoder.finish()]);
-        f0.copy_from_slice(&bytemuck::pod_collect_to_vec::<_, f32>(&gpu.read(&f0_buffer, 4 * f0.len() as u64)?));
+        f0.copy_from_slice(&bytemuck::pod_collect_to_vec::<_, f32>(
+            &gpu.read(&f0_buffer, 4 * f0.len() as u64)?,
+        ));
         Ok(())
     }
 
@@ -449,7 +464,9 @@ impl Selector {
 
     fn find(&self, layer: &str) -> Result<(&LayerKey, &Resident)> {
         let found = self.layers.get_key_value(&LayerKey::parse(layer));
-        found.ok_or_else(|| Error::layer(layer, "none of the selector's adapters has it; leave its output alone"))
+        found.ok_or_else(|| {
+            Error::layer(layer, "none of the selector's adapters has it; leave its output alone")
+        })
     }
 
     fn call<'a>(&self, layer: &'a Resident, tokens: usize, selection: &Selection) -> Result<Call<'a>> {
@@ -517,7 +534,9 @@ impl Selector {
 fn strength(name: &str, value: f64) -> Result<f32> {
     match (value as f32).is_finite() {
         true => Ok(value as f32),
-        false => Err(Error::Invalid(format!("the strength of `{name}` is {value}; it must be a finite number"))),
+        false => {
+            Err(Error::Invalid(format!("the strength of `{name}` is {value}; it must be a finite number")))
+        }
     }
 }
 
@@ -597,7 +616,11 @@ impl Resident {
             members: of.iter().map(|(k, _)| *k).collect(),
             blocks,
             factors: Vec::new(),
-            batch: Batch::zeros(device, device.factor(), &[Shape::new(rank, input), Shape::new(rank, stride)])?,
+            batch: Batch::zeros(
+                device,
+                device.factor(),
+                &[Shape::new(rank, input), Shape::new(rank, stride)],
+            )?,
             b: Vec::new(),
         };
         if !device.is_gpu() {

@@ -36,3 +36,9 @@ impl Blend<'_> {
         commands.launch(Kernel::Blend, jobs, &work, &buffers);
     }
 }
+
+/// The CPU twin for one element.
+pub(crate) fn blend_cpu(t: f64, strength: f64, a: f32, b: f32) -> f32 {
+    let (a, b) = (f64::from(a), f64::from(b));
+    (strength * (a + t * (b - a))) as f32
+}

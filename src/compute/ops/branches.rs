@@ -295,7 +295,8 @@ pub(crate) fn encode(
 ) -> Result<()> {
     let (x, f0) = (Rows::new("x", x)?, Rows::new("f0", f0)?);
     let (tokens, rank, branches) = (call.tokens, call.rank(), call.blocks.len());
-    if (tokens * rank * 4) as u64 > buffers.z.size() || (tokens * branches * 32) as u64 > buffers.stats.size() {
+    if (tokens * rank * 4) as u64 > buffers.z.size() || (tokens * branches * 32) as u64 > buffers.stats.size()
+    {
         return Err(Error::Invalid(format!("{tokens} tokens are more than the buffers were made for")));
     }
     let limit = gpu.max_arena();
@@ -446,8 +447,7 @@ pub(crate) fn branches_cpu(
     running: &mut [f64],
 ) -> Decided {
     let (tokens, width, branches, rank) = (call.tokens, call.width, call.blocks.len(), call.rank());
-    let mut decided =
-        Decided { scores: vec![0.0; tokens * branches], weights: vec![0.0; tokens * branches] };
+    let mut decided = Decided { scores: vec![0.0; tokens * branches], weights: vec![0.0; tokens * branches] };
     if tokens == 0 || width == 0 {
         return decided;
     }
@@ -528,7 +528,8 @@ fn score_cpu(score: Score, f0: &[f64], u: &[f64], inverse_temperature: f64) -> f
             let d = |u: f64| u * t - c;
             // Σ p·φ(d), φ(d) = e^d - 1 - d, apart from a factor of e^g.
             let g = f0.iter().zip(u).map(|(f, u)| f * t - max + d(*u)).fold(0.0, f64::max);
-            let excess: f64 = weights.iter().zip(f0).zip(u).map(|((w, f), u)| excess(*w, f * t - max, d(*u), g)).sum();
+            let excess: f64 =
+                weights.iter().zip(f0).zip(u).map(|((w, f), u)| excess(*w, f * t - max, d(*u), g)).sum();
             match g < 500.0 {
                 true => (excess / total * g.exp()).ln_1p(),
                 false => g + (excess / total).ln(),

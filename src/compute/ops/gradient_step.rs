@@ -57,7 +57,13 @@ impl GradientJob {
 }
 
 /// The CPU twin for one sample: the gradient's root mean square, or −1 if it is not finite; changes x.
-pub(crate) fn gradient_step_cpu(terms: &[&[f32]], normalise: bool, rate: f64, limit: f64, x: &mut [f32]) -> f64 {
+pub(crate) fn gradient_step_cpu(
+    terms: &[&[f32]],
+    normalise: bool,
+    rate: f64,
+    limit: f64,
+    x: &mut [f32],
+) -> f64 {
     let gradient = |i: usize| terms.iter().map(|term| f64::from(term[i])).sum::<f64>();
     let rms = ((0..x.len()).map(|i| gradient(i).powi(2)).sum::<f64>() / x.len() as f64).sqrt();
     if !rms.is_finite() {

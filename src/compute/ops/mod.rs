@@ -22,7 +22,7 @@ mod rank_concat;
 mod rank_update;
 
 pub use accumulate::{Activations, accumulate};
-pub(crate) use blend::{Blend, BlendJob};
+pub(crate) use blend::{Blend, BlendJob, blend_cpu};
 pub use branches::Score;
 pub use cholesky::{PivotFailure, cholesky};
 pub use cholesky_solve::cholesky_solve;
