@@ -32,13 +32,13 @@ enum Method {
         #[command(flatten)]
         common: Common,
         /// How fast the style's score grows over the run.
-        #[arg(long, value_parser = weight, default_value = "1.5")]
+        #[arg(long, value_parser = weight, allow_hyphen_values = true, default_value = "1.5")]
         alpha: f64,
         /// The factor of the style's score at the start.
         #[arg(long, value_parser = finite, allow_hyphen_values = true, default_value = "0.5")]
         beta: f64,
         /// The factor that balances the two adapters [default: from the sums of all entries].
-        #[arg(long, value_parser = weight)]
+        #[arg(long, value_parser = weight, allow_hyphen_values = true)]
         gamma: Option<f64>,
     },
     /// The subject acts while its energy outweighs the style's (EST-LoRA).
@@ -46,7 +46,7 @@ enum Method {
         #[command(flatten)]
         common: Common,
         /// How fast the style's energy counts more over the run.
-        #[arg(long, value_parser = weight, default_value = "1.5")]
+        #[arg(long, value_parser = weight, allow_hyphen_values = true, default_value = "1.5")]
         alpha: f64,
         /// What is taken off the style's factor of 1 at the start.
         #[arg(long, value_parser = finite, allow_hyphen_values = true, default_value = "0.5")]
@@ -57,10 +57,10 @@ enum Method {
         #[command(flatten)]
         common: Common,
         /// The share of the run after which the subject rests.
-        #[arg(long, value_parser = weight, default_value = "0.7")]
+        #[arg(long, value_parser = weight, allow_hyphen_values = true, default_value = "0.7")]
         subject_until: f64,
         /// The share of the run before which the style rests.
-        #[arg(long, value_parser = weight, default_value = "0.28")]
+        #[arg(long, value_parser = weight, allow_hyphen_values = true, default_value = "0.28")]
         style_from: f64,
     },
 }

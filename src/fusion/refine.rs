@@ -406,7 +406,7 @@ impl Buffers {
 
 fn check(options: &RefinerOptions) -> Result<()> {
     let RefinerOptions { rate, window: (from, until), clamp, .. } = *options;
-    if !(rate as f32).is_finite() || !(clamp > 0.0) || from.is_nan() || until.is_nan() {
+    if !(rate as f32).is_finite() || clamp.is_nan() || clamp <= 0.0 || from.is_nan() || until.is_nan() {
         return Err(Error::Invalid(format!(
             "rate {rate}, clamp {clamp}, window {from} to {until}: the rate must be finite, the clamp above 0"
         )));

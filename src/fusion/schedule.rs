@@ -152,7 +152,7 @@ impl Schedule {
         let mut layers = BTreeMap::new();
         for (name, layer) in file.layers {
             for window in &layer.windows {
-                if window.adapter >= file.adapters.len() || !(window.from <= window.until) {
+                if window.adapter >= file.adapters.len() || window.from > window.until {
                     return Err(bad(format!(
                         "layer `{name}`: its windows must name one of the adapters, and start before they end"
                     )));

@@ -558,10 +558,10 @@ fn decide_cpu(call: &Call<'_>, scores: &[f64], weights: &mut [f64], running: &mu
     if call.normalise && !fixed {
         let tokens = call.tokens as f64;
         let n = (running[MAX_BRANCHES] + tokens).min(WINDOW);
-        for k in 0..branches {
+        for (k, running) in running.iter_mut().enumerate().take(branches) {
             let mean = mean(scores, k);
             if mean.is_finite() {
-                running[k] += (mean - running[k]) * (tokens / n).min(1.0);
+                *running += (mean - *running) * (tokens / n).min(1.0);
             }
         }
         running[MAX_BRANCHES] = n;
