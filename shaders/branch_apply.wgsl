@@ -3,7 +3,7 @@
 //   F0: tokens × width in f32, f16 or bf16    Z: tokens × rank, f32    B_catᵀ: rank × width (padded), f32
 //
 // Grid: (channel tile, token tile). Bindings: 3 factors, 4 Z, 5 F0 as raw words, 6 controls, 7 weights.
-// The permutation sets DTYPE.
+// The permutation sets DTYPE and the tile.
 
 #import words
 #import pack
@@ -32,6 +32,7 @@ fn weighted_z(job: Job, token: u32, k: u32) -> f32 {
     return z[token * job.rank + k] * (weight * factor);
 }
 
+#import branch_features
 #import branch_tile
 
 fn store(job: Job, token: u32, channel: u32, f: vec4<f32>) {
@@ -52,14 +53,13 @@ fn store(job: Job, token: u32, channel: u32, f: vec4<f32>) {
     }
 }
 
-@compute @workgroup_size(THREADS)
-fn main(@builtin(workgroup_id) work: vec3<u32>, @builtin(local_invocation_index) t: u32) {
+fn run(work: vec3<u32>, t: u32) {
     let job = jobs[0];
     let first_token = job.first + work.y * TOKENS;
     let first_channel = work.x * CHANNELS;
     let token = first_token + token_quad(t) * 4u;
-    let left = first_channel + channel_quad(t) * 4u;
-    let right = left + CHANNELS / 2u;
+    let left = first_channel + left_channel(t);
+    let right = first_channel + right_channel(t);
     let a0 = features(job, token, left, 0.0);
     let a1 = features(job, token + 1u, left, 0.0);
     let a2 = features(job, token + 2u, left, 0.0);
@@ -68,10 +68,8 @@ fn main(@builtin(workgroup_id) work: vec3<u32>, @builtin(local_invocation_index)
     let b1 = features(job, token + 1u, right, 0.0);
     let b2 = features(job, token + 2u, right, 0.0);
     let b3 = features(job, token + 3u, right, 0.0);
-    clear_tile();
-    for (var k = 0u; k < job.rank; k += DEPTH) {
-        add_product(job, first_token, first_channel, k, job.rank, t);
-    }
+    prepare(job, first_token, 0u, job.rank, t);
+    tile_product(job, first_token, first_channel, 0u, job.rank, t);
     store(job, token, left, a0 + c0);
     store(job, token + 1u, left, a1 + c1);
     store(job, token + 2u, left, a2 + c2);

@@ -4,7 +4,7 @@
 //   stats: parts × branches × tokens × 2 vec4, the states of branch_state.wgsl
 //
 // Grid: (token tile, branch, part of the channels). Bindings: 3 factors, 4 Z, 5 F0 as raw words, 6 controls,
-// 7 stats. The permutation sets SCORE and DTYPE.
+// 7 stats. The permutation sets SCORE, DTYPE and the tile.
 
 #import words
 #import branch
@@ -24,9 +24,10 @@ fn weighted_z(job: Job, token: u32, k: u32) -> f32 {
     return z[token * job.rank + k];
 }
 
+#import branch_features
 #import branch_tile
 
-// Half of the channels' threads hand their states to the other half, through b_tile and this.
+// Half of the channels' threads hand their states to the other half, through `exchange` and this.
 var<workgroup> handed_g: array<f32, TOKENS * 8u>;
 
 fn combine(x: State, y: State) -> State {
@@ -55,12 +56,12 @@ fn scaled(a: vec4<f32>, temperature: f32) -> vec4<f32> {
 }
 
 fn hand(slot: u32, x: State) {
-    b_tile[slot] = vec4<f32>(x.m, x.w, x.c, x.s);
+    exchange[slot] = vec4<f32>(x.m, x.w, x.c, x.s);
     handed_g[slot] = x.g;
 }
 
 fn take(slot: u32) -> State {
-    let v = b_tile[slot];
+    let v = exchange[slot];
     return State(v.x, v.y, v.z, v.w, handed_g[slot]);
 }
 
@@ -72,8 +73,7 @@ fn store(job: Job, work: vec3<u32>, token: u32, x: State) {
     }
 }
 
-@compute @workgroup_size(THREADS)
-fn main(@builtin(workgroup_id) work: vec3<u32>, @builtin(local_invocation_index) t: u32) {
+fn run(work: vec3<u32>, t: u32) {
     let job = jobs[0];
     let first_token = job.first + work.x * TOKENS;
     let end = min((work.z + 1u) * job.part_width, job.width);
@@ -91,10 +91,11 @@ fn main(@builtin(workgroup_id) work: vec3<u32>, @builtin(local_invocation_index)
     var s1 = empty;
     var s2 = empty;
     var s3 = empty;
+    prepare(job, first_token, start_k, end_k, t);
     for (var channel = work.z * job.part_width; channel < end; channel += CHANNELS) {
         // Fetched before the product, which hides the wait.
-        let left = channel + channel_quad(t) * 4u;
-        let right = left + CHANNELS / 2u;
+        let left = channel + left_channel(t);
+        let right = channel + right_channel(t);
         let a0 = features(job, token, left, outside);
         let a1 = features(job, token + 1u, left, outside);
         let a2 = features(job, token + 2u, left, outside);
@@ -103,35 +104,32 @@ fn main(@builtin(workgroup_id) work: vec3<u32>, @builtin(local_invocation_index)
         let b1 = features(job, token + 1u, right, outside);
         let b2 = features(job, token + 2u, right, outside);
         let b3 = features(job, token + 3u, right, outside);
-        clear_tile();
-        for (var k = start_k; k < end_k; k += DEPTH) {
-            add_product(job, first_token, channel, k, end_k, t);
-        }
+        tile_product(job, first_token, channel, start_k, end_k, t);
         s0 = absorb(s0, scaled(a0, temperature), scaled(b0, temperature), c0 * factor, d0 * factor);
         s1 = absorb(s1, scaled(a1, temperature), scaled(b1, temperature), c1 * factor, d1 * factor);
         s2 = absorb(s2, scaled(a2, temperature), scaled(b2, temperature), c2 * factor, d2 * factor);
         s3 = absorb(s3, scaled(a3, temperature), scaled(b3, temperature), c3 * factor, d3 * factor);
     }
     // 16 threads share 4 tokens.
-    let lane = channel_quad(t);
+    let place = channel_quad(t);
     for (var half = 8u; half > 0u; half /= 2u) {
-        let slot = token_quad(t) * 32u + lane % half;
+        let slot = token_quad(t) * 32u + place % half;
         workgroupBarrier();
-        if (lane >= half && lane < 2u * half) {
+        if (place >= half && place < 2u * half) {
             hand(slot, s0);
             hand(slot + 8u, s1);
             hand(slot + 16u, s2);
             hand(slot + 24u, s3);
         }
         workgroupBarrier();
-        if (lane < half) {
+        if (place < half) {
             s0 = combine(s0, take(slot));
             s1 = combine(s1, take(slot + 8u));
             s2 = combine(s2, take(slot + 16u));
             s3 = combine(s3, take(slot + 24u));
         }
     }
-    if (lane == 0u) {
+    if (place == 0u) {
         store(job, work, token, s0);
         store(job, work, token + 1u, s1);
         store(job, work, token + 2u, s2);

@@ -170,13 +170,14 @@ const SHAPES: [(usize, usize, usize, &[usize]); 9] = [
 
 #[test]
 fn scores_are_those_of_the_definitions() {
+    let cases = devices();
     for (i, (tokens, input, output, ranks)) in SHAPES.into_iter().enumerate() {
         let p = problem(tokens, input, output, ranks, 0.5, i as u64);
         let updates = p.updates();
-        for Case { name, device } in devices() {
-            let mut selector = p.selector(&device);
+        for Case { name, device } in &cases {
+            let mut selector = p.selector(device);
             for score in Score::ALL {
-                run(&device, &mut selector, &p, &how(score, Choice::Hard));
+                run(device, &mut selector, &p, &how(score, Choice::Hard));
                 let got = selector.tokens().unwrap().scores;
                 for (k, u) in updates.iter().enumerate() {
                     let plain = |token| plain_score(score, p.f0.row(token), u.row(token));
@@ -210,6 +211,7 @@ fn outputs_and_decisions_are_those_of_the_twin() {
         Selection { scope: Scope::Group(16), normalise: true, ..Default::default() },
         Selection { normalise: true, choice: Choice::Soft, ..Default::default() },
     ];
+    let cases = gpus();
     for (i, (tokens, input, output, ranks)) in SHAPES.into_iter().enumerate() {
         let p = problem(tokens, input, output, ranks, 0.5, 100 + i as u64);
         let mut fixed = vec![0.0; ranks.len()];
@@ -219,12 +221,12 @@ fn outputs_and_decisions_are_those_of_the_twin() {
             let mut twin = p.selector(&Device::cpu());
             let want = run(&Device::cpu(), &mut twin, &p, &choice);
             let decided = twin.tokens().unwrap();
-            for Case { name, device } in gpus().into_iter().skip(i % 2) {
-                let mut selector = p.selector(&device);
+            for Case { name, device } in cases.iter().skip((i + c) % 2).step_by(2) {
+                let mut selector = p.selector(device);
                 let [x, f0] =
                     [[Dtype::F32; 2], [Dtype::F16; 2], [Dtype::Bf16, Dtype::F32], [Dtype::F16, Dtype::Bf16]]
                         [(i + c) % 4];
-                let got = encode(&device, &mut selector, &p, [x, f0], &choice);
+                let got = encode(device, &mut selector, &p, [x, f0], &choice);
                 let label = format!("{name} {choice:?} {x} {f0} {tokens}x{input}x{output}");
                 let tokens = selector.tokens().unwrap();
                 // Rounded once to the type of f0.
@@ -340,6 +342,7 @@ fn divergence_keeps_its_digits_from_tiny_updates_to_logits_of_80() {
 
 #[test]
 fn extreme_features_give_no_nan() {
+    let cases = devices();
     let mut random = Random(6);
     for size in [1e4, 1e8] {
         let of = |random: &mut Random| {
@@ -358,11 +361,11 @@ fn extreme_features_give_no_nan() {
             (flat.iter().map(|v| -v).collect(), flat.clone(), f0),
         ] {
             let p = exact(f0, &[u, v]);
-            for Case { name, device } in devices() {
-                let mut selector = p.selector(&device);
+            for Case { name, device } in &cases {
+                let mut selector = p.selector(device);
                 for score in Score::ALL {
                     for choice in [Choice::Hard, Choice::Soft] {
-                        let f = run(&device, &mut selector, &p, &how(score, choice));
+                        let f = run(device, &mut selector, &p, &how(score, choice));
                         let tokens = selector.tokens().unwrap();
                         let all = tokens.scores.data.iter().chain(&tokens.weights.data).chain(&f.data);
                         assert!(
@@ -421,6 +424,61 @@ fn a_call_is_deterministic_and_strengths_are_live() {
             let f: Vec<f64> = a.iter().zip(updates[1].row(token)).map(|(a, u)| a + 0.8 * u / 2.5).collect();
             let want = plain_kl(&a, &f);
             assert!((scores[(token, 1)] - want).abs() <= 1e-5 * want + 1e-13, "{name}: token {token}");
+        }
+    }
+}
+
+/// Frameworks keep many tensors in one buffer.
+#[test]
+fn x_and_f0_may_share_a_buffer() {
+    let p = problem(70, 40, 96, &[4, 6], 0.5, 10);
+    for Case { name, device } in gpus() {
+        let mut selector = p.selector(&device);
+        let want = encode(&device, &mut selector, &p, [Dtype::F16; 2], &Selection::default());
+        let (x, f0) = (bytes(&p.x, Dtype::F16), bytes(&p.f0, Dtype::F16));
+        let f0_offset = x.len() as u64;
+        let buffer = upload(&device, &[x, f0.clone()].concat(), 0);
+        let rows = |offset, m: &Matrix| Activations::Buffer {
+            buffer: &buffer,
+            offset,
+            dtype: Dtype::F16,
+            tokens: m.rows,
+            width: m.cols,
+        };
+        let (gpu, queue) = device.wgpu().unwrap();
+        let mut encoder = gpu.create_command_encoder(&Default::default());
+        let how = Selection::default();
+        selector.encode(&mut encoder, LAYER, rows(0, &p.x), rows(f0_offset, &p.f0), &how).unwrap();
+        queue.submit([encoder.finish()]);
+        let got = read(&device, &buffer, f0_offset, f0.len());
+        let got = fixtures::wide(RawMatrix::new(Dtype::F16, p.f0.rows, p.f0.cols, &got).unwrap());
+        assert_eq!(got, want, "{name}");
+    }
+}
+
+/// A binding of WebGPU's default limits holds 128 MiB; these matrices take 144.
+#[test]
+fn features_larger_than_a_binding_go_through_in_windows() {
+    let Some(Case { name, device }) = gpus().pop() else { return };
+    assert_eq!(device.capabilities().unwrap().max_binding, 128 << 20, "{name}");
+    for (input, output) in [(4, 32768), (32768, 4)] {
+        let p = problem(1100, input, output, &[1, 1], 0.5, 15);
+        for how in [
+            how(Score::Energy, Choice::Hard),
+            Selection { scope: Scope::Layer, ..how(Score::Energy, Choice::Soft) },
+        ] {
+            let mut twin = p.selector(&Device::cpu());
+            let want = run(&Device::cpu(), &mut twin, &p, &how);
+            let mut selector = p.selector(&device);
+            let got = run(&device, &mut selector, &p, &how);
+            let label = format!("{name} {input} to {output} {how:?}");
+            same(&selector.tokens().unwrap(), &twin.tokens().unwrap(), &how, &label, |tokens| {
+                for &token in tokens.iter().step_by(37) {
+                    let row = |m: &Matrix| Matrix { rows: 1, cols: m.cols, data: m.row(token).to_vec() };
+                    let error = relative(&row(&got), &row(&want));
+                    assert!(error <= 5e-6, "{label}: token {token}: {error:e}");
+                }
+            });
         }
     }
 }

@@ -38,14 +38,14 @@ pub enum Kernel {
     JacobiSvd(Element),
     /// `shaders/rank_update.wgsl`
     RankUpdate(Element),
-    /// `shaders/branch_scores.wgsl`: which score, the type of the features.
-    BranchScores(Score, Dtype),
+    /// `shaders/branch_scores.wgsl`: which score, the type of the features, whether on matrix units.
+    BranchScores(Score, Dtype, bool),
     /// `shaders/branch_means.wgsl`
     BranchMeans,
     /// `shaders/branch_choose.wgsl`
     BranchChoose,
-    /// `shaders/branch_apply.wgsl`, with the type of the features.
-    BranchApply(Dtype),
+    /// `shaders/branch_apply.wgsl`, with the type of the features, and whether on matrix units.
+    BranchApply(Dtype, bool),
     /// `shaders/blend.wgsl`
     Blend,
     /// `shaders/extrapolate.wgsl`, with the type of its operands.
@@ -92,8 +92,11 @@ impl Kernel {
             Self::GradientStep,
         ];
         for dtype in DTYPES {
-            all.extend(Score::ALL.map(|score| Self::BranchScores(score, dtype)));
-            all.extend([Self::BranchApply(dtype), Self::Extrapolate(dtype)]);
+            for matrix in [false, true] {
+                all.extend(Score::ALL.map(|score| Self::BranchScores(score, dtype, matrix)));
+                all.push(Self::BranchApply(dtype, matrix));
+            }
+            all.push(Self::Extrapolate(dtype));
             all.extend(TILES.map(|tile| Self::Project(tile, dtype)));
             all.push(Self::ProjectMatrix(dtype));
         }
@@ -136,10 +139,13 @@ impl Kernel {
             | Self::GradientNorm
             | Self::GradientStep => file.to_owned(),
             Self::Project(tile, dtype) => format!("{file}_{tile}_{dtype}"),
-            Self::BranchScores(score, dtype) => format!("{file}_{}_{dtype}", score.name()),
-            Self::ProjectMatrix(dtype) | Self::BranchApply(dtype) | Self::Extrapolate(dtype) => {
-                format!("{file}_{dtype}")
+            Self::BranchScores(score, dtype, matrix) => {
+                format!("{file}_{}_{dtype}{}", score.name(), if matrix { "_matrix" } else { "" })
             }
+            Self::BranchApply(dtype, matrix) => {
+                format!("{file}_{dtype}{}", if matrix { "_matrix" } else { "" })
+            }
+            Self::ProjectMatrix(dtype) | Self::Extrapolate(dtype) => format!("{file}_{dtype}"),
             Self::Gram(tile) => format!("{file}_{tile}"),
             Self::ProjectReal(e)
             | Self::Cholesky(e)
@@ -172,7 +178,7 @@ impl Kernel {
             Self::BranchScores(..) => ("branch_scores", kernel!("branch_scores")),
             Self::BranchMeans => ("branch_means", kernel!("branch_means")),
             Self::BranchChoose => ("branch_choose", kernel!("branch_choose")),
-            Self::BranchApply(_) => ("branch_apply", kernel!("branch_apply")),
+            Self::BranchApply(..) => ("branch_apply", kernel!("branch_apply")),
             Self::Blend => ("blend", kernel!("blend")),
             Self::Extrapolate(_) => ("extrapolate", kernel!("extrapolate")),
             Self::Cosine => ("cosine", kernel!("cosine")),
@@ -194,7 +200,7 @@ impl Kernel {
             | Self::BranchScores(..)
             | Self::BranchMeans
             | Self::BranchChoose
-            | Self::BranchApply(_)
+            | Self::BranchApply(..)
             | Self::Blend
             | Self::Extrapolate(_)
             | Self::Cosine
@@ -221,10 +227,10 @@ impl Kernel {
                     tile_constants(tile)
                 )
             }
-            Self::ProjectMatrix(dtype) | Self::BranchApply(dtype) | Self::Extrapolate(dtype) => {
+            Self::ProjectMatrix(dtype) | Self::BranchApply(dtype, _) | Self::Extrapolate(dtype) => {
                 dtype_constant(dtype)
             }
-            Self::BranchScores(score, dtype) => {
+            Self::BranchScores(score, dtype, _) => {
                 format!("{}const SCORE: u32 = {}u;\n", dtype_constant(dtype), score.code())
             }
             Self::Gram(tile) => format!("const TILE: u32 = {tile}u;\n{}", tile_constants(tile)),
@@ -241,7 +247,7 @@ impl Kernel {
     /// Whether this needs matrix units, which neither DX12 nor WebGPU's default limits have; each such kernel
     /// has a twin that does without.
     pub fn uses_matrix_units(self) -> bool {
-        matches!(self, Self::ProjectMatrix(_))
+        matches!(self, Self::ProjectMatrix(_) | Self::BranchScores(_, _, true) | Self::BranchApply(_, true))
     }
 
     /// The permutation's whole WGSL.
@@ -272,6 +278,8 @@ impl Kernel {
             ("exp_log", _) => shared!("exp_log"),
             ("branch", _) => shared!("branch"),
             ("branch_state", _) => shared!("branch_state"),
+            ("branch_features", _) => shared!("branch_features"),
+            ("branch_tile", _) if self.uses_matrix_units() => shared!("branch_tile_matrix"),
             ("branch_tile", _) => shared!("branch_tile"),
             ("real", Some(Element::F32)) => shared!("real_f32"),
             ("real", Some(Element::F64)) => shared!("real_f64"),

@@ -346,7 +346,7 @@ pub(crate) fn encode(
             let bindings =
                 [factors.clone(), z.clone(), window.binding.clone(), controls.clone(), stats.clone()];
             commands.launch_grid(
-                Kernel::BranchScores(call.score, f0.dtype),
+                Kernel::BranchScores(call.score, f0.dtype, matrix_units(gpu, call)),
                 &for_window(&job, window),
                 grid,
                 &bindings,
@@ -381,11 +381,22 @@ pub(crate) fn encode(
         let grid = [call.width.div_ceil(CHANNELS) as u32, window.count.div_ceil(TOKENS) as u32, 1];
         let bindings =
             [factors.clone(), z.clone(), window.binding.clone(), controls.clone(), weights.clone()];
-        commands.launch_grid(Kernel::BranchApply(f0.dtype), &for_window(&job, window), grid, &bindings);
+        commands.launch_grid(
+            Kernel::BranchApply(f0.dtype, matrix_units(gpu, call)),
+            &for_window(&job, window),
+            grid,
+            &bindings,
+        );
     }
     encoder.clear_buffer(&buffers.log, (record * RECORD * 4) as u64, Some((RECORD * 4) as u64));
     commands.encode(encoder);
     Ok(())
+}
+
+/// Whether the tiles go to matrix units: they must hold what the kernel stages, and a rank over which the unit's
+/// accumulator loses nothing.
+fn matrix_units(gpu: &Gpu, call: &Call<'_>) -> bool {
+    gpu.capabilities.matrix_units() && gpu.capabilities.workgroup_memory >= 48 << 10 && call.rank() <= 256
 }
 
 fn job(call: &Call<'_>, layer: &Batch, parts: usize, running: usize, record: usize) -> Job {
