@@ -1,8 +1,8 @@
-// F0 += Σ_k weights[token, k]·f_k·Z_k·B_kᵀ, in place, rounded once to the type of F0.
+// F0 += Z·B_catᵀ, in place, rounded once to the type of F0; branch_weigh.wgsl has weighed Z.
 //
 //   F0: tokens × width in f32, f16 or bf16    Z: tokens × rank, f32    B_catᵀ: rank × width (padded), f32
 //
-// Grid: (channel tile, token tile). Bindings: 3 factors, 4 Z, 5 F0 as raw words, 6 controls, 7 weights.
+// Grid: (channel tile, token tile). Bindings: 3 factors, 4 Z, 5 F0 as raw words.
 // The permutation sets DTYPE and the tile.
 
 #import words
@@ -12,24 +12,12 @@
 @group(0) @binding(3) var<storage, read> factors: array<vec4<f32>>;
 @group(0) @binding(4) var<storage, read> z: array<f32>;
 @group(0) @binding(5) var<storage, read_write> f0_words: array<u32>;
-@group(0) @binding(6) var<storage, read> controls: Controls;
-@group(0) @binding(7) var<storage, read> weights: array<f32>;
 
-fn weighted_z(job: Job, token: u32, k: u32) -> f32 {
+fn z_value(job: Job, token: u32, k: u32) -> f32 {
     if (token >= job.tokens) {
         return 0.0;
     }
-    var branch = 0u;
-    while (k >= job.starts[branch + 1u]) {
-        branch++;
-    }
-    let weight = weights[token * job.branches + branch];
-    if (weight == 0.0) {
-        // Also where the branch overflowed.
-        return 0.0;
-    }
-    let factor = job.factors[branch] * controls.strengths[job.adapters[branch]];
-    return z[token * job.rank + k] * (weight * factor);
+    return z[token * job.rank + k];
 }
 
 #import branch_features

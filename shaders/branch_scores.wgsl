@@ -17,7 +17,7 @@
 @group(0) @binding(6) var<storage, read> controls: Controls;
 @group(0) @binding(7) var<storage, read_write> stats: array<vec4<f32>>;
 
-fn weighted_z(job: Job, token: u32, k: u32) -> f32 {
+fn z_value(job: Job, token: u32, k: u32) -> f32 {
     if (token >= job.tokens) {
         return 0.0;
     }

@@ -470,7 +470,7 @@ fn features_larger_than_a_binding_go_through_in_windows() {
             let mut twin = p.selector(&Device::cpu());
             let want = run(&Device::cpu(), &mut twin, &p, &how);
             let mut selector = p.selector(&device);
-            let got = run(&device, &mut selector, &p, &how);
+            let got = encode(&device, &mut selector, &p, [Dtype::F32; 2], &how);
             let label = format!("{name} {input} to {output} {how:?}");
             same(&selector.tokens().unwrap(), &twin.tokens().unwrap(), &how, &label, |tokens| {
                 for &token in tokens.iter().step_by(37) {
@@ -542,6 +542,14 @@ fn layers_of_one_adapter_are_its_own() {
         assert!(error <= 2e-6, "{name}: {error:e}");
         assert_eq!(selector.tokens().unwrap().weights.row(3), [1.0, 0.0]);
     }
+}
+
+#[test]
+fn hosts_may_move_them_to_other_threads() {
+    fn send<T: Send>() {}
+    send::<Selector>();
+    send::<loraweld::fusion::LiveNpLora>();
+    send::<loraweld::fusion::Refiner>();
 }
 
 #[test]

@@ -1,5 +1,5 @@
 // A tile of Z·B_catᵀ in registers: 64 tokens × 128 channels over 256 threads, each 4 tokens × 8 channels.
-// The kernel declares factors (vec4), gives every element of Z its weight, and has `run` for an entry point;
+// The kernel declares factors (vec4), gives the elements of Z, and has `run` for an entry point;
 // branch_tile_matrix.wgsl is the same on matrix units.
 
 const TOKENS: u32 = 64u;
@@ -76,10 +76,10 @@ fn add_product(job: Job, first_token: u32, first_channel: u32, k: u32, end: u32,
     if (k + zk < end) {
         let token = first_token + zq * 4u;
         values = vec4<f32>(
-            weighted_z(job, token, k + zk),
-            weighted_z(job, token + 1u, k + zk),
-            weighted_z(job, token + 2u, k + zk),
-            weighted_z(job, token + 3u, k + zk),
+            z_value(job, token, k + zk),
+            z_value(job, token + 1u, k + zk),
+            z_value(job, token + 2u, k + zk),
+            z_value(job, token + 3u, k + zk),
         );
     }
     z_tile[zk * Z_QUADS + (zq ^ zk)] = values;

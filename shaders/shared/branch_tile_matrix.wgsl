@@ -81,7 +81,7 @@ fn prepare(job: Job, first_token: u32, start: u32, end: u32, t: u32) {
     let token = t % TOKENS;
     var most = 0u;
     for (var k = start + t / TOKENS; k < end; k += THREADS / TOKENS) {
-        most = max(most, exponent(weighted_z(job, first_token + token, k)));
+        most = max(most, exponent(z_value(job, first_token + token, k)));
     }
     workgroupBarrier();
     exchange[t] = vec4<f32>(f32(most), 0.0, 0.0, 0.0);
@@ -116,7 +116,7 @@ fn stage(job: Job, first_token: u32, first_channel: u32, k: u32, end: u32, t: u3
         let token = t / DEPTH + i * (THREADS / DEPTH);
         var value = 0.0;
         if (k + zk < end) {
-            value = weighted_z(job, first_token + token, k + zk) * scales[token];
+            value = z_value(job, first_token + token, k + zk) * scales[token];
         }
         let place = token * Z_STRIDE + zk;
         put(Z_HIGH + place, Z_LOW + place, value);

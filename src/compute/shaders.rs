@@ -44,6 +44,8 @@ pub enum Kernel {
     BranchMeans,
     /// `shaders/branch_choose.wgsl`
     BranchChoose,
+    /// `shaders/branch_weigh.wgsl`
+    BranchWeigh,
     /// `shaders/branch_apply.wgsl`, with the type of the features, and whether on matrix units.
     BranchApply(Dtype, bool),
     /// `shaders/blend.wgsl`
@@ -86,6 +88,7 @@ impl Kernel {
             Self::Matmul(Element::F32),
             Self::BranchMeans,
             Self::BranchChoose,
+            Self::BranchWeigh,
             Self::Blend,
             Self::Cosine,
             Self::GradientNorm,
@@ -134,6 +137,7 @@ impl Kernel {
             | Self::SelfTest
             | Self::BranchMeans
             | Self::BranchChoose
+            | Self::BranchWeigh
             | Self::Blend
             | Self::Cosine
             | Self::GradientNorm
@@ -178,6 +182,7 @@ impl Kernel {
             Self::BranchScores(..) => ("branch_scores", kernel!("branch_scores")),
             Self::BranchMeans => ("branch_means", kernel!("branch_means")),
             Self::BranchChoose => ("branch_choose", kernel!("branch_choose")),
+            Self::BranchWeigh => ("branch_weigh", kernel!("branch_weigh")),
             Self::BranchApply(..) => ("branch_apply", kernel!("branch_apply")),
             Self::Blend => ("blend", kernel!("blend")),
             Self::Extrapolate(_) => ("extrapolate", kernel!("extrapolate")),
@@ -200,6 +205,7 @@ impl Kernel {
             | Self::BranchScores(..)
             | Self::BranchMeans
             | Self::BranchChoose
+            | Self::BranchWeigh
             | Self::BranchApply(..)
             | Self::Blend
             | Self::Extrapolate(_)

@@ -403,7 +403,8 @@ impl Selector {
         Ok(())
     }
 
-    /// Reads the log: the last calls that were submitted, as many as [`SelectorOptions::records`]. Waits for the device.
+    /// Reads the log: the last calls, as many as [`SelectorOptions::records`]. Waits for the device. A call that was
+    /// encoded but not submitted yet shows what its record held before.
     pub fn decisions(&self) -> Result<Vec<Decision>> {
         let log: Option<Vec<u32>> = match &self.backend {
             Backend::Cpu(_) => None,

@@ -1,7 +1,7 @@
 //! Branches: low-rank updates of the same features, of which each token keeps the one that changes it most.
 //!
-//! The kernels are `shaders/branch_scores.wgsl`, `branch_means.wgsl`, `branch_choose.wgsl` and
-//! `branch_apply.wgsl`; below them stand their f64 twins.
+//! The kernels are `shaders/branch_scores.wgsl`, `branch_means.wgsl`, `branch_choose.wgsl`,
+//! `branch_weigh.wgsl` and `branch_apply.wgsl`; below them stand their f64 twins.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -139,6 +139,8 @@ const UPDATE_RUNNING: u32 = 32;
 /// Tile of the kernels.
 const TOKENS: usize = 64;
 const CHANNELS: usize = 128;
+/// Tokens of a workgroup of `branch_weigh.wgsl`.
+const WEIGHED: usize = 16;
 /// Most parts that the channels are split into.
 const MAX_PARTS: usize = 8;
 
@@ -377,10 +379,12 @@ pub(crate) fn encode(
     commands.phase(6);
     commands.launch_grid(Kernel::BranchChoose, &job, token_grid, &choose);
     commands.phase(7);
+    let tokens_grid = [tokens.div_ceil(WEIGHED) as u32, 1, 1];
+    commands.launch_grid(Kernel::BranchWeigh, &job, tokens_grid, &[z.clone(), weights, controls]);
+    commands.phase(8);
     for window in &f0_windows {
         let grid = [call.width.div_ceil(CHANNELS) as u32, window.count.div_ceil(TOKENS) as u32, 1];
-        let bindings =
-            [factors.clone(), z.clone(), window.binding.clone(), controls.clone(), weights.clone()];
+        let bindings = [factors.clone(), z.clone(), window.binding.clone()];
         commands.launch_grid(
             Kernel::BranchApply(f0.dtype, matrix_units(gpu, call)),
             &for_window(&job, window),
