@@ -47,11 +47,17 @@ impl std::fmt::Debug for Control<'_> {
 impl Control<'_> {
     /// Reports that `item` comes next, unless the call was cancelled.
     pub(crate) fn step(&self, stage: &'static str, item: &str, done: usize, total: usize) -> Result<()> {
-        if self.cancel.is_some_and(|cancel| cancel.load(Ordering::Relaxed)) {
-            return Err(Error::Cancelled);
-        }
+        self.check()?;
         self.report(stage, item, done, total);
         Ok(())
+    }
+
+    /// Fails if the call was cancelled.
+    pub(crate) fn check(&self) -> Result<()> {
+        match self.cancel.is_some_and(|cancel| cancel.load(Ordering::Relaxed)) {
+            true => Err(Error::Cancelled),
+            false => Ok(()),
+        }
     }
 
     /// Reports that the last item is done.

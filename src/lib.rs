@@ -73,8 +73,9 @@ pub use control::{Control, Progress};
 pub use error::{Error, Result};
 pub use matrix::{Dtype, Matrix, RawMatrix};
 pub use merge::{
-    Action, Directions, InputReport, LayerReport, Linear, Losses, Merged, NpLora, NpLoraOptions, Plan,
-    PlannedLayer, Prior, Projection, ProjectionReport, Report, Ridge, Ssr, SsrOptions, SvdMerge,
+    Action, CoreMerge, Dare, Directions, EntryMerge, InputReport, LayerReport, Linear, Losses, Merged,
+    NpLora, NpLoraOptions, Plan, PlannedLayer, Prior, Projection, ProjectionReport, Report, Ridge, Rule,
+    Spectrum, Ssr, SsrOptions, SvdMerge, Ties, Truncation,
 };
 pub use wgpu;
 

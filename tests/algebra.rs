@@ -3,9 +3,9 @@
 mod common;
 
 use common::{Random, devices, product, relative};
-use loraweld::compute::ops::{ScaledRows, Svd, inner, jacobi_svd, project_off, qr, rank_update};
+use loraweld::compute::ops::{ScaledRows, Side, Svd, inner, jacobi_svd, project_off, qr, qr_l, rank_update};
 use loraweld::compute::{Batch, Element};
-use loraweld::{Device, Matrix, RawMatrix};
+use loraweld::{Device, Dtype, Matrix, RawMatrix};
 
 /// What double-single loses against f64.
 fn tolerance(device: &Device) -> f64 {
@@ -33,7 +33,8 @@ fn rebuilt(svd: &Svd) -> Matrix {
 fn orthogonal(random: &mut Random, n: usize) -> Matrix {
     let values: Vec<f32> = random.matrix(n, n, 1.0).data.iter().map(|&v| v as f32).collect();
     let cpu = Device::cpu();
-    let rows = ScaledRows::new(&cpu, &[RawMatrix::from_f32(n, n, &values).unwrap()]).unwrap();
+    let stack = vec![RawMatrix::from_f32(n, n, &values).unwrap()];
+    let rows = ScaledRows::new(&cpu, Side::Input, &[stack]).unwrap();
     qr(&cpu, &rows).unwrap().q.download(&cpu).unwrap().remove(0)
 }
 
@@ -186,9 +187,21 @@ fn qr_of_every_kind_of_rows() {
         .zip(&stored)
         .map(|((_, _, m), v)| RawMatrix::from_f32(m.rows, m.cols, v).unwrap())
         .collect();
+    let stacks: Vec<Vec<RawMatrix>> = raw.iter().map(|&raw| vec![raw]).collect();
     for case in devices() {
         let device = &case.device;
-        let rows = ScaledRows::new(device, &raw).unwrap();
+        let rows = ScaledRows::new(device, Side::Input, &stacks).unwrap();
+        for ((name, _, a), l) in sets.iter().zip(qr_l(device, &rows).unwrap()) {
+            let (got, want) = (product(&l, &l.transposed()), product(a, &a.transposed()));
+            // Entry by entry, to the size of the rows it belongs to.
+            for i in 0..a.rows {
+                for j in 0..a.rows {
+                    let size = (want[(i, i)] * want[(j, j)]).sqrt();
+                    let error = (got[(i, j)] - want[(i, j)]).abs();
+                    assert!(error <= 1e-10 * size, "{}: {name}: L·Lᵀ at {i}, {j}: {error:e}", case.name);
+                }
+            }
+        }
         let factors = qr(device, &rows).unwrap();
         let q = factors.q.download(device).unwrap();
         for (((name, rank, a), q), l) in sets.iter().zip(&q).zip(&factors.l) {
@@ -242,4 +255,59 @@ fn inner_update_and_projection_match_f64() {
         }
         assert!(inner(device, &a_batch, &Batch::upload(device, device.factor(), &a[..1]).unwrap()).is_err());
     }
+}
+
+#[test]
+fn rows_of_every_type_are_scaled_and_stacked_exactly() {
+    use half::{bf16, f16};
+    let mut random = Random(41);
+    // Rows of very different size, a zero row, subnormal values.
+    let sizes = [1.0, 1e-4, 1e4, 0.0, 1e-7];
+    for (rank, width) in [(1, 1), (5, 31), (33, 40), (40, 7), (64, 129)] {
+        let values: Vec<f32> =
+            (0..rank * width).map(|at| (random.normal() * sizes[at / width % 5]) as f32).collect();
+        let f32s: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+        let f16s: Vec<u8> = values.iter().flat_map(|v| f16::from_f32(*v).to_le_bytes()).collect();
+        let bf16s: Vec<u8> = values.iter().flat_map(|v| bf16::from_f32(*v).to_le_bytes()).collect();
+        let parts = [(Dtype::F32, &f32s), (Dtype::F16, &f16s), (Dtype::Bf16, &bf16s)];
+        for side in [Side::Input, Side::Output] {
+            let raw = |(dtype, bytes): (Dtype, &Vec<u8>)| match side {
+                Side::Input => (dtype, rank, width, bytes.clone()),
+                Side::Output => {
+                    let size = dtype.size();
+                    let order = (0..rank * width).map(|at| (at % rank) * width + at / rank);
+                    (dtype, width, rank, order.flat_map(|at| bytes[at * size..][..size].to_vec()).collect())
+                }
+            };
+            let stored: Vec<_> = parts.iter().map(|&part| raw(part)).collect();
+            let stack: Vec<RawMatrix> =
+                stored.iter().map(|(d, r, c, bytes)| RawMatrix::new(*d, *r, *c, bytes).unwrap()).collect();
+            let want: Vec<f64> = parts
+                .iter()
+                .flat_map(|(dtype, bytes)| {
+                    RawMatrix::new(*dtype, rank, width, bytes).unwrap().to_vec::<f64>()
+                })
+                .collect();
+            for case in devices() {
+                let rows =
+                    ScaledRows::new(&case.device, side, &[stack.clone(), stack[..1].to_vec()]).unwrap();
+                let scaled = rows.rows.download(&case.device).unwrap();
+                for (k, row) in (0..3 * rank).map(|k| (k, scaled[0].row(k))) {
+                    let largest = row.iter().fold(0.0f64, |max, v| v.abs().max(max));
+                    assert!(
+                        largest == 0.0 || (1.0..2.0).contains(&largest),
+                        "{}: row {k}: {largest}",
+                        case.name
+                    );
+                }
+                let got = rows.unscale(0, scaled[0].clone()).data;
+                assert_eq!(got, want, "{}: {rank} x {width}, {side:?}", case.name);
+                assert_eq!(rows.unscale(1, scaled[1].clone()).data, want[..rank * width]);
+            }
+        }
+    }
+    let values = [0f32; 6];
+    let (two, three) =
+        (RawMatrix::from_f32(3, 2, &values).unwrap(), RawMatrix::from_f32(2, 3, &values).unwrap());
+    assert!(ScaledRows::new(&Device::cpu(), Side::Input, &[vec![two, three]]).is_err());
 }

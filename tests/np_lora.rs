@@ -8,7 +8,7 @@ use common::{Random, devices, product, relative};
 use fixtures::{Tensors, adapter, data, delta, wide};
 use loraweld::{
     Action, Adapter, Directions, Error, Format, Layer, Linear, Matrix, Merged, NpLora, NpLoraOptions,
-    Projection, SvdMerge,
+    Projection,
 };
 
 fn to_f32(m: &Matrix) -> Matrix<f32> {
@@ -393,52 +393,4 @@ fn options_out_of_range_are_refused() {
         );
     }
     assert!(matches!(NpLora::hard().merge(&cpu, style.at(1.0), &[]), Err(Error::Invalid(_))));
-}
-
-/// σ of a dense matrix, and its best approximation of this rank.
-fn eckart_young(dense: &Matrix, rank: usize) -> (Vec<f64>, Matrix) {
-    let svd = faer::MatRef::from_row_major_slice(&dense.data, dense.rows, dense.cols).thin_svd().unwrap();
-    let (u, s, v) = (svd.U(), svd.S().column_vector(), svd.V());
-    let rank = rank.min(s.nrows());
-    let best =
-        Matrix::from_fn(dense.rows, dense.cols, |i, j| (0..rank).map(|k| u[(i, k)] * s[k] * v[(j, k)]).sum());
-    ((0..s.nrows()).map(|k| s[k]).collect(), best)
-}
-
-#[test]
-fn truncation_is_the_best_approximation() {
-    let (style, subject) = (adapter("style_shade"), adapter("content_heart"));
-    let pair = [style.at(0.7), subject.at(1.2)];
-    let sum = Linear.merge(&pair).unwrap();
-    for rank in [1, 5, 16] {
-        let merged = SvdMerge::new(rank).merge(&pair).unwrap();
-        let layers = merged.adapter.layers().iter().zip(&merged.report.layers).zip(sum.adapter.layers());
-        for ((layer, report), dense) in layers {
-            let what = format!("rank {rank}: {}", layer.module);
-            let (values, want) = eckart_young(&delta(dense), rank);
-            assert_eq!((layer.rank, report.rank), (rank, rank), "{what}");
-            let error = relative(&delta(layer), &want);
-            assert!(error <= 1e-5, "{what}: {error:e}");
-            let energy = |values: &[f64]| values.iter().map(|v| v * v).sum::<f64>();
-            let dropped = (energy(&values[rank..]) / energy(&values)).sqrt();
-            let error = relative(&delta(layer), &delta(dense));
-            assert!((error - dropped).abs() <= 1e-5, "{what}: {error} {dropped}");
-            let said = report.cut.unwrap_or(0.0);
-            assert!((said - dropped).abs() <= 1e-5, "{what}: {said} {dropped}");
-        }
-    }
-    assert!(matches!(SvdMerge::new(0).merge(&[style.at(1.0)]), Err(Error::Invalid(_))));
-}
-
-#[test]
-fn svd_merges_give_the_fingerprints() {
-    let reference = Tensors::open(data("reference/fingerprints_f32.safetensors"));
-    let pair = [adapter("content_heart"), adapter("style_shade")];
-    let merged = SvdMerge::new(8).merge(&[pair[0].at(1.0), pair[1].at(1.0)]).unwrap();
-    for layer in merged.adapter.layers() {
-        let probe = reference.get(&format!("probe.in{}", layer.input));
-        let want = reference.get(&format!("content_heart+style_shade.peft_svd/{}", layer.module));
-        let error = relative(&product(&delta(layer), &probe), &want);
-        assert!(error <= 1e-5, "{}: {error:e}", layer.module);
-    }
 }

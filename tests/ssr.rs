@@ -13,7 +13,7 @@ use fixtures::{
 };
 use loraweld::{
     Action, Adapter, Calibration, Control, Device, Error, Format, Layer, Matrix, Merged, Precision, Prior,
-    Ridge, SaveOptions, Source, Ssr, SsrOptions, Weighted,
+    Ridge, SaveOptions, Source, Ssr, SsrOptions, Truncation, Weighted,
 };
 
 /// The wide tiers are held to what an f32 result carries, over a condition of 1e5; f32 statistics to `auto`.
@@ -560,13 +560,17 @@ fn truncating_keeps_the_largest_singular_values() {
     let calibration = calibrated(&device, &adapters, "step1", &POOL);
     let merged = Ssr::new(&calibration).merge(&device, &at_one(&adapters)).unwrap();
     let control = Control::default();
-    let same = merged.clone().truncated(36, &control).unwrap();
+    let same = merged.clone().truncated(&device, &Truncation::rank(36), &control).unwrap();
     assert_eq!(worst(&same, |layer| delta(merged.adapter.find(layer).unwrap())), 0.0);
     assert!(same.report.notes == merged.report.notes && same.report.layers[0].cut.is_none());
-    assert!(merged.clone().truncated(0, &control).is_err());
+    assert!(merged.clone().truncated(&device, &Truncation::rank(0), &control).is_err());
 
-    let small = merged.clone().truncated(8, &control).unwrap();
-    assert!(small.report.notes.iter().any(|note| note.contains("rank 8")), "{:?}", small.report.notes);
+    let small = merged.clone().truncated(&device, &Truncation::rank(8), &control).unwrap();
+    assert!(
+        small.report.notes.iter().any(|note| note.contains("24 of 24 layers were truncated")),
+        "{:?}",
+        small.report.notes
+    );
     for (layer, report) in small.adapter.layers().iter().zip(&small.report.layers) {
         assert_eq!((layer.rank, report.rank), (8, 8));
         let whole = delta(merged.adapter.layer(&layer.key).unwrap());

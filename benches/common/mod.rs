@@ -1,8 +1,11 @@
-//! What the benches share: devices, numbers, activations.
+//! What the benches share: devices, numbers, activations, adapters.
+#![allow(dead_code, reason = "each bench uses its own part")]
+
+use std::path::Path;
 
 use loraweld::compute::ops::Activations;
 use loraweld::compute::{DeviceOptions, Select};
-use loraweld::{Device, Dtype, RawMatrix};
+use loraweld::{Adapter, Device, Dtype, Format, Layer, Matrix, RawMatrix, SaveOptions};
 
 /// Every hardware GPU, or else the software adapter, and the CPU.
 pub fn devices() -> Vec<(String, Device, bool)> {
@@ -60,4 +63,46 @@ impl Input {
             Self::Buffer(buffer) => Activations::Buffer { buffer, offset: 0, dtype, tokens, width },
         }
     }
+}
+
+/// Widths (in, out) of the 304 layers of a LoRA for FLUX.1, by module of a block.
+const DOUBLE: [(&str, usize, usize); 10] = [
+    ("img_attn.qkv", 3072, 9216),
+    ("img_attn.proj", 3072, 3072),
+    ("img_mlp.0", 3072, 12288),
+    ("img_mlp.2", 12288, 3072),
+    ("img_mod.lin", 3072, 18432),
+    ("txt_attn.qkv", 3072, 9216),
+    ("txt_attn.proj", 3072, 3072),
+    ("txt_mlp.0", 3072, 12288),
+    ("txt_mlp.2", 12288, 3072),
+    ("txt_mod.lin", 3072, 18432),
+];
+const SINGLE: [(&str, usize, usize); 3] =
+    [("linear1", 3072, 21504), ("linear2", 15360, 3072), ("modulation.lin", 3072, 9216)];
+
+/// An adapter of FLUX.1's shapes, in bf16 in a file, of a share of the blocks. Names are those of no model, so that no layer
+/// is taken apart.
+pub fn flux(path: &Path, rank: usize, share: f64, seed: u64) -> Adapter {
+    let blocks = |count: f64, kind: &str, modules: &[(&str, usize, usize)]| -> Vec<(String, usize, usize)> {
+        let count = (count * share).ceil() as usize;
+        let of =
+            |i: usize| modules.iter().map(move |(m, a, b)| (format!("{i}.{m}"), *a, *b)).collect::<Vec<_>>();
+        (0..count).flat_map(of).map(|(name, a, b)| (format!("bench_{kind}.{name}"), a, b)).collect()
+    };
+    let mut layers = blocks(19.0, "double", &DOUBLE);
+    layers.extend(blocks(38.0, "single", &SINGLE));
+    let matrix = |rows: usize, cols: usize, seed: u64| Matrix {
+        rows,
+        cols,
+        data: values(rows * cols, seed).map(|v| v / (cols as f32).sqrt()).collect(),
+    };
+    let layers = layers.iter().enumerate().map(|(i, (name, input, output))| {
+        let seed = seed * 10_000 + 2 * i as u64;
+        Layer::new(name, matrix(rank, *input, seed), matrix(*output, rank, seed + 1)).expect("a layer")
+    });
+    let adapter = Adapter::new("flux", Format::Peft, layers.collect()).expect("an adapter");
+    let options = SaveOptions { dtype: Some(Dtype::Bf16), ..Default::default() };
+    adapter.save(path, &options).expect("a file");
+    Adapter::open(path).expect("the file")
 }

@@ -146,6 +146,14 @@ pub fn weight(text: &str) -> Result<f64, String> {
     }
 }
 
+/// A share above 0 and at most 1.
+pub fn share(text: &str) -> Result<f64, String> {
+    match finite(text)? {
+        x if x > 0.0 && x <= 1.0 => Ok(x),
+        x => Err(format!("is {x}; expected a share above 0 and at most 1")),
+    }
+}
+
 /// `PATH` or `PATH:STRENGTH`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct LoraArg {

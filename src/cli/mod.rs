@@ -45,6 +45,8 @@ Exit code: 0 done, 1 failed, 2 wrong usage.";
 #[derive(Subcommand, Debug)]
 enum Command {
     Merge(merge::Merge),
+    Compare(merge::Compare),
+    Resize(merge::Resize),
     Calibrate(calibrate::Calibrate),
     Calibration(calibration::CalibrationCommand),
     Schedule(schedule::ScheduleCommand),
@@ -95,6 +97,8 @@ fn run(cli: Cli, out: &Output) -> anyhow::Result<()> {
     let Cli { global, command } = cli;
     match command {
         Command::Merge(command) => command.run(&global, out),
+        Command::Compare(command) => command.run(&global, out),
+        Command::Resize(command) => command.run(&global, out),
         Command::Calibrate(command) => command.run(&global, out),
         Command::Calibration(command) => command.run(out),
         Command::Schedule(command) => command.run(out),

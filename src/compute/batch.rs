@@ -1,5 +1,7 @@
 //! Matrices of mixed shapes in one arena.
 
+use rayon::prelude::*;
+
 use super::device::{Backend, Device};
 use super::{Precision, Tier};
 use crate::{Error, Matrix, Result};
@@ -168,6 +170,25 @@ impl Batch {
             .zip(&self.offsets)
             .map(|(s, &o)| Matrix { rows: s.rows, cols: s.cols, data: values[o..o + s.len()].to_vec() })
             .collect())
+    }
+
+    /// Copies all matrices to the host as f32, to which wider ones are rounded.
+    pub(crate) fn download_f32(&self, device: &Device) -> Result<Vec<Matrix<f32>>> {
+        let Storage::Gpu { buffer, element: Element::F32 } = &self.storage else {
+            let narrow = |m: Matrix| Matrix {
+                rows: m.rows,
+                cols: m.cols,
+                data: m.data.iter().map(|&v| v as f32).collect(),
+            };
+            return Ok(self.download(device)?.into_par_iter().map(narrow).collect());
+        };
+        let bytes = device.gpu()?.read(buffer, self.len as u64 * 4)?;
+        let of = |(shape, &start): (&Shape, &usize)| Matrix {
+            rows: shape.rows,
+            cols: shape.cols,
+            data: bytemuck::pod_collect_to_vec(&bytes[4 * start..4 * (start + shape.len())]),
+        };
+        Ok(self.shapes.par_iter().zip(&self.offsets).map(of).collect())
     }
 
     /// Some of the matrices, in this order: on a device in the same arena, on the host as copies.

@@ -5,6 +5,8 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use rayon::prelude::*;
+
 use super::capabilities::{Capabilities, Disable};
 use super::shaders::Kernel;
 use crate::{Error, Result};
@@ -131,6 +133,38 @@ impl Gpu {
             self.wait()?;
         }
         self.queue.write_buffer(buffer, offset, bytes);
+        Ok(())
+    }
+
+    /// Copies pieces of host bytes to their offsets, which ascend in multiples of 4, on all threads.
+    pub fn write_pieces(&self, buffer: &wgpu::Buffer, pieces: &[(usize, &[u8])]) -> Result<()> {
+        let Some((last, bytes)) = pieces.last() else { return Ok(()) };
+        let len = (last + bytes.len()).next_multiple_of(4) as u64;
+        if self.staged.fetch_add(len, Ordering::Relaxed) + len > MAX_STAGED {
+            self.wait()?;
+        }
+        let share = (len as usize / rayon::current_num_threads()).max(1 << 20);
+        let mut views = Vec::new();
+        let mut rest = pieces;
+        while let Some(&(start, _)) = rest.first() {
+            let count = rest.iter().take_while(|(at, _)| at - start <= share).count();
+            let (group, tail) = rest.split_at(count);
+            let end = tail.first().map_or(len as usize, |(at, _)| *at);
+            let Some(size) = wgpu::BufferSize::new((end - start) as u64) else { break };
+            let view = self.queue.write_buffer_with(buffer, start as u64, size);
+            let refused = || Error::Device(format!("{}: an upload of {size} bytes was refused", self.name));
+            views.push((start, view.ok_or_else(refused)?, group));
+            rest = tail;
+        }
+        views.into_par_iter().for_each(|(start, mut view, group)| {
+            let end = view.len();
+            for (i, (at, bytes)) in group.iter().enumerate() {
+                let (from, to) = (at - start, at - start + bytes.len());
+                let next = group.get(i + 1).map_or(end, |(at, _)| at - start);
+                view.slice(from..to).copy_from_slice(bytes);
+                view.slice(to..next).fill(0);
+            }
+        });
         Ok(())
     }
 

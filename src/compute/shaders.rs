@@ -14,6 +14,8 @@ pub enum Kernel {
     RankConcat,
     /// `shaders/project.wgsl`, with the columns (rank) of its tile, 32, 64 or 128, and the type of X.
     Project(u32, Dtype),
+    /// `shaders/rows.wgsl`
+    Rows,
     /// `shaders/row_scale.wgsl`
     RowScale,
     /// `shaders/project_matrix.wgsl`, with the type of X.
@@ -58,6 +60,10 @@ pub enum Kernel {
     GradientNorm,
     /// `shaders/gradient_step.wgsl`
     GradientStep,
+    /// `shaders/entries.wgsl`
+    Entries(Element),
+    /// `shaders/magnitudes.wgsl`
+    Magnitudes(Element),
     /// `shaders/self_test.wgsl`
     SelfTest,
 }
@@ -82,6 +88,7 @@ impl Kernel {
     pub fn all() -> Vec<Self> {
         let mut all = vec![
             Self::RankConcat,
+            Self::Rows,
             Self::RowScale,
             Self::SumParts,
             Self::SelfTest,
@@ -93,6 +100,9 @@ impl Kernel {
             Self::Cosine,
             Self::GradientNorm,
             Self::GradientStep,
+            Self::RankUpdate(Element::F32),
+            Self::Entries(Element::F32),
+            Self::Magnitudes(Element::F32),
         ];
         for dtype in DTYPES {
             for matrix in [false, true] {
@@ -116,6 +126,8 @@ impl Kernel {
                 Self::Matmul(wide),
                 Self::JacobiSvd(wide),
                 Self::RankUpdate(wide),
+                Self::Entries(wide),
+                Self::Magnitudes(wide),
             ]
         }));
         all
@@ -132,6 +144,7 @@ impl Kernel {
         };
         match self {
             Self::RankConcat
+            | Self::Rows
             | Self::RowScale
             | Self::SumParts
             | Self::SelfTest
@@ -156,7 +169,9 @@ impl Kernel {
             | Self::CholeskySolve(e)
             | Self::Matmul(e)
             | Self::JacobiSvd(e)
-            | Self::RankUpdate(e) => format!("{file}_{}", element(e)),
+            | Self::RankUpdate(e)
+            | Self::Entries(e)
+            | Self::Magnitudes(e) => format!("{file}_{}", element(e)),
             Self::GramReal(part, e) | Self::GramReduce(part, e) => {
                 format!("{file}_{}_to_{}", element(part), element(e))
             }
@@ -166,6 +181,7 @@ impl Kernel {
     fn file(self) -> (&'static str, &'static str) {
         match self {
             Self::RankConcat => ("rank_concat", kernel!("rank_concat")),
+            Self::Rows => ("rows", kernel!("rows")),
             Self::Project(..) => ("project", kernel!("project")),
             Self::SumParts => ("sum_parts", kernel!("sum_parts")),
             Self::RowScale => ("row_scale", kernel!("row_scale")),
@@ -189,6 +205,8 @@ impl Kernel {
             Self::Cosine => ("cosine", kernel!("cosine")),
             Self::GradientNorm => ("gradient_norm", kernel!("gradient_norm")),
             Self::GradientStep => ("gradient_step", kernel!("gradient_step")),
+            Self::Entries(_) => ("entries", kernel!("entries")),
+            Self::Magnitudes(_) => ("magnitudes", kernel!("magnitudes")),
             Self::SelfTest => ("self_test", kernel!("self_test")),
         }
     }
@@ -197,6 +215,7 @@ impl Kernel {
     fn real(self) -> Option<Element> {
         match self {
             Self::RankConcat
+            | Self::Rows
             | Self::RowScale
             | Self::SumParts
             | Self::Project(..)
@@ -217,7 +236,9 @@ impl Kernel {
             | Self::CholeskySolve(e)
             | Self::Matmul(e)
             | Self::JacobiSvd(e)
-            | Self::RankUpdate(e) => Some(e),
+            | Self::RankUpdate(e)
+            | Self::Entries(e)
+            | Self::Magnitudes(e) => Some(e),
             Self::GramReal(_, e) | Self::GramReduce(_, e) => Some(e),
             Self::SelfTest => Some(Element::DoubleSingle),
         }
@@ -287,6 +308,7 @@ impl Kernel {
             ("branch_features", _) => shared!("branch_features"),
             ("branch_tile", _) if self.uses_matrix_units() => shared!("branch_tile_matrix"),
             ("branch_tile", _) => shared!("branch_tile"),
+            ("entry", _) => shared!("entry"),
             ("real", Some(Element::F32)) => shared!("real_f32"),
             ("real", Some(Element::F64)) => shared!("real_f64"),
             ("real", Some(Element::DoubleSingle)) => shared!("real_double_single"),

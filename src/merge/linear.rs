@@ -1,9 +1,10 @@
 //! The weighted sum (task arithmetic), exact by rank concatenation.
 
-use std::time::Instant;
+use rayon::prelude::*;
 
-use super::{Action, LayerReport, Merged, Plan, Report};
-use crate::{Control, Result, Weighted};
+use super::driver::{self, Done, Job};
+use super::{Action, LayerReport, Merged, PlannedLayer};
+use crate::{Control, Device, Result, Weighted};
 
 /// The sum of adapters, `ΔW = Σ w_k·ΔW_k`, w: strengths.
 ///
@@ -39,39 +40,19 @@ impl Linear {
     /// [`Error::Layer`](crate::Error::Layer) if a result overflows f32;
     /// [`Error::Cancelled`](crate::Error::Cancelled).
     pub fn merge_with(&self, adapters: &[Weighted<'_>], control: Control<'_>) -> Result<Merged> {
-        let start = Instant::now();
-        let plan = Plan::new(adapters)?;
-        let inputs = super::check_inputs(adapters, &control)?;
-        let (mut layers, mut reports) = (Vec::new(), Vec::new());
-        for (i, planned) in plan.layers().iter().enumerate() {
-            control.step("merge", &planned.name, i, plan.layers().len())?;
-            let (layer, action) = match super::passed_through(planned, adapters) {
-                Some(layer) => (layer, Action::PassedThrough),
-                None => {
-                    let members = super::members(planned, adapters);
-                    let (a, b) = (super::joined_a(&members), super::joined_b(&members));
-                    (super::joined_layer(&members, a, b)?, Action::Concatenated)
-                }
-            };
-            layers.push(layer);
-            reports.push(LayerReport::new(planned, action));
-        }
-        control.finish("merge", plan.layers().len());
+        let none = |_: &PlannedLayer| (0, 0);
+        let cpu = Device::cpu();
         let options = serde_json::json!({});
-        let adapter = super::finish("linear", &options, &inputs, adapters, layers)?;
-        Ok(Merged {
-            adapter,
-            report: Report {
-                method: "linear".to_owned(),
-                device: "host, exact".to_owned(),
-                inputs,
-                options,
-                layers: reports,
-                losses: None,
-                notes: plan.notes().to_vec(),
-                seconds: start.elapsed().as_secs_f64(),
-                version: env!("CARGO_PKG_VERSION").to_owned(),
-            },
-        })
+        let mut merged = driver::run("linear", options, &cpu, adapters, &control, none, |_, jobs| {
+            jobs.par_iter()
+                .map(|Job { planned, members }| {
+                    let (a, b) = (super::joined_a(members), super::joined_b(members));
+                    let layer = super::joined_layer(members, a, b)?;
+                    Ok(Done { layer, report: LayerReport::new(planned, Action::Concatenated) })
+                })
+                .collect()
+        })?;
+        merged.report.device = "host, exact".to_owned();
+        Ok(merged)
     }
 }

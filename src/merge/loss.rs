@@ -1,7 +1,13 @@
 //! What a merge loses, from statistics alone.
 
-use super::Losses;
-use crate::Matrix;
+use std::ops::Range;
+
+use faer::Mat;
+use rayon::prelude::*;
+
+use super::core::wide;
+use super::{Action, LayerReport, Losses, Merged, Plan, PlannedLayer};
+use crate::{Calibration, Control, Layer, Matrix, RawMatrix, Result, Weighted};
 
 /// Squared reconstruction errors.
 #[derive(Clone, Copy, Debug, Default)]
@@ -13,29 +19,36 @@ pub(super) struct Squares {
     nothing: f64,
 }
 
+/// Gram matrices of the outputs of a merge `B'·C·A_cat`.
+pub(super) struct Outputs<'a> {
+    /// `B'ᵀ·B'`, of the merge.
+    pub merged: &'a Matrix,
+    /// `B'ᵀ·B_cat`.
+    pub crossed: &'a Matrix,
+    /// `B_catᵀ·B_cat`, with scales and strengths, R × R.
+    pub members: &'a Matrix,
+    /// C.
+    pub router: &'a Matrix,
+}
+
+/// `Σ_k G_k` of a layer's tasks, and Q, the rows of each G_k that are its own.
+pub(super) struct Statistics {
+    pub g: Matrix,
+    pub q: Matrix,
+}
+
 impl Squares {
-    /// `L(R) = ⟨BᵀB, R·G·Rᵀ⟩ − 2⟨BᵀB, R·Qᵀ⟩ + Σ_k⟨B_kᵀB_k, Q_kk⟩ = ⟨BᵀB, R·(G·Rᵀ − 2Qᵀ)⟩ + …` for R* and for
-    /// R = I, I/K and 0. B is B_cat with scales and strengths; `blocks`: the members' rows; all R × R.
+    /// `L = ⟨B'ᵀB', C·G·Cᵀ⟩ − 2⟨B'ᵀB, C·Qᵀ⟩ + Σ_k⟨B_kᵀB_k, Q_kk⟩` of the merge, and with B' = B for C = I, I/K and 0.
+    /// `blocks`: the members' rows.
     ///
     /// The difference of large terms leaves an error of about 1e-7 · L(0) where statistics are f32.
-    pub fn new(
-        bb: &Matrix,
-        g: &Matrix,
-        q: &Matrix,
-        router: &Matrix,
-        blocks: &[std::ops::Range<usize>],
-    ) -> Self {
+    pub fn new(outputs: &Outputs<'_>, statistics: &Statistics, blocks: &[Range<usize>]) -> Self {
+        let (Outputs { merged, crossed, members: bb, router }, Statistics { g, q }) = (outputs, statistics);
         let nothing: f64 = blocks
             .iter()
             .flat_map(|block| block.clone().flat_map(|i| block.clone().map(move |j| (i, j))))
             .map(|at| bb[at] * q[at])
             .sum();
-        let mut inner = times(g, &router.transposed());
-        for i in 0..inner.rows {
-            for j in 0..inner.cols {
-                inner[(i, j)] -= 2.0 * q[(j, i)];
-            }
-        }
         let scaled = |c: f64| {
             let mut total = 0.0;
             for i in 0..g.rows {
@@ -45,10 +58,12 @@ impl Squares {
             }
             total
         };
+        let kept = dot(merged, &times(&times(router, g), &router.transposed()));
+        let matched = dot(crossed, &times(router, &q.transposed()));
         // Rounding may leave a small negative number of a perfect fit.
         let squared = |rest: f64| f64::max(rest + nothing, 0.0);
         Self {
-            merged: squared(dot(bb, &times(router, &inner))),
+            merged: squared(kept - 2.0 * matched),
             sum: squared(scaled(1.0)),
             average: squared(scaled(1.0 / blocks.len() as f64)),
             nothing,
@@ -69,6 +84,204 @@ impl Squares {
         let finite = losses.merged.is_finite() && losses.sum.is_finite() && losses.average.is_finite();
         (self.nothing > 0.0 && finite).then_some(losses)
     }
+}
+
+/// Share of a layer's update that may read what the calibration has not recorded, before it is worth a word.
+const UNSEEN: f64 = 1e-3;
+
+impl Merged {
+    /// Finds the losses of this merge on the tokens of a calibration, by the same measure for every method.
+    ///
+    /// For each layer that several adapters have, with `A' ≈ C·A_cat` by least squares, the loss is
+    /// `Σ_k ‖B'·C·Z_k − s_k·B_k·A_k·X_k‖²` relative to merging nothing ([`Losses`]), in f64 on the CPU. The statistics know
+    /// inputs only by what A_cat sees of them. Merges in factor space see no more; of one that does (`ties`, `dare`),
+    /// the share of the update that the loss does not know is noted.
+    ///
+    /// `adapters`: those of the merge, at the same strengths, of which the calibration must have been made.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`](crate::Error::Invalid) or [`Error::File`](crate::Error::File) if the calibration was made for other
+    /// adapters; as [`Plan::new`]; [`Error::Layer`](crate::Error::Layer) if a sum of the calibration overflows;
+    /// [`Error::Cancelled`](crate::Error::Cancelled).
+    pub fn measured(
+        mut self,
+        calibration: &Calibration,
+        adapters: &[Weighted<'_>],
+        control: &Control<'_>,
+    ) -> Result<Self> {
+        let plan = Plan::new(adapters)?;
+        let selected: Vec<_> = adapters.iter().map(|weighted| weighted.adapter).collect();
+        let pool = calibration.select(&selected)?;
+        let active: Vec<usize> = (0..adapters.len()).filter(|&i| adapters[i].strength != 0.0).collect();
+        let tasks: Vec<usize> = active.iter().map(|&i| pool[i]).collect();
+        let one = |planned: &PlannedLayer, merged: &Layer| {
+            let members = super::members(planned, adapters);
+            if members.len() < 2 {
+                return Ok(None);
+            }
+            let places: Vec<usize> = planned.members.iter().map(|&i| pool[i]).collect();
+            let statistics = calibration.statistics(&planned.key, &tasks, &places)?;
+            let tokens = statistics.tasks.iter().map(|(_, tokens)| tokens).sum();
+            let member = |adapter: &usize| planned.members.iter().position(|i| i == adapter);
+            let parts: Vec<_> = active
+                .iter()
+                .map(member)
+                .zip(statistics.tasks.iter().map(|(gram, _)| gram.as_ref()))
+                .collect();
+            // Of a member without tokens nothing is known that the merge could lose.
+            if parts.iter().any(|(member, gram)| member.is_some() && gram.is_none()) {
+                return Ok(None);
+            }
+            let blocks = super::blocks(&members);
+            let statistics = Statistics::new(&parts, &blocks);
+            Ok(Some(Measured { tokens, ..measure(merged, &members, &statistics, &blocks) }))
+        };
+        // Reports, plan and layers are all sorted by key.
+        let mut measured = Vec::new();
+        let pairs: Vec<_> = plan.layers().iter().zip(self.adapter.layers()).collect();
+        for pairs in pairs.chunks(16) {
+            control.step("measure", &pairs[0].0.name, measured.len(), plan.layers().len())?;
+            let found: Vec<Option<Measured>> =
+                pairs.par_iter().map(|(planned, merged)| one(planned, merged)).collect::<Result<_>>()?;
+            measured.extend(found);
+        }
+        control.finish("measure", measured.len());
+        let (mut total, mut unseen, mut count) = (Squares::default(), 0.0f64, 0);
+        for (report, measured) in self.report.layers.iter_mut().zip(measured) {
+            report.losses = None;
+            let Some(measured) = measured else { continue };
+            total.add(&measured.squares);
+            report.tokens = measured.tokens;
+            report.losses = measured.squares.relative();
+            if measured.unseen > UNSEEN {
+                count += 1;
+                unseen = unseen.max(measured.unseen);
+            }
+        }
+        if count > 0 {
+            self.report.notes.push(format!(
+                "the losses of {count} layers leave out what they read outside of the adapters' own directions, up to \
+                 {:.0} % of an update",
+                100.0 * unseen
+            ));
+        }
+        let lacking = |l: &&LayerReport| l.action != Action::PassedThrough && l.losses.is_none();
+        let lacking = self.report.layers.iter().filter(lacking).count();
+        if lacking > 0 {
+            let note =
+                format!("{lacking} shared layers have no calibration tokens, so no loss is known of them");
+            self.report.notes.push(note);
+        }
+        self.report.losses = total.relative();
+        Ok(self)
+    }
+}
+
+struct Measured {
+    squares: Squares,
+    tokens: u64,
+    /// ‖B'·(A' − C·A_cat)‖ / ‖B'·A'‖.
+    unseen: f64,
+}
+
+impl Statistics {
+    /// Of tasks that are members (by their place) or none.
+    pub fn new(tasks: &[(Option<usize>, Option<&Matrix>)], blocks: &[Range<usize>]) -> Self {
+        let order = blocks.last().map_or(0, |block| block.end);
+        let (mut g, mut q) = (Matrix::zeros(order, order), Matrix::zeros(order, order));
+        for (member, gram) in tasks {
+            let Some(gram) = gram else { continue };
+            add(&mut g, gram, 1.0, 0..order);
+            if let Some(member) = member {
+                add(&mut q, gram, 1.0, blocks[*member].clone());
+            }
+        }
+        Self { g, q }
+    }
+}
+
+/// The losses of one merged layer.
+fn measure(
+    layer: &Layer,
+    members: &[(&Layer, f64)],
+    statistics: &Statistics,
+    blocks: &[Range<usize>],
+) -> Measured {
+    let (a, b) = (scaled_rows(layer.a(), 1.0), wide(layer.b()));
+    let stack = |rows: Vec<Matrix>| {
+        let cols = rows.first().map_or(0, |m| m.cols);
+        let data: Vec<f64> = rows.into_iter().flat_map(|m| m.data).collect();
+        Matrix { rows: data.len() / cols.max(1), cols, data }
+    };
+    let a_cat = stack(members.iter().map(|(layer, _)| wide(layer.a())).collect());
+    let b_cat = stack(members.iter().map(|(layer, s)| scaled_rows(layer.b(), *s).transposed()).collect());
+    let b = Matrix { data: b.data.iter().map(|v| v * layer.scale.value).collect(), ..b };
+    let bt = b.transposed();
+    let inner = |x: &Matrix, y: &Matrix| times(x, &y.transposed());
+
+    let router = coefficients(&a_cat, &a);
+    let rest = {
+        let mut rest = times(&router, &a_cat);
+        rest.data.iter_mut().zip(&a.data).for_each(|(r, a)| *r -= a);
+        rest
+    };
+    let merged = inner(&bt, &bt);
+    let norm = |rows: &Matrix| dot(&merged, &inner(rows, rows)).max(0.0).sqrt();
+    let whole = norm(&a);
+    let unseen = if whole > 0.0 { norm(&rest) / whole } else { 0.0 };
+    let outputs = Outputs {
+        merged: &merged,
+        crossed: &inner(&bt, &b_cat),
+        members: &inner(&b_cat, &b_cat),
+        router: &router,
+    };
+    Measured { squares: Squares::new(&outputs, statistics, blocks), tokens: 0, unseen }
+}
+
+fn scaled_rows(m: RawMatrix<'_>, scale: f64) -> Matrix {
+    let mut m = wide(m);
+    m.data.iter_mut().for_each(|v| *v *= scale);
+    m
+}
+
+/// C of the least squares `‖A' − C·A‖`, of least norm where rows of A depend on each other.
+fn coefficients(a: &Matrix, target: &Matrix) -> Matrix {
+    // Rows of very different size are brought to size 1, so that none counts as nothing.
+    let sizes: Vec<f64> = (0..a.rows).map(|i| dot_rows(a.row(i)).sqrt()).collect();
+    let inverse = |size: f64| if size > 0.0 { 1.0 / size } else { 0.0 };
+    let unit = Matrix::from_fn(a.rows, a.cols, |i, j| a[(i, j)] * inverse(sizes[i]));
+    let gram = times(&unit, &unit.transposed());
+    let mixed = times(target, &unit.transposed());
+    let n = gram.rows;
+    let Ok(spectrum) = Mat::from_fn(n, n, |i, j| gram[(i, j)]).self_adjoint_eigen(faer::Side::Lower) else {
+        return Matrix::zeros(target.rows, n);
+    };
+    let (u, values) = (spectrum.U(), spectrum.S().column_vector());
+    let least = 1e-12 * (0..n).fold(0.0, |max, k| f64::max(max, values[k]));
+    let vectors = Matrix::from_fn(n, n, |i, k| u[(i, k)]);
+    let mut c = times(&mixed, &vectors);
+    for i in 0..c.rows {
+        for k in 0..n {
+            c[(i, k)] *= if values[k] > least { 1.0 / values[k] } else { 0.0 };
+        }
+    }
+    let mut c = times(&c, &vectors.transposed());
+    for i in 0..c.rows {
+        for (k, size) in sizes.iter().enumerate() {
+            c[(i, k)] *= inverse(*size);
+        }
+    }
+    c
+}
+
+fn dot_rows(row: &[f64]) -> f64 {
+    row.iter().map(|v| v * v).sum()
+}
+
+/// `to[rows, :] += w · from[rows, :]`.
+pub(super) fn add(to: &mut Matrix, from: &Matrix, w: f64, rows: Range<usize>) {
+    let span = rows.start * to.cols..rows.end * to.cols;
+    to.data[span.clone()].iter_mut().zip(&from.data[span]).for_each(|(t, f)| *t += w * f);
 }
 
 /// ⟨A, B⟩.

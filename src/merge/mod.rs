@@ -3,21 +3,29 @@
 //! A method takes adapters at strengths ([`Adapter::at`]) and gives a [`Merged`]: an ordinary LoRA and a
 //! [`Report`] on what each layer lost.
 
+mod core;
+mod driver;
+mod entrywise;
 mod linear;
 mod loss;
 mod np_lora;
 mod plan;
 mod report;
+mod rule;
 mod ssr;
 mod svd;
 mod truncate;
 
+pub use core::CoreMerge;
+pub use entrywise::EntryMerge;
 pub use linear::Linear;
 pub use np_lora::{Directions, NpLora, NpLoraOptions, Projection};
 pub use plan::{Plan, PlannedLayer};
 pub use report::{Action, InputReport, LayerReport, Losses, ProjectionReport, Report};
+pub use rule::{Dare, Rule, Ties};
 pub use ssr::{Prior, Ridge, Ssr, SsrOptions};
 pub use svd::SvdMerge;
+pub use truncate::{Spectrum, Truncation};
 
 use std::collections::BTreeMap;
 
@@ -104,6 +112,16 @@ fn passed_through(planned: &PlannedLayer, adapters: &[Weighted<'_>]) -> Option<L
     Some(if scale == layer.scale.value { layer.clone() } else { layer.with_scale(scale) })
 }
 
+/// The members' rows of A_cat.
+fn blocks(members: &[(&Layer, f64)]) -> Vec<std::ops::Range<usize>> {
+    let mut end = 0;
+    let block = |(layer, _): &(&Layer, f64)| {
+        end += layer.rank;
+        end - layer.rank..end
+    };
+    members.iter().map(block).collect()
+}
+
 /// `A_cat = [A_1; …; A_K]`, exactly.
 fn joined_a(members: &[(&Layer, f64)]) -> Matrix<f32> {
     let rows = members.iter().map(|(layer, _)| layer.rank).sum();
@@ -129,9 +147,14 @@ fn joined_b(members: &[(&Layer, f64)]) -> Matrix<f32> {
     b
 }
 
-/// A layer of the merge: spelled with dots if a member is, at scale 1.
+/// The member whose spelling the merged layer takes: the first with dots, if one has.
+fn template<'a>(members: &[(&'a Layer, f64)]) -> &'a Layer {
+    dotted(members.iter().map(|(layer, _)| *layer)).unwrap_or(members[0].0)
+}
+
+/// A layer of the merge, at scale 1.
 fn joined_layer(members: &[(&Layer, f64)], a: Matrix<f32>, b: Matrix<f32>) -> Result<Layer> {
-    let template = dotted(members.iter().map(|(layer, _)| *layer)).unwrap_or(members[0].0);
+    let template = template(members);
     if b.data.iter().any(|v| !v.is_finite()) {
         let reason = "the merged B overflows f32; are scales and strengths right?";
         return Err(crate::Error::layer(template.name(), reason));
@@ -139,18 +162,17 @@ fn joined_layer(members: &[(&Layer, f64)], a: Matrix<f32>, b: Matrix<f32>) -> Re
     template.replaced(a, b)
 }
 
-/// Layers in groups that the device has room for, and where each group is merged: on the CPU, what is too large for the
+/// Host memory that a chunk may take on the CPU.
+const HOST_CHUNK: u64 = 128 << 20;
+
+/// Layers in groups that the device has room for, and where each group is computed: on the CPU, what is too large for the
 /// device. `size`: bytes of a layer's largest buffer, and in all.
-fn chunks<'p>(
-    device: &Device,
-    layers: &[&'p PlannedLayer],
-    size: impl Fn(&PlannedLayer) -> (u64, u64),
-) -> Vec<(Vec<&'p PlannedLayer>, Device)> {
+fn chunks<L: Copy>(device: &Device, layers: &[L], size: impl Fn(L) -> (u64, u64)) -> Vec<(Vec<L>, Device)> {
     let arena = arena(device);
-    let limit = (device.memory() / 4).min(arena);
-    let mut chunks: Vec<(Vec<&PlannedLayer>, Device)> = Vec::new();
+    let limit = if device.is_gpu() { (device.memory() / 4).min(arena) } else { HOST_CHUNK };
+    let mut chunks: Vec<(Vec<L>, Device)> = Vec::new();
     let mut used = 0;
-    for layer in layers {
+    for &layer in layers {
         let (largest, size) = size(layer);
         let fits = !device.is_gpu() || (largest <= arena && size <= device.memory());
         match chunks.last_mut() {

@@ -1,19 +1,17 @@
 //! NP-LoRA (arXiv 2511.11051): subjects are projected off the input directions of the style.
 
-use std::collections::BTreeMap;
-use std::time::Instant;
-
 use rayon::prelude::*;
 use serde::Serialize;
 
+use super::core::{NEGLIGIBLE, significant, size};
+use super::driver::{self, Done, Job};
 use super::loss::times;
-use super::{Action, LayerReport, Merged, Plan, PlannedLayer, ProjectionReport, Report};
+use super::{Action, LayerReport, Merged, PlannedLayer, ProjectionReport};
 use crate::compute::Batch;
-use crate::compute::ops::{self, ScaledRows, Svd};
+use crate::compute::ops::{self, ScaledRows, Side, Svd};
+use crate::power::pow2;
 use crate::{Control, Device, Error, Layer, LayerKey, Matrix, RawMatrix, Result, Weighted};
 
-/// Singular values below this share of the largest are what rounding to f32 leaves of zero: they are no directions.
-const NEGLIGIBLE: f64 = 2.5e-7;
 /// The same for what a hard projection left, which is f32 as well, relative to what there was before.
 const LEFT_OVER: f64 = 1e-6;
 
@@ -140,71 +138,22 @@ impl NpLora {
         subjects: &[Weighted<'_>],
         control: Control<'_>,
     ) -> Result<Merged> {
-        let start = Instant::now();
         self.check_options()?;
         if subjects.is_empty() {
             return Err(Error::Invalid("np-lora needs a subject beside the style".into()));
         }
         let adapters: Vec<Weighted<'_>> = std::iter::once(style).chain(subjects.iter().copied()).collect();
-        let plan = Plan::new(&adapters)?;
-        let inputs = super::check_inputs(&adapters, &control)?;
-        let mut notes = plan.notes().to_vec();
-        notes.extend(device.note().map(str::to_owned));
-        for (pattern, _) in &self.options.by_layer {
-            if !plan.layers().iter().any(|layer| matches(pattern, &layer.key)) {
-                notes.push(format!("no layer matches `{pattern}`"));
-            }
-        }
-
-        let mut results: BTreeMap<&LayerKey, Merge> = BTreeMap::new();
-        let mut shared = Vec::new();
-        for planned in plan.layers() {
-            match super::passed_through(planned, &adapters) {
-                Some(layer) => drop(results.insert(&planned.key, Merge { layer, projections: Vec::new() })),
-                None => shared.push(planned),
-            }
-        }
-        let (total, mut done) = (shared.len(), 0);
-        for (chunk, on) in super::chunks(device, &shared, |layer| size(device, layer)) {
-            let mut jobs = Vec::new();
-            for planned in chunk {
-                control.step("merge", &planned.name, done, total)?;
-                done += 1;
-                let members = super::members(planned, &adapters);
-                jobs.push(Job { planned, members, projection: self.projection(&planned.key) });
-            }
-            let merges = self.chunk(&on, &jobs)?;
-            results.extend(jobs.iter().map(|job| &job.planned.key).zip(merges));
-        }
-
-        control.finish("merge", total);
-        let (mut layers, mut reports) = (Vec::new(), Vec::new());
-        for planned in plan.layers() {
-            let Some(merge) = results.remove(&planned.key) else { continue };
-            let passed = merge.projections.is_empty();
-            reports.push(LayerReport {
-                projections: merge.projections,
-                ..LayerReport::new(planned, if passed { Action::PassedThrough } else { Action::Projected })
-            });
-            layers.push(merge.layer);
-        }
         let options =
             serde_json::to_value(&self.options).map_err(|e| Error::Invalid(format!("the options: {e}")))?;
-        let adapter = super::finish("np-lora", &options, &inputs, &adapters, layers)?;
-        Ok(Merged {
-            adapter,
-            report: Report {
-                method: "np-lora".to_owned(),
-                device: device.describe(),
-                inputs,
-                options,
-                layers: reports,
-                losses: None,
-                notes,
-                seconds: start.elapsed().as_secs_f64(),
-                version: env!("CARGO_PKG_VERSION").to_owned(),
-            },
-        })
+        let room = |layer: &PlannedLayer| size(device, layer.rank, layer.input, layer.output);
+        let chunk = |on: &Device, jobs: &[Job<'_>]| self.chunk(on, jobs);
+        let mut merged = driver::run("np-lora", options, device, &adapters, &control, room, chunk)?;
+        for (pattern, _) in &self.options.by_layer {
+            if !merged.adapter.layers().iter().any(|layer| matches(pattern, &layer.key)) {
+                merged.report.notes.push(format!("no layer matches `{pattern}`"));
+            }
+        }
+        Ok(merged)
     }
 
     fn check_options(&self) -> Result<()> {
@@ -252,7 +201,7 @@ impl NpLora {
     }
 
     /// Merges layers on a device that has room for them; each has two members at least.
-    fn chunk(&self, device: &Device, jobs: &[Job<'_>]) -> Result<Vec<Merge>> {
+    fn chunk(&self, device: &Device, jobs: &[Job<'_>]) -> Result<Vec<Done>> {
         // The factors of every member of every layer are entries of one batch.
         let mut entries = Vec::new();
         let mut first = Vec::new();
@@ -261,17 +210,13 @@ impl NpLora {
             entries.extend((0..job.members.len()).map(|m| (i, m)));
         }
         let layer = |&(i, m): &(usize, usize)| jobs[i].members[m].0;
-        let a: Vec<RawMatrix<'_>> = entries.iter().map(|entry| layer(entry).a()).collect();
-        let a = ScaledRows::new(device, &a)?;
-        let b: Vec<Matrix<f32>> = entries
-            .par_iter()
-            .map(|entry| {
-                let b = layer(entry).b();
-                Matrix { rows: b.rows, cols: b.cols, data: b.to_vec() }.transposed()
-            })
-            .collect();
-        let b = b.iter().map(|b| RawMatrix::from_f32(b.rows, b.cols, &b.data)).collect::<Result<Vec<_>>>()?;
-        let b = ops::qr(device, &ScaledRows::new(device, &b)?)?.l;
+        let rows = |side: Side, factor: fn(&Layer) -> RawMatrix<'_>| {
+            let stacks: Vec<Vec<RawMatrix<'_>>> =
+                entries.iter().map(|entry| vec![factor(layer(entry))]).collect();
+            ScaledRows::new(device, side, &stacks)
+        };
+        let (a, b) = (rows(Side::Input, Layer::a)?, rows(Side::Output, Layer::b)?);
+        let b = ops::qr_l(device, &b)?;
         let factors = ops::qr(device, &a)?;
         let members: Vec<Member> = entries
             .par_iter()
@@ -305,7 +250,8 @@ impl NpLora {
         let mut active: Vec<usize> = (0..jobs.len()).collect();
         for step in 1.. {
             let here: Vec<usize> = active.iter().map(|&i| first[i] + step).collect();
-            let shares: Vec<f64> = active.iter().map(|&i| jobs[i].projection.share()).collect();
+            let shares: Vec<f64> =
+                active.iter().map(|&i| self.projection(&jobs[i].planned.key).share()).collect();
             let rows = a.select(&here);
             let off = ops::project_off(device, &rows.rows, &basis, &shares)?;
             let after = ops::inner(device, &off.rows, &basis)?.download(device)?;
@@ -313,7 +259,7 @@ impl NpLora {
             let bases = self.kept(device, &basis)?;
             let cosines: Vec<Matrix> = cosines.iter().map(square).collect();
             let cosines = ops::jacobi_svd(device, &cosines)?;
-            for (k, result) in off.rows.download(device)?.into_iter().enumerate() {
+            for (k, mut result) in off.rows.download_f32(device)?.into_iter().enumerate() {
                 let (i, entry) = (active[k], here[k]);
                 let Member { left, norm: whole, .. } = &members[entry];
                 let share = |coefficients: &Matrix| {
@@ -332,9 +278,10 @@ impl NpLora {
                     before,
                     after: share(&after[k]),
                 });
-                let Matrix { rows: r, cols, data } = rows.unscale(k, result);
-                let data = data.iter().map(|&v| v as f32).collect();
-                projected[i].push(Matrix { rows: r, cols, data });
+                for (row, &e) in result.data.chunks_exact_mut(result.cols.max(1)).zip(&rows.exponents[k]) {
+                    row.iter_mut().for_each(|v| *v *= pow2(e) as f32);
+                }
+                projected[i].push(result);
             }
             let places: Vec<usize> =
                 (0..active.len()).filter(|&k| jobs[active[k]].members.len() > step + 1).collect();
@@ -356,7 +303,8 @@ impl NpLora {
                 data.extend(projected.into_iter().flat_map(|m| m.data));
                 let a = Matrix { rows: job.planned.rank, cols: style.input, data };
                 let layer = super::joined_layer(&job.members, a, super::joined_b(&job.members))?;
-                Ok(Merge { layer, projections })
+                let report = LayerReport { projections, ..LayerReport::new(job.planned, Action::Projected) };
+                Ok(Done { layer, report })
             })
             .collect()
     }
@@ -385,19 +333,6 @@ impl NpLora {
     }
 }
 
-/// A layer to merge.
-struct Job<'a> {
-    planned: &'a PlannedLayer,
-    members: Vec<(&'a Layer, f64)>,
-    projection: Projection,
-}
-
-/// A merged layer, and what was done to its subjects; to none if it passed through.
-struct Merge {
-    layer: Layer,
-    projections: Vec<ProjectionReport>,
-}
-
 /// One adapter's update of one layer, in its own coordinates.
 struct Member {
     /// `s·L_Bᵀ`: ‖s·B·M‖ = ‖left·M‖ for any M.
@@ -406,20 +341,6 @@ struct Member {
     core: Matrix,
     /// ‖ΔW‖.
     norm: f64,
-}
-
-/// (Bytes of the largest buffer, bytes in all) that a layer takes on the device.
-fn size(device: &Device, layer: &PlannedLayer) -> (u64, u64) {
-    let PlannedLayer { rank, input, output, .. } = layer;
-    let element = if device.is_gpu() { 4 } else { 8 };
-    // A, its two Q, V, the result and a spare; B and its two Q.
-    let all = element * rank * (6 * input + 3 * output) + 8 * 8 * rank * rank;
-    ((element * rank * rank.max(input).max(output)) as u64, all as u64)
-}
-
-/// How many of the descending values are above `least` and not zero.
-fn significant(values: &[f64], least: f64) -> usize {
-    values.iter().take_while(|v| **v > least && **v > 0.0).count()
 }
 
 /// ‖M‖ in the Frobenius norm, for any scale.
@@ -498,7 +419,6 @@ fn matches(pattern: &str, key: &LayerKey) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::power::pow2;
 
     #[test]
     fn patterns() {

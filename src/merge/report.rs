@@ -59,6 +59,9 @@ pub struct LayerReport {
     pub rank: usize,
     /// Share of the update's norm that was cut off, if it was truncated ([`Merged::truncated`](super::Merged::truncated)).
     pub cut: Option<f64>,
+    /// Share of the squared norm of the merged update that its approximation holds, where the update itself has no low
+    /// rank ([`EntryMerge`](super::EntryMerge)).
+    pub captured: Option<f64>,
     /// Calibration tokens that its router was solved from.
     pub tokens: u64,
     /// The ridge that was used, in units of G/N; 0 unless routed.
@@ -81,6 +84,7 @@ impl LayerReport {
             adapters: planned.members.clone(),
             rank: planned.rank,
             cut: None,
+            captured: None,
             tokens: 0,
             ridge: 0.0,
             losses: None,
@@ -120,6 +124,8 @@ pub enum Action {
     Projected,
     /// As the exact sum that was asked for.
     Concatenated,
+    /// By the method's rule, in the core or entry by entry.
+    Combined,
     /// Only one adapter has it, or adds anything to it: its factors are unchanged.
     PassedThrough,
     /// Plain sum (identity router).
@@ -161,17 +167,19 @@ impl fmt::Display for Report {
         let count = |of: fn(&Action) -> bool| self.layers.iter().filter(|layer| of(&layer.action)).count();
         let passed = count(|a| *a == Action::PassedThrough);
         let projected = count(|a| *a == Action::Projected);
-        let concatenated = count(|a| *a == Action::Concatenated);
-        match (projected, concatenated) {
-            (0, 0) => writeln!(
-                f,
-                "{} layers routed, {passed} passed through (one adapter), {} summed",
-                count(|a| *a == Action::Routed),
-                count(|a| matches!(a, Action::Summed { .. }))
-            )?,
-            (0, n) => writeln!(f, "{n} layers concatenated, {passed} passed through (one adapter)")?,
-            (n, _) => writeln!(f, "{n} layers projected, {passed} passed through (one adapter)")?,
-        }
+        let mut parts: Vec<String> = [
+            (count(|a| *a == Action::Routed), "routed"),
+            (projected, "projected"),
+            (count(|a| *a == Action::Concatenated), "concatenated"),
+            (count(|a| *a == Action::Combined), "combined"),
+            (count(|a| matches!(a, Action::Summed { .. })), "summed"),
+        ]
+        .into_iter()
+        .filter(|(count, _)| *count > 0)
+        .map(|(count, what)| format!("{count} layers {what}"))
+        .collect();
+        parts.push(format!("{passed} passed through (one adapter)"));
+        writeln!(f, "{}", parts.join(", "))?;
         self.fmt_losses(f)?;
         self.fmt_projections(f)?;
         let mut why: BTreeMap<&str, usize> = BTreeMap::new();

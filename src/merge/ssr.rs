@@ -7,7 +7,8 @@ use std::time::Instant;
 use rayon::prelude::*;
 use serde::Serialize;
 
-use super::loss::{Squares, dot, times};
+use super::driver::TOO_LARGE;
+use super::loss::{Outputs, Squares, Statistics, add, dot, times};
 use super::{Action, LayerReport, Losses, Merged, Plan, PlannedLayer, Report};
 use crate::calibration::{LayerStatistics, gram_parts};
 use crate::compute::ops::{self, Axis, Factor};
@@ -199,7 +200,7 @@ impl<'a> Ssr<'a> {
             let mut merges = self.chunk(&on, &jobs)?;
             if on.is_gpu() != device.is_gpu() {
                 for merge in &mut merges {
-                    merge.notes.push("too large for the device; computed on the CPU".into());
+                    merge.notes.push(TOO_LARGE.into());
                 }
             }
             results.extend(keys.into_iter().zip(merges));
@@ -556,12 +557,7 @@ impl<'a> Job<'a> {
         statistics: Option<LayerStatistics>,
     ) -> Self {
         let members = super::members(planned, adapters);
-        let mut end = 0;
-        let block = |(layer, _): &(&Layer, f64)| {
-            end += layer.rank;
-            end - layer.rank..end
-        };
-        let blocks = members.iter().map(block).collect();
+        let blocks = super::blocks(&members);
         let mut job = Self { planned, members, blocks, tasks: Vec::new(), neutral: None, lacking: None };
         let Some(statistics) = statistics else { return job };
         job.neutral = statistics.neutral;
@@ -584,16 +580,9 @@ impl<'a> Job<'a> {
 
     /// Losses on the calibration tokens as they are, whatever the options weigh.
     fn squares(&self, bb: &Matrix, router: &Matrix) -> Squares {
-        let order = self.planned.rank;
-        let (mut g, mut q) = (Matrix::zeros(order, order), Matrix::zeros(order, order));
-        for task in &self.tasks {
-            let Some(gram) = &task.gram else { continue };
-            add(&mut g, gram, 1.0, 0..order);
-            if let Some(member) = task.member {
-                add(&mut q, gram, 1.0, self.blocks[member].clone());
-            }
-        }
-        Squares::new(bb, &g, &q, router, &self.blocks)
+        let tasks: Vec<_> = self.tasks.iter().map(|task| (task.member, task.gram.as_ref())).collect();
+        let statistics = Statistics::new(&tasks, &self.blocks);
+        Squares::new(&Outputs { merged: bb, crossed: bb, members: bb, router }, &statistics, &self.blocks)
     }
 }
 
@@ -718,12 +707,6 @@ fn proxy(c: &Matrix, block: &Range<usize>) -> Matrix {
     let mut g = times(&part, &part.transposed());
     g.data.iter_mut().for_each(|v| *v *= scale);
     g
-}
-
-/// `to[rows, :] += w · from[rows, :]`.
-fn add(to: &mut Matrix, from: &Matrix, w: f64, rows: Range<usize>) {
-    let span = rows.start * to.cols..rows.end * to.cols;
-    to.data[span.clone()].iter_mut().zip(&from.data[span]).for_each(|(t, f)| *t += w * f);
 }
 
 fn trace(m: &Matrix) -> f64 {

@@ -3,7 +3,7 @@
 use clap::Args;
 use loraweld::Linear;
 
-use super::Common;
+use super::{Common, Measure};
 use crate::cli::args::{Global, LoraArg};
 use crate::cli::output::Output;
 
@@ -17,15 +17,14 @@ pub struct LinearMerge {
     #[arg(required = true, value_name = "LORA", value_parser = LoraArg::parser())]
     loras: Vec<LoraArg>,
     #[command(flatten)]
+    measure: Measure,
+    #[command(flatten)]
     common: Common,
 }
 
 impl LinearMerge {
     pub fn run(self, global: &Global, out: &Output) -> anyhow::Result<()> {
-        let inputs = self.common.open(&self.loras, &[], out)?;
-        if self.common.dry_run {
-            return self.common.dry_run(&inputs, out);
-        }
-        self.common.finish(global, &inputs, out, |_, weighted, control| Linear.merge_with(weighted, control))
+        let Self { loras, measure, common } = self;
+        common.run(&loras, &measure, global, out, |_, weighted, control| Linear.merge_with(weighted, control))
     }
 }

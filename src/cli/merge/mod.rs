@@ -1,9 +1,15 @@
 //! `loraweld merge`: one file a method; here is what they share.
 
+mod compare;
+mod core;
+mod entrywise;
 mod linear;
 mod np_lora;
 mod ssr;
 mod svd;
+
+pub use compare::Compare;
+pub use svd::Resize;
 
 use std::path::{Path, PathBuf};
 
@@ -11,10 +17,12 @@ use anyhow::Context;
 use clap::{Args, Subcommand};
 use loraweld::adapter::{check_target, same_file, write_atomic};
 use loraweld::merge::{Action, Losses, PlannedLayer, Report};
-use loraweld::{Adapter, Control, Device, Dtype, Merged, Plan, SaveOptions, Weighted};
+use loraweld::{
+    Adapter, Calibration, Control, Device, Dtype, Merged, Plan, SaveOptions, Spectrum, Truncation, Weighted,
+};
 use serde_json::json;
 
-use super::args::{Global, LoraArg, Memory, OutputFormat, dtype, open_adapters};
+use super::args::{Global, LoraArg, Memory, OutputFormat, dtype, finite, open_adapters, share};
 use super::layers::{group, pattern, range};
 use super::output::{Output, Table, count, size, some};
 use super::usage;
@@ -32,6 +40,12 @@ enum Method {
     NpLora(np_lora::NpLoraMerge),
     Linear(linear::LinearMerge),
     Svd(svd::SvdCommand),
+    Ties(entrywise::TiesMerge),
+    Dare(entrywise::DareMerge),
+    Knots(core::KnotsMerge),
+    Core(core::CoreSpaceMerge),
+    Tsv(core::TsvMerge),
+    IsoC(core::IsoCMerge),
 }
 
 impl Merge {
@@ -41,6 +55,12 @@ impl Merge {
             Method::NpLora(method) => method.run(global, out),
             Method::Linear(method) => method.run(global, out),
             Method::Svd(method) => method.run(global, out),
+            Method::Ties(method) => method.run(global, out),
+            Method::Dare(method) => method.run(global, out),
+            Method::Knots(method) => method.run(global, out),
+            Method::Core(method) => method.run(global, out),
+            Method::Tsv(method) => method.run(global, out),
+            Method::IsoC(method) => method.run(global, out),
         }
     }
 }
@@ -51,9 +71,8 @@ struct Common {
     /// The merged adapter to write.
     #[arg(short, long, value_name = "OUT", required_unless_present = "dry_run")]
     output: Option<PathBuf>,
-    /// Truncate layers of a higher rank to this one, by their singular values [default: the sum of the ranks].
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
-    rank: Option<u64>,
+    #[command(flatten)]
+    truncate: Truncate,
     /// Type of the output's tensors: `f16`, `bf16` or `f32` [default: the widest input's].
     #[arg(long, value_name = "TYPE", value_parser = dtype)]
     dtype: Option<Dtype>,
@@ -73,6 +92,72 @@ struct Common {
     memory: Memory,
 }
 
+/// How many ranks to keep.
+#[derive(Args, Debug)]
+struct Truncate {
+    /// Keep at most this rank in each layer, by singular values [default: the sum of the ranks].
+    #[arg(long, value_name = "N", value_parser = rank)]
+    rank: Option<usize>,
+    /// Keep singular values above the largest one divided by X, at least 1.
+    #[arg(long, value_name = "X", value_parser = ratio, allow_hyphen_values = true, group = "spectrum")]
+    sv_ratio: Option<f64>,
+    /// Keep the fewest singular values that hold this share of the update's norm.
+    #[arg(long, value_name = "SHARE", value_parser = share, allow_hyphen_values = true, group = "spectrum")]
+    sv_fro: Option<f64>,
+    /// Keep the fewest singular values that hold this share of their sum.
+    #[arg(long, value_name = "SHARE", value_parser = share, allow_hyphen_values = true, group = "spectrum")]
+    sv_cumulative: Option<f64>,
+}
+
+impl Truncate {
+    fn truncation(&self) -> Truncation {
+        let spectrum = self.sv_ratio.map(Spectrum::Ratio);
+        let spectrum = spectrum.or(self.sv_fro.map(Spectrum::Frobenius));
+        let spectrum = spectrum.or(self.sv_cumulative.map(Spectrum::Cumulative));
+        Truncation { rank: self.rank, spectrum }
+    }
+
+    /// What was asked for, for a method that sees to it itself.
+    fn take(&mut self) -> Truncation {
+        let truncation = self.truncation();
+        *self = Self { rank: None, sv_ratio: None, sv_fro: None, sv_cumulative: None };
+        truncation
+    }
+}
+
+fn rank(text: &str) -> Result<usize, String> {
+    match text.parse::<usize>() {
+        Ok(0) => Err("is 0; a rank is 1 or more".into()),
+        Ok(n) => Ok(n),
+        Err(_) => Err("expected a whole number".into()),
+    }
+}
+
+fn ratio(text: &str) -> Result<f64, String> {
+    match finite(text)? {
+        x if x >= 1.0 => Ok(x),
+        x => Err(format!("is {x}; expected 1 or more")),
+    }
+}
+
+/// What a merge is measured by.
+#[derive(Args, Debug, Default)]
+struct Measure {
+    /// Measure what the merge loses on a calibration that `loraweld calibrate` wrote for these adapters.
+    #[arg(long, value_name = "FILE")]
+    calibration: Option<PathBuf>,
+}
+
+impl Measure {
+    fn open(&self, inputs: &Inputs) -> anyhow::Result<Option<Calibration>> {
+        let calibration = self.calibration.as_ref().map(Calibration::open).transpose()?;
+        if let Some(calibration) = &calibration {
+            calibration.select(&inputs.adapters.iter().collect::<Vec<_>>())?;
+        }
+        Ok(calibration)
+    }
+}
+
 /// What is merged, opened and checked.
 struct Inputs {
     adapters: Vec<Adapter>,
@@ -83,6 +168,15 @@ struct Inputs {
 }
 
 impl Inputs {
+    /// Opens and matches adapters; `files` are all that is read.
+    fn open(loras: &[LoraArg], files: Vec<PathBuf>) -> anyhow::Result<Self> {
+        let adapters = open_adapters(loras)?;
+        let strengths: Vec<_> = loras.iter().map(|lora| lora.strength).collect();
+        let weighted: Vec<_> = adapters.iter().zip(&strengths).map(|(a, &s)| a.at(s)).collect();
+        let plan = Plan::new(&weighted)?;
+        Ok(Self { adapters, strengths, plan, files })
+    }
+
     fn weighted(&self) -> Vec<Weighted<'_>> {
         self.adapters.iter().zip(&self.strengths).map(|(adapter, &strength)| adapter.at(strength)).collect()
     }
@@ -103,15 +197,11 @@ impl Common {
         let mut files: Vec<_> = loras.iter().map(|lora| lora.path.clone()).collect();
         files.extend(others.iter().map(|path| path.to_path_buf()));
         self.check_targets(&files, out)?;
-        let adapters = open_adapters(loras)?;
+        let inputs = Inputs::open(loras, files)?;
         // A merge checks its inputs itself.
-        for adapter in adapters.iter().filter(|_| self.dry_run) {
+        for adapter in inputs.adapters.iter().filter(|_| self.dry_run) {
             adapter.check_finite()?;
         }
-        let strengths: Vec<_> = loras.iter().map(|lora| lora.strength).collect();
-        let weighted: Vec<_> = adapters.iter().zip(&strengths).map(|(a, &s)| a.at(s)).collect();
-        let plan = Plan::new(&weighted)?;
-        let inputs = Inputs { adapters, strengths, plan, files };
         inputs.describe(out)?;
         Ok(inputs)
     }
@@ -135,15 +225,30 @@ impl Common {
         Ok(())
     }
 
-    fn rank(&self) -> Option<usize> {
-        self.rank.map(|rank| usize::try_from(rank).unwrap_or(usize::MAX))
+    /// The whole of a method that needs nothing else.
+    fn run(
+        &self,
+        loras: &[LoraArg],
+        measure: &Measure,
+        global: &Global,
+        out: &Output,
+        merge: impl FnOnce(&Device, &[Weighted], Control) -> loraweld::Result<Merged>,
+    ) -> anyhow::Result<()> {
+        let others: Vec<&Path> = measure.calibration.iter().map(PathBuf::as_path).collect();
+        let inputs = self.open(loras, &others, out)?;
+        let calibration = measure.open(&inputs)?;
+        match self.dry_run {
+            true => self.dry_run(&inputs, out),
+            false => self.finish(global, &inputs, calibration.as_ref(), out, merge),
+        }
     }
 
     /// Says what a merge would do.
     fn dry_run(&self, inputs: &Inputs, out: &Output) -> anyhow::Result<()> {
         let dtype = self.dtype.unwrap_or(inputs.dtype());
         let layers = inputs.plan.layers();
-        let rank = |layer: &PlannedLayer| self.rank().map_or(layer.rank, |rank| rank.min(layer.rank));
+        let most = self.truncate.rank.unwrap_or(usize::MAX);
+        let rank = |layer: &PlannedLayer| layer.rank.min(most);
         let bytes = |layer: &PlannedLayer| (rank(layer) * (layer.input + layer.output) * dtype.size()) as u64;
         let total: u64 = layers.iter().map(bytes).sum();
         let name = |i: &usize| inputs.adapters.get(*i).map(Adapter::name);
@@ -184,11 +289,12 @@ impl Common {
         ))
     }
 
-    /// Merges, and writes and reports the result.
+    /// Merges, measures the result by a calibration, if there is one, and writes and reports it.
     fn finish(
         &self,
         global: &Global,
         inputs: &Inputs,
+        calibration: Option<&Calibration>,
         out: &Output,
         merge: impl FnOnce(&Device, &[Weighted], Control) -> loraweld::Result<Merged>,
     ) -> anyhow::Result<()> {
@@ -196,10 +302,18 @@ impl Common {
         let output = self.output.as_ref().context("no output was named")?;
         let device = global.open_device(&self.memory, out)?;
         let Merged { adapter, report } = out.long(|control| {
-            let merged = merge(&device, &inputs.weighted(), *control)?;
-            match self.rank() {
-                Some(rank) => merged.truncated(rank, control),
-                None => Ok(merged),
+            let weighted = inputs.weighted();
+            let merged = merge(&device, &weighted, *control)?;
+            let truncation = self.truncate.truncation();
+            let merged = match truncation.is_none() {
+                true => merged,
+                false => merged.truncated(&device, &truncation, control)?,
+            };
+            match calibration {
+                Some(calibration) if merged.report.losses.is_none() => {
+                    merged.measured(calibration, &weighted, control)
+                }
+                _ => Ok(merged),
             }
         })?;
         say_notes(&report, &inputs.plan, out)?;
@@ -232,7 +346,7 @@ impl Common {
         result["report"] = full;
         out.event("result", &result)?;
         say_merged(&report, out)?;
-        for table in [losses(&report), projections(&report)].into_iter().flatten() {
+        for table in [losses(&report), projections(&report), captured(&report)].into_iter().flatten() {
             out.info(table)?;
         }
         out.info(format_args!("wrote      {} ({}, {dtype}, {format})", output.display(), size(bytes)))?;
@@ -309,7 +423,7 @@ fn say_notes(report: &Report, plan: &Plan, out: &Output) -> anyhow::Result<()> {
     }
     let names = |layers: &[&str]| some(layers, 3);
     let actions = report.layers.iter().filter_map(|layer| match &layer.action {
-        Action::Routed | Action::Projected | Action::Concatenated => None,
+        Action::Routed | Action::Projected | Action::Concatenated | Action::Combined => None,
         Action::PassedThrough => {
             let input = report.inputs.get(*layer.adapters.first()?)?;
             // Of one adapter alone there is nothing to say, and of strength 0 it was said.
@@ -357,6 +471,17 @@ fn projections(report: &Report) -> Option<Table> {
         ]);
     }
     (!most.is_empty()).then_some(table)
+}
+
+/// How much of a merge of entries its ranks hold: where it is least.
+fn captured(report: &Report) -> Option<Table> {
+    let mut least: Vec<_> = report.layers.iter().filter_map(|l| Some((l, l.captured?))).collect();
+    least.sort_by(|x, y| x.1.total_cmp(&y.1));
+    let mut table = Table::new(&["approximated", ">rank", ">energy held"]);
+    for (layer, share) in least.iter().take(WORST) {
+        table.row([layer.layer.clone(), layer.rank.to_string(), format!("{:.1}%", 100.0 * share)]);
+    }
+    (!least.is_empty()).then_some(table)
 }
 
 /// What the merge, the sum and the average lose: in all, and where it is worst.

@@ -3,8 +3,8 @@
 use clap::Args;
 use loraweld::{Directions, NpLora, NpLoraOptions, Projection};
 
-use super::Common;
-use crate::cli::args::{Global, LoraArg, finite, weight};
+use super::{Common, Measure};
+use crate::cli::args::{Global, LoraArg, share, weight};
 use crate::cli::output::Output;
 
 /// NP-LoRA: keep a style whole, and project subjects off the directions that it reads.
@@ -23,6 +23,8 @@ pub struct NpLoraMerge {
     /// An adapter that gives way: PATH, or PATH:STRENGTH. Repeated, each also gives way to those before it.
     #[arg(long, required = true, value_name = "LORA", value_parser = LoraArg::parser())]
     subject: Vec<LoraArg>,
+    #[command(flatten)]
+    measure: Measure,
     #[command(flatten)]
     common: Common,
     #[command(flatten)]
@@ -66,13 +68,6 @@ fn by_layer(text: &str) -> Result<(String, Projection), String> {
     Ok((pattern.to_owned(), projection))
 }
 
-fn share(text: &str) -> Result<f64, String> {
-    match finite(text)? {
-        x if x > 0.0 && x <= 1.0 => Ok(x),
-        x => Err(format!("is {x}; expected a share above 0 and at most 1")),
-    }
-}
-
 impl Options {
     fn build(self) -> NpLoraOptions {
         NpLoraOptions {
@@ -90,12 +85,8 @@ impl Options {
 impl NpLoraMerge {
     pub fn run(self, global: &Global, out: &Output) -> anyhow::Result<()> {
         let loras: Vec<LoraArg> = std::iter::once(self.style).chain(self.subject).collect();
-        let inputs = self.common.open(&loras, &[], out)?;
-        if self.common.dry_run {
-            return self.common.dry_run(&inputs, out);
-        }
         let merge = NpLora::default().options(self.options.build());
-        self.common.finish(global, &inputs, out, |device, weighted, control| {
+        self.common.run(&loras, &self.measure, global, out, |device, weighted, control| {
             merge.merge_with(device, weighted[0], &weighted[1..], control)
         })
     }

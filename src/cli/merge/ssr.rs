@@ -141,7 +141,7 @@ impl SsrMerge {
             }
             return self.common.dry_run(&inputs, out);
         }
-        self.common.finish(global, &inputs, out, |device, weighted, control| {
+        self.common.finish(global, &inputs, calibration.as_ref(), out, |device, weighted, control| {
             ssr.merge_with(device, weighted, control)
         })
     }

@@ -14,17 +14,25 @@ use crate::{Dtype, Result};
 /// # Errors
 /// [`Error::Invalid`](crate::Error::Invalid) if widths differ.
 pub fn inner(device: &Device, x: &Batch, y: &Batch) -> Result<Batch> {
+    inner_as(device, x, y, device.sum())
+}
+
+/// [`inner`] with sums of another type: [`Device::product`], for long products that need no more.
+///
+/// # Errors
+/// As of [`inner`].
+pub fn inner_as(device: &Device, x: &Batch, y: &Batch, element: Element) -> Result<Batch> {
     same_count("inner", x, y)?;
     for (x, y) in x.shapes().iter().zip(y.shapes()) {
         if x.cols != y.cols {
             return Err(mismatch("inner", *x, *y));
         }
     }
-    if device.is_gpu() && device.sum() == Element::Host {
+    if device.is_gpu() && element == Element::Host {
         return inner(&Device::cpu(), &host(device, x)?, &host(device, y)?);
     }
     let shapes: Vec<_> = x.shapes().iter().zip(y.shapes()).map(|(x, y)| Shape::new(x.rows, y.rows)).collect();
-    let mut c = Batch::zeros(device, device.sum(), &shapes)?;
+    let mut c = Batch::zeros(device, element, &shapes)?;
     if let Some(outputs) = c.host_mut() {
         outputs.into_par_iter().enumerate().for_each(|(i, c)| {
             faer::linalg::matmul::matmul(

@@ -1,63 +1,8 @@
 use rayon::prelude::*;
 
-use super::{host, inner, jacobi_svd, rank_update, view};
+use super::{ScaledRows, Svd, host, inner, jacobi_svd, rank_update, view};
 use crate::compute::{Batch, Device, Element, Shape};
-use crate::power::{exponent_of, pow2};
-use crate::{Matrix, RawMatrix, Result};
-
-/// Factors as rows, each row scaled by a power of two to magnitude 1, which rounds nothing.
-///
-/// Row k of the matrix is `2^exponents[i][k]` times row k of `rows[i]`.
-#[derive(Debug)]
-pub struct ScaledRows {
-    /// rank × width, of [`Device::factor`].
-    pub rows: Batch,
-    /// One for each row.
-    pub exponents: Vec<Vec<i32>>,
-}
-
-impl ScaledRows {
-    /// Scales and uploads.
-    ///
-    /// # Errors
-    /// [`Error::Device`](crate::Error::Device) if they are more than the device binds at once.
-    pub fn new(device: &Device, factors: &[RawMatrix<'_>]) -> Result<Self> {
-        let wide = |m: &RawMatrix<'_>| Matrix { rows: m.rows, cols: m.cols, data: m.to_vec() };
-        Self::from_matrices(device, factors.par_iter().map(wide).collect())
-    }
-
-    /// The same for matrices in f64, which a GPU rounds to f32 once they are scaled.
-    pub(crate) fn from_matrices(device: &Device, mut matrices: Vec<Matrix>) -> Result<Self> {
-        let exponents = matrices
-            .par_iter_mut()
-            .map(|m| m.data.chunks_exact_mut(m.cols.max(1)).map(normalise).collect())
-            .collect();
-        Ok(Self { rows: Batch::upload(device, device.factor(), &matrices)?, exponents })
-    }
-
-    /// Some of the matrices, in this order.
-    pub fn select(&self, indices: &[usize]) -> Self {
-        Self {
-            rows: self.rows.select(indices),
-            exponents: indices.iter().map(|&i| self.exponents[i].clone()).collect(),
-        }
-    }
-
-    /// `m`, which stands for the scaled rows of matrix i, with their scales.
-    pub fn unscale(&self, i: usize, mut m: Matrix) -> Matrix {
-        for (row, &e) in m.data.chunks_exact_mut(m.cols.max(1)).zip(&self.exponents[i]) {
-            row.iter_mut().for_each(|v| *v *= pow2(e));
-        }
-        m
-    }
-}
-
-/// Scales a row so that its largest magnitude lies in [1, 2); gives the exponent that was taken out.
-fn normalise(row: &mut [f64]) -> i32 {
-    let e = exponent_of(row.iter().fold(0.0, |max, v| v.abs().max(max)));
-    row.iter_mut().for_each(|v| *v *= pow2(-e));
-    e
-}
+use crate::{Matrix, Result};
 
 /// Thin QR factors of tall matrices that are given as rows: `A = L·Q`.
 #[derive(Debug)]
@@ -70,12 +15,14 @@ pub struct Qr {
 
 /// Thin QR of tall matrices (Aᵀ = Qᵀ·Lᵀ), which are given and made as rows: `A = L·Q`, A: rank × width.
 ///
-/// Two passes of "Gram matrix, its eigenvectors, product" (SVQB: Stathopoulos and Wu 2002; CholeskyQR2 with an
+/// One or two passes of "Gram matrix, its eigenvectors, product" (SVQB: Stathopoulos and Wu 2002; CholeskyQR2 with an
 /// eigendecomposition in place of Cholesky, so that rank deficiency is no special case):
 ///
 /// ```text
 /// A·Aᵀ = W·Λ·Wᵀ       Q₁ = Λ^-½·Wᵀ·A       Q₁·Q₁ᵀ = M       Q = M^-½·Q₁       L = W·Λ^½·M^½
 /// ```
+///
+/// The second pass is left out where the first spectra are so flat that rounding cannot have bent Q₁ (M = I).
 ///
 /// Gram matrices square the condition number: after rows are scaled, directions whose singular value is below about
 /// `√(rank·ε)` of the largest (1e-7 in f64, 6e-7 in double-single, at rank 32) are taken for zero. What is kept has
@@ -102,32 +49,20 @@ pub fn qr(device: &Device, a: &ScaledRows) -> Result<Qr> {
         let Qr { q, l } = qr(&Device::cpu(), &rows)?;
         return Ok(Qr { q: Batch::upload(device, device.factor(), &q.download(device)?)?, l });
     }
-    let epsilon = if device.sum() == Element::F64 { f64::EPSILON } else { 1e-14 };
-
-    let grams = inner(device, &a.rows, &a.rows)?.download(device)?;
-    let spectra = jacobi_svd(device, &grams)?;
-    let (transforms, lefts): (Vec<_>, Vec<_>) = spectra
-        .par_iter()
-        .map(|spectrum| {
-            let n = spectrum.values.len();
-            let least = n.max(16) as f64 * epsilon * spectrum.values.first().unwrap_or(&0.0);
-            let root = |k: usize| if spectrum.values[k] > least { spectrum.values[k].sqrt() } else { 0.0 };
-            let inverse = |k: usize| if root(k) > 0.0 { 1.0 / root(k) } else { 0.0 };
-            (
-                Matrix::from_fn(n, n, |k, i| spectrum.left[(k, i)] * inverse(k)),
-                Matrix::from_fn(n, n, |i, k| spectrum.left[(k, i)] * root(k)),
-            )
-        })
-        .unzip();
-    let transforms = Batch::upload(device, device.sum(), &transforms)?;
-    let q = rank_update(device, None, &transforms, &a.rows)?;
+    let roots = roots(device, &a.rows)?;
+    let transforms: Vec<Matrix> = roots.par_iter().map(|root| root.inverse.clone()).collect();
+    let q = rank_update(device, None, &Batch::upload(device, device.sum(), &transforms)?, &a.rows)?;
+    let lefts = roots.iter().map(|root| root.left.clone());
+    if roots.iter().all(|root| root.bend <= MAX_BEND) {
+        return Ok(Qr { q, l: lefts.enumerate().map(|(i, l)| a.unscale(i, l)).collect() });
+    }
 
     // What was kept has norm 1 now; the rest is what rounding left of a zero.
     let grams = inner(device, &q, &q)?.download(device)?;
     let spectra = jacobi_svd(device, &grams)?;
     let (transforms, l): (Vec<_>, Vec<_>) = spectra
         .par_iter()
-        .zip(lefts)
+        .zip(lefts.collect::<Vec<_>>())
         .enumerate()
         .map(|(i, (spectrum, left))| {
             let power = |p: f64| {
@@ -149,6 +84,66 @@ pub fn qr(device: &Device, a: &ScaledRows) -> Result<Qr> {
         .unzip();
     let transforms = Batch::upload(device, device.sum(), &transforms)?;
     Ok(Qr { q: rank_update(device, None, &transforms, &q)?, l })
+}
+
+/// How far rounding may have bent the rows of Q after one pass; f32 rounds them to 1e-7.
+const MAX_BEND: f64 = 1e-8;
+
+/// A square root of a Gram matrix `A·Aᵀ = W·Λ·Wᵀ`, without directions that rounding left of zero.
+struct Root {
+    /// `W·Λ^½`.
+    left: Matrix,
+    /// `Λ^-½·Wᵀ`.
+    inverse: Matrix,
+    /// What rounding of the Gram matrix does to the orthogonality of `Λ^-½·Wᵀ·A`.
+    bend: f64,
+}
+
+fn roots(device: &Device, rows: &Batch) -> Result<Vec<Root>> {
+    let epsilon = if device.sum() == Element::DoubleSingle { 1e-14 } else { f64::EPSILON };
+    let grams = inner(device, rows, rows)?.download(device)?;
+    let root = |spectrum: &Svd| {
+        let n = spectrum.values.len();
+        let largest = spectrum.values.first().copied().unwrap_or(0.0);
+        let error = n.max(16) as f64 * epsilon * largest;
+        let kept = spectrum.values.iter().take_while(|v| **v > error && **v > 0.0).count();
+        let root = |k: usize| if k < kept { spectrum.values[k].sqrt() } else { 0.0 };
+        let inverse = |k: usize| if k < kept { 1.0 / root(k) } else { 0.0 };
+        Root {
+            left: Matrix::from_fn(n, n, |i, k| spectrum.left[(k, i)] * root(k)),
+            inverse: Matrix::from_fn(n, n, |k, i| spectrum.left[(k, i)] * inverse(k)),
+            bend: if kept > 0 { error / spectrum.values[kept - 1] } else { 0.0 },
+        }
+    };
+    Ok(jacobi_svd(device, &grams)?.par_iter().map(root).collect())
+}
+
+/// L with `L·Lᵀ = A·Aᵀ`, rank × rank: all that is to be known of A if only `X·A` counts, for any X.
+///
+/// On a GPU from the Gram matrix, so that directions below about 1e-7 of the largest (of scaled rows) are taken for zero;
+/// on the CPU from faer's Householder QR in f64.
+///
+/// # Errors
+/// [`Error::Device`](crate::Error::Device).
+pub fn qr_l(device: &Device, a: &ScaledRows) -> Result<Vec<Matrix>> {
+    if !device.is_gpu() {
+        let l = |i: usize| a.unscale(i, l_cpu(&view(a.rows.host(i).unwrap_or_default(), a.rows.shapes()[i])));
+        return Ok((0..a.rows.len()).into_par_iter().map(l).collect());
+    }
+    if device.sum() == Element::Host {
+        let rows = ScaledRows { rows: host(device, &a.rows)?, exponents: a.exponents.clone() };
+        return qr_l(&Device::cpu(), &rows);
+    }
+    let roots = roots(device, &a.rows)?;
+    Ok(roots.into_iter().enumerate().map(|(i, root)| a.unscale(i, root.left)).collect())
+}
+
+/// Rᵀ of the QR decomposition of Aᵀ, padded to a square.
+fn l_cpu(a: &faer::MatRef<'_, f64>) -> Matrix {
+    let (rank, kept) = (a.nrows(), a.nrows().min(a.ncols()));
+    let qr = a.transpose().qr();
+    let r = qr.thin_R();
+    Matrix::from_fn(rank, rank, |i, k| if k < kept && k <= i { r[(k, i)] } else { 0.0 })
 }
 
 /// The CPU twin for one matrix: Q and L.

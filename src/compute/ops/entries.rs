@@ -1,0 +1,327 @@
+use std::ops::Range;
+
+use bytemuck::NoUninit;
+use rayon::prelude::*;
+
+use super::{mismatch, view, view_mut};
+use crate::compute::gpu::{Work, whole};
+use crate::compute::shaders::Kernel;
+use crate::compute::{Batch, Device, Shape};
+use crate::{Error, Matrix, Result};
+
+/// One of several updates `s·B[:, ranks]·A[ranks, :]` whose entries are merged.
+#[derive(Clone, Debug)]
+pub struct EntryMember {
+    /// Its columns of B and rows of A.
+    pub ranks: Range<usize>,
+    /// s.
+    pub scale: f64,
+    /// Magnitude, as f32, that an entry must reach to count.
+    pub threshold: f32,
+    /// Key of its chance.
+    pub key: [u32; 2],
+}
+
+/// How the entries of several updates become one.
+#[derive(Clone, Debug)]
+pub struct EntryRule {
+    /// The updates.
+    pub members: Vec<EntryMember>,
+    /// An entry counts if its hash is at most this.
+    pub chance: u32,
+    /// Average what counts over the members that have the sign of its sum (of zero: plus); else sum it.
+    pub elect: bool,
+    /// What the result is multiplied by.
+    pub scale: f64,
+}
+
+impl EntryRule {
+    /// The merged entry of row i, column j.
+    pub fn merged(&self, i: usize, j: usize, values: impl Iterator<Item = f64>) -> f64 {
+        let (mut plus, mut minus, mut pluses, mut minuses) = (0.0, 0.0, 0u32, 0u32);
+        for (member, v) in self.members.iter().zip(values) {
+            let near = v as f32;
+            if near.abs() < member.threshold || hash(i as u32, j as u32, member.key) > self.chance {
+                continue;
+            }
+            if near > 0.0 {
+                plus += v;
+                pluses += 1;
+            } else if near < 0.0 {
+                minus += v;
+                minuses += 1;
+            }
+        }
+        let merged = match self.elect {
+            false => plus + minus,
+            true if (plus + minus) as f32 >= 0.0 => plus / f64::from(pluses.max(1)),
+            true => minus / f64::from(minuses.max(1)),
+        };
+        self.scale * merged
+    }
+}
+
+/// Chance of an entry, uniform in 32 bits: pcg3d (Jarzynski and Olano, Hash Functions for GPU Rendering, JCGT 2020)
+/// of row, column and key.
+fn hash(row: u32, column: u32, key: [u32; 2]) -> u32 {
+    let step = |v: u32| v.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+    let (mut x, mut y, mut z) = (step(row ^ key[1]), step(column), step(key[0]));
+    x = x.wrapping_add(y.wrapping_mul(z));
+    y = y.wrapping_add(z.wrapping_mul(x));
+    z = z.wrapping_add(x.wrapping_mul(y));
+    (x, y, z) = (x ^ (x >> 16), y ^ (y >> 16), z ^ (z >> 16));
+    x.wrapping_add(y.wrapping_mul(z))
+}
+
+/// Some rows of a merged update.
+#[derive(Debug)]
+pub struct Entries {
+    /// One matrix, rows × in, of [`Device::factor`].
+    pub values: Batch,
+    /// ‖values‖².
+    pub square: f64,
+}
+
+/// `rule(s_1·B_1·A_1, …, s_K·B_K·A_K)`, entry by entry, for some rows: what TIES and DARE make of updates, a panel at a
+/// time.
+///
+/// `a`: one matrix, R × in; `b`: one matrix, out × R; both factors ([`Device::factor`]). Products and sums are of
+/// [`Device::product`], the result is rounded once more.
+///
+/// # Errors
+/// [`Error::Invalid`] if shapes or ranges do not fit.
+pub fn entries(
+    device: &Device,
+    a: &Batch,
+    b: &Batch,
+    rule: &EntryRule,
+    rows: Range<usize>,
+) -> Result<Entries> {
+    let shape = check(a, b, &rule.members, &rows)?;
+    let panel = Shape::new(rows.len(), shape.cols);
+    let mut values = Batch::zeros(device, device.factor(), &[panel])?;
+    if let Some(mut outputs) = values.host_mut() {
+        let square = outputs.iter_mut().map(|out| entries_cpu(a, b, rule, &rows, panel.cols, out)).sum();
+        return Ok(Entries { values, square });
+    }
+    let gpu = device.gpu()?;
+    let job = Job {
+        factors: factors(a, b, shape, &rows),
+        members: rule.members.len() as u32,
+        chance: rule.chance,
+        elect: u32::from(rule.elect),
+        scale: rule.scale as f32,
+    };
+    let tiles = (panel.rows.div_ceil(16) as u32, panel.cols.div_ceil(16) as u32);
+    let work: Vec<Work> =
+        (0..tiles.0).flat_map(|row| (0..tiles.1).map(move |c| [0, row, c, row * tiles.1 + c])).collect();
+    let bytes = work.len() as u64 * 4;
+    let squares = gpu.scratch(bytes)?;
+    let members = gpu.scratch(rule.members.len() as u64 * 32)?;
+    gpu.write(&members, 0, bytemuck::cast_slice(&table(&rule.members, &[])))?;
+    let mut commands = gpu.commands();
+    let buffers =
+        [whole(a.buffer()?), whole(b.buffer()?), whole(&members), whole(values.buffer()?), whole(&squares)];
+    commands.launch(Kernel::Entries(device.product()), &[job], &work, &buffers);
+    commands.submit()?;
+    let squares: Vec<f32> = bytemuck::pod_collect_to_vec(&gpu.read(&squares, bytes)?);
+    Ok(Entries { values, square: squares.iter().map(|&v| f64::from(v)).sum() })
+}
+
+/// Buckets of a histogram of [`magnitudes`].
+pub const BUCKETS: usize = 1 << 16;
+
+/// Adds to `counts`, of [`BUCKETS`] for each member, how often bits of the magnitudes `|s_k·B_k·A_k|` as f32 occur in some
+/// rows: without `prefixes` the upper 16 bits; else the lower 15 of entries whose upper ones are the member's prefix.
+///
+/// Shapes and arithmetic as of [`entries`].
+///
+/// # Errors
+/// [`Error::Invalid`] if shapes or ranges do not fit.
+pub fn magnitudes(
+    device: &Device,
+    a: &Batch,
+    b: &Batch,
+    members: &[EntryMember],
+    prefixes: Option<&[u32]>,
+    rows: Range<usize>,
+    counts: &mut [Vec<u64>],
+) -> Result<()> {
+    let shape = check(a, b, members, &rows)?;
+    if !device.is_gpu() {
+        magnitudes_cpu(a, b, members, prefixes, &rows, shape.cols, counts);
+        return Ok(());
+    }
+    let gpu = device.gpu()?;
+    let job = MagnitudesJob { factors: factors(a, b, shape, &rows), upper: u32::from(prefixes.is_none()) };
+    let tiles = (rows.len().div_ceil(16) as u32, shape.cols.div_ceil(16) as u32);
+    let tile = |k: u32| (0..tiles.0).flat_map(move |row| (0..tiles.1).map(move |c| [0, row, c, k]));
+    let work: Vec<Work> = (0..members.len() as u32).flat_map(tile).collect();
+    let bytes = (members.len() * BUCKETS * 4) as u64;
+    let histogram = gpu.buffer("magnitudes", bytes)?;
+    let entries = gpu.scratch(members.len() as u64 * 32)?;
+    gpu.write(&entries, 0, bytemuck::cast_slice(&table(members, prefixes.unwrap_or_default())))?;
+    let mut commands = gpu.commands();
+    let buffers = [whole(a.buffer()?), whole(b.buffer()?), whole(&entries), whole(&histogram)];
+    commands.launch(Kernel::Magnitudes(device.product()), &[job], &work, &buffers);
+    commands.submit()?;
+    let found: Vec<u32> = bytemuck::pod_collect_to_vec(&gpu.read(&histogram, bytes)?);
+    for (counts, found) in counts.iter_mut().zip(found.chunks_exact(BUCKETS)) {
+        counts.iter_mut().zip(found).for_each(|(c, f)| *c += u64::from(*f));
+    }
+    Ok(())
+}
+
+fn check(a: &Batch, b: &Batch, members: &[EntryMember], rows: &Range<usize>) -> Result<Shape> {
+    let ([a], [b]) = (a.shapes(), b.shapes()) else {
+        return Err(Error::Invalid(format!("entries: {} and {} matrices; expected one", a.len(), b.len())));
+    };
+    if a.rows != b.cols {
+        return Err(mismatch("entries", *b, *a));
+    }
+    if rows.end > b.rows || members.iter().any(|m| m.ranks.end > a.rows) {
+        return Err(Error::Invalid(format!("entries: rows or ranks beyond {} x {}", b.rows, a.rows)));
+    }
+    Ok(Shape::new(b.rows, a.cols))
+}
+
+#[derive(Clone, Copy, NoUninit)]
+#[repr(C)]
+struct FactorsJob {
+    a: u32,
+    b: u32,
+    rows: u32,
+    cols: u32,
+    rank: u32,
+    first_row: u32,
+    last_row: u32,
+}
+
+fn factors(a: &Batch, b: &Batch, shape: Shape, rows: &Range<usize>) -> FactorsJob {
+    FactorsJob {
+        a: a.offset(0) as u32,
+        b: b.offset(0) as u32,
+        rows: shape.rows as u32,
+        cols: shape.cols as u32,
+        rank: a.shapes()[0].rows as u32,
+        first_row: rows.start as u32,
+        last_row: rows.end as u32,
+    }
+}
+
+#[derive(Clone, Copy, NoUninit)]
+#[repr(C)]
+struct Job {
+    factors: FactorsJob,
+    members: u32,
+    chance: u32,
+    elect: u32,
+    scale: f32,
+}
+
+#[derive(Clone, Copy, NoUninit)]
+#[repr(C)]
+struct MagnitudesJob {
+    factors: FactorsJob,
+    upper: u32,
+}
+
+#[derive(Clone, Copy, NoUninit)]
+#[repr(C)]
+struct Member {
+    start: u32,
+    end: u32,
+    scale: f32,
+    threshold: f32,
+    key: [u32; 2],
+    prefix: u32,
+    unused: u32,
+}
+
+fn table(members: &[EntryMember], prefixes: &[u32]) -> Vec<Member> {
+    let entry = |(k, m): (usize, &EntryMember)| Member {
+        start: m.ranks.start as u32,
+        end: m.ranks.end as u32,
+        scale: m.scale as f32,
+        threshold: m.threshold,
+        key: m.key,
+        prefix: prefixes.get(k).copied().unwrap_or(0),
+        unused: 0,
+    };
+    members.iter().enumerate().map(entry).collect()
+}
+
+/// Rows that the CPU twins work on at once.
+const ROWS: usize = 16;
+
+/// `s·B[rows, ranks]·A[ranks, :]` of one member.
+fn update(a: &Batch, b: &Batch, member: &EntryMember, rows: Range<usize>) -> Matrix {
+    let (a_shape, b_shape) = (a.shapes()[0], b.shapes()[0]);
+    let a = view(a.host(0).unwrap_or_default(), a_shape);
+    let b = view(b.host(0).unwrap_or_default(), b_shape);
+    let (start, rank) = (member.ranks.start, member.ranks.len());
+    let mut out = Matrix::zeros(rows.len(), a_shape.cols);
+    faer::linalg::matmul::matmul(
+        view_mut(&mut out.data, Shape::new(rows.len(), a_shape.cols)),
+        faer::Accum::Replace,
+        b.submatrix(rows.start, start, rows.len(), rank),
+        a.submatrix(start, 0, rank, a_shape.cols),
+        member.scale,
+        faer::Par::Seq,
+    );
+    out
+}
+
+/// The CPU twin of [`entries`]; gives the sum of squares.
+fn entries_cpu(
+    a: &Batch,
+    b: &Batch,
+    rule: &EntryRule,
+    rows: &Range<usize>,
+    cols: usize,
+    out: &mut [f64],
+) -> f64 {
+    out.par_chunks_mut((ROWS * cols).max(1))
+        .enumerate()
+        .map(|(i, out)| {
+            let first = rows.start + i * ROWS;
+            let rows = first..first + out.len() / cols.max(1);
+            let updates: Vec<Matrix> =
+                rule.members.iter().map(|member| update(a, b, member, rows.clone())).collect();
+            for (at, out) in out.iter_mut().enumerate() {
+                *out = rule.merged(first + at / cols, at % cols, updates.iter().map(|u| u.data[at]));
+            }
+            out.iter().map(|v| v * v).sum::<f64>()
+        })
+        .collect::<Vec<_>>()
+        .into_iter()
+        .sum()
+}
+
+/// The CPU twin of [`magnitudes`].
+fn magnitudes_cpu(
+    a: &Batch,
+    b: &Batch,
+    members: &[EntryMember],
+    prefixes: Option<&[u32]>,
+    rows: &Range<usize>,
+    cols: usize,
+    counts: &mut [Vec<u64>],
+) {
+    if cols == 0 {
+        return;
+    }
+    counts.par_iter_mut().zip(members).enumerate().for_each(|(k, (counts, member))| {
+        for first in rows.clone().step_by(ROWS) {
+            let last = (first + ROWS).min(rows.end);
+            for v in update(a, b, member, first..last).data {
+                let bits = (v as f32).to_bits() & 0x7fff_ffff;
+                match prefixes {
+                    None => counts[(bits >> 15) as usize] += 1,
+                    Some(prefixes) if bits >> 15 == prefixes[k] => counts[(bits & 0x7fff) as usize] += 1,
+                    Some(_) => {}
+                }
+            }
+        }
+    });
+}

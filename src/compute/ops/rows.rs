@@ -1,0 +1,263 @@
+use bytemuck::NoUninit;
+use rayon::prelude::*;
+
+use super::dtype_code;
+use crate::compute::gpu::{Work, whole};
+use crate::compute::shaders::Kernel;
+use crate::compute::{Batch, Device, Shape};
+use crate::power::{exponent_of, pow2};
+use crate::{Dtype, Error, Matrix, RawMatrix, Result};
+
+/// Factors as rows, each row scaled by a power of two to magnitude 1, which rounds nothing.
+///
+/// Row k of the matrix is `2^exponents[i][k]` times row k of `rows[i]`.
+#[derive(Debug)]
+pub struct ScaledRows {
+    /// rank × width, of [`Device::factor`].
+    pub rows: Batch,
+    /// One for each row.
+    pub exponents: Vec<Vec<i32>>,
+}
+
+/// Which way factors lie.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Side {
+    /// A: rank × in, rows as they are.
+    Input,
+    /// B: out × rank, whose columns become rows.
+    Output,
+}
+
+/// Bytes that are uploaded at once.
+const UPLOAD: usize = 128 << 20;
+
+impl ScaledRows {
+    /// One matrix of each list of factors, stacked: `[A_1; …; A_K]`, or `[B_1 … B_K]ᵀ`.
+    ///
+    /// Factors are widened, transposed and scaled on the device; magnitudes are found on the host.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] if stacked factors differ in width; [`Error::Device`] if a batch is more than the device
+    /// binds at once.
+    pub fn new(device: &Device, side: Side, stacks: &[Vec<RawMatrix<'_>>]) -> Result<Self> {
+        let shapes = stacks.iter().map(|parts| stacked_shape(side, parts)).collect::<Result<Vec<_>>>()?;
+        let exponents: Vec<Vec<i32>> = stacks
+            .par_iter()
+            .map(|parts| parts.iter().flat_map(|part| exponents(side, *part)).collect())
+            .collect();
+        let mut rows = Batch::zeros(device, device.factor(), &shapes)?;
+        match rows.host_mut() {
+            Some(outputs) => outputs
+                .into_par_iter()
+                .zip(stacks)
+                .zip(&exponents)
+                .for_each(|((out, parts), exponents)| rows_cpu(side, parts, exponents, out)),
+            None => rows_gpu(device, side, stacks, &exponents, &rows)?,
+        }
+        Ok(Self { rows, exponents })
+    }
+
+    /// The same for matrices in f64, which a GPU rounds to f32 once they are scaled.
+    pub(crate) fn from_matrices(device: &Device, mut matrices: Vec<Matrix>) -> Result<Self> {
+        let exponents = matrices
+            .par_iter_mut()
+            .map(|m| m.data.chunks_exact_mut(m.cols.max(1)).map(normalise).collect())
+            .collect();
+        Ok(Self { rows: Batch::upload(device, device.factor(), &matrices)?, exponents })
+    }
+
+    /// Some of the matrices, in this order.
+    pub fn select(&self, indices: &[usize]) -> Self {
+        Self {
+            rows: self.rows.select(indices),
+            exponents: indices.iter().map(|&i| self.exponents[i].clone()).collect(),
+        }
+    }
+
+    /// `m`, which stands for the scaled rows of matrix i, with their scales.
+    pub fn unscale(&self, i: usize, mut m: Matrix) -> Matrix {
+        for (row, &e) in m.data.chunks_exact_mut(m.cols.max(1)).zip(&self.exponents[i]) {
+            row.iter_mut().for_each(|v| *v *= pow2(e));
+        }
+        m
+    }
+}
+
+/// Scales a row so that its largest magnitude lies in [1, 2); gives the exponent that was taken out.
+fn normalise(row: &mut [f64]) -> i32 {
+    let e = exponent_of(row.iter().fold(0.0, |max, v| v.abs().max(max)));
+    row.iter_mut().for_each(|v| *v *= pow2(-e));
+    e
+}
+
+fn stacked_shape(side: Side, parts: &[RawMatrix<'_>]) -> Result<Shape> {
+    let mut shape = Shape::new(0, 0);
+    for (i, part) in parts.iter().enumerate() {
+        let (rank, width) = match side {
+            Side::Input => (part.rows, part.cols),
+            Side::Output => (part.cols, part.rows),
+        };
+        if i > 0 && shape.cols != width {
+            return Err(Error::Invalid(format!(
+                "factors of widths {} and {width} cannot be stacked",
+                shape.cols
+            )));
+        }
+        shape = Shape::new(shape.rows + rank, width);
+    }
+    Ok(shape)
+}
+
+/// The exponent of the largest magnitude of each rank, as far as its inverse is a normal f32.
+fn exponents(side: Side, part: RawMatrix<'_>) -> Vec<i32> {
+    // Without the sign, magnitudes are ordered as their bits are.
+    let largest: Vec<f32> = match part.dtype {
+        Dtype::F32 => largest(side, part, u32::from_le_bytes, 0x7fff_ffff, f32::from_bits),
+        Dtype::F16 => largest(side, part, u16::from_le_bytes, 0x7fff, |v| half::f16::from_bits(v).to_f32()),
+        Dtype::Bf16 => largest(side, part, u16::from_le_bytes, 0x7fff, |v| half::bf16::from_bits(v).to_f32()),
+    };
+    largest.into_iter().map(|v| exponent_of(f64::from(v)).clamp(-126, 126)).collect()
+}
+
+fn largest<T, const N: usize>(
+    side: Side,
+    part: RawMatrix<'_>,
+    read: impl Fn([u8; N]) -> T,
+    mask: T,
+    value: impl Fn(T) -> f32,
+) -> Vec<f32>
+where
+    T: Copy + Ord + Default + std::ops::BitAnd<Output = T>,
+{
+    let (values, _) = part.bytes.as_chunks::<N>();
+    let rows = values.chunks_exact(part.cols.max(1));
+    let bits: Vec<T> = match side {
+        Side::Input => {
+            rows.map(|row| row.iter().fold(T::default(), |max, &v| max.max(read(v) & mask))).collect()
+        }
+        Side::Output => {
+            let mut all = vec![T::default(); part.cols];
+            for row in rows {
+                for (max, &v) in all.iter_mut().zip(row) {
+                    *max = (*max).max(read(v) & mask);
+                }
+            }
+            all
+        }
+    };
+    bits.into_iter().map(value).collect()
+}
+
+/// The CPU twin for one stack.
+fn rows_cpu(side: Side, parts: &[RawMatrix<'_>], exponents: &[i32], out: &mut [f64]) {
+    let mut first = 0;
+    for part in parts {
+        let values: Vec<f64> = part.to_vec();
+        let (rank, width) = match side {
+            Side::Input => (part.rows, part.cols),
+            Side::Output => (part.cols, part.rows),
+        };
+        let out = &mut out[first * width..(first + rank) * width];
+        match side {
+            Side::Input => out.copy_from_slice(&values),
+            // In blocks that fit a cache.
+            Side::Output => {
+                for block in (0..width).step_by(64) {
+                    for k in 0..rank {
+                        for i in block..(block + 64).min(width) {
+                            out[k * width + i] = values[i * rank + k];
+                        }
+                    }
+                }
+            }
+        }
+        for (row, e) in out.chunks_exact_mut(width.max(1)).zip(&exponents[first..]) {
+            row.iter_mut().for_each(|v| *v *= pow2(-e));
+        }
+        first += rank;
+    }
+}
+
+#[derive(Clone, Copy, NoUninit)]
+#[repr(C)]
+struct Job {
+    source: u32,
+    dtype: u32,
+    rows: u32,
+    cols: u32,
+    transposed: u32,
+    destination: u32,
+    scales: u32,
+}
+
+fn rows_gpu(
+    device: &Device,
+    side: Side,
+    stacks: &[Vec<RawMatrix<'_>>],
+    exponents: &[Vec<i32>],
+    rows: &Batch,
+) -> Result<()> {
+    let gpu = device.gpu()?;
+    let scales: Vec<f32> = exponents.iter().flatten().map(|&e| pow2(-e) as f32).collect();
+    if scales.is_empty() {
+        return Ok(());
+    }
+    let scale_buffer = gpu.scratch(scales.len() as u64 * 4)?;
+    gpu.write(&scale_buffer, 0, bytemuck::cast_slice(&scales))?;
+    // Factors go up in groups that one binding holds.
+    let limit = (gpu.max_arena() as usize).min(UPLOAD);
+    let (mut pieces, mut jobs, mut bytes): (Vec<(usize, &[u8])>, Vec<Job>, usize) = Default::default();
+    let flush = |pieces: &mut Vec<(usize, &[u8])>, jobs: &mut Vec<Job>, bytes: &mut usize| -> Result<()> {
+        if jobs.is_empty() {
+            return Ok(());
+        }
+        let source = gpu.scratch(*bytes as u64)?;
+        gpu.write_pieces(&source, pieces)?;
+        let tiles = |(i, job): (u32, &Job)| {
+            let cols = job.cols;
+            (0..job.rows).step_by(32).flat_map(move |row| (0..cols).step_by(32).map(move |c| [i, row, c, 0]))
+        };
+        let work: Vec<Work> = (0..).zip(jobs.iter()).flat_map(tiles).collect();
+        let mut commands = gpu.commands();
+        let buffers = [whole(&source), whole(&scale_buffer), whole(rows.buffer()?)];
+        commands.launch(Kernel::Rows, jobs, &work, &buffers);
+        commands.submit()?;
+        (pieces.clear(), jobs.clear());
+        *bytes = 0;
+        Ok(())
+    };
+    let mut scale = 0;
+    for (i, parts) in stacks.iter().enumerate() {
+        let mut destination = rows.offset(i);
+        for part in parts {
+            // What one binding does not hold goes in pieces: rows of A, or of B with all of its columns.
+            let at_once = (limit / (part.cols * part.dtype.size()).max(1)).max(1);
+            for first in (0..part.rows).step_by(at_once) {
+                let piece = part.rows(first, (first + at_once).min(part.rows));
+                if bytes > 0 && bytes + piece.bytes.len() > limit {
+                    flush(&mut pieces, &mut jobs, &mut bytes)?;
+                }
+                if side == Side::Output && piece.rows < part.rows {
+                    return Err(Error::Device(format!(
+                        "a factor of {} x {} is more than {limit} bytes, which are uploaded at once",
+                        part.rows, part.cols
+                    )));
+                }
+                jobs.push(Job {
+                    source: (bytes / 4) as u32,
+                    dtype: dtype_code(piece.dtype),
+                    rows: piece.rows as u32,
+                    cols: piece.cols as u32,
+                    transposed: u32::from(side == Side::Output),
+                    destination: (destination + first * part.cols) as u32,
+                    scales: (scale + if side == Side::Input { first } else { 0 }) as u32,
+                });
+                pieces.push((bytes, piece.bytes));
+                bytes = (bytes + piece.bytes.len()).next_multiple_of(4);
+            }
+            scale += if side == Side::Input { part.rows } else { part.cols };
+            destination += part.rows * part.cols;
+        }
+    }
+    flush(&mut pieces, &mut jobs, &mut bytes)
+}

@@ -1,0 +1,328 @@
+//! TIES and DARE on the entries of ΔW, made panel by panel and never held whole.
+
+use rayon::prelude::*;
+
+use super::core::{rounded, unconverged};
+use super::driver::{self, Done, Job};
+use super::rule::{Dare, Rule, Ties, kept};
+use super::truncate::Truncation;
+use super::{Action, LayerReport, Merged, PlannedLayer};
+use crate::compute::ops::{self, Axis, EntryRule, Factor, ScaledRows};
+use crate::compute::{Batch, Shape};
+use crate::power::{exponent, exponent_of, pow2};
+use crate::{Control, Device, Matrix, Result, Weighted};
+
+/// TIES or DARE on the entries of the updates ΔW_k.
+///
+/// The merged update `rule(ΔW_1, …, ΔW_K)` has no low rank, so the result is its best approximation of rank N, by
+/// default Σ r_k: a randomised range finder (Halko, Martinsson and Tropp 2011) of N + 8 directions with two steps of
+/// subspace iteration, `W ← orth(W·Mᵀ·M)` on the input side, and the SVD of `M·Wᵀ`. Where N + 8 reaches the smaller
+/// dimension of the layer, it is exact. Entries come from the factors in panels of rows, again in each pass; the
+/// threshold of TIES is exact, by counting magnitudes (as f32) twice.
+///
+/// Products of entries are of [`Device::product`]. The report tells how much of ‖M‖² the result captures
+/// ([`LayerReport::captured`]). Layers of one adapter pass through unchanged.
+///
+/// # Example
+/// ```no_run
+/// use loraweld::{Adapter, Device, EntryMerge, Ties};
+/// # fn main() -> loraweld::Result<()> {
+/// let (cat, dog) = (Adapter::open("cat.safetensors")?, Adapter::open("dog.safetensors")?);
+/// let ties = EntryMerge::ties(Ties { density: 0.5, ..Ties::default() });
+/// let merged = ties.merge(&Device::auto()?, &[cat.at(1.0), dog.at(1.0)])?;
+/// # let _ = merged;
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Clone, Debug)]
+pub struct EntryMerge {
+    name: &'static str,
+    rule: Rule,
+    rank: Option<usize>,
+}
+
+/// Directions that the range finder looks for beyond the rank.
+const OVERSAMPLED: usize = 8;
+/// Steps of subspace iteration.
+const STEPS: usize = 2;
+/// Bytes of a panel on a GPU and on the CPU, where each thread has one.
+const PANEL: (usize, usize) = (64 << 20, 4 << 20);
+
+impl EntryMerge {
+    /// TIES.
+    pub fn ties(options: Ties) -> Self {
+        Self { name: "ties", rule: Rule::Ties(options), rank: None }
+    }
+
+    /// DARE.
+    pub fn dare(options: Dare) -> Self {
+        Self { name: "dare", rule: Rule::Dare(options), rank: None }
+    }
+
+    /// Sets the rank of the result.
+    pub fn rank(self, rank: usize) -> Self {
+        Self { rank: Some(rank), ..self }
+    }
+
+    /// Merges.
+    ///
+    /// # Errors
+    /// As [`merge_with`](Self::merge_with).
+    pub fn merge(&self, device: &Device, adapters: &[Weighted<'_>]) -> Result<Merged> {
+        self.merge_with(device, adapters, Control::default())
+    }
+
+    /// Merges, with progress and cancellation.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`](crate::Error::Invalid) for options out of range; as [`Plan::new`](super::Plan::new);
+    /// [`Error::Tensor`](crate::Error::Tensor) for NaN or infinity in an adapter; [`Error::Layer`](crate::Error::Layer) if
+    /// singular values cannot be found or a result overflows f32; [`Error::Device`](crate::Error::Device);
+    /// [`Error::Cancelled`](crate::Error::Cancelled).
+    pub fn merge_with(
+        &self,
+        device: &Device,
+        adapters: &[Weighted<'_>],
+        control: Control<'_>,
+    ) -> Result<Merged> {
+        self.rule.check()?;
+        let mut options = self.rule.json();
+        if let Some(rank) = self.rank {
+            Truncation::rank(rank).check()?;
+            options["rank"] = rank.into();
+        }
+        let room = |layer: &PlannedLayer| self.size(layer);
+        let chunk = |on: &Device, jobs: &[Job<'_>]| -> Result<Vec<Done>> {
+            match on.is_gpu() {
+                // One layer fills a GPU.
+                true => jobs.iter().map(|job| self.layer(on, job, &control)).collect(),
+                false => jobs.par_iter().map(|job| self.layer(on, job, &control)).collect(),
+            }
+        };
+        driver::run(self.name, options, device, adapters, &control, room, chunk)
+    }
+
+    fn directions(&self, layer: &PlannedLayer) -> (usize, usize) {
+        let full = layer.input.min(layer.output);
+        let rank = self.rank.unwrap_or(layer.rank).min(full);
+        (rank, (rank + OVERSAMPLED).min(full))
+    }
+
+    fn size(&self, layer: &PlannedLayer) -> (u64, u64) {
+        let PlannedLayer { rank, input, output, .. } = layer;
+        let (_, directions) = self.directions(layer);
+        let largest = 4 * (rank.max(&directions) * input.max(output)).max(PANEL.0 / 4);
+        let all = 4 * (rank * (input + output) + 4 * directions * input + PANEL.0 / 2);
+        (largest as u64, all as u64)
+    }
+
+    fn layer(&self, device: &Device, job: &Job<'_>, control: &Control<'_>) -> Result<Done> {
+        let PlannedLayer { input, output, .. } = job.planned;
+        let (rank, directions) = self.directions(job.planned);
+        let mut sketch = Sketch::new(device, job, &self.rule, control)?;
+        if let Rule::Ties(ties) = &self.rule {
+            sketch.trim(kept(ties.density, input * output))?;
+        }
+        let (y, core, w, square) = match directions == *output {
+            // All rows are wanted: M = L·Q itself.
+            true => {
+                let (rows, square) = sketch.whole()?;
+                let w = ops::qr(device, &ScaledRows::from_matrices(device, vec![rows])?)?;
+                let y = Batch::upload(device, device.factor(), &[identity(*output)])?;
+                (y, w.l[0].clone(), w.q, square)
+            }
+            false => {
+                let w = self.directions_of(&sketch, directions)?;
+                let (y, square) = sketch.applied(&w)?;
+                // M ≈ (W·Mᵀ)ᵀ·W, and W·Mᵀ = L·Q.
+                let y = ops::qr(device, &ScaledRows::from_matrices(device, vec![y])?)?;
+                (y.q, y.l[0].transposed(), w, square)
+            }
+        };
+        let svd = ops::jacobi_svd(device, &[core])?.remove(0);
+        if !svd.converged {
+            return Err(unconverged(&job.planned.name));
+        }
+        let count = Truncation::rank(rank).kept(&svd.values);
+        let size = pow2(sketch.exponent);
+        let half = |vectors: &Matrix| {
+            Matrix::from_fn(count, vectors.cols, |k, i| (svd.values[k] * size).sqrt() * vectors[(k, i)])
+        };
+        let lift = |vectors: &Matrix, q: &Batch| -> Result<Matrix> {
+            let rows = ops::rank_update(device, None, &ops::small(device, &[half(vectors)])?, q)?;
+            Ok(rows.download(device)?.remove(0))
+        };
+        let layer = rounded(job.template(), &lift(&svd.right, &w)?, &lift(&svd.left, &y)?)?;
+        let held: f64 = svd.values[..count].iter().map(|v| v * v).sum();
+        let captured = if square > 0.0 { (held / square).min(1.0) } else { 1.0 };
+        let report = LayerReport {
+            rank: count,
+            captured: Some(captured),
+            ..LayerReport::new(job.planned, Action::Combined)
+        };
+        Ok(Done { layer, report })
+    }
+}
+
+impl EntryMerge {
+    /// W, directions × in: orthonormal rows that hold most of M.
+    fn directions_of(&self, sketch: &Sketch<'_>, directions: usize) -> Result<Batch> {
+        let (device, input) = (sketch.device, sketch.shape.cols);
+        if directions == input {
+            return Batch::upload(device, device.factor(), &[identity(input)]);
+        }
+        let mut w = Batch::upload(device, device.factor(), &[random(directions, input)])?;
+        for _ in 0..STEPS {
+            let rows = ScaledRows::from_matrices(device, vec![sketch.squared(&w)?])?;
+            w = ops::qr(device, &rows)?.q;
+        }
+        Ok(w)
+    }
+}
+
+fn identity(order: usize) -> Matrix {
+    Matrix::from_fn(order, order, |i, j| f64::from(u8::from(i == j)))
+}
+
+/// The merged update M of one layer, divided by `2^exponent`, as far as products with it show.
+struct Sketch<'a> {
+    device: &'a Device,
+    control: &'a Control<'a>,
+    name: &'a str,
+    a: Batch,
+    b: Batch,
+    rule: EntryRule,
+    exponent: i32,
+    shape: Shape,
+}
+
+impl<'a> Sketch<'a> {
+    fn new(device: &'a Device, job: &Job<'a>, rule: &Rule, control: &'a Control<'a>) -> Result<Self> {
+        // Factors are brought to size 1 by powers of two, and all updates by a common one.
+        let (mut a, mut b, mut scales) = (Vec::new(), Vec::new(), Vec::new());
+        for (layer, scale) in &job.members {
+            let sizes = [layer.a(), layer.b()].map(|m| exponent(m).unwrap_or(0));
+            a.push(Factor { matrix: layer.a(), scale: pow2(-sizes[0]) as f32 });
+            b.push(Factor { matrix: layer.b(), scale: pow2(-sizes[1]) as f32 });
+            scales.push(scale * pow2(sizes[0]) * pow2(sizes[1]));
+        }
+        let exponent = exponent_of(scales.iter().fold(0.0, |max, s| s.abs().max(max)));
+        scales.iter_mut().for_each(|s| *s *= pow2(-exponent));
+        Ok(Self {
+            device,
+            control,
+            name: &job.planned.name,
+            a: ops::rank_concat(device, Axis::Rows, &[&a])?,
+            b: ops::rank_concat(device, Axis::Columns, &[&b])?,
+            rule: rule.entries(&job.planned.key, &super::blocks(&job.members), &scales),
+            exponent,
+            shape: Shape::new(job.planned.output, job.planned.input),
+        })
+    }
+
+    /// Calls `each` with panels of rows, one after the other.
+    fn panels(&self, mut each: impl FnMut(std::ops::Range<usize>) -> Result<()>) -> Result<()> {
+        let bytes = if self.device.is_gpu() { PANEL.0 / 4 } else { PANEL.1 / 8 };
+        // Not more than the loops of a kernel may run through.
+        let rows = (bytes / self.shape.cols.max(1)).clamp(1, 8192);
+        for first in (0..self.shape.rows).step_by(rows) {
+            self.control.check()?;
+            each(first..(first + rows).min(self.shape.rows))?;
+        }
+        Ok(())
+    }
+
+    /// Sets the thresholds so that each member keeps its `count` largest entries, and what is as large as the last.
+    fn trim(&mut self, count: usize) -> Result<()> {
+        let members = self.rule.members.len();
+        let mut counts = vec![vec![0u64; ops::BUCKETS]; members];
+        let count_all = |prefixes: Option<&[u32]>, counts: &mut [Vec<u64>]| {
+            self.panels(|rows| {
+                ops::magnitudes(self.device, &self.a, &self.b, &self.rule.members, prefixes, rows, counts)
+            })
+        };
+        count_all(None, &mut counts)?;
+        // From the largest down, the bucket in which the last kept one lies, and how many of it are kept.
+        let last = |counts: &[u64], mut left: u64| {
+            for (bucket, &n) in counts.iter().enumerate().rev() {
+                if n >= left {
+                    return (bucket as u32, left);
+                }
+                left -= n;
+            }
+            (0, 0)
+        };
+        let found: Vec<(u32, u64)> = counts.iter().map(|counts| last(counts, count as u64)).collect();
+        let prefixes: Vec<u32> = found.iter().map(|(prefix, _)| *prefix).collect();
+        counts.iter_mut().for_each(|counts| counts.fill(0));
+        count_all(Some(&prefixes), &mut counts)?;
+        let thresholds: Vec<f32> = (0..members)
+            .map(|k| f32::from_bits(prefixes[k] << 15 | last(&counts[k], found[k].1).0))
+            .collect();
+        for (member, threshold) in self.rule.members.iter_mut().zip(thresholds) {
+            member.threshold = threshold;
+        }
+        Ok(())
+    }
+
+    /// `W·Mᵀ·M`, of W's shape.
+    fn squared(&self, w: &Batch) -> Result<Matrix> {
+        let mut sum: Option<Batch> = None;
+        self.panels(|rows| {
+            let panel = ops::entries(self.device, &self.a, &self.b, &self.rule, rows)?.values;
+            let part = ops::inner_as(self.device, w, &panel, self.device.product())?;
+            sum = Some(ops::rank_update(self.device, sum.as_ref(), &part, &panel)?);
+            Ok(())
+        })?;
+        self.one(sum)
+    }
+
+    /// `W·Mᵀ`, directions × out, and ‖M‖².
+    fn applied(&self, w: &Batch) -> Result<(Matrix, f64)> {
+        let mut product = Matrix::zeros(w.shapes()[0].rows, self.shape.rows);
+        let mut square = 0.0;
+        self.panels(|rows| {
+            let panel = ops::entries(self.device, &self.a, &self.b, &self.rule, rows.clone())?;
+            square += panel.square;
+            let part = ops::inner_as(self.device, w, &panel.values, self.device.product())?;
+            let part = self.one(Some(part))?;
+            for k in 0..product.rows {
+                let to = k * product.cols + rows.start;
+                product.data[to..to + rows.len()].copy_from_slice(part.row(k));
+            }
+            Ok(())
+        })?;
+        Ok((product, square))
+    }
+
+    /// M itself, and ‖M‖².
+    fn whole(&self) -> Result<(Matrix, f64)> {
+        let mut whole = Matrix { rows: self.shape.rows, cols: self.shape.cols, data: Vec::new() };
+        let mut square = 0.0;
+        self.panels(|rows| {
+            let panel = ops::entries(self.device, &self.a, &self.b, &self.rule, rows)?;
+            square += panel.square;
+            whole.data.extend(self.one(Some(panel.values))?.data);
+            Ok(())
+        })?;
+        Ok((whole, square))
+    }
+
+    fn one(&self, batch: Option<Batch>) -> Result<Matrix> {
+        let matrix = batch.map(|batch| batch.download(self.device)).transpose()?;
+        let empty = || crate::Error::layer(self.name, "it has no rows");
+        matrix.and_then(|mut all| all.pop()).ok_or_else(empty)
+    }
+}
+
+/// Signs at random, the same for ever: they meet every direction about as well as normal numbers.
+fn random(rows: usize, cols: usize) -> Matrix {
+    let mut state = 0u64;
+    Matrix::from_fn(rows, cols, |_, _| {
+        // SplitMix64 (Steele, Lea and Flood 2014).
+        state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let z = (state ^ (state >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        if (z ^ (z >> 31)) >> 63 == 0 { 1.0 } else { -1.0 }
+    })
+}
