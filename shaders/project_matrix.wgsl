@@ -3,8 +3,8 @@
 //
 //   X: tokens × width, row-major, f32, f16 or bf16      A: rank × width, f32      Z: tokens × rank, f32
 //
-// Rows are brought into f16's range by the powers of two of row_scale.wgsl. f16 and bf16 values are then
-// exact in f16 (short of 2^-24 of the largest of their row); f32 values are split by mask into a high and a
+// Rows but those of f16 are brought into f16's range by the powers of two of row_scale.wgsl. f16 and bf16 values are
+// then exact in f16 (short of 2^-24 of the largest of their row); f32 values are split by mask into a high and a
 // low part of 11 bits each, and the products of two low parts left out. The unit's accumulator truncates,
 // so it sums at most CHUNK products before they are added in f32.
 //
@@ -57,6 +57,10 @@ var<workgroup> tile: array<f16, TILE_LEN>;
 var<workgroup> patches: array<f32, 2048>;
 
 fn x_scale(job: Job, row: u32) -> f32 {
+    if (DTYPE == F16) {
+        // In range as they are.
+        return 1.0;
+    }
     return scales[job.x_scales + min(row, job.tokens - 1u)];
 }
 

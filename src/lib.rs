@@ -46,10 +46,11 @@
 //! |---|---|
 //! | [`adapter`] | what a LoRA file is: keys, scales, layers; reading and writing |
 //! | [`calibration`] | statistics of what the layers read: accumulating, adding, slicing, files |
+//! | [`fusion`] | fusing while a model generates: selection by features, schedules, latent refinement, live factors |
 //! | [`merge`] | the methods, one file each; the plan (which layers, which adapters); the report |
 //! | [`compute`] | the device, what it can do, and the operations that methods are written in, each with a GPU and a CPU side |
 //!
-//! `adapter` and `compute` know nothing of each other; `calibration` and `merge` use both. With the default feature
+//! `adapter` and `compute` know nothing of each other; `calibration`, `merge` and `fusion` use both. With the default feature
 //! `cli` the crate is also the command `loraweld`; `default-features = false` leaves the library alone.
 //! [`wgpu`] is exported, so that a host uses the same version.
 
@@ -62,6 +63,7 @@ pub(crate) mod safetensors_file;
 pub mod adapter;
 pub mod calibration;
 pub mod compute;
+pub mod fusion;
 pub mod merge;
 
 pub use adapter::{
@@ -83,3 +85,7 @@ pub use wgpu;
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]
 struct Readme;
+// And the guide's.
+#[cfg(doctest)]
+#[doc = include_str!("../docs/embedding.md")]
+struct Embedding;

@@ -939,3 +939,34 @@ fn paths_with_colons_are_paths() {
         events.iter().filter(|e| e["event"] == "input").map(|e| e["strength"].clone()).collect();
     assert_eq!(strengths, [json!(1.0), json!(-2.0)]);
 }
+
+#[test]
+fn schedules_say_who_acts_when() {
+    let sandbox = Sandbox::new();
+    let (subject, style) = (text(lora("content_heart")), text(lora("style_shade")));
+    let of = |method: &str, output: &str, more: &[&str]| {
+        let fixed = ["schedule", method, "--subject", &subject, "--style", &style, "-o", output];
+        args(&[&fixed[..], more].concat())
+    };
+    for method in ["k-lora", "est", "craft"] {
+        let events = sandbox.events(&of(method, method, &[]));
+        let event = event(&events, "schedule");
+        assert_eq!((&event["method"], &event["layers"]), (&json!(method), &json!(24)));
+        let file: Value =
+            serde_json::from_slice(&fs::read(sandbox.path(method)).expect("a file")).expect("JSON");
+        assert_eq!(
+            (&file["kind"], &file["adapters"][1]["role"]),
+            (&json!("loraweld.schedule"), &json!("style"))
+        );
+        let windows = &file["layers"]["transformer_blocks.2.attn.to_v"]["windows"];
+        assert_eq!((&windows[0]["adapter"], &windows[0]["from"]), (&json!(0), &json!(0.0)), "{windows}");
+    }
+    let (stdout, _) =
+        sandbox.succeeds(&of("k-lora", "k-lora", &["--force", "--gamma", "0.5", "--alpha", "0"]));
+    assert!(stdout.contains("24 layers") && stdout.contains("wrote"), "{stdout}");
+    sandbox.fails(1, &of("est", "est", &[]), &["est", "--force"]);
+    sandbox.fails(1, &of("est", &style, &["--force"]), &["style_shade"]);
+    sandbox.fails(1, &of("craft", "new", &["--style-from", "2"]), &["0 to 1"]);
+    sandbox.fails(1, &of("k-lora", "new", &["--gamma", "0"]), &["gamma"]);
+    sandbox.fails(2, &of("k-lora", "new", &["--alpha", "-1"]), &["--alpha"]);
+}

@@ -1,4 +1,4 @@
-"""The work of benches/ops.rs in PyTorch on CUDA: medians of 50 timings of 20 calls each, in milliseconds."""
+"""The work of benches/ops.rs, and the layers that benches/fusion.rs adds to, in PyTorch on CUDA: medians of 50 timings of 20 calls each, in milliseconds."""
 
 import statistics
 import time
@@ -51,3 +51,14 @@ for width, rank in [(3072, 32), (3072, 64), (3072, 128), (3072, 256), (3072, 512
     print(f"accumulate d{width} r{rank}: f32 {f32:.4f}  tf32 {tf32:.4f}  f32 from bf16 input {bf16_in:.4f}", flush=True)
 for order in [32, 64, 128, 256]:
     print(f"solve 64x{order} f64: lu {solve(64, order, 'lu'):.4f}  cholesky {solve(64, order, 'cholesky'):.4f}", flush=True)
+
+
+def layer(tokens, width_in, width_out):
+    """The base model's own product, to which fusing adds."""
+    x = torch.randn(tokens, width_in, device="cuda", dtype=torch.bfloat16)
+    w = torch.randn(width_out, width_in, device="cuda", dtype=torch.bfloat16)
+    return median_ms(lambda: x @ w.T)
+
+
+for width_in, width_out in [(3072, 3072), (3072, 12288), (12288, 3072)]:
+    print(f"base layer {width_in} to {width_out}, bf16: {layer(4608, width_in, width_out):.4f}", flush=True)

@@ -10,6 +10,7 @@ mod inspect;
 mod layers;
 mod merge;
 mod output;
+mod schedule;
 
 use std::io::{self, IsTerminal};
 use std::process::ExitCode;
@@ -49,6 +50,7 @@ enum Command {
     Resize(merge::Resize),
     Calibrate(calibrate::Calibrate),
     Calibration(calibration::CalibrationCommand),
+    Schedule(schedule::ScheduleCommand),
     Inspect(inspect::Inspect),
     Convert(convert::Convert),
     Devices(devices::Devices),
@@ -101,6 +103,7 @@ fn run(cli: Cli, out: &Output) -> anyhow::Result<()> {
         Command::Resize(command) => command.run(&global, out),
         Command::Calibrate(command) => command.run(&global, out),
         Command::Calibration(command) => command.run(out),
+        Command::Schedule(command) => command.run(out),
         Command::Inspect(command) => command.run(out),
         Command::Convert(command) => command.run(out),
         Command::Devices(command) => command.run(&global, out),

@@ -286,8 +286,15 @@ struct Launch {
     phase: u32,
     kernel: Kernel,
     jobs: Range<usize>,
-    work: Range<usize>,
+    work: Workgroups,
     buffers: Vec<OwnedBinding>,
+}
+
+enum Workgroups {
+    /// One for each entry of a table.
+    Table(Range<usize>),
+    /// A grid, whose places the kernel reads for itself.
+    Grid([u32; 3]),
 }
 
 /// A range of a buffer, bound once it is submitted.
@@ -313,13 +320,40 @@ impl Commands<'_> {
         if work.is_empty() {
             return;
         }
-        let mut append = |bytes: &[u8]| {
-            let start = self.tables.len().next_multiple_of(BIND_ALIGN);
-            self.tables.resize(start, 0);
-            self.tables.extend_from_slice(bytes);
-            start..self.tables.len()
-        };
-        let (jobs, work) = (append(bytemuck::cast_slice(jobs)), append(bytemuck::cast_slice(work)));
+        let jobs = self.append(bytemuck::cast_slice(jobs));
+        let work = Workgroups::Table(self.append(bytemuck::cast_slice(work)));
+        self.push(kernel, jobs, work, buffers);
+    }
+
+    /// Dispatches a grid of workgroups on one job. Bindings are: 1 `jobs`, of one entry, 3 and up `buffers`.
+    pub fn launch_grid<J: bytemuck::NoUninit>(
+        &mut self,
+        kernel: Kernel,
+        job: &J,
+        grid: [u32; 3],
+        buffers: &[wgpu::BufferBinding<'_>],
+    ) {
+        if grid.contains(&0) {
+            return;
+        }
+        let jobs = self.append(bytemuck::bytes_of(job));
+        self.push(kernel, jobs, Workgroups::Grid(grid), buffers);
+    }
+
+    fn append(&mut self, bytes: &[u8]) -> Range<usize> {
+        let start = self.tables.len().next_multiple_of(BIND_ALIGN);
+        self.tables.resize(start, 0);
+        self.tables.extend_from_slice(bytes);
+        start..self.tables.len()
+    }
+
+    fn push(
+        &mut self,
+        kernel: Kernel,
+        jobs: Range<usize>,
+        work: Workgroups,
+        buffers: &[wgpu::BufferBinding<'_>],
+    ) {
         let buffers = buffers
             .iter()
             .map(|b| OwnedBinding { buffer: b.buffer.clone(), offset: b.offset, size: b.size })
@@ -345,25 +379,40 @@ impl Commands<'_> {
     }
 
     /// Submits what was recorded.
-    pub fn submit(self) -> Result<()> {
-        let Self { gpu, mut launches, tables: bytes, kept, .. } = self;
-        launches.sort_by_key(|launch| launch.phase);
-        if launches.is_empty() {
-            return gpu.check();
+    pub fn submit(mut self) -> Result<()> {
+        let mut encoder = self.gpu.device.create_command_encoder(&Default::default());
+        if !self.launches.is_empty() {
+            self.record(&mut encoder);
+            self.gpu.queue.submit([encoder.finish()]);
         }
+        self.gpu.check()
+    }
+
+    /// Records into an encoder of the host, which submits it.
+    pub fn encode(mut self, encoder: &mut wgpu::CommandEncoder) {
+        if self.launches.is_empty() {
+            return;
+        }
+        self.record(encoder);
+        let kept = self.kept;
+        encoder.on_submitted_work_done(move || drop(kept));
+    }
+
+    fn record(&mut self, encoder: &mut wgpu::CommandEncoder) {
+        let Self { gpu, launches, tables: bytes, .. } = self;
+        launches.sort_by_key(|launch| launch.phase);
         let tables = gpu.device.create_buffer(&wgpu::BufferDescriptor {
             label: Some("job and work tables"),
-            size: bytes.len() as u64,
+            size: bytes.len().next_multiple_of(4) as u64,
             usage: wgpu::BufferUsages::STORAGE,
             mapped_at_creation: true,
         });
         if let Ok(mut view) = tables.get_mapped_range_mut(..) {
-            view.slice(..).copy_from_slice(&bytes);
+            view.slice(..bytes.len()).copy_from_slice(bytes);
         }
         tables.unmap();
-        let mut encoder = gpu.device.create_command_encoder(&Default::default());
         let mut pass = encoder.begin_compute_pass(&Default::default());
-        for launch in &launches {
+        for launch in launches {
             let pipeline = gpu.pipeline(launch.kernel);
             let entry = |binding, buffer, offset, size| wgpu::BindGroupEntry {
                 binding,
@@ -372,8 +421,10 @@ impl Commands<'_> {
             let table = |binding, range: &Range<usize>| {
                 entry(binding, &tables, range.start as u64, wgpu::BufferSize::new(range.len() as u64))
             };
-            let mut entries =
-                vec![entry(0, &gpu.params, 0, None), table(1, &launch.jobs), table(2, &launch.work)];
+            let mut entries = vec![table(1, &launch.jobs)];
+            if let Workgroups::Table(work) = &launch.work {
+                entries.extend([entry(0, &gpu.params, 0, None), table(2, work)]);
+            }
             entries.extend((3..).zip(&launch.buffers).map(|(i, b)| entry(i, &b.buffer, b.offset, b.size)));
             let group = gpu.device.create_bind_group(&wgpu::BindGroupDescriptor {
                 label: None,
@@ -382,13 +433,15 @@ impl Commands<'_> {
             });
             pass.set_pipeline(&pipeline);
             pass.set_bind_group(0, &group, &[]);
-            let count = (launch.work.len() / size_of::<Work>()) as u32;
-            pass.dispatch_workgroups(count.min(GRID_WIDTH), count.div_ceil(GRID_WIDTH), 1);
+            let [x, y, z] = match &launch.work {
+                Workgroups::Grid(grid) => *grid,
+                Workgroups::Table(work) => {
+                    let count = (work.len() / size_of::<Work>()) as u32;
+                    [count.min(GRID_WIDTH), count.div_ceil(GRID_WIDTH), 1]
+                }
+            };
+            pass.dispatch_workgroups(x, y, z);
         }
-        drop(pass);
-        gpu.queue.submit([encoder.finish()]);
-        drop(kept);
-        gpu.check()
     }
 }
 

@@ -7,7 +7,7 @@
 mod batch;
 mod capabilities;
 mod device;
-mod gpu;
+pub(crate) mod gpu;
 pub mod ops;
 mod self_test;
 pub mod shaders;

@@ -4,6 +4,7 @@
 //! `shaders/shared/` that it `#import`s. `#import real` takes the arithmetic of the permutation's tier.
 
 use super::Element;
+use super::ops::Score;
 use crate::Dtype;
 
 /// A kernel, with the parameters that make it a permutation.
@@ -39,6 +40,26 @@ pub enum Kernel {
     JacobiSvd(Element),
     /// `shaders/rank_update.wgsl`
     RankUpdate(Element),
+    /// `shaders/branch_scores.wgsl`: which score, the type of the features, whether on matrix units.
+    BranchScores(Score, Dtype, bool),
+    /// `shaders/branch_means.wgsl`
+    BranchMeans,
+    /// `shaders/branch_choose.wgsl`
+    BranchChoose,
+    /// `shaders/branch_weigh.wgsl`
+    BranchWeigh,
+    /// `shaders/branch_apply.wgsl`, with the type of the features, and whether on matrix units.
+    BranchApply(Dtype, bool),
+    /// `shaders/blend.wgsl`
+    Blend,
+    /// `shaders/extrapolate.wgsl`, with the type of its operands.
+    Extrapolate(Dtype),
+    /// `shaders/cosine.wgsl`
+    Cosine,
+    /// `shaders/gradient_norm.wgsl`
+    GradientNorm,
+    /// `shaders/gradient_step.wgsl`
+    GradientStep,
     /// `shaders/entries.wgsl`
     Entries(Element),
     /// `shaders/magnitudes.wgsl`
@@ -59,6 +80,7 @@ macro_rules! kernel {
 }
 
 const TILES: [u32; 3] = [32, 64, 128];
+const DTYPES: [Dtype; 3] = [Dtype::F32, Dtype::F16, Dtype::Bf16];
 const WIDE: [Element; 2] = [Element::F64, Element::DoubleSingle];
 
 impl Kernel {
@@ -71,11 +93,23 @@ impl Kernel {
             Self::SumParts,
             Self::SelfTest,
             Self::Matmul(Element::F32),
+            Self::BranchMeans,
+            Self::BranchChoose,
+            Self::BranchWeigh,
+            Self::Blend,
+            Self::Cosine,
+            Self::GradientNorm,
+            Self::GradientStep,
             Self::RankUpdate(Element::F32),
             Self::Entries(Element::F32),
             Self::Magnitudes(Element::F32),
         ];
-        for dtype in [Dtype::F32, Dtype::F16, Dtype::Bf16] {
+        for dtype in DTYPES {
+            for matrix in [false, true] {
+                all.extend(Score::ALL.map(|score| Self::BranchScores(score, dtype, matrix)));
+                all.push(Self::BranchApply(dtype, matrix));
+            }
+            all.push(Self::Extrapolate(dtype));
             all.extend(TILES.map(|tile| Self::Project(tile, dtype)));
             all.push(Self::ProjectMatrix(dtype));
         }
@@ -109,12 +143,26 @@ impl Kernel {
             Element::Host => "host",
         };
         match self {
-            Self::RankConcat | Self::Rows | Self::RowScale | Self::SumParts | Self::SelfTest => {
-                file.to_owned()
-            }
-
+            Self::RankConcat
+            | Self::Rows
+            | Self::RowScale
+            | Self::SumParts
+            | Self::SelfTest
+            | Self::BranchMeans
+            | Self::BranchChoose
+            | Self::BranchWeigh
+            | Self::Blend
+            | Self::Cosine
+            | Self::GradientNorm
+            | Self::GradientStep => file.to_owned(),
             Self::Project(tile, dtype) => format!("{file}_{tile}_{dtype}"),
-            Self::ProjectMatrix(dtype) => format!("{file}_{dtype}"),
+            Self::BranchScores(score, dtype, matrix) => {
+                format!("{file}_{}_{dtype}{}", score.name(), if matrix { "_matrix" } else { "" })
+            }
+            Self::BranchApply(dtype, matrix) => {
+                format!("{file}_{dtype}{}", if matrix { "_matrix" } else { "" })
+            }
+            Self::ProjectMatrix(dtype) | Self::Extrapolate(dtype) => format!("{file}_{dtype}"),
             Self::Gram(tile) => format!("{file}_{tile}"),
             Self::ProjectReal(e)
             | Self::Cholesky(e)
@@ -147,6 +195,16 @@ impl Kernel {
             Self::Matmul(_) => ("matmul", kernel!("matmul")),
             Self::JacobiSvd(_) => ("jacobi_svd", kernel!("jacobi_svd")),
             Self::RankUpdate(_) => ("rank_update", kernel!("rank_update")),
+            Self::BranchScores(..) => ("branch_scores", kernel!("branch_scores")),
+            Self::BranchMeans => ("branch_means", kernel!("branch_means")),
+            Self::BranchChoose => ("branch_choose", kernel!("branch_choose")),
+            Self::BranchWeigh => ("branch_weigh", kernel!("branch_weigh")),
+            Self::BranchApply(..) => ("branch_apply", kernel!("branch_apply")),
+            Self::Blend => ("blend", kernel!("blend")),
+            Self::Extrapolate(_) => ("extrapolate", kernel!("extrapolate")),
+            Self::Cosine => ("cosine", kernel!("cosine")),
+            Self::GradientNorm => ("gradient_norm", kernel!("gradient_norm")),
+            Self::GradientStep => ("gradient_step", kernel!("gradient_step")),
             Self::Entries(_) => ("entries", kernel!("entries")),
             Self::Magnitudes(_) => ("magnitudes", kernel!("magnitudes")),
             Self::SelfTest => ("self_test", kernel!("self_test")),
@@ -162,7 +220,17 @@ impl Kernel {
             | Self::SumParts
             | Self::Project(..)
             | Self::ProjectMatrix(_)
-            | Self::Gram(_) => None,
+            | Self::Gram(_)
+            | Self::BranchScores(..)
+            | Self::BranchMeans
+            | Self::BranchChoose
+            | Self::BranchWeigh
+            | Self::BranchApply(..)
+            | Self::Blend
+            | Self::Extrapolate(_)
+            | Self::Cosine
+            | Self::GradientNorm
+            | Self::GradientStep => None,
             Self::ProjectReal(e)
             | Self::Cholesky(e)
             | Self::CholeskySolve(e)
@@ -186,7 +254,12 @@ impl Kernel {
                     tile_constants(tile)
                 )
             }
-            Self::ProjectMatrix(dtype) => dtype_constant(dtype),
+            Self::ProjectMatrix(dtype) | Self::BranchApply(dtype, _) | Self::Extrapolate(dtype) => {
+                dtype_constant(dtype)
+            }
+            Self::BranchScores(score, dtype, _) => {
+                format!("{}const SCORE: u32 = {}u;\n", dtype_constant(dtype), score.code())
+            }
             Self::Gram(tile) => format!("const TILE: u32 = {tile}u;\n{}", tile_constants(tile)),
             Self::GramReal(part, _) | Self::GramReduce(part, _) => match part {
                 Element::F32 => {
@@ -201,7 +274,7 @@ impl Kernel {
     /// Whether this needs matrix units, which neither DX12 nor WebGPU's default limits have; each such kernel
     /// has a twin that does without.
     pub fn uses_matrix_units(self) -> bool {
-        matches!(self, Self::ProjectMatrix(_))
+        matches!(self, Self::ProjectMatrix(_) | Self::BranchScores(_, _, true) | Self::BranchApply(_, true))
     }
 
     /// The permutation's whole WGSL.
@@ -228,6 +301,13 @@ impl Kernel {
             ("words", _) => shared!("words"),
             ("fetch", _) => shared!("fetch"),
             ("tile_f32", _) => shared!("tile_f32"),
+            ("pack", _) => shared!("pack"),
+            ("exp_log", _) => shared!("exp_log"),
+            ("branch", _) => shared!("branch"),
+            ("branch_state", _) => shared!("branch_state"),
+            ("branch_features", _) => shared!("branch_features"),
+            ("branch_tile", _) if self.uses_matrix_units() => shared!("branch_tile_matrix"),
+            ("branch_tile", _) => shared!("branch_tile"),
             ("entry", _) => shared!("entry"),
             ("real", Some(Element::F32)) => shared!("real_f32"),
             ("real", Some(Element::F64)) => shared!("real_f64"),

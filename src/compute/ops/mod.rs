@@ -4,9 +4,14 @@
 //! computes; see [`Device::product`](super::Device::product) and [`Device::sum`](super::Device::sum).
 
 mod accumulate;
+mod blend;
+pub(crate) mod branches;
 mod cholesky;
 mod cholesky_solve;
+mod cosine;
 mod entries;
+mod extrapolate;
+mod gradient_step;
 mod gram;
 mod inner;
 mod jacobi_svd;
@@ -19,9 +24,14 @@ mod rank_update;
 mod rows;
 
 pub use accumulate::{Activations, accumulate};
+pub(crate) use blend::{Blend, BlendJob, blend_cpu};
+pub use branches::Score;
 pub use cholesky::{PivotFailure, cholesky};
 pub use cholesky_solve::cholesky_solve;
+pub(crate) use cosine::{CosineJob, cosine_cpu};
 pub use entries::{BUCKETS, Entries, EntryMember, EntryRule, entries, magnitudes};
+pub(crate) use extrapolate::{ExtrapolateJob, extrapolate_cpu};
+pub(crate) use gradient_step::{GradientJob, gradient_step_cpu};
 pub use gram::gram;
 pub use inner::{inner, inner_as};
 pub use jacobi_svd::{Svd, jacobi_svd};

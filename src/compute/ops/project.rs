@@ -110,9 +110,10 @@ const DEPTH: usize = 32;
 fn select(gpu: &Gpu, rank: usize, dtype: Dtype) -> (Kernel, u32) {
     let tile = match rank {
         0..=32 => 32,
-        33..=64 => 64,
-        // For less, finding the scales of X costs more than matrix units save.
+        // For less, finding the scales of X costs more than matrix units save; X in f16 needs none.
+        33..=64 if dtype != Dtype::F16 => 64,
         _ if gpu.capabilities.matrix_units() => return (Kernel::ProjectMatrix(dtype), 64),
+        33..=64 => 64,
         _ => 128,
     };
     (Kernel::Project(tile, dtype), tile)
@@ -217,7 +218,9 @@ fn encode_f32(
             scales += (job.tokens + shape.rows) as u32;
             let (i, cols, dtype) = (scales_of_x.len() as u32, shape.cols as u32, dtype_code(job.dtype));
             scales_of_x.push(ScaleJob { matrix: job.x_word as u32, scales: x_scales, cols, dtype });
-            x_rows.extend((0..job.tokens as u32).map(|row| [i, row, 0, 0]));
+            if job.dtype != Dtype::F16 {
+                x_rows.extend((0..job.tokens as u32).map(|row| [i, row, 0, 0]));
+            }
             let dtype = dtype_code(Dtype::F32);
             scales_of_a.push(ScaleJob { matrix: a.offset(job.a) as u32, scales: a_scales, cols, dtype });
             a_rows.extend((0..shape.rows as u32).map(|row| [i, row, 0, 0]));

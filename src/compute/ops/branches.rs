@@ -1,0 +1,612 @@
+//! Branches: low-rank updates of the same features, of which each token keeps the one that changes it most.
+//!
+//! The kernels are `shaders/branch_scores.wgsl`, `branch_means.wgsl`, `branch_choose.wgsl`,
+//! `branch_weigh.wgsl` and `branch_apply.wgsl`; below them stand their f64 twins.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use bytemuck::NoUninit;
+use rayon::prelude::*;
+use serde::Serialize;
+
+use super::project::{self, ProjectJob, project_cpu};
+use super::{Activations, ENOUGH_WORKGROUPS, view, view_mut};
+use crate::compute::gpu::{BIND_ALIGN, Gpu, whole};
+use crate::compute::shaders::Kernel;
+use crate::compute::{Batch, Element, Shape};
+use crate::{Dtype, Error, RawMatrix, Result};
+
+/// How much a branch changes a token's features, f0 to f.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Score {
+    /// `KL(p0 ‖ p)`, p: softmax of the channels at a temperature.
+    #[default]
+    Kl,
+    /// `1 − cos(f0, f)`; 0 if f0 and f are both zero, 1 if one is.
+    Dot,
+    /// `‖f − f0‖²`.
+    Energy,
+}
+
+impl Score {
+    /// All scores.
+    pub const ALL: [Self; 3] = [Self::Kl, Self::Dot, Self::Energy];
+
+    /// `kl`, `dot`, `energy`.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Kl => "kl",
+            Self::Dot => "dot",
+            Self::Energy => "energy",
+        }
+    }
+
+    /// As shaders/shared/branch.wgsl numbers it.
+    pub(crate) const fn code(self) -> u32 {
+        self as u32
+    }
+}
+
+/// Most branches of a layer.
+pub(crate) const MAX_BRANCHES: usize = 8;
+
+/// How a token's weights come about.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) enum Rule {
+    Hard,
+    Soft,
+    /// Weights of the branches.
+    Fixed([f32; MAX_BRANCHES]),
+}
+
+/// One call: what is done to the features of a layer.
+#[derive(Clone, Debug)]
+pub(crate) struct Call<'a> {
+    pub tokens: usize,
+    /// Channels of the features.
+    pub width: usize,
+    /// Rows of A_cat of each branch.
+    pub blocks: &'a [Range<usize>],
+    /// Adapter of each branch.
+    pub adapters: &'a [usize],
+    /// Factor of each branch, but for the adapter's strength.
+    pub factors: &'a [f32],
+    pub score: Score,
+    pub rule: Rule,
+    /// Tokens that choose together; 0: each for itself.
+    pub group: usize,
+    pub normalise: bool,
+}
+
+impl Call<'_> {
+    fn rank(&self) -> usize {
+        self.blocks.last().map_or(0, |block| block.end)
+    }
+}
+
+/// What a host changes between calls; as shaders/shared/branch.wgsl has it.
+#[derive(Clone, Copy, Debug, NoUninit)]
+#[repr(C)]
+pub(crate) struct Controls {
+    pub inverse_temperature: f32,
+    pub padding: [f32; 3],
+    pub strengths: [f32; MAX_BRANCHES],
+}
+
+/// Elements of a layer's running means: a mean for each branch, the number of tokens, padding.
+pub(crate) const RUNNING: usize = 16;
+/// Tokens that a running mean reaches back.
+const WINDOW: f64 = 1_048_576.0;
+
+/// Words of a record of the log: tokens that each branch won.
+pub(crate) const RECORD: usize = MAX_BRANCHES;
+
+#[derive(Clone, Copy, NoUninit)]
+#[repr(C)]
+struct Job {
+    tokens: u32,
+    first: u32,
+    count: u32,
+    width: u32,
+    f0: u32,
+    b: u32,
+    stride: u32,
+    rank: u32,
+    branches: u32,
+    score: u32,
+    parts: u32,
+    part_width: u32,
+    group: u32,
+    means: u32,
+    running: u32,
+    record: u32,
+    flags: u32,
+    starts: [u32; MAX_BRANCHES + 1],
+    adapters: [u32; MAX_BRANCHES],
+    factors: [f32; MAX_BRANCHES],
+    fixed: [f32; MAX_BRANCHES],
+}
+
+const FINISH: u32 = 1;
+const DECIDE: u32 = 2;
+const SOFT: u32 = 4;
+const NORMALISE: u32 = 8;
+const FIXED: u32 = 16;
+const UPDATE_RUNNING: u32 = 32;
+
+/// Tile of the kernels.
+const TOKENS: usize = 64;
+const CHANNELS: usize = 128;
+/// Tokens of a workgroup of `branch_weigh.wgsl`.
+const WEIGHED: usize = 16;
+/// Most parts that the channels are split into.
+const MAX_PARTS: usize = 8;
+
+/// The buffers that calls share.
+#[derive(Debug)]
+pub(crate) struct Buffers {
+    z: wgpu::Buffer,
+    stats: wgpu::Buffer,
+    pub scores: wgpu::Buffer,
+    pub weights: wgpu::Buffer,
+    pub running: wgpu::Buffer,
+    pub log: wgpu::Buffer,
+    pub controls: wgpu::Buffer,
+}
+
+impl Buffers {
+    /// For calls of at most `tokens` on layers of at most these ranks and branches.
+    pub fn new(
+        gpu: &Arc<Gpu>,
+        tokens: usize,
+        rank: usize,
+        branches: usize,
+        layers: usize,
+        records: usize,
+    ) -> Result<Self> {
+        let split = project::parts(gpu, Element::F32, tokens, Shape::new(rank, usize::MAX / 2), 1);
+        let z = (tokens * rank * 4 * split) as u64;
+        let z = if z > gpu.max_arena() { (tokens * rank * 4) as u64 } else { z };
+        let stats = (score_parts(tokens, branches, usize::MAX / 2) * branches * tokens * 32) as u64;
+        let stats = if stats > gpu.max_arena() { (branches * tokens * 32) as u64 } else { stats };
+        let buffer = |label: &str, elements: usize| gpu.buffer(label, elements as u64 * 4);
+        Ok(Self {
+            z: gpu.buffer("projected tokens", z)?,
+            stats: gpu.buffer("partial scores", stats)?,
+            // The second half: means of groups.
+            scores: buffer("scores of branches", 2 * tokens * branches)?,
+            weights: buffer("weights of branches", tokens * branches)?,
+            running: buffer("running means of scores", layers * RUNNING)?,
+            log: buffer("log of decisions", records * RECORD)?,
+            controls: buffer("controls of branches", size_of::<Controls>() / 4)?,
+        })
+    }
+
+    /// Bytes of all of them.
+    pub fn bytes(&self) -> u64 {
+        [&self.z, &self.stats, &self.scores, &self.weights, &self.running, &self.log, &self.controls]
+            .iter()
+            .map(|buffer| buffer.size())
+            .sum()
+    }
+}
+
+/// Into how many parts the channels are split so that the GPU is full.
+fn score_parts(tokens: usize, branches: usize, width: usize) -> usize {
+    let tiles = (tokens.div_ceil(TOKENS) * branches).max(1);
+    (ENOUGH_WORKGROUPS / tiles).clamp(1, MAX_PARTS).min(width.div_ceil(CHANNELS).max(1))
+}
+
+/// A matrix of the host's in a buffer.
+struct Rows<'a> {
+    buffer: &'a wgpu::Buffer,
+    offset: u64,
+    dtype: Dtype,
+    tokens: usize,
+    width: usize,
+}
+
+/// As many rows as one binding holds.
+struct Window<'a> {
+    binding: wgpu::BufferBinding<'a>,
+    first: usize,
+    count: usize,
+    /// Of the first row in the binding.
+    word: usize,
+}
+
+impl<'a> Rows<'a> {
+    fn new(what: &str, matrix: Activations<'a>) -> Result<Self> {
+        let Activations::Buffer { buffer, offset, dtype, tokens, width } = matrix else {
+            return Err(Error::Invalid(format!(
+                "{what} must lie in a buffer of the device to be used in the host's encoder"
+            )));
+        };
+        let bytes = (tokens * width * dtype.size()) as u64;
+        if !offset.is_multiple_of(4) || offset + bytes.next_multiple_of(4) > buffer.size().next_multiple_of(4)
+        {
+            return Err(Error::Invalid(format!(
+                "{what} of {bytes} bytes at byte {offset} does not lie in its buffer of {} bytes on a multiple of 4",
+                buffer.size()
+            )));
+        }
+        if !buffer.usage().contains(wgpu::BufferUsages::STORAGE) {
+            return Err(Error::Invalid(format!("the buffer of {what} needs usage STORAGE")));
+        }
+        Ok(Self { buffer, offset, dtype, tokens, width })
+    }
+
+    fn windows(&self, limit: u64) -> Result<Vec<Window<'a>>> {
+        let row = (self.width * self.dtype.size()) as u64;
+        let rows = ((limit.saturating_sub(BIND_ALIGN as u64)) / row.max(1)).min(self.tokens as u64) as usize;
+        // An even number of rows keeps windows of halves on whole words.
+        let rows = if rows < self.tokens { rows & !1 } else { rows };
+        if rows == 0 {
+            return Err(Error::Device(format!(
+                "two rows of {row} bytes exceed the {limit} bytes that the device can bind at once"
+            )));
+        }
+        let window = |first: usize| {
+            let count = rows.min(self.tokens - first);
+            let start = self.offset + first as u64 * row;
+            let aligned = start - start % BIND_ALIGN as u64;
+            let size = (start - aligned + count as u64 * row).next_multiple_of(4);
+            let size = wgpu::BufferSize::new(size.min(self.buffer.size() - aligned));
+            let binding = wgpu::BufferBinding { buffer: self.buffer, offset: aligned, size };
+            Window { binding, first, count, word: ((start - aligned) / 4) as usize }
+        };
+        Ok((0..self.tokens).step_by(rows).map(window).collect())
+    }
+}
+
+/// Checks what a call gets; before anything is recorded.
+pub(crate) fn check(call: &Call<'_>, width_in: usize, x: Shape, f0: Shape, f0_dtype: Dtype) -> Result<()> {
+    let shape = |s: Shape| format!("{} x {}", s.rows, s.cols);
+    if x.cols != width_in || f0.cols != call.width || x.rows != f0.rows {
+        return Err(Error::Invalid(format!(
+            "x is {} and f0 is {}, but the layer takes tokens x {width_in} to tokens x {}",
+            shape(x),
+            shape(f0),
+            call.width
+        )));
+    }
+    if f0_dtype != Dtype::F32 && !call.width.is_multiple_of(2) {
+        return Err(Error::Invalid(format!(
+            "f0 of {f0_dtype} has an odd width of {}; rows of halves must end on whole words: use f32",
+            call.width
+        )));
+    }
+    Ok(())
+}
+
+/// Records a call into the host's encoder. `layer`: A_cat (rank × in) and B_catᵀ (rank × width, its columns padded to a
+/// multiple of 4). `running`: which layer's means; `record`: which record of the log.
+#[expect(clippy::too_many_arguments, reason = "the pieces of one call, each named")]
+pub(crate) fn encode(
+    gpu: &Arc<Gpu>,
+    encoder: &mut wgpu::CommandEncoder,
+    buffers: &Buffers,
+    layer: &Batch,
+    call: &Call<'_>,
+    x: Activations<'_>,
+    f0: Activations<'_>,
+    running: usize,
+    record: usize,
+) -> Result<()> {
+    let (x, f0) = (Rows::new("x", x)?, Rows::new("f0", f0)?);
+    let (tokens, rank, branches) = (call.tokens, call.rank(), call.blocks.len());
+    if (tokens * rank * 4) as u64 > buffers.z.size() || (tokens * branches * 32) as u64 > buffers.stats.size()
+    {
+        return Err(Error::Invalid(format!("{tokens} tokens are more than the buffers were made for")));
+    }
+    let limit = gpu.max_arena();
+    let (x_windows, f0_windows) = (x.windows(limit)?, f0.windows(limit)?);
+    let mut commands = gpu.commands();
+
+    let mut parts = project::parts(gpu, Element::F32, tokens, layer.shapes()[0], 1);
+    if x_windows.len() > 1 || (tokens * rank * 4 * parts) as u64 > buffers.z.size() {
+        parts = 1;
+    }
+    for window in x_windows {
+        let job = ProjectJob {
+            x_word: window.word,
+            tokens: window.count,
+            dtype: x.dtype,
+            a: 0,
+            z: window.first * rank,
+            parts,
+        };
+        let z = whole(&buffers.z);
+        project::encode(&mut commands, gpu, window.binding, &[job], layer, z, Element::F32)?;
+    }
+
+    let mut score_parts = score_parts(tokens, branches, call.width);
+    if (score_parts * branches * tokens * 32) as u64 > buffers.stats.size() {
+        score_parts = 1;
+    }
+    let mut job = job(call, layer, score_parts, running, record);
+    let factors = whole(layer.buffer()?);
+    let (z, stats, scores) = (whole(&buffers.z), whole(&buffers.stats), whole(&buffers.scores));
+    let (weights, means) = (whole(&buffers.weights), whole(&buffers.running));
+    let (controls, log) = (whole(&buffers.controls), whole(&buffers.log));
+    let for_window = |job: &Job, window: &Window<'_>| Job {
+        first: window.first as u32,
+        count: window.count as u32,
+        f0: window.word as u32,
+        ..*job
+    };
+
+    let token_grid = [tokens.div_ceil(256) as u32, 1, 1];
+    let choose = [stats.clone(), scores.clone(), weights.clone(), means.clone(), log];
+    let rule = job.flags;
+    if !matches!(call.rule, Rule::Fixed(_)) {
+        commands.phase(3);
+        for window in &f0_windows {
+            let grid = [window.count.div_ceil(TOKENS) as u32, branches as u32, score_parts as u32];
+            let bindings =
+                [factors.clone(), z.clone(), window.binding.clone(), controls.clone(), stats.clone()];
+            commands.launch_grid(
+                Kernel::BranchScores(call.score, f0.dtype, matrix_units(gpu, call)),
+                &for_window(&job, window),
+                grid,
+                &bindings,
+            );
+        }
+        if call.normalise || call.group > 0 {
+            commands.phase(4);
+            job.flags = FINISH;
+            commands.launch_grid(Kernel::BranchChoose, &job, token_grid, &choose);
+            commands.phase(5);
+            let bindings = [scores, means];
+            if call.normalise {
+                job.flags = UPDATE_RUNNING;
+                commands.launch_grid(Kernel::BranchMeans, &job, [1, 1, 1], &bindings);
+            }
+            if call.group > 0 {
+                job.flags = 0;
+                let groups = tokens.div_ceil(call.group) as u32;
+                commands.launch_grid(Kernel::BranchMeans, &job, [groups, 1, 1], &bindings);
+            }
+            job.flags = rule | DECIDE;
+        } else {
+            job.flags = rule | FINISH | DECIDE;
+        }
+    } else {
+        job.flags = rule | DECIDE;
+    }
+    commands.phase(6);
+    commands.launch_grid(Kernel::BranchChoose, &job, token_grid, &choose);
+    commands.phase(7);
+    let tokens_grid = [tokens.div_ceil(WEIGHED) as u32, 1, 1];
+    commands.launch_grid(Kernel::BranchWeigh, &job, tokens_grid, &[z.clone(), weights, controls]);
+    commands.phase(8);
+    for window in &f0_windows {
+        let grid = [call.width.div_ceil(CHANNELS) as u32, window.count.div_ceil(TOKENS) as u32, 1];
+        let bindings = [factors.clone(), z.clone(), window.binding.clone()];
+        commands.launch_grid(
+            Kernel::BranchApply(f0.dtype, matrix_units(gpu, call)),
+            &for_window(&job, window),
+            grid,
+            &bindings,
+        );
+    }
+    encoder.clear_buffer(&buffers.log, (record * RECORD * 4) as u64, Some((RECORD * 4) as u64));
+    commands.encode(encoder);
+    Ok(())
+}
+
+/// Whether the tiles go to matrix units: they must hold what the kernel stages, and a rank over which the unit's
+/// accumulator loses nothing.
+fn matrix_units(gpu: &Gpu, call: &Call<'_>) -> bool {
+    gpu.capabilities.matrix_units() && gpu.capabilities.workgroup_memory >= 48 << 10 && call.rank() <= 256
+}
+
+fn job(call: &Call<'_>, layer: &Batch, parts: usize, running: usize, record: usize) -> Job {
+    let mut job = Job {
+        tokens: call.tokens as u32,
+        first: 0,
+        count: call.tokens as u32,
+        width: call.width as u32,
+        f0: 0,
+        b: (layer.offset(1) / 4) as u32,
+        stride: (layer.shapes()[1].cols / 4) as u32,
+        rank: call.rank() as u32,
+        branches: call.blocks.len() as u32,
+        score: call.score.code(),
+        parts: parts as u32,
+        part_width: (call.width.div_ceil(CHANNELS).div_ceil(parts) * CHANNELS) as u32,
+        group: call.group as u32,
+        means: (call.tokens * call.blocks.len()) as u32,
+        running: (running * RUNNING) as u32,
+        record: (record * RECORD) as u32,
+        flags: if call.normalise { NORMALISE } else { 0 },
+        starts: [0; MAX_BRANCHES + 1],
+        adapters: [0; MAX_BRANCHES],
+        factors: [0.0; MAX_BRANCHES],
+        fixed: [0.0; MAX_BRANCHES],
+    };
+    for (k, block) in call.blocks.iter().enumerate() {
+        job.starts[k + 1] = block.end as u32;
+        job.adapters[k] = call.adapters[k] as u32;
+        job.factors[k] = call.factors[k];
+    }
+    match call.rule {
+        Rule::Hard => {}
+        Rule::Soft => job.flags |= SOFT,
+        Rule::Fixed(weights) => {
+            job.flags = FIXED;
+            job.fixed = weights;
+        }
+    }
+    job
+}
+
+/// What the CPU twin found: tokens × branches each.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Decided {
+    pub scores: Vec<f64>,
+    pub weights: Vec<f64>,
+}
+
+/// The CPU twin. `a`: rank × in, `b`: for each branch its B (width × rank of the branch) times all its factors;
+/// `f0` is changed in place; `running`: [`RUNNING`] elements.
+pub(crate) fn branches_cpu(
+    call: &Call<'_>,
+    a: &[f64],
+    b: &[Vec<f64>],
+    inverse_temperature: f64,
+    x: RawMatrix<'_>,
+    f0: &mut [f64],
+    running: &mut [f64],
+) -> Decided {
+    let (tokens, width, branches, rank) = (call.tokens, call.width, call.blocks.len(), call.rank());
+    let mut decided = Decided { scores: vec![0.0; tokens * branches], weights: vec![0.0; tokens * branches] };
+    if tokens == 0 || width == 0 {
+        return decided;
+    }
+    let mut z = vec![0.0; tokens * rank];
+    project_cpu(x, a, &mut z);
+    // Rows of U_k of some tokens.
+    let update = |k: usize, z: &[f64], u: &mut [f64]| {
+        let block = call.blocks[k].clone();
+        let columns: Vec<f64> = z.chunks_exact(rank).flat_map(|row| &row[block.clone()]).copied().collect();
+        let count = z.len() / rank;
+        faer::linalg::matmul::matmul(
+            view_mut(u, Shape::new(count, width)),
+            faer::Accum::Replace,
+            view(&columns, Shape::new(count, block.len())),
+            view(&b[k], Shape::new(width, block.len())).transpose(),
+            1.0,
+            faer::Par::Seq,
+        );
+    };
+    if !matches!(call.rule, Rule::Fixed(_)) {
+        decided
+            .scores
+            .par_chunks_mut(TOKENS * branches)
+            .zip(z.par_chunks(TOKENS * rank))
+            .zip(f0.par_chunks(TOKENS * width))
+            .for_each(|((scores, z), f0)| {
+                let mut u = vec![0.0; f0.len()];
+                for k in 0..branches {
+                    update(k, z, &mut u);
+                    for (i, (f0, u)) in f0.chunks_exact(width).zip(u.chunks_exact(width)).enumerate() {
+                        scores[i * branches + k] = score_cpu(call.score, f0, u, inverse_temperature);
+                    }
+                }
+            });
+    }
+    decide_cpu(call, &decided.scores, &mut decided.weights, running);
+    f0.par_chunks_mut(TOKENS * width)
+        .zip(z.par_chunks(TOKENS * rank))
+        .zip(decided.weights.par_chunks(TOKENS * branches))
+        .for_each(|((f0, z), weights)| {
+            let mut u = vec![0.0; f0.len()];
+            for k in 0..branches {
+                update(k, z, &mut u);
+                for (i, (f0, u)) in f0.chunks_exact_mut(width).zip(u.chunks_exact(width)).enumerate() {
+                    let weight = weights[i * branches + k];
+                    if weight != 0.0 {
+                        f0.iter_mut().zip(u).for_each(|(f, u)| *f += weight * u);
+                    }
+                }
+            }
+        });
+    decided
+}
+
+/// The twin of `branch_scores.wgsl`, for one token.
+fn score_cpu(score: Score, f0: &[f64], u: &[f64], inverse_temperature: f64) -> f64 {
+    match score {
+        Score::Energy => u.iter().map(|u| u * u).sum(),
+        Score::Dot => {
+            let sum = |f: &dyn Fn(f64, f64) -> f64| f0.iter().zip(u).map(|(f0, u)| f(*f0, *u)).sum::<f64>();
+            let (a, b, q) = (sum(&|f0, _| f0 * f0), sum(&|f0, u| f0 * u), sum(&|_, u| u * u));
+            let f = (a + 2.0 * b + q).max(0.0);
+            if a == 0.0 || f == 0.0 {
+                return if q == 0.0 { 0.0 } else { 1.0 };
+            }
+            let (norms, dot) = (a.sqrt() * f.sqrt(), a + b);
+            match dot < 0.0 {
+                true => 1.0 - dot / norms,
+                false => (a * q - b * b).max(0.0) / norms / (norms + dot),
+            }
+        }
+        Score::Kl => {
+            let t = inverse_temperature;
+            let max = f0.iter().fold(f64::NEG_INFINITY, |max, f| max.max(f * t));
+            let weights: Vec<f64> = f0.iter().map(|f| (f * t - max).exp()).collect();
+            let total: f64 = weights.iter().sum();
+            let c = weights.iter().zip(u).map(|(w, u)| w * u * t).sum::<f64>() / total;
+            let d = |u: f64| u * t - c;
+            // Σ p·φ(d), φ(d) = e^d - 1 - d, apart from a factor of e^g.
+            let g = f0.iter().zip(u).map(|(f, u)| f * t - max + d(*u)).fold(0.0, f64::max);
+            let excess: f64 =
+                weights.iter().zip(f0).zip(u).map(|((w, f), u)| excess(*w, f * t - max, d(*u), g)).sum();
+            match g < 500.0 {
+                true => (excess / total * g.exp()).ln_1p(),
+                false => g + (excess / total).ln(),
+            }
+        }
+    }
+}
+
+/// `w·e^-g·φ(d)`, where w = e^log_w.
+fn excess(w: f64, log_w: f64, d: f64, g: f64) -> f64 {
+    if d.abs() > 0.5 {
+        return (log_w + d - g).exp() - (1.0 + d) * w * (-g).exp();
+    }
+    // The series to d^18 / 18!.
+    let series = (2..=18).rev().fold(0.0, |sum, n| (1.0 + sum) * d / f64::from(n));
+    w * (-g).exp() * series * d
+}
+
+/// The twin of `branch_means.wgsl` and `branch_choose.wgsl`.
+fn decide_cpu(call: &Call<'_>, scores: &[f64], weights: &mut [f64], running: &mut [f64]) {
+    let branches = call.blocks.len();
+    let mean = |tokens: &[f64], k: usize| {
+        tokens.iter().skip(k).step_by(branches).sum::<f64>() / (tokens.len() / branches) as f64
+    };
+    let fixed = matches!(call.rule, Rule::Fixed(_));
+    if call.normalise && !fixed {
+        let tokens = call.tokens as f64;
+        let n = (running[MAX_BRANCHES] + tokens).min(WINDOW);
+        for (k, running) in running.iter_mut().enumerate().take(branches) {
+            let mean = mean(scores, k);
+            if mean.is_finite() {
+                *running += (mean - *running) * (tokens / n).min(1.0);
+            }
+        }
+        running[MAX_BRANCHES] = n;
+    }
+    let groups = if call.group > 0 && !fixed { call.group } else { 1 };
+    for (scores, weights) in scores.chunks(groups * branches).zip(weights.chunks_mut(groups * branches)) {
+        let values: Vec<f64> = (0..branches)
+            .map(|k| match call.rule {
+                Rule::Fixed(weights) => f64::from(weights[k]),
+                _ if !call.normalise => mean(scores, k),
+                _ if running[k] > 0.0 => mean(scores, k) / running[k],
+                _ => 0.0,
+            })
+            .collect();
+        let sum: f64 = values.iter().sum();
+        let mut best = 0;
+        for k in 1..branches {
+            if values[k] > values[best] {
+                best = k;
+            }
+        }
+        for row in weights.chunks_exact_mut(branches) {
+            for (k, weight) in row.iter_mut().enumerate() {
+                *weight = match call.rule {
+                    Rule::Fixed(_) => values[k],
+                    Rule::Hard => f64::from(u8::from(k == best)),
+                    Rule::Soft if sum > 0.0 => values[k] / sum,
+                    Rule::Soft => 1.0 / branches as f64,
+                };
+            }
+        }
+    }
+}

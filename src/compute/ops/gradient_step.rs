@@ -1,0 +1,80 @@
+use bytemuck::NoUninit;
+
+use crate::compute::gpu::Commands;
+use crate::compute::shaders::Kernel;
+
+/// `x −= clamp(rate·g / rms(g), ±limit)` of each sample, g the sum of the terms' gradients; see
+/// `shaders/gradient_norm.wgsl` and `shaders/gradient_step.wgsl`.
+#[derive(Clone, Copy, Debug, NoUninit)]
+#[repr(C)]
+pub(crate) struct GradientJob {
+    pub samples: u32,
+    /// Elements of a sample.
+    pub len: u32,
+    pub terms: u32,
+    parts: u32,
+    part_len: u32,
+    normalise: u32,
+    pub rate: f32,
+    pub limit: f32,
+}
+
+/// Elements that a workgroup of the norm sums, at least.
+const PART: usize = 4096;
+/// Most parts of a sample, which each workgroup of the step adds up.
+const MAX_PARTS: usize = 64;
+/// Elements that a workgroup of the step changes.
+const CHUNK: usize = 1024;
+
+impl GradientJob {
+    pub fn new(samples: usize, len: usize, terms: usize, normalise: bool, rate: f32, limit: f32) -> Self {
+        let parts = Self::parts(len);
+        Self {
+            samples: samples as u32,
+            len: len as u32,
+            terms: terms as u32,
+            parts: parts as u32,
+            part_len: len.div_ceil(parts) as u32,
+            normalise: u32::from(normalise),
+            rate,
+            limit,
+        }
+    }
+
+    /// Partial norms of a sample, of 8 bytes each.
+    pub fn parts(len: usize) -> usize {
+        len.div_ceil(PART).clamp(1, MAX_PARTS)
+    }
+
+    /// `buffers`: gradients, norms, x, rms.
+    pub fn encode(&self, commands: &mut Commands<'_>, buffers: [wgpu::BufferBinding<'_>; 4]) {
+        commands.phase(0);
+        commands.launch_grid(Kernel::GradientNorm, self, [self.parts, self.samples, 1], &buffers[..2]);
+        commands.phase(1);
+        let chunks = self.len.div_ceil(CHUNK as u32);
+        commands.launch_grid(Kernel::GradientStep, self, [chunks, self.samples, 1], &buffers);
+    }
+}
+
+/// The CPU twin for one sample: the gradient's root mean square, or −1 if it is not finite; changes x.
+pub(crate) fn gradient_step_cpu(
+    terms: &[&[f32]],
+    normalise: bool,
+    rate: f64,
+    limit: f64,
+    x: &mut [f32],
+) -> f64 {
+    let gradient = |i: usize| terms.iter().map(|term| f64::from(term[i])).sum::<f64>();
+    let rms = ((0..x.len()).map(|i| gradient(i).powi(2)).sum::<f64>() / x.len() as f64).sqrt();
+    if !rms.is_finite() {
+        return -1.0;
+    }
+    if rms > 0.0 {
+        for (i, x) in x.iter_mut().enumerate() {
+            let g = gradient(i);
+            let step = rate * if normalise { g / rms } else { g };
+            *x = (f64::from(*x) - step.clamp(-limit, limit)) as f32;
+        }
+    }
+    rms
+}

@@ -1,0 +1,97 @@
+//! Classifier-free guidance of which only the conditional pass knows adapters (CRAFT-LoRA, arXiv 2602.18936).
+
+use crate::compute::gpu::BIND_ALIGN;
+use crate::compute::ops::{Activations, ExtrapolateJob, extrapolate_cpu};
+use crate::{Device, Error, Result};
+
+/// Records `ε_cond += ω·(ε_cond − ε_uncond)`, in place, so that ε_cond becomes `(1 + ω)·ε_cond − ω·ε_uncond`.
+///
+/// CRAFT-LoRA's asymmetric guidance: the host runs the conditional pass with adapters (by a
+/// [`Schedule`](super::Schedule) of [`craft`](super::craft)), the unconditional one without any, and calls this.
+/// Both of one shape and type (f32, f16 or bf16), in two buffers of the device with usage `STORAGE`; computed in f32.
+///
+/// # Errors
+/// [`Error::Invalid`] if they differ, share a buffer, or do not lie on multiples of 4 bytes; [`Error::Device`] if they
+/// are larger than the device can bind, or the device is the CPU, where [`guide_host`] does it.
+pub fn guide(
+    device: &Device,
+    encoder: &mut wgpu::CommandEncoder,
+    conditional: Activations<'_>,
+    unconditional: Activations<'_>,
+    omega: f64,
+) -> Result<()> {
+    let gpu = device.gpu()?;
+    if conditional.shape() != unconditional.shape() || conditional.dtype() != unconditional.dtype() {
+        return Err(Error::Invalid(format!(
+            "the passes differ: {:?} of {}, {:?} of {}",
+            conditional.shape(),
+            conditional.dtype(),
+            unconditional.shape(),
+            unconditional.dtype()
+        )));
+    }
+    check_omega(omega)?;
+    let (shape, dtype) = (conditional.shape(), conditional.dtype());
+    let bytes = (shape.len() * dtype.size()) as u64;
+    let (c, c_word) = binding(&conditional, bytes, gpu.max_arena())?;
+    let (u, u_word) = binding(&unconditional, bytes, gpu.max_arena())?;
+    if c.buffer == u.buffer {
+        return Err(Error::Invalid(
+            "the two passes share a buffer, of which one part cannot be read while another is written".into(),
+        ));
+    }
+    let job =
+        ExtrapolateJob { c: c_word, u: u_word, len: shape.len() as u32, scale: omega as f32, grid_width: 0 };
+    let mut commands = gpu.commands();
+    if !shape.is_empty() {
+        job.encode(&mut commands, dtype, [c, u]);
+    }
+    commands.encode(encoder);
+    Ok(())
+}
+
+/// The same on the host, in f64, rounded once.
+///
+/// # Errors
+/// [`Error::Invalid`] if lengths differ or ω is not finite.
+pub fn guide_host(conditional: &mut [f32], unconditional: &[f32], omega: f64) -> Result<()> {
+    check_omega(omega)?;
+    if conditional.len() != unconditional.len() {
+        let (c, u) = (conditional.len(), unconditional.len());
+        return Err(Error::Invalid(format!("the passes differ: {c} and {u} values")));
+    }
+    let mut c: Vec<f64> = conditional.iter().map(|v| f64::from(*v)).collect();
+    let u: Vec<f64> = unconditional.iter().map(|v| f64::from(*v)).collect();
+    extrapolate_cpu(omega, &mut c, &u);
+    conditional.iter_mut().zip(c).for_each(|(out, v)| *out = v as f32);
+    Ok(())
+}
+
+fn check_omega(omega: f64) -> Result<()> {
+    match (omega as f32).is_finite() {
+        true => Ok(()),
+        false => Err(Error::Invalid(format!("omega is {omega}; it must be a finite number"))),
+    }
+}
+
+/// The binding, and the first word in it.
+fn binding<'a>(matrix: &Activations<'a>, bytes: u64, limit: u64) -> Result<(wgpu::BufferBinding<'a>, u32)> {
+    let Activations::Buffer { buffer, offset, .. } = *matrix else {
+        return Err(Error::Invalid("guidance in an encoder needs buffers of the device".into()));
+    };
+    if !offset.is_multiple_of(4) || offset + bytes > buffer.size().next_multiple_of(4) {
+        return Err(Error::Invalid(format!(
+            "{bytes} bytes at byte {offset} do not lie in their buffer of {} bytes on a multiple of 4",
+            buffer.size()
+        )));
+    }
+    let aligned = offset - offset % BIND_ALIGN as u64;
+    let size = (offset - aligned + bytes).next_multiple_of(4);
+    if size > limit {
+        return Err(Error::Device(format!(
+            "{bytes} bytes exceed the {limit} that the device can bind at once"
+        )));
+    }
+    let size = wgpu::BufferSize::new(size.min(buffer.size() - aligned));
+    Ok((wgpu::BufferBinding { buffer, offset: aligned, size }, ((offset - aligned) / 4) as u32))
+}
