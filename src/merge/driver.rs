@@ -48,7 +48,7 @@ pub(super) fn run<'a>(
     }
     let (total, mut done) = (shared.len(), 0);
     let chunks = || -> Result<()> {
-        for (chunk, on) in super::chunks(device, &shared, |layer| size(layer)) {
+        for (chunk, on) in super::chunks(device, &shared, &size) {
             control.step("merge", &chunk[0].name, done, total)?;
             let jobs: Vec<Job<'_>> = chunk
                 .iter()

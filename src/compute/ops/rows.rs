@@ -190,6 +190,15 @@ struct Job {
     scales: u32,
 }
 
+/// Factors that go up together.
+#[derive(Default)]
+struct Upload<'a> {
+    /// With their places.
+    pieces: Vec<(usize, &'a [u8])>,
+    jobs: Vec<Job>,
+    bytes: usize,
+}
+
 fn rows_gpu(
     device: &Device,
     side: Side,
@@ -206,13 +215,14 @@ fn rows_gpu(
     gpu.write(&scale_buffer, 0, bytemuck::cast_slice(&scales))?;
     // Factors go up in groups that one binding holds.
     let limit = (gpu.max_arena() as usize).min(UPLOAD);
-    let (mut pieces, mut jobs, mut bytes): (Vec<(usize, &[u8])>, Vec<Job>, usize) = Default::default();
-    let flush = |pieces: &mut Vec<(usize, &[u8])>, jobs: &mut Vec<Job>, bytes: &mut usize| -> Result<()> {
+    let mut upload = Upload::default();
+    let flush = |upload: &mut Upload<'_>| -> Result<()> {
+        let Upload { pieces, jobs, bytes } = std::mem::take(upload);
         if jobs.is_empty() {
             return Ok(());
         }
-        let source = gpu.scratch(*bytes as u64)?;
-        gpu.write_pieces(&source, pieces)?;
+        let source = gpu.scratch(bytes as u64)?;
+        gpu.write_pieces(&source, &pieces)?;
         let tiles = |(i, job): (u32, &Job)| {
             let cols = job.cols;
             (0..job.rows).step_by(32).flat_map(move |row| (0..cols).step_by(32).map(move |c| [i, row, c, 0]))
@@ -220,11 +230,8 @@ fn rows_gpu(
         let work: Vec<Work> = (0..).zip(jobs.iter()).flat_map(tiles).collect();
         let mut commands = gpu.commands();
         let buffers = [whole(&source), whole(&scale_buffer), whole(rows.buffer()?)];
-        commands.launch(Kernel::Rows, jobs, &work, &buffers);
-        commands.submit()?;
-        (pieces.clear(), jobs.clear());
-        *bytes = 0;
-        Ok(())
+        commands.launch(Kernel::Rows, &jobs, &work, &buffers);
+        commands.submit()
     };
     let mut scale = 0;
     for (i, parts) in stacks.iter().enumerate() {
@@ -234,8 +241,8 @@ fn rows_gpu(
             let at_once = (limit / (part.cols * part.dtype.size()).max(1)).max(1);
             for first in (0..part.rows).step_by(at_once) {
                 let piece = part.rows(first, (first + at_once).min(part.rows));
-                if bytes > 0 && bytes + piece.bytes.len() > limit {
-                    flush(&mut pieces, &mut jobs, &mut bytes)?;
+                if upload.bytes > 0 && upload.bytes + piece.bytes.len() > limit {
+                    flush(&mut upload)?;
                 }
                 if side == Side::Output && piece.rows < part.rows {
                     return Err(Error::Device(format!(
@@ -243,8 +250,8 @@ fn rows_gpu(
                         part.rows, part.cols
                     )));
                 }
-                jobs.push(Job {
-                    source: (bytes / 4) as u32,
+                upload.jobs.push(Job {
+                    source: (upload.bytes / 4) as u32,
                     dtype: dtype_code(piece.dtype),
                     rows: piece.rows as u32,
                     cols: piece.cols as u32,
@@ -252,12 +259,12 @@ fn rows_gpu(
                     destination: (destination + first * part.cols) as u32,
                     scales: (scale + if side == Side::Input { first } else { 0 }) as u32,
                 });
-                pieces.push((bytes, piece.bytes));
-                bytes = (bytes + piece.bytes.len()).next_multiple_of(4);
+                upload.pieces.push((upload.bytes, piece.bytes));
+                upload.bytes = (upload.bytes + piece.bytes.len()).next_multiple_of(4);
             }
             scale += if side == Side::Input { part.rows } else { part.cols };
             destination += part.rows * part.cols;
         }
     }
-    flush(&mut pieces, &mut jobs, &mut bytes)
+    flush(&mut upload)
 }
