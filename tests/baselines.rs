@@ -428,6 +428,36 @@ fn truncation_is_the_best_approximation() {
 }
 
 #[test]
+fn small_singular_values_are_cut_as_what_they_are() {
+    let mut random = Random(51);
+    let (rank, input, output) = (8, 60, 40);
+    // Orthonormal directions, by the SVD of something random.
+    let left = svd(&random.matrix(output, rank, 1.0)).0;
+    let right = svd(&random.matrix(input, rank, 1.0)).0;
+    for share in [0.5, 1.0] {
+        // 1 to 1e-6, which A has all of, or both factors a half.
+        let value = |k: usize| 1e-6f64.powf(k as f64 / (rank - 1) as f64);
+        let a = Matrix::from_fn(rank, input, |k, j| value(k).powf(share) * right[(k, j)]);
+        let b = Matrix::from_fn(output, rank, |i, k| value(k).powf(1.0 - share) * left[(k, i)]);
+        let adapter = made("graded", &[(a, b)]);
+        let dense = delta(&adapter.layers()[0]);
+        let decomposed = faer::MatRef::from_row_major_slice(&dense.data, output, input).thin_svd().unwrap();
+        let values: Vec<f64> = (0..rank).map(|k| decomposed.S().column_vector()[k]).collect();
+        let whole = values.iter().map(|v| v * v).sum::<f64>().sqrt();
+        for case in devices() {
+            for kept in [1, 4, rank - 1] {
+                let truncation = Truncation::rank(kept);
+                let merged = SvdMerge::new(truncation).merge(&case.device, &[adapter.at(1.0)]).unwrap();
+                let cut = merged.report.layers[0].cut.unwrap();
+                let want = values[kept..].iter().map(|v| v * v).sum::<f64>().sqrt() / whole;
+                let error = (cut / want - 1.0).abs();
+                assert!(error <= 1e-3, "{}: {share}, {kept}: {cut:e} for {want:e}", case.name);
+            }
+        }
+    }
+}
+
+#[test]
 fn spectra_choose_ranks_layer_by_layer() {
     let heart = adapter("content_heart");
     for (spectrum, hold) in

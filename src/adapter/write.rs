@@ -31,6 +31,8 @@ pub struct SaveOptions {
 
 /// Elements converted at a time.
 const CHUNK: usize = 1 << 14;
+/// Elements converted by all threads together.
+const BULK: usize = 1 << 22;
 
 /// How everything is to be spelled.
 struct Target {
@@ -429,12 +431,40 @@ fn convert(
         return out.write_all(values.bytes);
     }
     let (mut wide, mut bytes) = (vec![0f32; CHUNK], Vec::with_capacity(4 * CHUNK));
-    for chunk in values.bytes.chunks(CHUNK * values.dtype.size()) {
-        let scaled: Vec<f64> =
-            widen(values.dtype, chunk, &mut wide).iter().map(|&v| f64::from(v) * scale).collect();
-        put(&scaled, dtype, layer, &mut bytes, out)?;
+    for part in values.bytes.chunks(BULK * values.dtype.size()) {
+        if scale == 1.0
+            && let Some(bytes) = in_bulk(values.dtype, part, dtype)
+        {
+            out.write_all(&bytes)?;
+            continue;
+        }
+        for chunk in part.chunks(CHUNK * values.dtype.size()) {
+            let scaled: Vec<f64> =
+                widen(values.dtype, chunk, &mut wide).iter().map(|&v| f64::from(v) * scale).collect();
+            put(&scaled, dtype, layer, &mut bytes, out)?;
+        }
     }
     Ok(())
+}
+
+/// f32 values as halves, on all threads; `None` for other types, and where one would become infinity.
+fn in_bulk(from: Dtype, bytes: &[u8], to: Dtype) -> Option<Vec<u8>> {
+    use half::slice::HalfFloatSliceExt;
+    let mut halves = vec![0u16; bytes.len() / 4];
+    let infinity = match (from, to) {
+        (Dtype::F32, Dtype::F16) => 0x7c00,
+        (Dtype::F32, Dtype::Bf16) => 0x7f80,
+        _ => return None,
+    };
+    let good = bytes.par_chunks(4 * CHUNK).zip(halves.par_chunks_mut(CHUNK)).map(|(bytes, halves)| {
+        let wide: Vec<f32> = bytemuck::pod_collect_to_vec(bytes);
+        match to {
+            Dtype::F16 => bytemuck::cast_slice_mut::<u16, half::f16>(halves).convert_from_f32_slice(&wide),
+            _ => bytemuck::cast_slice_mut::<u16, half::bf16>(halves).convert_from_f32_slice(&wide),
+        }
+        halves.iter().fold(true, |good, half| good & (half & infinity != infinity))
+    });
+    good.reduce(|| true, |x, y| x & y).then(|| bytemuck::cast_slice(&halves).to_vec())
 }
 
 /// Writes numbers, and refuses to make infinity of a finite one.
