@@ -1,7 +1,7 @@
 //! NP-LoRA (arXiv 2511.11051): subjects are projected off the input directions of the style.
 
 use rayon::prelude::*;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::core::{NEGLIGIBLE, significant, size};
 use super::driver::{self, Done, Job};
@@ -16,7 +16,7 @@ use crate::{Control, Device, Error, Layer, Matrix, RawMatrix, Result, Weighted};
 const LEFT_OVER: f64 = 1e-6;
 
 /// How much of the style's directions a subject gives up.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Deserialize, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Projection {
     /// All: t = 1.
@@ -37,7 +37,7 @@ impl Projection {
 }
 
 /// Which of the style's right singular vectors are kept clear of subjects.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Deserialize, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Directions {
     /// All whose singular value is not negligible.
@@ -50,7 +50,8 @@ pub enum Directions {
 }
 
 /// Options of [`NpLora`].
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
 pub struct NpLoraOptions {
     /// How much subjects give up; `Soft(0.5)` by default, as published.
     pub projection: Projection,
