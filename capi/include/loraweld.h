@@ -39,11 +39,11 @@ typedef enum {
    */
   LORAWELD_STATUS_INVALID = 1,
   /**
-   * The operating system refused a file operation; a file is missing, or exists and was not to be overwritten.
+   * The operating system refused a file operation: a file is missing, a disk is full.
    */
   LORAWELD_STATUS_IO = 2,
   /**
-   * A file or one of its tensors is not what it should be.
+   * A file or one of its tensors is not what it should be, or an output exists and is not to be overwritten.
    */
   LORAWELD_STATUS_FILE = 3,
   /**

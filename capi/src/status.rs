@@ -14,9 +14,9 @@ pub enum LoraweldStatus {
     Ok = 0,
     /// An argument or option makes no sense, is not UTF-8, or is NULL where it must not be.
     Invalid = 1,
-    /// The operating system refused a file operation; a file is missing, or exists and was not to be overwritten.
+    /// The operating system refused a file operation: a file is missing, a disk is full.
     Io = 2,
-    /// A file or one of its tensors is not what it should be.
+    /// A file or one of its tensors is not what it should be, or an output exists and is not to be overwritten.
     File = 3,
     /// A layer cannot be computed.
     Layer = 4,

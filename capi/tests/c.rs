@@ -89,7 +89,7 @@ fn the_example_writes_what_rust_writes() {
     assert!(said.contains("merge 24/24") && said.contains("\"method\":\"ssr\""), "{said}");
 
     let device = Device::cpu();
-    let adapters = adapters.map(|path| Adapter::open(path).unwrap());
+    let adapters = adapters.each_ref().map(|path| Adapter::open(path).unwrap());
     let mut calibration = Calibration::new(&adapters).unwrap();
     for (task, path) in activations.iter().enumerate() {
         calibration.accumulate_path(&device, Source::Task(task), path, &Control::default()).unwrap();
@@ -98,7 +98,7 @@ fn the_example_writes_what_rust_writes() {
     let options =
         SaveOptions { dtype: Some(Dtype::F16), format: Some(Format::Kohya), ..SaveOptions::default() };
     merged.adapter.save(&by_rust, &options).unwrap();
-    assert!(std::fs::read(by_c).unwrap() == std::fs::read(by_rust).unwrap(), "the files differ");
+    assert!(std::fs::read(&by_c).unwrap() == std::fs::read(&by_rust).unwrap(), "the files differ");
     // It does not replace what is there, and says so.
     let again = Command::new(&program).args(args).output().unwrap();
     let said = String::from_utf8(again.stderr).unwrap();
@@ -108,7 +108,7 @@ fn the_example_writes_what_rust_writes() {
 /// An adapter that takes a while to merge.
 fn large(name: &str) -> Adapter {
     let mut state = name.bytes().map(u64::from).sum::<u64>();
-    let mut value = |_, _| {
+    let mut value = |_: usize, _: usize| {
         state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
         (state >> 40) as f32 / 16_777_216.0 - 0.5
     };

@@ -178,7 +178,7 @@ static void calibrations(const LoraweldDevice *device, const LoraweldAdapter *co
         LoraweldCalibration *calibration = by_pointers(device, pool, dtypes[i]);
         snprintf(saved[i], sizeof saved[i], "%s", path(scratch, dtypes[i]));
         OK(loraweld_calibration_save(calibration, saved[i], false));
-        REFUSED(IO, dtypes[i], loraweld_calibration_save(calibration, saved[i], false));
+        REFUSED(FILE, dtypes[i], loraweld_calibration_save(calibration, saved[i], false));
         OK(loraweld_calibration_save(calibration, saved[i], true));
         CHECK(same_bytes(saved[0], saved[i]));
 
@@ -261,7 +261,7 @@ static void every_method(const LoraweldDevice *device, const LoraweldAdapter *co
 
         const char *file = path(scratch, "merged.safetensors");
         OK(loraweld_adapter_save(adapter, file, NULL));
-        REFUSED(IO, "merged.safetensors", loraweld_adapter_save(adapter, file, NULL));
+        REFUSED(FILE, "merged.safetensors", loraweld_adapter_save(adapter, file, NULL));
         const LoraweldSaveOptions over = {.dtype = "bf16", .format = "comfyui", .overwrite = true};
         OK(loraweld_adapter_save(adapter, file, &over));
         again = open_adapter(file);
@@ -338,7 +338,8 @@ static void *merge(void *user) {
     struct run *run = user;
     LoraweldControl control = {begin, run, run->cancel};
     LoraweldMerged *merged;
-    run->status = loraweld_merge(run->device, run->method, NULL, run->pool, NULL, 2, NULL, &control, &merged);
+    const char *options = strcmp(run->method, "svd") ? NULL : "{\"rank\": 8}";
+    run->status = loraweld_merge(run->device, run->method, options, run->pool, NULL, 2, NULL, &control, &merged);
     run->returned = now();
     /* Of this thread: the message is not the other one's. */
     snprintf(run->message, sizeof run->message, "%s", loraweld_last_error());
@@ -374,8 +375,9 @@ static double cancelled(struct run *run, long after) {
     return run->returned - set;
 }
 
-static void cancelling(const LoraweldDevice *device, const LoraweldAdapter *const *pool, int timed) {
-    static const char *const methods[] = {"ssr-data-free", "np-lora", "linear", "svd", "ties", "dare", "knots", "core", "tsv", "iso-c"};
+static void cancelling(const LoraweldDevice *device, const LoraweldAdapter *const *pool, double limit) {
+    static const char *const methods[] = {"ssr-data-free", "np-lora", "linear", "svd",   "ties",
+                                          "dare",          "knots",   "core",   "tsv", "iso-c"};
     struct run run = {.device = device, .pool = pool};
     CHECK(!pthread_mutex_init(&run.mutex, NULL) && !pthread_cond_init(&run.changed, NULL));
     OK(loraweld_cancel_new(&run.cancel));
@@ -386,18 +388,19 @@ static void cancelling(const LoraweldDevice *device, const LoraweldAdapter *cons
         run.wait = 1;
         CHECK(cancelled(&run, 0) >= 0);
         CHECK(strstr(loraweld_last_error(), "is NULL"));
-        if (!timed) continue;
+        if (!limit) continue;
         /* In the middle of the work. A busy machine may be late now and then, so the best of some counts. */
         run.wait = 0;
         double best = 1e9, worst = 0;
         for (int k = 0; k < 5; k++) {
-            double took = cancelled(&run, 10 + 10 * k);
+            double took = cancelled(&run, 10 * k);
             if (took < 0) continue;
             best = took < best ? took : best;
             worst = took > worst ? took : worst;
         }
-        printf("%s: cancelled in %.1f to %.1f ms\n", run.method, best < 1e9 ? best : 0, worst);
-        CHECK(best < 100 || best == 1e9);
+        if (worst) printf("%s: cancelled in %.1f to %.1f ms\n", run.method, best, worst);
+        else printf("%s: was done first\n", run.method);
+        CHECK(best < limit || best == 1e9);
     }
     loraweld_cancel_free(run.cancel);
     pthread_cond_destroy(&run.changed);
@@ -426,7 +429,7 @@ int main(int argc, char **argv) {
     if (argc == 5) {
         LoraweldAdapter *large[2] = {open_adapter(argv[3]), open_adapter(argv[4])};
         const LoraweldAdapter *const both[2] = {large[0], large[1]};
-        cancelling(device, both, 1);
+        cancelling(device, both, 100);
         loraweld_adapter_free(large[0]);
         loraweld_adapter_free(large[1]);
     } else {
