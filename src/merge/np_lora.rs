@@ -30,8 +30,8 @@ impl Projection {
     pub fn share(self) -> f64 {
         match self {
             Self::Hard => 1.0,
-            Self::Soft(mu) if mu.is_infinite() => 1.0,
-            Self::Soft(mu) => mu / (1.0 + mu),
+            // μ/(1 + μ), and right for an infinite μ.
+            Self::Soft(mu) => 1.0 / (1.0 + 1.0 / mu),
         }
     }
 }
