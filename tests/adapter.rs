@@ -794,7 +794,18 @@ proptest! {
          \\.dora_scale|\\.diff|\\.scalar|\\.up|\\.down)",
         1..6,
     )) {
-        let tensors: Vec<Raw> = keys.iter().map(|key| (key.as_str(), "F32", &[6, 2][..], f32s(&[0.5; 12]))).collect();
+        let tensor = |key: &'_ String| -> (String, &'static [usize]) {
+            let is_b = ["lora_B", "lora_up", ".up"].iter().any(|part| key.contains(part));
+            let shape: &[usize] = match is_b {
+                true if key.contains("qkv") => &[6, 2],
+                true if key.contains("linear1") => &[14, 2],
+                _ => &[2, 2],
+            };
+            (key.clone(), shape)
+        };
+        let tensors: Vec<_> = keys.iter().map(tensor).collect();
+        let values = |shape: &[usize]| f32s(&vec![0.5; shape.iter().product()]);
+        let tensors: Vec<Raw> = tensors.iter().map(|(k, shape)| (k.as_str(), "F32", *shape, values(shape))).collect();
         if let Ok(adapter) = Adapter::from_bytes("x", file_of(&[], &tensors)) {
             for layer in adapter.layers() {
                 prop_assert_eq!(&LayerKey::parse(&layer.name()), &layer.key);

@@ -201,7 +201,7 @@ fn spellings_merge_with_strengths_by_layer() {
         );
     }
     let (_, stderr) = merge("off.safetensors", &["--blocks", "fused:NONE"]);
-    assert!(stderr.contains("strength 0"), "{stderr}");
+    assert!(stderr.contains("strength or alpha 0"), "{stderr}");
     // All of the first file is off: q alone is left of the fused module, and what is zero is no layer.
     let off = open("off.safetensors");
     assert!(

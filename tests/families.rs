@@ -731,6 +731,9 @@ fn names_that_there_are_not_are_refused() {
     // XLabs adapts attention alone.
     let text = save(&adapter, Format::Xlabs);
     assert!(text.contains("no name of FLUX.1 in xlabs"), "{text}");
+    let unknown = folder.open("unknown.safetensors", &file(&styled(PEFT, vec![linear("a.b", H, H)])));
+    let text = save(&unknown, Format::Xlabs);
+    assert!(text.contains("is not known, and so not what it is called in xlabs; choose another"), "{text}");
     let mut modules = flux_fused()[..4].to_vec();
     modules.push(linear("something.new", H, H));
     let adapter = folder.open("new.safetensors", &file(&styled(COMFYUI, modules)));

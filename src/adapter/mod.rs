@@ -137,6 +137,10 @@ impl Adapter {
     }
 
     /// As [`open`](Self::open), with what other kinds of adapters take.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open); [`Error::Layer`] for LoHa or LoKr of too high a rank, or if the base model lacks a module's
+    /// weights; [`Error::Tensor`] for what cannot be merged.
     pub fn open_with(path: impl AsRef<Path>, options: &OpenOptions) -> Result<Self> {
         let path = path.as_ref();
         let folder = path.is_dir();
@@ -265,10 +269,11 @@ impl Adapter {
         Self(Arc::new(Inner { format: *format, usual: usual.clone(), ..(*self.0).clone() }))
     }
 
-    /// The same adapter with the scale of each layer multiplied by its strength, if that is finite.
+    /// The same adapter with the scale of each layer multiplied by its strength.
     ///
     /// # Errors
-    /// [`Error::Invalid`] for a pattern that no layer's name matches.
+    /// [`Error::Invalid`] for a strength that is not finite, a pattern that no layer's name matches, or a list of blocks
+    /// that the family does not have.
     pub fn with_strengths(&self, strengths: &Strengths) -> Result<Self> {
         let (layers, note) = strengths.apply(self)?;
         let notes = self.0.notes.iter().cloned().chain(note).collect();

@@ -257,8 +257,10 @@ fn layers(source: &Source, key: LayerKey, group: &Group, names: Names, alphas: b
     let format = Format::of(prefix, module, Some(names).filter(|_| source.family.has_native()));
     let standard = Spelling::standard(format, source.family);
     // Of what was no LoRA, and of keys that nobody writes any more, the usual ones are written.
-    let suffix = |part, usual| match group.parts.get(&part) {
-        Some(key) if names != Names::Processor => key[group.module.len()..].to_owned().into(),
+    let suffix = |part, usual| match group.parts.get(&part).map(|key| (key, keys::split(key))) {
+        Some((key, Split::Part(module, _))) if names != Names::Processor => {
+            key.strip_prefix(module).unwrap_or_default().to_owned().into()
+        }
         _ => usual,
     };
     let spelling = Spelling {

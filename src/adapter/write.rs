@@ -176,7 +176,8 @@ impl Target {
                 let (format, family) = (self.spelling.format, layer.family);
                 let reason = match family {
                     Family::Generic => format!(
-                        "the model that it is for is not known, and so not what it is called in {format}; choose                          another format"
+                        "the model that it is for is not known, and so not what it is called in {format}; choose \
+                         another format"
                     ),
                     _ => {
                         format!("it has no name of {family} in {format} that is known; choose another format")

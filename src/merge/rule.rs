@@ -253,7 +253,7 @@ mod tests {
         let members =
             [row(&[4.0, -3.0, 1.0, 2.0]), row(&[-1.0, 3.0, 4.0, 2.0]), row(&[3.0, -4.0, -5.0, 1.0])];
         let of = |density, lambda| Rule::Ties(Ties { density, lambda }).entrywise(&members, &key).data;
-        assert_eq!(of(1.0, 1.0), [3.5, -3.5, 0.0, 5.0 / 3.0]);
+        assert_eq!(of(1.0, 1.0), [3.5, -3.5, 2.5, 5.0 / 3.0]);
         // Kept: 4 -3 . . | . 3 4 . | . -4 -5 .
         assert_eq!(of(0.5, 2.0), [8.0, -7.0, -10.0, 0.0]);
     }

@@ -425,7 +425,7 @@ impl Inputs {
                 let what = count(off.len(), "layer");
                 let names = self::some(&off, 3);
                 out.warn(format_args!(
-                    "{}: alpha or strength 0, adds nothing, on {what}: {names}",
+                    "{}: strength or alpha 0, adds nothing, on {what}: {names}",
                     adapter.name()
                 ))?;
             }
