@@ -59,7 +59,7 @@ say "the C header"
 cargo run --quiet --manifest-path capi/header/Cargo.toml --target-dir target/header -- --check
 
 say "documentation"
-RUSTDOCFLAGS="-D warnings" cargo doc --no-deps --quiet
+RUSTDOCFLAGS="-D warnings" cargo doc --no-deps -p loraweld -p loraweld-capi --quiet
 
 # DX12, Metal and a browser are not run here; this keeps them compiling.
 if command -v rustup >/dev/null; then

@@ -1,7 +1,7 @@
 //! The C interface of loraweld: `include/loraweld.h`, for hosts in C, C++, Swift and whatever else calls C.
 //!
-//! One file for each kind of handle. [`ffi`] turns pointers into references and back and holds almost all of what is
-//! unsafe; [`status`] turns errors and panics into codes and messages. The header is made from these sources by cbindgen;
+//! One file for each kind of handle. `ffi` turns pointers into references and back and holds almost all of what is
+//! unsafe; `status` turns errors and panics into codes and messages. The header is made from these sources by cbindgen;
 //! the conventions that it opens with (`cbindgen.toml`) are the contract that every `unsafe` here relies on.
 
 #![allow(clippy::missing_safety_doc, reason = "the header opens with what holds for every function")]

@@ -130,7 +130,7 @@ impl NpLora {
     /// Merges, with progress and cancellation.
     ///
     /// # Errors
-    /// [`Error::Invalid`] without subjects and for options out of range; as [`Plan::new`]; [`Error::Tensor`] for NaN
+    /// [`Error::Invalid`] without subjects and for options out of range; as [`Plan::new`](super::Plan::new); [`Error::Tensor`] for NaN
     /// or infinity in an adapter; [`Error::Layer`] if a result overflows f32; [`Error::Device`]; [`Error::Cancelled`].
     pub fn merge_with(
         &self,
