@@ -46,17 +46,20 @@ if command -v rustup >/dev/null; then
 fi
 
 say "formatting"
-cargo fmt --check
+cargo fmt --all --check
 
 say "lints"
-cargo clippy --all-targets -- -D warnings
+cargo clippy -p loraweld -p loraweld-capi --all-targets -- -D warnings
 cargo clippy --lib --no-default-features -- -D warnings
 
 say "tests"
-cargo test
+cargo test -p loraweld -p loraweld-capi
+
+say "the C header"
+cargo run --quiet --manifest-path capi/header/Cargo.toml --target-dir target/header -- --check
 
 say "documentation"
-RUSTDOCFLAGS="-D warnings" cargo doc --no-deps --quiet
+RUSTDOCFLAGS="-D warnings" cargo doc --no-deps -p loraweld -p loraweld-capi --quiet
 
 # DX12, Metal and a browser are not run here; this keeps them compiling.
 if command -v rustup >/dev/null; then

@@ -45,11 +45,11 @@ impl std::fmt::Debug for Control<'_> {
 }
 
 impl Control<'_> {
-    /// Reports that `item` comes next, unless the call was cancelled.
+    /// Reports that `item` comes next, unless the call was cancelled before or is by the callback.
     pub(crate) fn step(&self, stage: &'static str, item: &str, done: usize, total: usize) -> Result<()> {
         self.check()?;
         self.report(stage, item, done, total);
-        Ok(())
+        self.check()
     }
 
     /// Fails if the call was cancelled.

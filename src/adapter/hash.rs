@@ -3,13 +3,21 @@
 use sha2::{Digest, Sha256};
 
 use super::{Adapter, Layer};
-use crate::RawMatrix;
+use crate::{Control, RawMatrix, Result};
 
 /// Elements widened at a time.
 const CHUNK: usize = 1 << 14;
 
-pub(super) fn of_bytes(bytes: &[u8]) -> String {
-    hex(Sha256::digest(bytes).as_slice())
+/// Bytes hashed between looks at the cancellation token.
+const BLOCK: usize = 4 << 20;
+
+pub(super) fn of_bytes(bytes: &[u8], control: &Control<'_>) -> Result<String> {
+    let mut sha = Sha256::new();
+    for block in bytes.chunks(BLOCK) {
+        control.check()?;
+        sha.update(block);
+    }
+    Ok(hex(sha.finalize().as_slice()))
 }
 
 /// See [`Adapter::a_sha256`].

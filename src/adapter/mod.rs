@@ -39,7 +39,7 @@ use self::spelling::{Spelling, Usual};
 use self::spill::Values;
 pub use self::write::SaveOptions;
 use crate::safetensors_file::SafetensorsFile;
-use crate::{Dtype, Error, Matrix, RawMatrix, Result};
+use crate::{Control, Dtype, Error, Matrix, RawMatrix, Result};
 
 /// The name of the tensors' file in a PEFT folder.
 const PEFT_MODEL: &str = "adapter_model.safetensors";
@@ -313,8 +313,14 @@ impl Adapter {
 
     /// Reads every value and refuses NaN and infinity.
     pub fn check_finite(&self) -> Result<()> {
+        self.check_finite_with(&Control::default())
+    }
+
+    pub(crate) fn check_finite_with(&self, control: &Control<'_>) -> Result<()> {
         let tensors = self.layers().par_iter().flat_map_iter(|layer| [&layer.a, &layer.b]);
-        let bad = tensors.filter_map(|t| Some((t, t.raw().first_non_finite()?))).find_first(|_| true);
+        let first = |t: &Tensor| control.check().ok().and_then(|()| t.raw().first_non_finite());
+        let bad = tensors.filter_map(|t| Some((t, first(t)?))).find_first(|_| true);
+        control.check()?;
         let Some((tensor, i)) = bad else { return Ok(()) };
         let raw = tensor.raw();
         let size = raw.dtype.size();
@@ -336,8 +342,12 @@ impl Adapter {
 
     /// SHA-256 (hex) of the whole file. An adapter that was made in memory has none.
     pub fn file_sha256(&self) -> Result<String> {
+        self.file_sha256_with(&Control::default())
+    }
+
+    pub(crate) fn file_sha256_with(&self, control: &Control<'_>) -> Result<String> {
         match &self.0.file {
-            Some(file) => Ok(hash::of_bytes(file.bytes())),
+            Some(file) => hash::of_bytes(file.bytes(), control),
             None => Err(Error::Invalid(format!("adapter `{}` does not come from a file", self.name()))),
         }
     }

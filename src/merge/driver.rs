@@ -65,7 +65,7 @@ pub(super) fn run<'a>(
         }
         Ok(())
     };
-    super::hash_inputs(&mut inputs, adapters, chunks)?;
+    super::hash_inputs(&mut inputs, adapters, control, chunks)?;
     control.finish("merge", total);
 
     let mut notes = plan.notes().to_vec();

@@ -36,7 +36,7 @@ impl Linear {
     /// Merges, with progress and cancellation. Nothing is computed on a device.
     ///
     /// # Errors
-    /// As [`Plan::new`]; [`Error::Tensor`](crate::Error::Tensor) for NaN or infinity in an adapter;
+    /// As [`Plan::new`](super::Plan::new); [`Error::Tensor`](crate::Error::Tensor) for NaN or infinity in an adapter;
     /// [`Error::Layer`](crate::Error::Layer) if a result overflows f32;
     /// [`Error::Cancelled`](crate::Error::Cancelled).
     pub fn merge_with(&self, adapters: &[Weighted<'_>], control: Control<'_>) -> Result<Merged> {

@@ -46,7 +46,7 @@ fn check_inputs(adapters: &[Weighted<'_>], control: &Control<'_>) -> Result<Vec<
     let mut inputs = Vec::new();
     for (i, Weighted { adapter, strength }) in adapters.iter().enumerate() {
         control.step("check", adapter.name(), i, adapters.len())?;
-        adapter.check_finite()?;
+        adapter.check_finite_with(control)?;
         inputs.push(InputReport {
             name: adapter.name().to_owned(),
             path: adapter.path().to_owned(),
@@ -60,13 +60,20 @@ fn check_inputs(adapters: &[Weighted<'_>], control: &Control<'_>) -> Result<Vec<
 }
 
 /// Hashes the inputs' files while `merge` runs.
-fn hash_inputs<T>(inputs: &mut [InputReport], adapters: &[Weighted<'_>], merge: impl FnOnce() -> T) -> T {
+fn hash_inputs(
+    inputs: &mut [InputReport],
+    adapters: &[Weighted<'_>],
+    control: &Control<'_>,
+    merge: impl FnOnce() -> Result<()>,
+) -> Result<()> {
     rayon::in_place_scope(|scope| {
         for (input, weighted) in inputs.iter_mut().zip(adapters) {
-            scope.spawn(|_| input.sha256 = weighted.adapter.file_sha256().ok());
+            scope.spawn(|_| input.sha256 = weighted.adapter.file_sha256_with(control).ok());
         }
         merge()
-    })
+    })?;
+    // A hash that was interrupted is missing, as that of an adapter in memory is.
+    control.check()
 }
 
 /// The adapter of merged layers, spelled as the first input is. Its metadata: what all inputs agree on, and how
@@ -167,13 +174,17 @@ const HOST_CHUNK: u64 = 128 << 20;
 fn chunks<L: Copy>(device: &Device, layers: &[L], size: impl Fn(L) -> (u64, u64)) -> Vec<(Vec<L>, Device)> {
     let arena = arena(device);
     let limit = if device.is_gpu() { (device.memory() / 4).min(arena) } else { HOST_CHUNK };
+    // Calls are cancelled between chunks. Two layers a thread keep all of them busy all the same.
+    let most = if device.is_gpu() { usize::MAX } else { 2 * rayon::current_num_threads() };
     let mut chunks: Vec<(Vec<L>, Device)> = Vec::new();
     let mut used = 0;
     for &layer in layers {
         let (largest, size) = size(layer);
         let fits = !device.is_gpu() || (largest <= arena && size <= device.memory());
         match chunks.last_mut() {
-            Some((chunk, on)) if used + size <= limit && fits && on.is_gpu() == device.is_gpu() => {
+            Some((chunk, on))
+                if used + size <= limit && chunk.len() < most && fits && on.is_gpu() == device.is_gpu() =>
+            {
                 chunk.push(layer);
                 used += size;
             }

@@ -1,7 +1,7 @@
 //! NP-LoRA (arXiv 2511.11051): subjects are projected off the input directions of the style.
 
 use rayon::prelude::*;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::core::{NEGLIGIBLE, significant, size};
 use super::driver::{self, Done, Job};
@@ -16,7 +16,7 @@ use crate::{Control, Device, Error, Layer, Matrix, RawMatrix, Result, Weighted};
 const LEFT_OVER: f64 = 1e-6;
 
 /// How much of the style's directions a subject gives up.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Deserialize, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Projection {
     /// All: t = 1.
@@ -30,14 +30,14 @@ impl Projection {
     pub fn share(self) -> f64 {
         match self {
             Self::Hard => 1.0,
-            Self::Soft(mu) if mu.is_infinite() => 1.0,
-            Self::Soft(mu) => mu / (1.0 + mu),
+            // μ/(1 + μ), and right for an infinite μ.
+            Self::Soft(mu) => 1.0 / (1.0 + 1.0 / mu),
         }
     }
 }
 
 /// Which of the style's right singular vectors are kept clear of subjects.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Deserialize, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Directions {
     /// All whose singular value is not negligible.
@@ -50,7 +50,8 @@ pub enum Directions {
 }
 
 /// Options of [`NpLora`].
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
 pub struct NpLoraOptions {
     /// How much subjects give up; `Soft(0.5)` by default, as published.
     pub projection: Projection,
@@ -129,7 +130,7 @@ impl NpLora {
     /// Merges, with progress and cancellation.
     ///
     /// # Errors
-    /// [`Error::Invalid`] without subjects and for options out of range; as [`Plan::new`]; [`Error::Tensor`] for NaN
+    /// [`Error::Invalid`] without subjects and for options out of range; as [`Plan::new`](super::Plan::new); [`Error::Tensor`] for NaN
     /// or infinity in an adapter; [`Error::Layer`] if a result overflows f32; [`Error::Device`]; [`Error::Cancelled`].
     pub fn merge_with(
         &self,

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use rayon::prelude::*;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::core::{NEGLIGIBLE, significant, svds};
 use super::driver::Job;
@@ -12,7 +12,7 @@ use crate::compute::ops::{EntryMember, EntryRule};
 use crate::{Device, Error, LayerKey, Matrix, Result};
 
 /// How matrices M_1 … M_K of one shape become one.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
 #[serde(tag = "rule", rename_all = "kebab-case")]
 pub enum Rule {
     /// `Σ M_k`.
@@ -35,7 +35,8 @@ pub enum Rule {
 ///
 /// `⌊density·n⌋` of n entries are kept, at least one, and what is as large as the smallest of them; magnitudes are
 /// compared as f32. A sum of zero elects plus, as in peft.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
 pub struct Ties {
     /// Share of the entries that is kept, in (0, 1]; 0.2 by default, as in the paper.
     pub density: f64,
@@ -54,7 +55,8 @@ impl Default for Ties {
 ///
 /// Which entries are dropped follows from the seed, the layer's name, the adapter's place and the entry's, by a
 /// counter-based hash: the same on every device and in every run.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
 pub struct Dare {
     /// Share of the entries that is kept, 1 − p of the paper, in (0, 1]; 0.5 by default.
     pub density: f64,

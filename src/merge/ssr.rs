@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::time::Instant;
 
 use rayon::prelude::*;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::driver::TOO_LARGE;
 use super::loss::{Outputs, Squares, Statistics, add, dot, times};
@@ -17,7 +17,7 @@ use crate::power::{exponent, exponent_of, pow2};
 use crate::{Calibration, Control, Device, Error, Layer, LayerKey, Matrix, RawMatrix, Result, Weighted};
 
 /// How strongly the router is held to its prior R₀.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Deserialize, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Ridge {
     /// λ itself, added to G/N.
@@ -27,7 +27,7 @@ pub enum Ridge {
 }
 
 /// What is assumed about inputs that the calibration has not seen.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Prior {
     /// What the adapters' own A say about their inputs; the ridge pulls toward the sum.
@@ -41,7 +41,8 @@ pub enum Prior {
 }
 
 /// Options of [`Ssr`].
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
 pub struct SsrOptions {
     /// The ridge; `Relative(1e-3)` by default.
     pub ridge: Ridge,
@@ -208,7 +209,7 @@ impl<'a> Ssr<'a> {
             }
             Ok(())
         };
-        super::hash_inputs(&mut inputs, adapters, chunks)?;
+        super::hash_inputs(&mut inputs, adapters, &control, chunks)?;
         control.finish("merge", total);
 
         let mut notes = plan.notes().to_vec();

@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::Merged;
 use super::core::{Factored, NEGLIGIBLE, significant, size};
@@ -10,7 +10,8 @@ use super::driver::TOO_LARGE;
 use crate::{Adapter, Control, Device, Error, Layer, Matrix, Result};
 
 /// How many singular values of an update to keep: the fewest that a limit allows, and at least one.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Deserialize, Serialize)]
+#[serde(default, deny_unknown_fields)]
 pub struct Truncation {
     /// At most this many.
     pub rank: Option<usize>,
@@ -19,7 +20,7 @@ pub struct Truncation {
 }
 
 /// How many singular values `σ_1 ≥ σ_2 ≥ …` to keep, by their size; as the dynamic methods of kohya's resize script.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Deserialize, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Spectrum {
     /// Those above `σ_1 / X`, X ≥ 1.
