@@ -32,7 +32,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers.utils import logging
 
-REWRITE = "rewrite it in diffusers' spelling: `loraweld merge linear FILE --format peft -o NEW`"
+REWRITE = "rewrite it in diffusers' spelling: `loraweld convert FILE --format peft -o NEW`"
 
 # ---- The pipeline
 

@@ -41,7 +41,8 @@ def check(checks, args, name, folder):
     pipe.set_adapters(list(paths), STRENGTHS)
     both = denoise(pipe)
     pipe.unload_lora_weights()
-    checks.at_most(f"{name}: the base model after unloading", difference(denoise(pipe), base), 1e-6)
+    # A GPU may choose other kernels for the same numbers.
+    checks.at_most(f"{name}: the base model after unloading", difference(denoise(pipe), base), 1e-5)
     checks.at_least(f"{name}: what the adapters change", difference(both, base), 0.1)
 
     inputs = [f"{path}:{strength}" for path, strength in zip(paths.values(), STRENGTHS)]

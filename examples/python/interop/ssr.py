@@ -7,7 +7,7 @@ same inputs are caught by hooks here, and the authors' router is solved from the
     R = (Q / N) (G / N + 1e-4 I)^-1,    A = [A_1; A_2],    B = [s_1 B_1 | s_2 B_2] R
 
 By either way, loraweld's merge with `--ridge 1e-4 --prior zero` must be that on every layer. For SDXL, one of the
-adapters is given to record.py and loraweld in kohya's spelling.
+adapters is given to loraweld in kohya's spelling, and to record.py in diffusers'.
 """
 
 import json
@@ -43,15 +43,16 @@ def check(checks, args, name, folder):
     layers = sorted(set().union(*(lora.a for lora in loras.values())))
     inputs = {task: caught(args, base, loras[task].path, layers, prompt) for task, prompt in PROMPTS.items()}
     expected = {layer: router_merge(layer, loras, inputs) for layer in layers}
-    files = [loras["first"].path, loras["second"].path]
+    recorded_with = [loras["first"].path, loras["second"].path]
+    files = list(recorded_with)
     if name == "sdxl":
         files[1] = folder / "kohya" / files[1].name
         files[1].parent.mkdir()
         run(args.loraweld, "merge", "linear", loras["second"].path, "--format", "kohya", "-o", files[1])
 
     recorded, by_shards, by_gram = folder / "recorded", folder / "shards.calibration", folder / "gram.calibration"
-    record(args, base, files, "-o", recorded)
-    record(args, base, files, "--gram", "-o", by_gram)
+    record(args, base, recorded_with, "-o", recorded)
+    record(args, base, recorded_with, "--gram", "-o", by_gram)
     folders = [recorded / task for task in PROMPTS]
     run(args.loraweld, "calibrate", *files, "--activations", *folders, "--precision", "f64", "-o", by_shards)
     run(args.loraweld, "calibration", "show", by_gram)
