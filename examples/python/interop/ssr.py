@@ -11,7 +11,11 @@ adapters is given to loraweld in kohya's spelling, and to record.py in diffusers
 """
 
 import json
+import os
 import sys
+
+# Convolutions in TF32, CUDA's default, differ by 1e-3 from process to process; record.py runs in one of its own.
+os.environ["NVIDIA_TF32_OVERRIDE"] = "0"
 
 import torch
 from common import ROOT, Checks, load, parse_args, pipeline, run, scratch
