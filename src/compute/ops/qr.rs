@@ -81,7 +81,8 @@ pub fn qr(device: &Device, a: &ScaledRows) -> Result<Qr> {
                 }
                 sum
             };
-            let l = product(&left, &power(0.5));
+            let half = power(0.5);
+            let l = product(&left, view(&half.data, Shape::new(half.rows, half.cols)));
             (power(-0.5), a.unscale(i, l))
         })
         .unzip();
@@ -178,17 +179,12 @@ fn root_cpu(a: MatRef<'_, f64>) -> Root {
 fn qr_cpu(a: &[f64], shape: Shape) -> (Matrix, Matrix) {
     let root = root_cpu(view(a, shape));
     if root.is_exact() {
-        let times = |x: &Matrix, y: &[f64]| {
-            let mut out = Matrix::zeros(x.rows, shape.cols);
-            let into = super::view_mut(&mut out.data, Shape::new(x.rows, shape.cols));
-            let (x, y) = (view(&x.data, Shape::new(x.rows, x.cols)), view(y, Shape::new(x.cols, shape.cols)));
-            faer::linalg::matmul::matmul(into, Accum::Replace, x, y, 1.0, Par::Seq);
-            out
-        };
         // Once more, since there are digits for it in f64.
-        let q = times(&root.inverse, a);
-        let second = root_cpu(view(&q.data, shape));
-        return (times(&second.inverse, &q.data), product(&root.left, &second.left));
+        let q = product(&root.inverse, view(a, shape));
+        let q = view(&q.data, shape);
+        let second = root_cpu(q);
+        let left = view(&second.left.data, Shape::new(shape.rows, shape.rows));
+        return (product(&second.inverse, q), product(&root.left, left));
     }
     let qr = view(a, shape).transpose().qr();
     let (q, r) = (qr.compute_thin_Q(), qr.thin_R());
@@ -199,16 +195,17 @@ fn qr_cpu(a: &[f64], shape: Shape) -> (Matrix, Matrix) {
     (q, l)
 }
 
-/// A·B of small matrices, on one thread.
-fn product(a: &Matrix, b: &Matrix) -> Matrix {
-    let mut c = Matrix::zeros(a.rows, b.cols);
+/// A·B on one thread.
+fn product(a: &Matrix, b: MatRef<'_, f64>) -> Matrix {
+    let mut c = Matrix::zeros(a.rows, b.ncols());
+    let into = super::view_mut(&mut c.data, Shape::new(a.rows, b.ncols()));
     faer::linalg::matmul::matmul(
-        super::view_mut(&mut c.data, Shape::new(a.rows, b.cols)),
-        faer::Accum::Replace,
+        into,
+        Accum::Replace,
         view(&a.data, Shape::new(a.rows, a.cols)),
-        view(&b.data, Shape::new(b.rows, b.cols)),
+        b,
         1.0,
-        faer::Par::Seq,
+        Par::Seq,
     );
     c
 }
