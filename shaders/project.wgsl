@@ -3,8 +3,8 @@
 //   X: tokens × width, row-major, f32, f16 or bf16      A: rank × width, f32      Z: tokens × rank, f32
 //
 // Work: (job, token tile, rank tile, part). A workgroup makes one TILE_M × TILE_N tile of Z from one part
-// of the width (split-K); part p is stored at z + p·tokens·rank, and the reader adds the parts in order.
-// Bindings: 3 X as raw words, 4 A, 5 Z.
+// of the width (split-K), a matrix with rows of `stride`; sum_parts.wgsl adds the parts.
+// Bindings: 3 X as raw words, 4 A, 5 Z or its parts.
 // The permutation sets DTYPE, TILE_M, TILE_N, COLUMNS and THREADS_N = TILE_N / COLUMNS; see tile_f32.wgsl.
 
 #import params
@@ -19,10 +19,8 @@ struct Job {
     tokens: u32,
     rank: u32,
     width: u32,
-    dtype: u32,
+    stride: u32,
     part_width: u32,    // a multiple of DEPTH
-    x_scales: u32,  // for project_matrix.wgsl
-    a_scales: u32,
 }
 
 @group(0) @binding(3) var<storage, read> x_words: array<u32>;
@@ -51,7 +49,7 @@ fn put_x(pair: u32, quad: u32, r0: vec2<f32>, r1: vec2<f32>, r2: vec2<f32>, r3: 
 
 fn store_row(job: Job, part: u32, row: u32, column: u32, values: vec4<f32>) {
     if (row < job.tokens) {
-        let e = job.z + (part * job.tokens + row) * job.rank + column;
+        let e = job.z + (part * job.tokens + row) * job.stride + column;
         if (column < job.rank) { z[e] = values.x; }
         if (column + 1u < job.rank) { z[e + 1u] = values.y; }
         if (column + 2u < job.rank) { z[e + 2u] = values.z; }

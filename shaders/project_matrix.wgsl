@@ -1,50 +1,55 @@
 // Z = X·Aᵀ on matrix units: f16 operands and f32 sums that keep f32's accuracy. The fast twin of
 // project.wgsl, for adapters with 16×16×16 f16 to f32 matrices and subgroups of 32.
 //
-//   X: tokens × width, row-major, f32, f16 or bf16      A: rank × width, f32      Z: tokens × rank, f32
+//   X: tokens × width, row-major, f32, f16 or bf16      A: rank × width, f32      width: a multiple of 8
 //
-// Rows but those of f16 are brought into f16's range by the powers of two of row_scale.wgsl. f16 and bf16 values are
-// then exact in f16 (short of 2^-24 of the largest of their row); f32 values are split by mask into a high and a
-// low part of 11 bits each, and the products of two low parts left out. The unit's accumulator truncates,
-// so it sums at most CHUNK products before they are added in f32.
+// Rows are brought into f16's range by the powers of two of row_scale.wgsl, which sum_parts.wgsl takes out again.
+// f16 and bf16 values are then exact in f16 (short of 2^-38 of the largest of their row); f32 values are split
+// by mask into a high and a low part of 11 bits each, and the products of two low parts left out. Where A came
+// from halves it has no low part, which halves the work. The unit's accumulator truncates, so it sums at most
+// CHUNK products before they are added in f32.
 //
-// Work: (job, token tile, rank tile, part). A workgroup of 8 subgroups makes one 128 × 64 tile of Z from
-// one part of the width; parts are stored as in project.wgsl.
-// Bindings: 3 X as raw words, 4 A, 5 Z, 6 scales of rows of X and A.
-// The permutation sets DTYPE.
+// Work: (job, token tile, rank tile, part). A workgroup makes one TILE_M × TILE_N tile of one part of the width and
+// leaves it, scaled as it is, in `parts`: for each part of the width a matrix of whole tiles, `stride` columns wide.
+// Bindings: 3 X as raw words, 4 A, 5 parts, 6 scales of rows of X and A.
+// The permutation sets DTYPE, and SUBGROUPS_M, SUBGROUPS_N and FRAGMENTS_N: a subgroup has 32 × 16 · FRAGMENTS_N
+// of the tile.
 
 #import params
 #import words
-#import fetch
 
 struct Job {
-    x: u32,     // first word
-    a: u32,     // first element
-    z: u32,     // first element
+    x: u32,     // first word, a multiple of 4
+    a: u32,     // first element, a multiple of 4
+    parts: u32, // first element
     tokens: u32,
     rank: u32,
     width: u32,
-    dtype: u32,
+    stride: u32,
     part_width: u32,    // a multiple of DEPTH
     x_scales: u32,  // first element
     a_scales: u32,  // first element
 }
 
-@group(0) @binding(3) var<storage, read> x_words: array<u32>;
-@group(0) @binding(4) var<storage, read> a: array<f32>;
-@group(0) @binding(5) var<storage, read_write> z: array<f32>;
+@group(0) @binding(3) var<storage, read> x_words: array<vec4<u32>>;
+@group(0) @binding(4) var<storage, read> a: array<vec4<f32>>;
+@group(0) @binding(5) var<storage, read_write> parts: array<f32>;
 @group(0) @binding(6) var<storage, read> scales: array<f32>;
 
-const TILE_M: u32 = 128u;
-const TILE_N: u32 = 64u;
+const TILE_M: u32 = SUBGROUPS_M * 32u;
+const TILE_N: u32 = SUBGROUPS_N * FRAGMENTS_N * 16u;
+const THREADS: u32 = SUBGROUPS_M * SUBGROUPS_N * 32u;
 const DEPTH: u32 = 32u;
-const CHUNK: u32 = 256u;
-const THREADS: u32 = 256u;
-// Padded rows keep the loads of a matrix from meeting in a bank, and stay on 16 bytes.
-const STRIDE: u32 = DEPTH + 8u;
-const PAIRS: u32 = DEPTH / 2u;
-// A thread fetches a pair of values from every 16th row.
-const ROW_STEP: u32 = THREADS / PAIRS;
+const CHUNK: u32 = 384u;
+// In vectors of 4. Padded rows keep the loads of a matrix from meeting in a bank, and stay on 16 bytes.
+const STRIDE: u32 = DEPTH / 4u + 2u;
+
+// Values of X in 16 bytes, and how a tile of it is shared: each thread fetches X_LOADS times, X_STEP rows apart.
+const X_VALUES: u32 = select(8u, 4u, DTYPE == F32);
+const X_STEP: u32 = THREADS * X_VALUES / DEPTH;
+const X_LOADS: u32 = TILE_M / X_STEP;
+// Of A each thread fetches twice.
+const A_STEP: u32 = TILE_N / 2u;
 
 // One array, so that every part of it lies on 16 bytes, which loads of matrices need.
 const X_HIGH: u32 = 0u;
@@ -52,67 +57,63 @@ const A_HIGH: u32 = X_HIGH + TILE_M * STRIDE;
 const A_LOW: u32 = A_HIGH + TILE_N * STRIDE;
 const X_LOW: u32 = A_LOW + TILE_N * STRIDE;
 const TILE_LEN: u32 = X_LOW + select(0u, TILE_M * STRIDE, DTYPE == F32);
-var<workgroup> tile: array<f16, TILE_LEN>;
-// One 16 × 16 matrix of each subgroup on its way out.
-var<workgroup> patches: array<f32, 2048>;
+var<workgroup> tile: array<vec4<f16>, TILE_LEN>;
+
+// Whether any row of this tile of A has low parts.
+var<workgroup> low_rows: u32;
+// Whether there was a chunk before. Through memory, as is the above, for naga to see that all threads agree.
+var<workgroup> continues: u32;
 
 fn x_scale(job: Job, row: u32) -> f32 {
     if (DTYPE == F16) {
         // In range as they are.
         return 1.0;
     }
-    return scales[job.x_scales + min(row, job.tokens - 1u)];
+    return abs(scales[job.x_scales + row]);
 }
 
-fn a_scale(job: Job, row: u32) -> f32 {
-    return scales[job.a_scales + min(row, job.rank - 1u)];
+fn fetch_x(job: Job, row: u32, k: u32, end: u32) -> vec4<u32> {
+    if (k < end) {
+        return x_words[job.x / 4u + (row * job.width + k) / X_VALUES];
+    }
+    return vec4<u32>(0u);
+}
+
+fn fetch_a(job: Job, row: u32, k: u32, end: u32) -> vec4<f32> {
+    if (k < end) {
+        return a[(job.a + row * job.width + k) / 4u];
+    }
+    return vec4<f32>(0.0);
 }
 
 // The upper 11 bits of the mantissa, which f16 holds. By mask: f32(f16(v)) is folded away.
-fn high_part(value: vec2<f32>) -> vec2<f32> {
-    return bitcast<vec2<f32>>(bitcast<vec2<u32>>(value) & vec2<u32>(0xffffe000u));
+fn high_part(value: vec4<f32>) -> vec4<f32> {
+    return bitcast<vec4<f32>>(bitcast<vec4<u32>>(value) & vec4<u32>(0xffffe000u));
 }
 
-fn put(place: u32, value: vec2<f32>) {
-    let narrow = vec2<f16>(value);
-    tile[place] = narrow.x;
-    tile[place + 1u] = narrow.y;
+fn halves(low: u32, high: u32, scale: f32) -> vec4<f16> {
+    return vec4<f16>(vec4<f32>(unpack_halves(low, DTYPE), unpack_halves(high, DTYPE)) * scale);
 }
 
-fn put_x(place: u32, value: vec2<f32>) {
+fn put_x(place: u32, raw: vec4<u32>, scale: f32) {
     if (DTYPE == F32) {
+        let value = bitcast<vec4<f32>>(raw) * scale;
         let high = high_part(value);
-        put(X_HIGH + place, high);
-        put(X_LOW + place, value - high);
+        tile[X_HIGH + place] = vec4<f16>(high);
+        tile[X_LOW + place] = vec4<f16>(value - high);
     } else {
-        put(X_HIGH + place, value);
+        tile[X_HIGH + place] = halves(raw.x, raw.y, scale);
+        tile[X_HIGH + place + 1u] = halves(raw.z, raw.w, scale);
     }
 }
 
-fn put_a(place: u32, value: vec2<f32>) {
+fn put_a(place: u32, raw: vec4<f32>, scale: f32, has_low: bool) {
+    let value = raw * scale;
     let high = high_part(value);
-    put(A_HIGH + place, high);
-    put(A_LOW + place, value - high);
-}
-
-// 1 / s of a power of two, exactly.
-fn inverse_power(s: f32) -> f32 {
-    return bitcast<f32>((254u << 23u) - bitcast<u32>(s));
-}
-
-// Writes the patch of each subgroup to Z.
-fn store_patch(job: Job, part: u32, row: u32, column: u32, subgroup: u32, lane: u32) {
-    workgroupBarrier();
-    for (var q = 0u; q < 8u; q++) {
-        let e = q * 32u + lane;
-        let r = row + e / 16u;
-        let c = column + e % 16u;
-        if (r < job.tokens && c < job.rank) {
-            let scale = inverse_power(x_scale(job, r)) * inverse_power(a_scale(job, c));
-            z[job.z + (part * job.tokens + r) * job.rank + c] = patches[subgroup * 256u + e] * scale;
-        }
+    tile[A_HIGH + place] = vec4<f16>(high);
+    if (has_low) {
+        tile[A_LOW + place] = vec4<f16>(value - high);
     }
-    workgroupBarrier();
 }
 
 @compute @workgroup_size(THREADS)
@@ -130,193 +131,202 @@ fn main(
     let start = work.w * job.part_width;
     let end = min(start + job.part_width, job.width);
 
-    let pair = t % PAIRS;
-    let slot = t / PAIRS;
-    let row = first_row + slot;
-    let column = first_column + slot;
-    let place = slot * STRIDE + pair * 2u;
-    const PLACE_STEP = ROW_STEP * STRIDE;
-    let x_inside = job.width % 2u == 0u && first_row + TILE_M <= job.tokens;
-    let a_inside = job.width % 2u == 0u && first_column + TILE_N <= job.rank;
+    // Rows past the end repeat the last: nobody reads what becomes of them.
+    const X_QUADS = DEPTH / X_VALUES;
+    let x_slot = t / X_QUADS;
+    let x_k = t % X_QUADS * X_VALUES;
+    let x_place = x_slot * STRIDE + x_k / 4u;
+    let last_row = job.tokens - 1u;
+    let x_row0 = min(first_row + x_slot, last_row);
+    let x_row1 = min(first_row + x_slot + X_STEP, last_row);
+    let x_row2 = min(first_row + x_slot + X_STEP * 2u, last_row);
+    let x_row3 = min(first_row + x_slot + X_STEP * 3u, last_row);
+    let x_row4 = min(first_row + x_slot + X_STEP * 4u, last_row);
+    let x_row5 = min(first_row + x_slot + X_STEP * 5u, last_row);
+    let x_row6 = min(first_row + x_slot + X_STEP * 6u, last_row);
+    let x_row7 = min(first_row + x_slot + X_STEP * 7u, last_row);
+    const A_QUADS = DEPTH / 4u;
+    let a_slot = t / A_QUADS;
+    let a_k = t % A_QUADS * 4u;
+    let a_place = a_slot * STRIDE + a_k / 4u;
+    let a_row0 = min(first_column + a_slot, job.rank - 1u);
+    let a_row1 = min(first_column + a_slot + A_STEP, job.rank - 1u);
 
-    // Arrays of these would be kept in memory, and fetched one after the other.
-    let xs0 = x_scale(job, row);
-    let xs1 = x_scale(job, row + ROW_STEP);
-    let xs2 = x_scale(job, row + ROW_STEP * 2u);
-    let xs3 = x_scale(job, row + ROW_STEP * 3u);
-    let xs4 = x_scale(job, row + ROW_STEP * 4u);
-    let xs5 = x_scale(job, row + ROW_STEP * 5u);
-    let xs6 = x_scale(job, row + ROW_STEP * 6u);
-    let xs7 = x_scale(job, row + ROW_STEP * 7u);
-    let as0 = a_scale(job, column);
-    let as1 = a_scale(job, column + ROW_STEP);
-    let as2 = a_scale(job, column + ROW_STEP * 2u);
-    let as3 = a_scale(job, column + ROW_STEP * 3u);
+    let x_scale0 = x_scale(job, x_row0);
+    let x_scale1 = x_scale(job, x_row1);
+    let x_scale2 = x_scale(job, x_row2);
+    let x_scale3 = x_scale(job, x_row3);
+    let x_scale4 = x_scale(job, x_row4);
+    let x_scale5 = x_scale(job, x_row5);
+    let x_scale6 = x_scale(job, x_row6);
+    let x_scale7 = x_scale(job, x_row7);
+    let a_scale0 = abs(scales[job.a_scales + a_row0]);
+    let a_scale1 = abs(scales[job.a_scales + a_row1]);
+    // Every subgroup finds the same.
+    var low = false;
+    for (var c = lane; c < TILE_N; c += 32u) {
+        low = low || scales[job.a_scales + min(first_column + c, job.rank - 1u)] < 0.0;
+    }
+    let any_low = subgroupAny(low);
+    if (t == 0u) {
+        low_rows = u32(any_low);
+    }
+    let has_low = workgroupUniformLoad(&low_rows) != 0u;
 
-    // Each subgroup has 32 × 32 of the tile, as 2 × 2 matrices.
-    let tile_row = subgroup / 2u * 32u;
-    let tile_column = subgroup % 2u * 32u;
-    var sum00: coop_mat16x16<f32, C>;
-    var sum01: coop_mat16x16<f32, C>;
-    var sum10: coop_mat16x16<f32, C>;
-    var sum11: coop_mat16x16<f32, C>;
-
-    // What is fetched for the next step while one is computed.
-    var x0: Pair;
-    var x1: Pair;
-    var x2: Pair;
-    var x3: Pair;
-    var x4: Pair;
-    var x5: Pair;
-    var x6: Pair;
-    var x7: Pair;
-    var a0: vec2<f32>;
-    var a1: vec2<f32>;
-    var a2: vec2<f32>;
-    var a3: vec2<f32>;
+    let tile_row = subgroup / SUBGROUPS_N * 32u;
+    let tile_column = subgroup % SUBGROUPS_N * FRAGMENTS_N * 16u;
+    let out_row = first_row + tile_row;
+    let rows = (job.tokens + TILE_M - 1u) / TILE_M * TILE_M;
+    let out = job.parts + (work.w * rows + out_row) * job.stride + first_column + tile_column;
 
     for (var chunk = start; chunk < end; chunk += CHUNK) {
         var c00: coop_mat16x16<f32, C>;
         var c01: coop_mat16x16<f32, C>;
+        var c02: coop_mat16x16<f32, C>;
+        var c03: coop_mat16x16<f32, C>;
         var c10: coop_mat16x16<f32, C>;
         var c11: coop_mat16x16<f32, C>;
+        var c12: coop_mat16x16<f32, C>;
+        var c13: coop_mat16x16<f32, C>;
         for (var k = chunk; k < min(chunk + CHUNK, end); k += DEPTH) {
-            if (k == start) {
-                let kk = k + pair * 2u;
-                if (x_inside && k + DEPTH <= end) {
-                    x0 = fetch_x(job, row, kk);
-                    x1 = fetch_x(job, row + ROW_STEP, kk);
-                    x2 = fetch_x(job, row + ROW_STEP * 2u, kk);
-                    x3 = fetch_x(job, row + ROW_STEP * 3u, kk);
-                    x4 = fetch_x(job, row + ROW_STEP * 4u, kk);
-                    x5 = fetch_x(job, row + ROW_STEP * 5u, kk);
-                    x6 = fetch_x(job, row + ROW_STEP * 6u, kk);
-                    x7 = fetch_x(job, row + ROW_STEP * 7u, kk);
-                } else {
-                    x0 = fetch_x_checked(job, row, kk, end);
-                    x1 = fetch_x_checked(job, row + ROW_STEP, kk, end);
-                    x2 = fetch_x_checked(job, row + ROW_STEP * 2u, kk, end);
-                    x3 = fetch_x_checked(job, row + ROW_STEP * 3u, kk, end);
-                    x4 = fetch_x_checked(job, row + ROW_STEP * 4u, kk, end);
-                    x5 = fetch_x_checked(job, row + ROW_STEP * 5u, kk, end);
-                    x6 = fetch_x_checked(job, row + ROW_STEP * 6u, kk, end);
-                    x7 = fetch_x_checked(job, row + ROW_STEP * 7u, kk, end);
-                }
-                if (a_inside && k + DEPTH <= end) {
-                    a0 = fetch_a(job, column, kk);
-                    a1 = fetch_a(job, column + ROW_STEP, kk);
-                    a2 = fetch_a(job, column + ROW_STEP * 2u, kk);
-                    a3 = fetch_a(job, column + ROW_STEP * 3u, kk);
-                } else {
-                    a0 = fetch_a_checked(job, column, kk, end);
-                    a1 = fetch_a_checked(job, column + ROW_STEP, kk, end);
-                    a2 = fetch_a_checked(job, column + ROW_STEP * 2u, kk, end);
-                    a3 = fetch_a_checked(job, column + ROW_STEP * 3u, kk, end);
-                }
+            let x0 = fetch_x(job, x_row0, k + x_k, end);
+            let x1 = fetch_x(job, x_row1, k + x_k, end);
+            var x2: vec4<u32>;
+            var x3: vec4<u32>;
+            var x4: vec4<u32>;
+            var x5: vec4<u32>;
+            var x6: vec4<u32>;
+            var x7: vec4<u32>;
+            if (X_LOADS > 2u) {
+                x2 = fetch_x(job, x_row2, k + x_k, end);
+                x3 = fetch_x(job, x_row3, k + x_k, end);
             }
-            workgroupBarrier();
-            put_x(place, x_values(x0) * xs0);
-            put_x(place + PLACE_STEP, x_values(x1) * xs1);
-            put_x(place + PLACE_STEP * 2u, x_values(x2) * xs2);
-            put_x(place + PLACE_STEP * 3u, x_values(x3) * xs3);
-            put_x(place + PLACE_STEP * 4u, x_values(x4) * xs4);
-            put_x(place + PLACE_STEP * 5u, x_values(x5) * xs5);
-            put_x(place + PLACE_STEP * 6u, x_values(x6) * xs6);
-            put_x(place + PLACE_STEP * 7u, x_values(x7) * xs7);
-            put_a(place, a0 * as0);
-            put_a(place + PLACE_STEP, a1 * as1);
-            put_a(place + PLACE_STEP * 2u, a2 * as2);
-            put_a(place + PLACE_STEP * 3u, a3 * as3);
-            workgroupBarrier();
-            let next = k + DEPTH;
-            if (next < end) {
-                let kk = next + pair * 2u;
-                if (x_inside && next + DEPTH <= end) {
-                    x0 = fetch_x(job, row, kk);
-                    x1 = fetch_x(job, row + ROW_STEP, kk);
-                    x2 = fetch_x(job, row + ROW_STEP * 2u, kk);
-                    x3 = fetch_x(job, row + ROW_STEP * 3u, kk);
-                    x4 = fetch_x(job, row + ROW_STEP * 4u, kk);
-                    x5 = fetch_x(job, row + ROW_STEP * 5u, kk);
-                    x6 = fetch_x(job, row + ROW_STEP * 6u, kk);
-                    x7 = fetch_x(job, row + ROW_STEP * 7u, kk);
-                } else {
-                    x0 = fetch_x_checked(job, row, kk, end);
-                    x1 = fetch_x_checked(job, row + ROW_STEP, kk, end);
-                    x2 = fetch_x_checked(job, row + ROW_STEP * 2u, kk, end);
-                    x3 = fetch_x_checked(job, row + ROW_STEP * 3u, kk, end);
-                    x4 = fetch_x_checked(job, row + ROW_STEP * 4u, kk, end);
-                    x5 = fetch_x_checked(job, row + ROW_STEP * 5u, kk, end);
-                    x6 = fetch_x_checked(job, row + ROW_STEP * 6u, kk, end);
-                    x7 = fetch_x_checked(job, row + ROW_STEP * 7u, kk, end);
-                }
-                if (a_inside && next + DEPTH <= end) {
-                    a0 = fetch_a(job, column, kk);
-                    a1 = fetch_a(job, column + ROW_STEP, kk);
-                    a2 = fetch_a(job, column + ROW_STEP * 2u, kk);
-                    a3 = fetch_a(job, column + ROW_STEP * 3u, kk);
-                } else {
-                    a0 = fetch_a_checked(job, column, kk, end);
-                    a1 = fetch_a_checked(job, column + ROW_STEP, kk, end);
-                    a2 = fetch_a_checked(job, column + ROW_STEP * 2u, kk, end);
-                    a3 = fetch_a_checked(job, column + ROW_STEP * 3u, kk, end);
-                }
+            if (X_LOADS > 4u) {
+                x4 = fetch_x(job, x_row4, k + x_k, end);
+                x5 = fetch_x(job, x_row5, k + x_k, end);
+                x6 = fetch_x(job, x_row6, k + x_k, end);
+                x7 = fetch_x(job, x_row7, k + x_k, end);
             }
-            for (var d = 0u; d < DEPTH; d += 16u) {
+            let a0 = fetch_a(job, a_row0, k + a_k, end);
+            let a1 = fetch_a(job, a_row1, k + a_k, end);
+            workgroupBarrier();
+            put_x(x_place, x0, x_scale0);
+            put_x(x_place + X_STEP * STRIDE, x1, x_scale1);
+            if (X_LOADS > 2u) {
+                put_x(x_place + X_STEP * 2u * STRIDE, x2, x_scale2);
+                put_x(x_place + X_STEP * 3u * STRIDE, x3, x_scale3);
+            }
+            if (X_LOADS > 4u) {
+                put_x(x_place + X_STEP * 4u * STRIDE, x4, x_scale4);
+                put_x(x_place + X_STEP * 5u * STRIDE, x5, x_scale5);
+                put_x(x_place + X_STEP * 6u * STRIDE, x6, x_scale6);
+                put_x(x_place + X_STEP * 7u * STRIDE, x7, x_scale7);
+            }
+            put_a(a_place, a0, a_scale0, has_low);
+            put_a(a_place + A_STEP * STRIDE, a1, a_scale1, has_low);
+            workgroupBarrier();
+            for (var d = 0u; d < DEPTH / 4u; d += 4u) {
                 let stride = STRIDE;
                 let x_at = tile_row * STRIDE + d;
                 let a_at = tile_column * STRIDE + d;
-                let x_high0_at = X_HIGH + x_at;
-                let x_high1_at = X_HIGH + x_at + 16u * STRIDE;
-                let a_high0_at = A_HIGH + a_at;
-                let a_high1_at = A_HIGH + a_at + 16u * STRIDE;
-                let a_low0_at = A_LOW + a_at;
-                let a_low1_at = A_LOW + a_at + 16u * STRIDE;
-                let x_high0 = coopLoadT<coop_mat16x16<f16, A>>(&tile[x_high0_at], stride);
-                let high0 = coopLoad<coop_mat16x16<f16, B>>(&tile[a_high0_at], stride);
-                let high1 = coopLoad<coop_mat16x16<f16, B>>(&tile[a_high1_at], stride);
-                let low0 = coopLoad<coop_mat16x16<f16, B>>(&tile[a_low0_at], stride);
-                let low1 = coopLoad<coop_mat16x16<f16, B>>(&tile[a_low1_at], stride);
+                let x0_at = X_HIGH + x_at;
+                let x1_at = x0_at + 16u * STRIDE;
+                let high0_at = A_HIGH + a_at;
+                let high1_at = high0_at + 16u * STRIDE;
+                let high2_at = high0_at + 32u * STRIDE;
+                let high3_at = high0_at + 48u * STRIDE;
+                let x_high0 = coopLoadT<coop_mat16x16<f16, A>>(&tile[x0_at], stride);
+                let x_high1 = coopLoadT<coop_mat16x16<f16, A>>(&tile[x1_at], stride);
                 // Small terms first.
+                if (has_low) {
+                    let low0_at = A_LOW + a_at;
+                    let low1_at = low0_at + 16u * STRIDE;
+                    let low0 = coopLoad<coop_mat16x16<f16, B>>(&tile[low0_at], stride);
+                    let low1 = coopLoad<coop_mat16x16<f16, B>>(&tile[low1_at], stride);
+                    c00 = coopMultiplyAdd(x_high0, low0, c00);
+                    c10 = coopMultiplyAdd(x_high1, low0, c10);
+                    c01 = coopMultiplyAdd(x_high0, low1, c01);
+                    c11 = coopMultiplyAdd(x_high1, low1, c11);
+                    if (FRAGMENTS_N == 4u) {
+                        let low2_at = low0_at + 32u * STRIDE;
+                        let low3_at = low0_at + 48u * STRIDE;
+                        let low2 = coopLoad<coop_mat16x16<f16, B>>(&tile[low2_at], stride);
+                        let low3 = coopLoad<coop_mat16x16<f16, B>>(&tile[low3_at], stride);
+                        c02 = coopMultiplyAdd(x_high0, low2, c02);
+                        c12 = coopMultiplyAdd(x_high1, low2, c12);
+                        c03 = coopMultiplyAdd(x_high0, low3, c03);
+                        c13 = coopMultiplyAdd(x_high1, low3, c13);
+                    }
+                }
+                let high0 = coopLoad<coop_mat16x16<f16, B>>(&tile[high0_at], stride);
+                let high1 = coopLoad<coop_mat16x16<f16, B>>(&tile[high1_at], stride);
+                // With low parts of X there are two columns of matrices: the shared memory holds no more.
                 if (DTYPE == F32) {
                     let x_low0_at = X_LOW + x_at;
+                    let x_low1_at = x_low0_at + 16u * STRIDE;
                     let x_low0 = coopLoadT<coop_mat16x16<f16, A>>(&tile[x_low0_at], stride);
-                    c00 = coopMultiplyAdd(x_low0, high0, c00);
-                    c01 = coopMultiplyAdd(x_low0, high1, c01);
-                }
-                c00 = coopMultiplyAdd(x_high0, low0, c00);
-                c01 = coopMultiplyAdd(x_high0, low1, c01);
-                c00 = coopMultiplyAdd(x_high0, high0, c00);
-                c01 = coopMultiplyAdd(x_high0, high1, c01);
-                let x_high1 = coopLoadT<coop_mat16x16<f16, A>>(&tile[x_high1_at], stride);
-                if (DTYPE == F32) {
-                    let x_low1_at = X_LOW + x_at + 16u * STRIDE;
                     let x_low1 = coopLoadT<coop_mat16x16<f16, A>>(&tile[x_low1_at], stride);
+                    c00 = coopMultiplyAdd(x_low0, high0, c00);
                     c10 = coopMultiplyAdd(x_low1, high0, c10);
+                    c01 = coopMultiplyAdd(x_low0, high1, c01);
                     c11 = coopMultiplyAdd(x_low1, high1, c11);
                 }
-                c10 = coopMultiplyAdd(x_high1, low0, c10);
-                c11 = coopMultiplyAdd(x_high1, low1, c11);
+                c00 = coopMultiplyAdd(x_high0, high0, c00);
                 c10 = coopMultiplyAdd(x_high1, high0, c10);
+                c01 = coopMultiplyAdd(x_high0, high1, c01);
                 c11 = coopMultiplyAdd(x_high1, high1, c11);
+                if (FRAGMENTS_N == 4u) {
+                    let high2 = coopLoad<coop_mat16x16<f16, B>>(&tile[high2_at], stride);
+                    let high3 = coopLoad<coop_mat16x16<f16, B>>(&tile[high3_at], stride);
+                    c02 = coopMultiplyAdd(x_high0, high2, c02);
+                    c12 = coopMultiplyAdd(x_high1, high2, c12);
+                    c03 = coopMultiplyAdd(x_high0, high3, c03);
+                    c13 = coopMultiplyAdd(x_high1, high3, c13);
+                }
             }
         }
-        sum00 = sum00 + c00;
-        sum01 = sum01 + c01;
-        sum10 = sum10 + c10;
-        sum11 = sum11 + c11;
+        let stride = job.stride;
+        let out00 = out;
+        let out01 = out + 16u;
+        let out02 = out + 32u;
+        let out03 = out + 48u;
+        let out10 = out + 16u * stride;
+        let out11 = out10 + 16u;
+        let out12 = out10 + 32u;
+        let out13 = out10 + 48u;
+        if (t == 0u) {
+            continues = u32(chunk > start);
+        }
+        if (workgroupUniformLoad(&continues) != 0u) {
+            // What the chunks before came to waits in memory: registers for a second set of sums would be too many.
+            let sum00 = coopLoadT<coop_mat16x16<f32, C>>(&parts[out00], stride);
+            let sum01 = coopLoadT<coop_mat16x16<f32, C>>(&parts[out01], stride);
+            let sum10 = coopLoadT<coop_mat16x16<f32, C>>(&parts[out10], stride);
+            let sum11 = coopLoadT<coop_mat16x16<f32, C>>(&parts[out11], stride);
+            c00 = c00 + sum00;
+            c01 = c01 + sum01;
+            c10 = c10 + sum10;
+            c11 = c11 + sum11;
+            if (FRAGMENTS_N == 4u) {
+                let sum02 = coopLoadT<coop_mat16x16<f32, C>>(&parts[out02], stride);
+                let sum03 = coopLoadT<coop_mat16x16<f32, C>>(&parts[out03], stride);
+                let sum12 = coopLoadT<coop_mat16x16<f32, C>>(&parts[out12], stride);
+                let sum13 = coopLoadT<coop_mat16x16<f32, C>>(&parts[out13], stride);
+                c02 = c02 + sum02;
+                c03 = c03 + sum03;
+                c12 = c12 + sum12;
+                c13 = c13 + sum13;
+            }
+        }
+        coopStoreT(c00, &parts[out00], stride);
+        coopStoreT(c01, &parts[out01], stride);
+        coopStoreT(c10, &parts[out10], stride);
+        coopStoreT(c11, &parts[out11], stride);
+        if (FRAGMENTS_N == 4u) {
+            coopStoreT(c02, &parts[out02], stride);
+            coopStoreT(c03, &parts[out03], stride);
+            coopStoreT(c12, &parts[out12], stride);
+            coopStoreT(c13, &parts[out13], stride);
+        }
     }
-
-    let patch_at = subgroup * 256u;
-    let patch_stride = 16u;
-    let out_row = first_row + tile_row;
-    let out_column = first_column + tile_column;
-    coopStoreT(sum00, &patches[patch_at], patch_stride);
-    store_patch(job, work.w, out_row, out_column, subgroup, lane);
-    coopStoreT(sum01, &patches[patch_at], patch_stride);
-    store_patch(job, work.w, out_row, out_column + 16u, subgroup, lane);
-    coopStoreT(sum10, &patches[patch_at], patch_stride);
-    store_patch(job, work.w, out_row + 16u, out_column, subgroup, lane);
-    coopStoreT(sum11, &patches[patch_at], patch_stride);
-    store_patch(job, work.w, out_row + 16u, out_column + 16u, subgroup, lane);
 }

@@ -18,8 +18,8 @@ pub enum Kernel {
     Rows,
     /// `shaders/row_scale.wgsl`
     RowScale,
-    /// `shaders/project_matrix.wgsl`, with the type of X.
-    ProjectMatrix(Dtype),
+    /// `shaders/project_matrix.wgsl`, with the columns (rank) of its tile, 32, 64 or 128, and the type of X.
+    ProjectMatrix(u32, Dtype),
     /// `shaders/sum_parts.wgsl`
     SumParts,
     /// `shaders/project_real.wgsl`
@@ -111,7 +111,7 @@ impl Kernel {
             }
             all.push(Self::Extrapolate(dtype));
             all.extend(TILES.map(|tile| Self::Project(tile, dtype)));
-            all.push(Self::ProjectMatrix(dtype));
+            all.extend(TILES.map(|tile| Self::ProjectMatrix(tile, dtype)));
         }
         all.extend(TILES.map(Self::Gram));
         all.extend(WIDE.iter().flat_map(|&wide| {
@@ -155,14 +155,14 @@ impl Kernel {
             | Self::Cosine
             | Self::GradientNorm
             | Self::GradientStep => file.to_owned(),
-            Self::Project(tile, dtype) => format!("{file}_{tile}_{dtype}"),
+            Self::Project(tile, dtype) | Self::ProjectMatrix(tile, dtype) => format!("{file}_{tile}_{dtype}"),
             Self::BranchScores(score, dtype, matrix) => {
                 format!("{file}_{}_{dtype}{}", score.name(), if matrix { "_matrix" } else { "" })
             }
             Self::BranchApply(dtype, matrix) => {
                 format!("{file}_{dtype}{}", if matrix { "_matrix" } else { "" })
             }
-            Self::ProjectMatrix(dtype) | Self::Extrapolate(dtype) => format!("{file}_{dtype}"),
+            Self::Extrapolate(dtype) => format!("{file}_{dtype}"),
             Self::Gram(tile) => format!("{file}_{tile}"),
             Self::ProjectReal(e)
             | Self::Cholesky(e)
@@ -185,7 +185,7 @@ impl Kernel {
             Self::Project(..) => ("project", kernel!("project")),
             Self::SumParts => ("sum_parts", kernel!("sum_parts")),
             Self::RowScale => ("row_scale", kernel!("row_scale")),
-            Self::ProjectMatrix(_) => ("project_matrix", kernel!("project_matrix")),
+            Self::ProjectMatrix(..) => ("project_matrix", kernel!("project_matrix")),
             Self::ProjectReal(_) => ("project_real", kernel!("project_real")),
             Self::Gram(_) => ("gram", kernel!("gram")),
             Self::GramReal(..) => ("gram_real", kernel!("gram_real")),
@@ -219,7 +219,7 @@ impl Kernel {
             | Self::RowScale
             | Self::SumParts
             | Self::Project(..)
-            | Self::ProjectMatrix(_)
+            | Self::ProjectMatrix(..)
             | Self::Gram(_)
             | Self::BranchScores(..)
             | Self::BranchMeans
@@ -254,9 +254,15 @@ impl Kernel {
                     tile_constants(tile)
                 )
             }
-            Self::ProjectMatrix(dtype) | Self::BranchApply(dtype, _) | Self::Extrapolate(dtype) => {
-                dtype_constant(dtype)
+            Self::ProjectMatrix(tile, dtype) => {
+                let (rows, columns, fragments) = matrix_tile(tile, dtype);
+                format!(
+                    "{}const SUBGROUPS_M: u32 = {rows}u;\nconst SUBGROUPS_N: u32 = {columns}u;\n\
+                     const FRAGMENTS_N: u32 = {fragments}u;\n",
+                    dtype_constant(dtype)
+                )
             }
+            Self::BranchApply(dtype, _) | Self::Extrapolate(dtype) => dtype_constant(dtype),
             Self::BranchScores(score, dtype, _) => {
                 format!("{}const SCORE: u32 = {}u;\n", dtype_constant(dtype), score.code())
             }
@@ -274,7 +280,7 @@ impl Kernel {
     /// Whether this needs matrix units, which neither DX12 nor WebGPU's default limits have; each such kernel
     /// has a twin that does without.
     pub fn uses_matrix_units(self) -> bool {
-        matches!(self, Self::ProjectMatrix(_) | Self::BranchScores(_, _, true) | Self::BranchApply(_, true))
+        matches!(self, Self::ProjectMatrix(..) | Self::BranchScores(_, _, true) | Self::BranchApply(_, true))
     }
 
     /// The permutation's whole WGSL.
@@ -321,6 +327,16 @@ impl Kernel {
 fn tile_constants(tile: u32) -> String {
     let columns = if tile == 128 { 8 } else { 4 };
     format!("const COLUMNS: u32 = {columns}u;\nconst THREADS_N: u32 = {}u;\n", tile / columns)
+}
+
+/// Subgroups over the rows and over the columns of a tile of `project_matrix.wgsl`, and 16 × 16 matrices side by side
+/// in each: the shapes that were fastest on an H200, as far as low parts of f32 leave room in workgroup memory.
+pub(crate) fn matrix_tile(columns: u32, dtype: Dtype) -> (u32, u32, u32) {
+    match (columns, dtype) {
+        (128, Dtype::F32) => (4, 4, 2),
+        (128, _) => (8, 2, 4),
+        _ => (4, columns / 32, 2),
+    }
 }
 
 /// The type of X, as shaders/shared/words.wgsl names it.

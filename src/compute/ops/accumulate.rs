@@ -1,7 +1,7 @@
 use std::collections::HashSet;
 
 use super::gram::{self, GramJob, Pending, gram_cpu};
-use super::project::{self, ProjectJob, parts, project_cpu};
+use super::project::{self, ProjectJob, X_ALIGN, parts_bytes, project_cpu};
 use super::{mismatch, same_count};
 use crate::compute::gpu::{BIND_ALIGN, Commands, Scratch, whole};
 use crate::compute::{Batch, Device, Element, Shape};
@@ -121,9 +121,6 @@ fn accumulate_cpu(inputs: &[(usize, Activations)], a: &Batch, sums: &mut Batch) 
     Ok(())
 }
 
-/// Most bytes that an element of Z takes: it may be split into MAX_PARTS parts of f32, or be 8 bytes wide.
-const MAX_Z_BYTES: usize = 4 * project::MAX_PARTS;
-
 /// Tokens of one input that go through at a time.
 struct Window<'a> {
     index: usize,
@@ -143,7 +140,7 @@ fn accumulate_gpu(
     for &(index, input) in inputs {
         let shape = input.shape();
         let row = (shape.cols * input.dtype().size()) as u64;
-        let z_row = (a.shapes()[index].rows * MAX_Z_BYTES) as u64;
+        let z_row = (parts_bytes(256, a.shapes()[index].rows) / 256) as u64;
         let rows = (limit / row.max(z_row).max(1)).clamp(1, 16384) as usize;
         // An even number of rows keeps windows of halves on whole words.
         let rows = if rows > 1 { rows & !1 } else { rows };
@@ -159,8 +156,8 @@ fn accumulate_gpu(
     for window in windows {
         let on_host = matches!(window.input, Activations::Host(_));
         let rank = a.shapes()[window.index].rows;
-        let x = (window.tokens * window.input.shape().cols * window.input.dtype().size()).next_multiple_of(4);
-        let z = window.tokens * rank * MAX_Z_BYTES;
+        let x = x_bytes(&window);
+        let z = parts_bytes(window.tokens, rank);
         let cost = [x, z, gram::partial_len(window.tokens, rank) * 8].map(|bytes| bytes as u64);
         let joins = groups.last().is_some_and(|group| matches!(group[0].input, Activations::Host(_)))
             && on_host
@@ -192,6 +189,11 @@ fn accumulate_gpu(
     commands.submit()
 }
 
+/// Bytes that a window of the host's takes in an upload.
+fn x_bytes(window: &Window) -> usize {
+    (window.tokens * window.input.shape().cols * window.input.dtype().size()).next_multiple_of(X_ALIGN)
+}
+
 /// Records one group; also gives what it uploaded and what the host has to add after submission.
 fn record(
     device: &Device,
@@ -208,41 +210,40 @@ fn record(
     let mut project_jobs = Vec::new();
     let mut gram_jobs = Vec::new();
     let mut z_len = 0;
-    let mut x_bytes = 0;
+    let mut x_len = 0;
     for window in group {
         let shape = a.shapes()[window.index];
-        let parts = parts(gpu, element, window.tokens, shape, group.len());
         project_jobs.push(ProjectJob {
-            x_word: x_bytes / 4,
+            x_word: x_len / 4,
             tokens: window.tokens,
             dtype: window.input.dtype(),
             a: window.index,
             z: z_len,
-            parts,
         });
         gram_jobs.push(GramJob { z: z_len, tokens: window.tokens, rank: shape.rows, sum: window.index });
-        z_len += parts * window.tokens * shape.rows;
-        x_bytes += (window.tokens * shape.cols * window.input.dtype().size()).next_multiple_of(4);
+        z_len += window.tokens * shape.rows;
+        x_len += x_bytes(window);
     }
     let z = gpu.scratch(z_len as u64 * element.bytes())?;
     let mut upload = None;
     let x = match group[0].input {
         Activations::Buffer { buffer, offset, dtype, width, .. } => {
             let start = offset + (group[0].first * width * dtype.size()) as u64;
-            if !start.is_multiple_of(4) || start + x_bytes as u64 > buffer.size().next_multiple_of(4) {
+            let bytes = (group[0].tokens * width * dtype.size()).next_multiple_of(4);
+            if !start.is_multiple_of(4) || start + bytes as u64 > buffer.size().next_multiple_of(4) {
                 return Err(Error::Invalid(format!(
-                    "activations of {x_bytes} bytes at byte {start} do not lie in their buffer of {} bytes \
+                    "activations of {bytes} bytes at byte {start} do not lie in their buffer of {} bytes \
                      on a multiple of 4",
                     buffer.size()
                 )));
             }
             let aligned = start - start % BIND_ALIGN as u64;
             project_jobs[0].x_word = ((start - aligned) / 4) as usize;
-            let size = (start - aligned + x_bytes as u64).min(buffer.size() - aligned);
+            let size = (start - aligned + bytes as u64).next_multiple_of(16).min(buffer.size() - aligned);
             wgpu::BufferBinding { buffer, offset: aligned, size: wgpu::BufferSize::new(size) }
         }
         Activations::Host(_) => {
-            let upload = upload.insert(gpu.scratch(x_bytes as u64)?);
+            let upload = upload.insert(gpu.scratch(x_len as u64)?);
             for (window, job) in group.iter().zip(&project_jobs) {
                 if let Activations::Host(matrix) = window.input {
                     let bytes = matrix.rows(window.first, window.first + window.tokens).bytes;

@@ -166,9 +166,7 @@ impl Buffers {
         layers: usize,
         records: usize,
     ) -> Result<Self> {
-        let split = project::parts(gpu, Element::F32, tokens, Shape::new(rank, usize::MAX / 2), 1);
-        let z = (tokens * rank * 4 * split) as u64;
-        let z = if z > gpu.max_arena() { (tokens * rank * 4) as u64 } else { z };
+        let z = (tokens * rank * 4) as u64;
         let stats = (score_parts(tokens, branches, usize::MAX / 2) * branches * tokens * 32) as u64;
         let stats = if stats > gpu.max_arena() { (branches * tokens * 32) as u64 } else { stats };
         let buffer = |label: &str, elements: usize| gpu.buffer(label, elements as u64 * 4);
@@ -305,10 +303,6 @@ pub(crate) fn encode(
     let (x_windows, f0_windows) = (x.windows(limit)?, f0.windows(limit)?);
     let mut commands = gpu.commands();
 
-    let mut parts = project::parts(gpu, Element::F32, tokens, layer.shapes()[0], 1);
-    if x_windows.len() > 1 || (tokens * rank * 4 * parts) as u64 > buffers.z.size() {
-        parts = 1;
-    }
     for window in x_windows {
         let job = ProjectJob {
             x_word: window.word,
@@ -316,7 +310,6 @@ pub(crate) fn encode(
             dtype: x.dtype,
             a: 0,
             z: window.first * rank,
-            parts,
         };
         let z = whole(&buffers.z);
         project::encode(&mut commands, gpu, window.binding, &[job], layer, z, Element::F32)?;

@@ -53,7 +53,6 @@ pub fn inner_as(device: &Device, x: &Batch, y: &Batch, element: Element) -> Resu
             dtype: Dtype::F32,
             a: i,
             z: c.offset(i),
-            parts: 1,
         })
         .collect();
     let gpu = device.gpu()?;

@@ -6,7 +6,7 @@ use rayon::prelude::*;
 
 use super::{ENOUGH_WORKGROUPS, dtype_code, mismatch, view, view_mut};
 use crate::compute::gpu::{Commands, Gpu, Work, whole};
-use crate::compute::shaders::Kernel;
+use crate::compute::shaders::{Kernel, matrix_tile};
 use crate::compute::{Batch, Device, Element, Shape};
 use crate::{Dtype, Error, RawMatrix, Result};
 
@@ -44,10 +44,9 @@ pub fn project(device: &Device, x: &[RawMatrix], a: &Batch) -> Result<Batch> {
             dtype: x.dtype,
             a: i,
             z: z.offset(i),
-            parts: 1,
         });
         words.extend_from_slice(x.bytes);
-        words.resize(words.len().next_multiple_of(4), 0);
+        words.resize(words.len().next_multiple_of(X_ALIGN), 0);
     }
     let source = gpu.scratch(words.len() as u64)?;
     gpu.write(&source, 0, &words)?;
@@ -77,7 +76,7 @@ pub(super) fn project_cpu(x: RawMatrix, a: &[f64], z: &mut [f64]) {
 /// One product of a launch.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct ProjectJob {
-    /// First word of X in the bound buffer.
+    /// First word of X in the bound buffer; matrix units need a multiple of 4.
     pub x_word: usize,
     pub tokens: usize,
     pub dtype: Dtype,
@@ -85,38 +84,88 @@ pub(super) struct ProjectJob {
     pub a: usize,
     /// First element of Z in its buffer.
     pub z: usize,
-    /// Parts that the width is split into, from [`parts`], with room for as many Z; 1 in the wide tiers.
-    pub parts: usize,
 }
 
-/// Into how many parts the width is split so that the GPU is full: `tiles` as there are without splitting.
-pub(super) fn parts(gpu: &Gpu, element: Element, tokens: usize, a: Shape, jobs: usize) -> usize {
-    if element != Element::F32 {
-        return 1;
-    }
-    let (_, tile_n) = select(gpu, a.rows, Dtype::F32);
-    let tiles = tokens.div_ceil(TILE_M) * a.rows.div_ceil(tile_n as usize) * jobs;
-    (ENOUGH_WORKGROUPS / tiles.max(1)).clamp(1, MAX_PARTS).min((a.cols / 256).max(1))
-}
+/// Bytes that the start of each X should be a multiple of: vector loads of matrix units are aligned.
+pub(super) const X_ALIGN: usize = 16;
 
-/// Most summands that Z is stored as.
-pub(super) const MAX_PARTS: usize = 16;
-
+/// The rows of a tile of `project.wgsl`, and the parts that a width is split into at most.
 const TILE_M: usize = 128;
-/// The shaders step along k by this much, or half of it.
-const DEPTH: usize = 32;
+const MAX_PARTS: usize = 16;
+/// Products that `project_matrix.wgsl` sums in a matrix unit before it adds them in f32.
+const CHUNK: usize = 384;
+/// Workgroups for matrix units: many to a multiprocessor, so that the last round is short.
+const ENOUGH_TILES: usize = 4 * ENOUGH_WORKGROUPS;
+/// Most parts for matrix units, which sum up in memory beyond it.
+const MAX_MATRIX_PARTS: usize = 8;
 
-/// The kernel of f32 products, and the columns of its tile.
-fn select(gpu: &Gpu, rank: usize, dtype: Dtype) -> (Kernel, u32) {
-    let tile = match rank {
-        0..=32 => 32,
-        // For less, finding the scales of X costs more than matrix units save; X in f16 needs none.
-        33..=64 if dtype != Dtype::F16 => 64,
-        _ if gpu.capabilities.matrix_units() => return (Kernel::ProjectMatrix(dtype), 64),
-        33..=64 => 64,
-        _ => 128,
-    };
-    (Kernel::Project(tile, dtype), tile)
+/// How a product is cut: a kernel, its tile, and parts of the width.
+#[derive(Clone, Copy, Debug)]
+struct Cut {
+    kernel: Kernel,
+    tile: [usize; 2],
+    parts: usize,
+    part_width: usize,
+    /// Elements of a row of a part, and of a whole part.
+    stride: usize,
+    part_len: usize,
+}
+
+impl Cut {
+    /// A pure function of the problem and of what the GPU can do; `jobs`: products that run side by side.
+    fn new(gpu: &Gpu, job: &ProjectJob, a: Shape, jobs: usize) -> Self {
+        let columns = match a.rows {
+            0..=32 => 32,
+            33..=64 => 64,
+            _ => 128,
+        };
+        let of = |rows: usize| job.tokens.div_ceil(rows) * a.rows.div_ceil(columns as usize) * jobs;
+        let whole_vectors = a.cols.is_multiple_of(8) && (job.x_word * 4).is_multiple_of(X_ALIGN);
+        // Less would leave most of a tile empty.
+        let worth_it = job.tokens >= 16 && a.rows >= 8;
+        if gpu.capabilities.matrix_units() && whole_vectors && worth_it {
+            let (subgroups, ..) = matrix_tile(columns, job.dtype);
+            let tile = [subgroups as usize * 32, columns as usize];
+            let chunks = a.cols.div_ceil(CHUNK);
+            let parts = (ENOUGH_TILES / of(tile[0]).max(1)).clamp(1, chunks.clamp(1, MAX_MATRIX_PARTS));
+            let part_width = chunks.div_ceil(parts).max(1) * CHUNK;
+            let stride = a.rows.next_multiple_of(tile[1]);
+            return Self {
+                kernel: Kernel::ProjectMatrix(columns, job.dtype),
+                tile,
+                parts: a.cols.div_ceil(part_width).max(1),
+                part_width,
+                stride,
+                part_len: job.tokens.next_multiple_of(tile[0]) * stride,
+            };
+        }
+        let parts = (ENOUGH_WORKGROUPS / of(TILE_M).max(1)).clamp(1, MAX_PARTS).min((a.cols / 256).max(1));
+        // The shader steps along k by half of this.
+        let part_width = a.cols.div_ceil(parts).next_multiple_of(32).max(32);
+        let stride = if parts == 1 { a.rows } else { a.rows.next_multiple_of(4) };
+        Self {
+            kernel: Kernel::Project(columns, job.dtype),
+            tile: [TILE_M, columns as usize],
+            parts,
+            part_width,
+            stride,
+            part_len: job.tokens * stride,
+        }
+    }
+
+    /// Whether Z comes out of `sum_parts.wgsl`.
+    fn is_summed(&self) -> bool {
+        self.parts > 1 || self.uses_matrix_units()
+    }
+
+    fn uses_matrix_units(&self) -> bool {
+        self.kernel.uses_matrix_units()
+    }
+}
+
+/// Most bytes of parts that a product of `tokens` × `rank` may take on its way, if it is one of many.
+pub(super) fn parts_bytes(tokens: usize, rank: usize) -> usize {
+    (tokens.next_multiple_of(256) * rank.next_multiple_of(128) * 4).saturating_mul(MAX_MATRIX_PARTS)
 }
 
 #[derive(Clone, Copy, NoUninit)]
@@ -128,9 +177,14 @@ struct Job {
     tokens: u32,
     rank: u32,
     width: u32,
-    dtype: u32,
+    stride: u32,
     part_width: u32,
-    /// Only the kernel for matrix units reads these two.
+}
+
+#[derive(Clone, Copy, NoUninit)]
+#[repr(C)]
+struct MatrixJob {
+    job: Job,
     x_scales: u32,
     a_scales: u32,
 }
@@ -140,16 +194,26 @@ struct Job {
 struct ScaleJob {
     matrix: u32,
     scales: u32,
+    rows: u32,
     cols: u32,
     dtype: u32,
 }
 
+/// No scales, in the place of their first element.
+const NONE: u32 = u32::MAX;
+
 #[derive(Clone, Copy, NoUninit)]
 #[repr(C)]
 struct SumJob {
-    z: u32,
-    len: u32,
     parts: u32,
+    z: u32,
+    tokens: u32,
+    rank: u32,
+    stride: u32,
+    part_len: u32,
+    count: u32,
+    x_scales: u32,
+    a_scales: u32,
 }
 
 #[derive(Clone, Copy, NoUninit)]
@@ -164,7 +228,7 @@ struct RealJob {
     dtype: u32,
 }
 
-/// Records the products of activations that lie in one buffer.
+/// Records the products of activations that lie in one buffer, in phases 0 to 2.
 pub(super) fn encode(
     commands: &mut Commands<'_>,
     gpu: &Arc<Gpu>,
@@ -174,26 +238,104 @@ pub(super) fn encode(
     z: wgpu::BufferBinding<'_>,
     element: Element,
 ) -> Result<()> {
-    if element != Element::F32 {
-        return encode_real(commands, x, jobs, a, z, element);
+    match element {
+        Element::F32 => encode_f32(commands, gpu, x, jobs, a, z),
+        _ => encode_real(commands, x, jobs, a, z, element),
     }
-    encode_f32(commands, gpu, x, jobs, a, z.clone())?;
-    let table: Vec<_> = jobs
-        .iter()
-        .filter(|job| job.parts > 1)
-        .map(|job| SumJob {
+}
+
+/// The tables of the launches that one product takes part in.
+#[derive(Default)]
+struct Tables {
+    scales: (Vec<ScaleJob>, Vec<Work>),
+    scales_of_a: (Vec<ScaleJob>, Vec<Work>),
+    /// One launch for each permutation that occurs, and whether it writes Z itself.
+    products: BTreeMap<(Kernel, bool), (Vec<Job>, Vec<Work>)>,
+    matrix_products: BTreeMap<Kernel, (Vec<MatrixJob>, Vec<Work>)>,
+    sums: (Vec<SumJob>, Vec<Work>),
+    /// Elements of scales and of parts so far.
+    scales_len: usize,
+    parts_len: usize,
+}
+
+/// Appends the job of scaling the rows of a matrix and gives the place of the scales.
+fn scale_rows(
+    table: &mut (Vec<ScaleJob>, Vec<Work>),
+    len: &mut usize,
+    matrix: usize,
+    shape: Shape,
+    dtype: Dtype,
+) -> u32 {
+    let scales = *len as u32;
+    *len += shape.rows;
+    let (index, rows, cols) = (table.0.len() as u32, shape.rows as u32, shape.cols as u32);
+    table.0.push(ScaleJob { matrix: matrix as u32, scales, rows, cols, dtype: dtype_code(dtype) });
+    table.1.extend((0..rows).step_by(8).map(|row| [index, row, 0, 0]));
+    scales
+}
+
+impl Tables {
+    fn add(&mut self, gpu: &Gpu, job: &ProjectJob, a: &Batch, jobs: usize) {
+        let shape = a.shapes()[job.a];
+        if job.tokens == 0 || shape.rows == 0 {
+            return;
+        }
+        let cut = Cut::new(gpu, job, shape, jobs);
+        let mut entry = Job {
+            x: job.x_word as u32,
+            a: a.offset(job.a) as u32,
             z: job.z as u32,
-            len: (job.tokens * a.shapes()[job.a].rows) as u32,
-            parts: job.parts as u32,
-        })
-        .collect();
-    let work: Vec<Work> = (0..)
-        .zip(&table)
-        .flat_map(|(i, job)| (0..job.len).step_by(1024).map(move |first| [i, first, 0, 0]))
-        .collect();
-    commands.phase(2);
-    commands.launch(Kernel::SumParts, &table, &work, &[z]);
-    Ok(())
+            tokens: job.tokens as u32,
+            rank: shape.rows as u32,
+            width: shape.cols as u32,
+            stride: cut.stride as u32,
+            part_width: cut.part_width as u32,
+        };
+        let (mut x_scales, mut a_scales) = (NONE, NONE);
+        if cut.uses_matrix_units() {
+            let len = &mut self.scales_len;
+            if job.dtype != Dtype::F16 {
+                let rows = Shape::new(job.tokens, shape.cols);
+                x_scales = scale_rows(&mut self.scales, len, job.x_word, rows, job.dtype);
+            }
+            a_scales = scale_rows(&mut self.scales_of_a, len, a.offset(job.a), shape, Dtype::F32);
+        }
+        if cut.is_summed() {
+            entry.z = self.parts_len as u32;
+            let index = self.sums.0.len() as u32;
+            self.sums.0.push(SumJob {
+                parts: entry.z,
+                z: job.z as u32,
+                tokens: entry.tokens,
+                rank: entry.rank,
+                stride: entry.stride,
+                part_len: cut.part_len as u32,
+                count: cut.parts as u32,
+                x_scales,
+                a_scales,
+            });
+            let quads = entry.tokens * entry.rank.div_ceil(4);
+            self.sums.1.extend((0..quads).step_by(1024).map(|first| [index, first, 0, 0]));
+            self.parts_len += cut.parts * cut.part_len;
+        }
+        let [rows, columns] =
+            [job.tokens.div_ceil(cut.tile[0]), shape.rows.div_ceil(cut.tile[1])].map(|n| n as u32);
+        let tiles = |index: usize| {
+            (0..cut.parts as u32).flat_map(move |part| {
+                (0..rows)
+                    .flat_map(move |row| (0..columns).map(move |column| [index as u32, row, column, part]))
+            })
+        };
+        if cut.uses_matrix_units() {
+            let (table, work) = self.matrix_products.entry(cut.kernel).or_default();
+            work.extend(tiles(table.len()));
+            table.push(MatrixJob { job: entry, x_scales, a_scales });
+        } else {
+            let (table, work) = self.products.entry((cut.kernel, !cut.is_summed())).or_default();
+            work.extend(tiles(table.len()));
+            table.push(entry);
+        }
+    }
 }
 
 fn encode_f32(
@@ -204,61 +346,32 @@ fn encode_f32(
     a: &Batch,
     z: wgpu::BufferBinding<'_>,
 ) -> Result<()> {
-    // One launch for each permutation that occurs.
-    let mut launches: BTreeMap<Kernel, (Vec<Job>, Vec<Work>)> = BTreeMap::new();
-    let (mut scales_of_x, mut scales_of_a) = (Vec::new(), Vec::new());
-    let (mut x_rows, mut a_rows): (Vec<Work>, Vec<Work>) = (Vec::new(), Vec::new());
-    let mut scales = 0;
+    let mut tables = Tables::default();
     for job in jobs {
-        let shape = a.shapes()[job.a];
-        let (kernel, tile) = select(gpu, shape.rows, job.dtype);
-        let (table, work) = launches.entry(kernel).or_default();
-        let (x_scales, a_scales) = (scales, scales + job.tokens as u32);
-        if matches!(kernel, Kernel::ProjectMatrix(_)) {
-            scales += (job.tokens + shape.rows) as u32;
-            let (i, cols, dtype) = (scales_of_x.len() as u32, shape.cols as u32, dtype_code(job.dtype));
-            scales_of_x.push(ScaleJob { matrix: job.x_word as u32, scales: x_scales, cols, dtype });
-            if job.dtype != Dtype::F16 {
-                x_rows.extend((0..job.tokens as u32).map(|row| [i, row, 0, 0]));
-            }
-            let dtype = dtype_code(Dtype::F32);
-            scales_of_a.push(ScaleJob { matrix: a.offset(job.a) as u32, scales: a_scales, cols, dtype });
-            a_rows.extend((0..shape.rows as u32).map(|row| [i, row, 0, 0]));
-        }
-        for part in 0..job.parts as u32 {
-            for row in 0..job.tokens.div_ceil(TILE_M) as u32 {
-                for column in 0..(shape.rows as u32).div_ceil(tile) {
-                    work.push([table.len() as u32, row, column, part]);
-                }
-            }
-        }
-        table.push(Job {
-            x: job.x_word as u32,
-            a: a.offset(job.a) as u32,
-            z: job.z as u32,
-            tokens: job.tokens as u32,
-            rank: shape.rows as u32,
-            width: shape.cols as u32,
-            dtype: dtype_code(job.dtype),
-            part_width: shape.cols.div_ceil(job.parts).next_multiple_of(DEPTH).max(DEPTH) as u32,
-            x_scales,
-            a_scales,
-        });
+        tables.add(gpu, job, a, jobs.len());
     }
     let factor = whole(a.buffer()?);
-    let scales = gpu.scratch(u64::from(scales) * 4)?;
+    let scales = gpu.scratch(tables.scales_len.max(1) as u64 * 4)?;
+    let parts = gpu.scratch(tables.parts_len.max(1) as u64 * 4)?;
     commands.phase(0);
-    commands.launch(Kernel::RowScale, &scales_of_x, &x_rows, &[x.clone(), whole(&scales)]);
-    commands.launch(Kernel::RowScale, &scales_of_a, &a_rows, &[factor.clone(), whole(&scales)]);
+    let (table, work) = &tables.scales;
+    commands.launch(Kernel::RowScale, table, work, &[x.clone(), whole(&scales)]);
+    let (table, work) = &tables.scales_of_a;
+    commands.launch(Kernel::RowScale, table, work, &[factor.clone(), whole(&scales)]);
     commands.phase(1);
-    for (kernel, (table, work)) in launches {
-        let mut buffers = vec![x.clone(), factor.clone(), z.clone()];
-        if matches!(kernel, Kernel::ProjectMatrix(_)) {
-            buffers.push(whole(&scales));
-        }
-        commands.launch(kernel, &table, &work, &buffers);
+    for ((kernel, direct), (table, work)) in &tables.products {
+        let out = if *direct { z.clone() } else { whole(&parts) };
+        commands.launch(*kernel, table, work, &[x.clone(), factor.clone(), out]);
     }
+    for (kernel, (table, work)) in &tables.matrix_products {
+        let buffers = [x.clone(), factor.clone(), whole(&parts), whole(&scales)];
+        commands.launch(*kernel, table, work, &buffers);
+    }
+    commands.phase(2);
+    let (table, work) = &tables.sums;
+    commands.launch(Kernel::SumParts, table, work, &[whole(&parts), z, whole(&scales)]);
     commands.keep(scales);
+    commands.keep(parts);
     Ok(())
 }
 
