@@ -21,7 +21,7 @@ fn main() {
     let whole = arguments.iter().any(|argument| argument == "--bench");
     let wanted = arguments.iter().find(|argument| !argument.starts_with('-'));
     for target in targets() {
-        let curves: [(&str, fn(&Scale<'_>)); 4] =
+        let curves: [(&str, Curves); 4] =
             [("accumulate", accumulate), ("solve", solve), ("np-lora", np_lora), ("ssr", ssr)];
         for (operation, curve) in curves {
             if wanted.is_none_or(|wanted| operation.contains(wanted.as_str())) {
@@ -31,7 +31,9 @@ fn main() {
     }
 }
 
-/// Curves of one operation on one device.
+type Curves = fn(&Scale<'_>);
+
+/// One operation on one device.
 struct Scale<'a> {
     target: &'a Target,
     operation: &'static str,
@@ -85,21 +87,29 @@ fn accumulate(scale: &Scale<'_>) {
         scale.point(over, fixed, x, model, |n| kept_busy(&scale.target.device, n, || work.run()));
     };
     for layers in scale.points(1, 256) {
-        point("layers", "3072 wide, rank 128, 4608 tokens", layers, layers, tokens, width, rank);
+        point(
+            "layers",
+            &format!("{width} wide, rank {rank}, {tokens} tokens"),
+            layers,
+            layers,
+            tokens,
+            width,
+            rank,
+        );
     }
     for tokens in scale.points(512, 65536) {
-        point("tokens", "3072 wide, rank 128", tokens, 1, tokens, width, rank);
+        point("tokens", &format!("{width} wide, rank {rank}"), tokens, 1, tokens, width, rank);
     }
     for width in scale.points(384, 24576) {
-        point("width", "8 layers, rank 128, 4608 tokens", width, 8, tokens, width, rank);
+        point("width", &format!("8 layers, rank {rank}, {tokens} tokens"), width, 8, tokens, width, rank);
     }
     for rank in scale.points(16, 512) {
-        point("rank", "8 layers, 3072 wide, 4608 tokens", rank, 8, tokens, width, rank);
+        point("rank", &format!("8 layers, {width} wide, {tokens} tokens"), rank, 8, tokens, width, rank);
     }
     // Each adapter brings its own inputs, and its rows to the statistics of all.
     for adapters in scale.points(1, 16) {
-        let rank = RANK * adapters;
-        point("adapters", "3072 wide, rank 32, 4608 tokens each", adapters, adapters, tokens, width, rank);
+        let fixed = format!("{width} wide, rank {RANK}, {tokens} tokens each");
+        point("adapters", &fixed, adapters, adapters, tokens, width, RANK * adapters);
     }
 }
 
@@ -111,11 +121,12 @@ fn solve(scale: &Scale<'_>) {
             kept_busy(&scale.target.device, n, || drop(black_box(systems.solve())))
         });
     };
+    let (count, order) = (scale.sized(128, 2), scale.sized(128, 16));
     for layers in scale.points(8, 1024) {
-        point("layers", "order 128", layers, layers, scale.sized(128, 16));
+        point("layers", &format!("order {order}"), layers, layers, order);
     }
     for order in scale.points(16, 512) {
-        point("rank", "128 systems", order, scale.sized(128, 2), order);
+        point("order", &format!("{count} systems"), order, count, order);
     }
 }
 
@@ -147,13 +158,13 @@ fn np_lora(scale: &Scale<'_>) {
         });
     };
     for count in scale.points(4, 256) {
-        point("layers", "3072 wide, rank 32", count, count, width, rank);
+        point("layers", &format!("{width} wide, rank {rank}"), count, count, width, rank);
     }
     for width in scale.points(384, 12288) {
-        point("width", "64 layers, rank 32", width, count, width, rank);
+        point("width", &format!("{count} layers, rank {rank}"), width, count, width, rank);
     }
     for rank in scale.points(4, 64) {
-        point("rank", "64 layers, 3072 wide", rank, count, width, rank);
+        point("rank", &format!("{count} layers, {width} wide"), rank, count, width, rank);
     }
 }
 
@@ -180,12 +191,15 @@ fn ssr(scale: &Scale<'_>) {
         });
     };
     for count in scale.points(4, 256) {
-        point("layers", "2 adapters, 3072 wide, rank 32", count, count, width, rank, 2);
+        point("layers", &format!("2 adapters, {width} wide, rank {rank}"), count, count, width, rank, 2);
     }
     for width in scale.points(384, 12288) {
-        point("width", "64 layers, 2 adapters, rank 32", width, count, width, rank, 2);
+        point("width", &format!("{count} layers, 2 adapters, rank {rank}"), width, count, width, rank, 2);
     }
+    // Statistics are of each adapter, and as large as all ranks together.
+    let count = scale.sized(16, 2);
     for members in scale.points(2, 16) {
-        point("adapters", "64 layers, 3072 wide, rank 32", members, count, width, rank, members);
+        let fixed = format!("{count} layers, {width} wide, rank {rank}");
+        point("adapters", &fixed, members, count, width, rank, members);
     }
 }

@@ -70,15 +70,15 @@ impl Target {
         let mut measured = MEASURED.lock().expect("no panic while measuring");
         let roofline = measured.entry(name.clone()).or_insert_with(|| {
             let roofline = Roofline::measure(&device, fast);
-            if let (Some(adapter), Some(roofline)) = (&adapter, &roofline) {
+            if let Some(roofline) = &roofline {
                 eprintln!("{name}: {roofline:?}");
-                write(serde_json::json!({
-                    "side": "loraweld", "device": name, "work": "machine", "backend": adapter.backend,
-                    "driver": adapter.driver, "version": env!("CARGO_PKG_VERSION"), "checked": cfg!(debug_assertions),
-                    "copy": roofline.copy, "copy_command": roofline.copy_command, "link": roofline.link,
-                    "f32": roofline.f32, "f64": roofline.f64, "matrix": roofline.matrix,
-                }));
             }
+            let made = adapter.as_ref();
+            write(serde_json::json!({
+                "side": "loraweld", "device": name, "work": "machine", "backend": made.map(|a| &a.backend),
+                "driver": made.map(|a| &a.driver), "version": env!("CARGO_PKG_VERSION"),
+                "checked": cfg!(debug_assertions), "limits": roofline,
+            }));
             roofline.map(Arc::new)
         });
         Some(Self { name, fast, roofline: roofline.clone(), options, device })

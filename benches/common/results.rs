@@ -60,7 +60,7 @@ impl Work {
         };
         let arithmetic = self.flops.iter().map(|&(kind, n)| n / rate(kind).unwrap_or(roofline.f32)).sum();
         let limits = [
-            (self.bytes / roofline.copy, "memory"),
+            (self.bytes / roofline.memory(), "memory"),
             (self.link / roofline.link, "host link"),
             (arithmetic, "arithmetic"),
         ];

@@ -1,17 +1,14 @@
 //! What a device can do at most, measured by kernels that do nothing else, through the same wgpu.
 
-use std::time::{Duration, Instant};
-
 use loraweld::Device;
+use serde::Serialize;
 use wgpu::BufferUsages as Usage;
 
 /// The measured limits of a GPU, in bytes and operations a second; a fused multiply-add counts two.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Serialize)]
 pub struct Roofline {
-    /// Bytes read and written by a kernel that copies.
-    pub copy: f64,
-    /// The same by `copy_buffer_to_buffer`, which drivers may do with other engines.
-    pub copy_command: f64,
+    /// Copies of a size that a layer's features have, and of one much larger than any cache.
+    pub copies: [Copies; 2],
     /// Bytes from the device to memory of the host.
     pub link: f64,
     pub f32: f64,
@@ -20,23 +17,40 @@ pub struct Roofline {
     pub matrix: Option<f64>,
 }
 
+/// Bytes read and written by copies of one size.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Copies {
+    pub bytes: u64,
+    /// By a kernel.
+    pub kernel: f64,
+    /// By `copy_buffer_to_buffer`, which drivers may do with other engines.
+    pub command: f64,
+}
+
 impl Roofline {
+    /// Bytes that pass to and from memory in a second, by the better of two ways to copy.
+    pub fn memory(&self) -> f64 {
+        let [_, large] = self.copies;
+        large.kernel.max(large.command)
+    }
+
     /// `None` on the CPU. Each number is the best of several runs, the work of each in one submission.
     pub fn measure(device: &Device, fast: bool) -> Option<Self> {
         let caps = device.capabilities()?;
-        // Much more than any cache holds.
         let bytes = if fast { caps.max_binding.min(512 << 20) & !0xffff } else { 1 << 22 };
         let [steps, groups] = if fast { [512, 8192] } else { [16, 8] };
-        let m = Meter { device, repeats: if fast { 20 } else { 1 } };
+        let m = Meter { device, sample: if fast { 0.03 } else { 0.0 } };
         let [from, to] =
             [(); 2].map(|()| m.buffer(bytes, Usage::STORAGE | Usage::COPY_SRC | Usage::COPY_DST));
         let host = m.buffer(bytes, Usage::MAP_READ | Usage::COPY_DST);
-        let copies = |to: &wgpu::Buffer| {
-            m.best(|encoder| {
-                for _ in 0..m.repeats {
-                    encoder.copy_buffer_to_buffer(&from, 0, to, 0, bytes);
-                }
-            })
+        let command = |to: &wgpu::Buffer, bytes: u64| {
+            bytes as f64 / m.best(|encoder| encoder.copy_buffer_to_buffer(&from, 0, to, 0, bytes))
+        };
+        let copies = |bytes: u64| {
+            let source = include_str!("shaders/copy.wgsl");
+            let seconds = m.kernel(source, &from, &to, (bytes / (16 * 1024)) as u32);
+            let kernel = 2.0 * bytes as f64 / seconds.expect("a kernel that copies");
+            Copies { bytes, kernel, command: 2.0 * command(&to, bytes) }
         };
         let fma = |scalar: &str, steps: u32| {
             let source = include_str!("shaders/fma.wgsl").replace("SCALAR", scalar);
@@ -52,15 +66,12 @@ impl Roofline {
         let seed64: &[u8] = &[0.5f64.to_le_bytes(), 0.25f64.to_le_bytes()].concat();
         let write = |bytes| device.wgpu().expect("a GPU").1.write_buffer(&from, 0, bytes);
         write(seed);
-        let copy_groups = (bytes / (16 * 1024)) as u32;
-        let copy = m.kernel(include_str!("shaders/copy.wgsl"), &from, &to, copy_groups);
         let f32 = fma("f32", steps);
         let matrix = caps.matrix_units().then(matrix).flatten();
         write(seed64);
         Some(Self {
-            copy: 2.0 * bytes as f64 / copy.expect("a kernel that copies"),
-            copy_command: 2.0 * bytes as f64 / copies(&to),
-            link: bytes as f64 / copies(&host),
+            copies: [copies(bytes / 16), copies(bytes)],
+            link: command(&host, bytes),
             f32: f32.expect("a kernel of multiply-adds"),
             f64: caps.f64.then(|| fma("f64", steps / 4)).flatten(),
             matrix,
@@ -70,8 +81,8 @@ impl Roofline {
 
 struct Meter<'a> {
     device: &'a Device,
-    /// How often one submission does the work.
-    repeats: u32,
+    /// Seconds that a submission should take.
+    sample: f64,
 }
 
 impl Meter<'_> {
@@ -114,18 +125,19 @@ impl Meter<'_> {
             let mut pass = encoder.begin_compute_pass(&Default::default());
             pass.set_pipeline(&pipeline);
             pass.set_bind_group(0, &group, &[]);
-            (0..self.repeats).for_each(|_| pass.dispatch_workgroups(groups, 1, 1));
+            pass.dispatch_workgroups(groups, 1, 1);
         }))
     }
 
-    /// Seconds of one repetition: the best submission after a warm-up that brings clocks up.
+    /// Seconds of one repetition: the best of several submissions, after a warm-up that brings clocks up.
     fn best(&self, encode: impl Fn(&mut wgpu::CommandEncoder)) -> f64 {
-        let warm_up = Duration::from_millis(if self.repeats > 1 { 200 } else { 0 });
-        let start = Instant::now();
-        while start.elapsed() < warm_up {
-            super::submitted(self.device, 1, &encode);
-        }
-        let runs = (0..5).map(|_| super::submitted(self.device, 1, &encode).as_secs_f64());
-        runs.fold(f64::INFINITY, f64::min) / f64::from(self.repeats)
+        let submit = |repeats: u32| {
+            let all = |encoder: &mut _| (0..repeats).for_each(|_| encode(encoder));
+            super::submitted(self.device, 1, all).as_secs_f64() / f64::from(repeats)
+        };
+        // So many that submitting them costs nothing, and no watchdog wakes up.
+        submit(1);
+        let repeats = ((self.sample / submit(1)).ceil() as u32).clamp(1, 100);
+        (0..10).map(|_| submit(repeats)).fold(f64::INFINITY, f64::min)
     }
 }
