@@ -23,7 +23,7 @@ limits() {
   ops) echo "150 60 accumulate|solve" ;;
   ssr) echo "120 60 ssr" ;;
   merge) echo "90 90 projectors|np-lora" ;;
-  fusion) echo "100 40 selection/.*f16|slider" ;;
+  fusion) echo "100 40 selection/.*/f16,|slider" ;;
   scaling) echo "200 0 " ;;
   *) return 1 ;;
   esac

@@ -22,7 +22,7 @@ pub use roofline::Roofline;
 pub struct Target {
     pub name: String,
     pub device: Device,
-    /// Whether it is hardware, which takes shapes of real size.
+    /// Whether it takes shapes of real size: hardware, and anything if `LORAWELD_BENCH_FULL` is set.
     pub fast: bool,
     /// What it can do at most; the CPU has none.
     pub roofline: Option<Arc<Roofline>>,
@@ -55,7 +55,8 @@ impl Target {
         };
         let adapter = index.map(|i| Device::adapters().swap_remove(i));
         let name = adapter.as_ref().map_or("CPU".to_owned(), |adapter| adapter.name.clone());
-        let fast = adapter.as_ref().is_some_and(|adapter| adapter.kind != "software");
+        let fast = adapter.as_ref().is_some_and(|adapter| adapter.kind != "software")
+            || std::env::var_os("LORAWELD_BENCH_FULL").is_some();
         options.select = index.map_or(Select::Cpu, Select::Index);
         options.memory = fast.then_some(MEMORY);
         let device = match Device::open(&options) {

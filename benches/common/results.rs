@@ -17,6 +17,8 @@ const SAMPLES: usize = 10;
 /// How long benchmarks run.
 pub fn criterion() -> Criterion {
     Criterion::default()
+        .without_plots()
+        .nresamples(1000)
         .sample_size(SAMPLES)
         .warm_up_time(Duration::from_millis(300))
         .measurement_time(Duration::from_secs(1))
