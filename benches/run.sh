@@ -20,8 +20,8 @@ failed=()
 # Seconds that a part may take, here and in PyTorch; what of it is compared.
 limits() {
   case $1 in
-  ops) echo "150 60 accumulate|solve" ;;
-  ssr) echo "120 60 ssr" ;;
+  ops) echo "150 100 accumulate|solve" ;;
+  ssr) echo "120 100 ssr" ;;
   merge) echo "90 90 projectors|np-lora" ;;
   fusion) echo "100 40 selection/.*/f16,|slider" ;;
   scaling) echo "200 0 " ;;
