@@ -92,7 +92,7 @@ impl Target {
         Self::open(options)
     }
 
-    /// `large` on hardware, else `small`.
+    /// `large` for shapes of real size, else `small`.
     pub fn sized<T>(&self, large: T, small: T) -> T {
         if self.fast { large } else { small }
     }

@@ -13,14 +13,16 @@ pub struct Accumulation<'a> {
     inputs: &'a [Input],
     a: Batch,
     sums: Batch,
+    /// The input of the first layer.
+    first: usize,
 }
 
 impl<'a> Accumulation<'a> {
-    /// Layers take turns at the inputs.
+    /// Layers take turns at the inputs, from call to call.
     pub fn new(target: &'a Target, inputs: &'a [Input], layers: usize, rank: usize) -> Self {
         let a = matrix(rank, inputs[0].width, 2, 1.0);
         let a = Batch::upload(&target.device, target.device.factor(), &vec![a; layers]).expect("A");
-        Self { target, inputs, sums: Self::sums(&target.device, layers, rank), a }
+        Self { target, inputs, sums: Self::sums(&target.device, layers, rank), a, first: 0 }
     }
 
     fn sums(device: &Device, layers: usize, rank: usize) -> Batch {
@@ -28,8 +30,10 @@ impl<'a> Accumulation<'a> {
     }
 
     pub fn run(&mut self) {
-        let views = self.inputs.iter().map(Input::view).cycle().enumerate().take(self.a.len());
-        let views: Vec<_> = views.collect();
+        let layers = self.a.len();
+        let views = self.inputs.iter().map(Input::view).cycle().skip(self.first).take(layers);
+        let views: Vec<_> = views.enumerate().collect();
+        self.first = (self.first + layers) % self.inputs.len();
         accumulate(&self.target.device, &views, &self.a, &mut self.sums).expect("accumulate");
     }
 
@@ -37,6 +41,7 @@ impl<'a> Accumulation<'a> {
     pub fn error(&mut self) -> f64 {
         let rank = self.a.shapes()[0].rows;
         self.sums = Self::sums(&self.target.device, self.a.len(), rank);
+        self.first = 0;
         self.run();
         let got = self.sums.download(&self.target.device).expect("sums");
         let (cpu, x) = (Device::cpu(), self.inputs[0].on_host());
