@@ -1,26 +1,26 @@
-"""NP-LoRA's projectors and whole merges of benches/merge.rs in PyTorch on CUDA: two adapters of FLUX.1's shapes, 304 layers,
-rank 32, bf16 on the host, layer by layer as scripts do it. Medians of 5 runs, in milliseconds."""
+"""NP-LoRA's projectors and whole merges of benches/merge.rs: two adapters of FLUX.1's shapes, 304 layers, rank 32, bf16 on
+the host, layer by layer as scripts do it."""
 
-import statistics
 import time
 
 import torch
+from common import DEVICE, LAYERS, measure, record, sized, tf32, wait
 
-DOUBLE = [(3072, 9216), (3072, 3072), (3072, 12288), (12288, 3072), (3072, 18432)] * 2
-SINGLE = [(3072, 21504), (15360, 3072), (3072, 9216)]
-LAYERS = DOUBLE * 19 + SINGLE * 38
 RANK = 32
+SHAPE = f"{len(LAYERS)} layers r{RANK}"
 
 
 def adapter():
-    return [
-        (torch.randn(RANK, i).div(i**0.5).to(torch.bfloat16), torch.randn(o, RANK).div(RANK**0.5).to(torch.bfloat16))
-        for i, o in LAYERS
-    ]
+    def factors(i, o):
+        a = torch.randn(RANK, i, device=DEVICE).div(i**0.5)
+        b = torch.randn(o, RANK, device=DEVICE).div(RANK**0.5)
+        return a.bfloat16().cpu(), b.bfloat16().cpu()
+
+    return [factors(i, o) for i, o in LAYERS]
 
 
 def to_device(m):
-    return m.to("cuda").float()
+    return m.to(DEVICE).float()
 
 
 def directions(a, b):
@@ -29,10 +29,6 @@ def directions(a, b):
     _, s = torch.linalg.qr(b)
     _, _, vh = torch.linalg.svd(s @ r.T)
     return q @ vh.T
-
-
-def projectors(style):
-    return [directions(to_device(a), to_device(b)) for a, b in style]
 
 
 def np_lora(style, subject):
@@ -45,24 +41,45 @@ def np_lora(style, subject):
     return merged
 
 
-def median_ms(work, repeats=5):
-    work()
-    torch.cuda.synchronize()
-    times = []
-    for _ in range(repeats):
+def dense(style):
+    """One SVD of a whole update, of a few layers; the other layers by m·n·min(m, n) from the largest one timed."""
+
+    def once(a, b):
+        update = b @ a
+        torch.linalg.svd(update[:256, :256])
+        wait()
         start = time.perf_counter()
-        work()
-        torch.cuda.synchronize()
-        times.append((time.perf_counter() - start) * 1e3)
-    return statistics.median(times)
+        torch.linalg.svd(update, full_matrices=False)
+        wait()
+        return time.perf_counter() - start
+
+    def work(shape):
+        return shape[0] * shape[1] * min(shape)
+
+    wanted = sized([(3072, 3072), (3072, 9216), (3072, 12288)], [LAYERS[1], LAYERS[0], LAYERS[2]])
+    timed = {}
+    for shape in wanted:
+        a, b = style[LAYERS.index(shape)]
+        timed[shape] = once(a, b)
+        record("projectors", f"{shape[0]} to {shape[1]}", "dense SVD of one layer", timed[shape])
+    largest = max(timed, key=work)
+    rate = timed[largest] / work(largest)
+    return sum(timed.get(shape, rate * work(shape)) for shape in LAYERS), largest
 
 
-print(torch.__version__, torch.cuda.get_device_name(), len(LAYERS), "layers")
+tf32(False)
 style, subject = adapter(), adapter()
-print(f"projectors, QR in a loop, with upload: {median_ms(lambda: projectors(style)):.1f} ms", flush=True)
-on_device = [(to_device(a), to_device(b)) for a, b in style]
-print(f"projectors, factors on the device: {median_ms(lambda: [directions(a, b) for a, b in on_device]):.1f} ms", flush=True)
-print(f"np-lora, upload to download: {median_ms(lambda: np_lora(style, subject)):.1f} ms", flush=True)
-a, b = on_device[1]
-dense = median_ms(lambda: torch.linalg.svd(b @ a, full_matrices=False), repeats=3)
-print(f"dense SVD of one 3072 x 3072 update: {dense:.1f} ms; 304 such: {dense * 304 / 1e3:.1f} s", flush=True)
+few = {"samples": 5}
+measure(
+    "projectors",
+    SHAPE,
+    "QR, factors on the host",
+    lambda: [directions(to_device(a), to_device(b)) for a, b in style],
+    **few,
+)
+resident = [(to_device(a), to_device(b)) for a, b in style]
+measure("projectors", SHAPE, "QR, factors on the device", lambda: [directions(a, b) for a, b in resident], **few)
+measure("merge", SHAPE, "np-lora", lambda: np_lora(style, subject), **few)
+total, largest = dense(resident)
+note = f"extrapolated from three layers; other shapes by m·n·min(m, n) from {largest[0]} to {largest[1]}"
+record("projectors", SHAPE, "dense SVD", total, note=note)
