@@ -6,8 +6,8 @@
 // Rows are brought into f16's range by the powers of two of row_scale.wgsl, which sum_parts.wgsl takes out again.
 // f16 and bf16 values are then exact in f16 (short of 2^-38 of the largest of their row); f32 values are split
 // by mask into a high and a low part of 11 bits each, and the products of two low parts left out. Where A came
-// from halves it has no low part, which halves the work. The unit's accumulator truncates, so it sums at most
-// CHUNK products before they are added in f32.
+// from halves it has no low part, which halves the work. The unit's accumulator truncates, so it sums only
+// DEPTH products before they are added in f32.
 //
 // Work: (job, token tile, rank tile, part). A workgroup makes one TILE_M × TILE_N tile of one part of the width and
 // leaves it, scaled as it is, in `parts`: for each part of the width a matrix of whole tiles, `stride` columns wide.
@@ -40,7 +40,6 @@ const TILE_M: u32 = SUBGROUPS_M * 32u;
 const TILE_N: u32 = SUBGROUPS_N * FRAGMENTS_N * 16u;
 const THREADS: u32 = SUBGROUPS_M * SUBGROUPS_N * 32u;
 const DEPTH: u32 = 32u;
-const CHUNK: u32 = 384u;
 // In vectors of 4. Padded rows keep the loads of a matrix from meeting in a bank, and stay on 16 bytes.
 const STRIDE: u32 = DEPTH / 4u + 2u;
 
@@ -59,10 +58,8 @@ const X_LOW: u32 = A_LOW + TILE_N * STRIDE;
 const TILE_LEN: u32 = X_LOW + select(0u, TILE_M * STRIDE, DTYPE == F32);
 var<workgroup> tile: array<vec4<f16>, TILE_LEN>;
 
-// Whether any row of this tile of A has low parts.
+// Whether any row of this tile of A has low parts: through memory, for naga to see that all threads agree.
 var<workgroup> low_rows: u32;
-// Whether there was a chunk before. Through memory, as is the above, for naga to see that all threads agree.
-var<workgroup> continues: u32;
 
 fn x_scale(job: Job, row: u32) -> f32 {
     if (DTYPE == F16) {
@@ -179,154 +176,212 @@ fn main(
     let rows = (job.tokens + TILE_M - 1u) / TILE_M * TILE_M;
     let out = job.parts + (work.w * rows + out_row) * job.stride + first_column + tile_column;
 
-    for (var chunk = start; chunk < end; chunk += CHUNK) {
-        var c00: coop_mat16x16<f32, C>;
-        var c01: coop_mat16x16<f32, C>;
-        var c02: coop_mat16x16<f32, C>;
-        var c03: coop_mat16x16<f32, C>;
-        var c10: coop_mat16x16<f32, C>;
-        var c11: coop_mat16x16<f32, C>;
-        var c12: coop_mat16x16<f32, C>;
-        var c13: coop_mat16x16<f32, C>;
-        for (var k = chunk; k < min(chunk + CHUNK, end); k += DEPTH) {
-            let x0 = fetch_x(job, x_row0, k + x_k, end);
-            let x1 = fetch_x(job, x_row1, k + x_k, end);
-            var x2: vec4<u32>;
-            var x3: vec4<u32>;
-            var x4: vec4<u32>;
-            var x5: vec4<u32>;
-            var x6: vec4<u32>;
-            var x7: vec4<u32>;
-            if (X_LOADS > 2u) {
-                x2 = fetch_x(job, x_row2, k + x_k, end);
-                x3 = fetch_x(job, x_row3, k + x_k, end);
-            }
-            if (X_LOADS > 4u) {
-                x4 = fetch_x(job, x_row4, k + x_k, end);
-                x5 = fetch_x(job, x_row5, k + x_k, end);
-                x6 = fetch_x(job, x_row6, k + x_k, end);
-                x7 = fetch_x(job, x_row7, k + x_k, end);
-            }
-            let a0 = fetch_a(job, a_row0, k + a_k, end);
-            let a1 = fetch_a(job, a_row1, k + a_k, end);
-            workgroupBarrier();
-            put_x(x_place, x0, x_scale0);
-            put_x(x_place + X_STEP * STRIDE, x1, x_scale1);
-            if (X_LOADS > 2u) {
-                put_x(x_place + X_STEP * 2u * STRIDE, x2, x_scale2);
-                put_x(x_place + X_STEP * 3u * STRIDE, x3, x_scale3);
-            }
-            if (X_LOADS > 4u) {
-                put_x(x_place + X_STEP * 4u * STRIDE, x4, x_scale4);
-                put_x(x_place + X_STEP * 5u * STRIDE, x5, x_scale5);
-                put_x(x_place + X_STEP * 6u * STRIDE, x6, x_scale6);
-                put_x(x_place + X_STEP * 7u * STRIDE, x7, x_scale7);
-            }
-            put_a(a_place, a0, a_scale0, has_low);
-            put_a(a_place + A_STEP * STRIDE, a1, a_scale1, has_low);
-            workgroupBarrier();
-            for (var d = 0u; d < DEPTH / 4u; d += 4u) {
-                let stride = STRIDE;
-                let x_at = tile_row * STRIDE + d;
-                let a_at = tile_column * STRIDE + d;
-                let x0_at = X_HIGH + x_at;
-                let x1_at = x0_at + 16u * STRIDE;
-                let high0_at = A_HIGH + a_at;
-                let high1_at = high0_at + 16u * STRIDE;
-                let high2_at = high0_at + 32u * STRIDE;
-                let high3_at = high0_at + 48u * STRIDE;
-                let x_high0 = coopLoadT<coop_mat16x16<f16, A>>(&tile[x0_at], stride);
-                let x_high1 = coopLoadT<coop_mat16x16<f16, A>>(&tile[x1_at], stride);
-                // Small terms first.
-                if (has_low) {
-                    let low0_at = A_LOW + a_at;
-                    let low1_at = low0_at + 16u * STRIDE;
-                    let low0 = coopLoad<coop_mat16x16<f16, B>>(&tile[low0_at], stride);
-                    let low1 = coopLoad<coop_mat16x16<f16, B>>(&tile[low1_at], stride);
-                    c00 = coopMultiplyAdd(x_high0, low0, c00);
-                    c10 = coopMultiplyAdd(x_high1, low0, c10);
-                    c01 = coopMultiplyAdd(x_high0, low1, c01);
-                    c11 = coopMultiplyAdd(x_high1, low1, c11);
-                    if (FRAGMENTS_N == 4u) {
-                        let low2_at = low0_at + 32u * STRIDE;
-                        let low3_at = low0_at + 48u * STRIDE;
-                        let low2 = coopLoad<coop_mat16x16<f16, B>>(&tile[low2_at], stride);
-                        let low3 = coopLoad<coop_mat16x16<f16, B>>(&tile[low3_at], stride);
-                        c02 = coopMultiplyAdd(x_high0, low2, c02);
-                        c12 = coopMultiplyAdd(x_high1, low2, c12);
-                        c03 = coopMultiplyAdd(x_high0, low3, c03);
-                        c13 = coopMultiplyAdd(x_high1, low3, c13);
-                    }
-                }
-                let high0 = coopLoad<coop_mat16x16<f16, B>>(&tile[high0_at], stride);
-                let high1 = coopLoad<coop_mat16x16<f16, B>>(&tile[high1_at], stride);
-                // With low parts of X there are two columns of matrices: the shared memory holds no more.
-                if (DTYPE == F32) {
-                    let x_low0_at = X_LOW + x_at;
-                    let x_low1_at = x_low0_at + 16u * STRIDE;
-                    let x_low0 = coopLoadT<coop_mat16x16<f16, A>>(&tile[x_low0_at], stride);
-                    let x_low1 = coopLoadT<coop_mat16x16<f16, A>>(&tile[x_low1_at], stride);
-                    c00 = coopMultiplyAdd(x_low0, high0, c00);
-                    c10 = coopMultiplyAdd(x_low1, high0, c10);
-                    c01 = coopMultiplyAdd(x_low0, high1, c01);
-                    c11 = coopMultiplyAdd(x_low1, high1, c11);
-                }
-                c00 = coopMultiplyAdd(x_high0, high0, c00);
-                c10 = coopMultiplyAdd(x_high1, high0, c10);
-                c01 = coopMultiplyAdd(x_high0, high1, c01);
-                c11 = coopMultiplyAdd(x_high1, high1, c11);
-                if (FRAGMENTS_N == 4u) {
-                    let high2 = coopLoad<coop_mat16x16<f16, B>>(&tile[high2_at], stride);
-                    let high3 = coopLoad<coop_mat16x16<f16, B>>(&tile[high3_at], stride);
-                    c02 = coopMultiplyAdd(x_high0, high2, c02);
-                    c12 = coopMultiplyAdd(x_high1, high2, c12);
-                    c03 = coopMultiplyAdd(x_high0, high3, c03);
-                    c13 = coopMultiplyAdd(x_high1, high3, c13);
-                }
-            }
+    var c00: coop_mat16x16<f32, C>;
+    var c10: coop_mat16x16<f32, C>;
+    var c01: coop_mat16x16<f32, C>;
+    var c11: coop_mat16x16<f32, C>;
+    var c02: coop_mat16x16<f32, C>;
+    var c12: coop_mat16x16<f32, C>;
+    var c03: coop_mat16x16<f32, C>;
+    var c13: coop_mat16x16<f32, C>;
+    for (var k = start; k < end; k += DEPTH) {
+        let x0 = fetch_x(job, x_row0, k + x_k, end);
+        let x1 = fetch_x(job, x_row1, k + x_k, end);
+        var x2: vec4<u32>;
+        var x3: vec4<u32>;
+        var x4: vec4<u32>;
+        var x5: vec4<u32>;
+        var x6: vec4<u32>;
+        var x7: vec4<u32>;
+        if (X_LOADS > 2u) {
+            x2 = fetch_x(job, x_row2, k + x_k, end);
+            x3 = fetch_x(job, x_row3, k + x_k, end);
         }
-        let stride = job.stride;
-        let out00 = out;
-        let out01 = out + 16u;
-        let out02 = out + 32u;
-        let out03 = out + 48u;
-        let out10 = out + 16u * stride;
-        let out11 = out10 + 16u;
-        let out12 = out10 + 32u;
-        let out13 = out10 + 48u;
-        if (t == 0u) {
-            continues = u32(chunk > start);
+        if (X_LOADS > 4u) {
+            x4 = fetch_x(job, x_row4, k + x_k, end);
+            x5 = fetch_x(job, x_row5, k + x_k, end);
+            x6 = fetch_x(job, x_row6, k + x_k, end);
+            x7 = fetch_x(job, x_row7, k + x_k, end);
         }
-        if (workgroupUniformLoad(&continues) != 0u) {
-            // What the chunks before came to waits in memory: registers for a second set of sums would be too many.
-            let sum00 = coopLoadT<coop_mat16x16<f32, C>>(&parts[out00], stride);
-            let sum01 = coopLoadT<coop_mat16x16<f32, C>>(&parts[out01], stride);
-            let sum10 = coopLoadT<coop_mat16x16<f32, C>>(&parts[out10], stride);
-            let sum11 = coopLoadT<coop_mat16x16<f32, C>>(&parts[out11], stride);
-            c00 = c00 + sum00;
-            c01 = c01 + sum01;
-            c10 = c10 + sum10;
-            c11 = c11 + sum11;
-            if (FRAGMENTS_N == 4u) {
-                let sum02 = coopLoadT<coop_mat16x16<f32, C>>(&parts[out02], stride);
-                let sum03 = coopLoadT<coop_mat16x16<f32, C>>(&parts[out03], stride);
-                let sum12 = coopLoadT<coop_mat16x16<f32, C>>(&parts[out12], stride);
-                let sum13 = coopLoadT<coop_mat16x16<f32, C>>(&parts[out13], stride);
-                c02 = c02 + sum02;
-                c03 = c03 + sum03;
-                c12 = c12 + sum12;
-                c13 = c13 + sum13;
-            }
+        let a0 = fetch_a(job, a_row0, k + a_k, end);
+        let a1 = fetch_a(job, a_row1, k + a_k, end);
+        workgroupBarrier();
+        put_x(x_place, x0, x_scale0);
+        put_x(x_place + X_STEP * STRIDE, x1, x_scale1);
+        if (X_LOADS > 2u) {
+            put_x(x_place + X_STEP * 2u * STRIDE, x2, x_scale2);
+            put_x(x_place + X_STEP * 3u * STRIDE, x3, x_scale3);
         }
-        coopStoreT(c00, &parts[out00], stride);
-        coopStoreT(c01, &parts[out01], stride);
-        coopStoreT(c10, &parts[out10], stride);
-        coopStoreT(c11, &parts[out11], stride);
+        if (X_LOADS > 4u) {
+            put_x(x_place + X_STEP * 4u * STRIDE, x4, x_scale4);
+            put_x(x_place + X_STEP * 5u * STRIDE, x5, x_scale5);
+            put_x(x_place + X_STEP * 6u * STRIDE, x6, x_scale6);
+            put_x(x_place + X_STEP * 7u * STRIDE, x7, x_scale7);
+        }
+        put_a(a_place, a0, a_scale0, has_low);
+        put_a(a_place + A_STEP * STRIDE, a1, a_scale1, has_low);
+        workgroupBarrier();
+        let stride = STRIDE;
+        let x_at0 = X_HIGH + tile_row * STRIDE;
+        let x_at1 = x_at0 + 16u * STRIDE;
+        // Matrix rows 0 and 1 of X, in the first and second half of the depth.
+        let x_at0b = x_at0 + 4u;
+        let x_at1b = x_at1 + 4u;
+        let x0a = coopLoadT<coop_mat16x16<f16, A>>(&tile[x_at0], stride);
+        let x0b = coopLoadT<coop_mat16x16<f16, A>>(&tile[x_at0b], stride);
+        let x1a = coopLoadT<coop_mat16x16<f16, A>>(&tile[x_at1], stride);
+        let x1b = coopLoadT<coop_mat16x16<f16, A>>(&tile[x_at1b], stride);
+        var x0a_low: coop_mat16x16<f16, A>;
+        var x0b_low: coop_mat16x16<f16, A>;
+        var x1a_low: coop_mat16x16<f16, A>;
+        var x1b_low: coop_mat16x16<f16, A>;
+        if (DTYPE == F32) {
+            let low_at0 = x_at0 - X_HIGH + X_LOW;
+            let low_at1 = x_at1 - X_HIGH + X_LOW;
+            let low_at0b = low_at0 + 4u;
+            let low_at1b = low_at1 + 4u;
+            x0a_low = coopLoadT<coop_mat16x16<f16, A>>(&tile[low_at0], stride);
+            x0b_low = coopLoadT<coop_mat16x16<f16, A>>(&tile[low_at0b], stride);
+            x1a_low = coopLoadT<coop_mat16x16<f16, A>>(&tile[low_at1], stride);
+            x1b_low = coopLoadT<coop_mat16x16<f16, A>>(&tile[low_at1b], stride);
+        }
+        // Column by column of matrices; small terms first.
+        let a_at0 = (tile_column + 0u) * STRIDE;
+        let high_at0a = A_HIGH + a_at0;
+        let high_at0b = high_at0a + 4u;
+        let high0a = coopLoad<coop_mat16x16<f16, B>>(&tile[high_at0a], stride);
+        let high0b = coopLoad<coop_mat16x16<f16, B>>(&tile[high_at0b], stride);
+        var s00: coop_mat16x16<f32, C>;
+        var s10: coop_mat16x16<f32, C>;
+        if (has_low) {
+            let low_at0a = A_LOW + a_at0;
+            let low_at0b = low_at0a + 4u;
+            let low0a = coopLoad<coop_mat16x16<f16, B>>(&tile[low_at0a], stride);
+            let low0b = coopLoad<coop_mat16x16<f16, B>>(&tile[low_at0b], stride);
+            s00 = coopMultiplyAdd(x0a, low0a, s00);
+            s10 = coopMultiplyAdd(x1a, low0a, s10);
+            s00 = coopMultiplyAdd(x0b, low0b, s00);
+            s10 = coopMultiplyAdd(x1b, low0b, s10);
+        }
+        if (DTYPE == F32) {
+            s00 = coopMultiplyAdd(x0a_low, high0a, s00);
+            s10 = coopMultiplyAdd(x1a_low, high0a, s10);
+            s00 = coopMultiplyAdd(x0b_low, high0b, s00);
+            s10 = coopMultiplyAdd(x1b_low, high0b, s10);
+        }
+        s00 = coopMultiplyAdd(x0a, high0a, s00);
+        s10 = coopMultiplyAdd(x1a, high0a, s10);
+        s00 = coopMultiplyAdd(x0b, high0b, s00);
+        s10 = coopMultiplyAdd(x1b, high0b, s10);
+        c00 = c00 + s00;
+        c10 = c10 + s10;
+        let a_at1 = (tile_column + 16u) * STRIDE;
+        let high_at1a = A_HIGH + a_at1;
+        let high_at1b = high_at1a + 4u;
+        let high1a = coopLoad<coop_mat16x16<f16, B>>(&tile[high_at1a], stride);
+        let high1b = coopLoad<coop_mat16x16<f16, B>>(&tile[high_at1b], stride);
+        var s01: coop_mat16x16<f32, C>;
+        var s11: coop_mat16x16<f32, C>;
+        if (has_low) {
+            let low_at1a = A_LOW + a_at1;
+            let low_at1b = low_at1a + 4u;
+            let low1a = coopLoad<coop_mat16x16<f16, B>>(&tile[low_at1a], stride);
+            let low1b = coopLoad<coop_mat16x16<f16, B>>(&tile[low_at1b], stride);
+            s01 = coopMultiplyAdd(x0a, low1a, s01);
+            s11 = coopMultiplyAdd(x1a, low1a, s11);
+            s01 = coopMultiplyAdd(x0b, low1b, s01);
+            s11 = coopMultiplyAdd(x1b, low1b, s11);
+        }
+        if (DTYPE == F32) {
+            s01 = coopMultiplyAdd(x0a_low, high1a, s01);
+            s11 = coopMultiplyAdd(x1a_low, high1a, s11);
+            s01 = coopMultiplyAdd(x0b_low, high1b, s01);
+            s11 = coopMultiplyAdd(x1b_low, high1b, s11);
+        }
+        s01 = coopMultiplyAdd(x0a, high1a, s01);
+        s11 = coopMultiplyAdd(x1a, high1a, s11);
+        s01 = coopMultiplyAdd(x0b, high1b, s01);
+        s11 = coopMultiplyAdd(x1b, high1b, s11);
+        c01 = c01 + s01;
+        c11 = c11 + s11;
         if (FRAGMENTS_N == 4u) {
-            coopStoreT(c02, &parts[out02], stride);
-            coopStoreT(c03, &parts[out03], stride);
-            coopStoreT(c12, &parts[out12], stride);
-            coopStoreT(c13, &parts[out13], stride);
+            let a_at2 = (tile_column + 32u) * STRIDE;
+            let high_at2a = A_HIGH + a_at2;
+            let high_at2b = high_at2a + 4u;
+            let high2a = coopLoad<coop_mat16x16<f16, B>>(&tile[high_at2a], stride);
+            let high2b = coopLoad<coop_mat16x16<f16, B>>(&tile[high_at2b], stride);
+            var s02: coop_mat16x16<f32, C>;
+            var s12: coop_mat16x16<f32, C>;
+            if (has_low) {
+                let low_at2a = A_LOW + a_at2;
+                let low_at2b = low_at2a + 4u;
+                let low2a = coopLoad<coop_mat16x16<f16, B>>(&tile[low_at2a], stride);
+                let low2b = coopLoad<coop_mat16x16<f16, B>>(&tile[low_at2b], stride);
+                s02 = coopMultiplyAdd(x0a, low2a, s02);
+                s12 = coopMultiplyAdd(x1a, low2a, s12);
+                s02 = coopMultiplyAdd(x0b, low2b, s02);
+                s12 = coopMultiplyAdd(x1b, low2b, s12);
+            }
+            if (DTYPE == F32) {
+                s02 = coopMultiplyAdd(x0a_low, high2a, s02);
+                s12 = coopMultiplyAdd(x1a_low, high2a, s12);
+                s02 = coopMultiplyAdd(x0b_low, high2b, s02);
+                s12 = coopMultiplyAdd(x1b_low, high2b, s12);
+            }
+            s02 = coopMultiplyAdd(x0a, high2a, s02);
+            s12 = coopMultiplyAdd(x1a, high2a, s12);
+            s02 = coopMultiplyAdd(x0b, high2b, s02);
+            s12 = coopMultiplyAdd(x1b, high2b, s12);
+            c02 = c02 + s02;
+            c12 = c12 + s12;
+            let a_at3 = (tile_column + 48u) * STRIDE;
+            let high_at3a = A_HIGH + a_at3;
+            let high_at3b = high_at3a + 4u;
+            let high3a = coopLoad<coop_mat16x16<f16, B>>(&tile[high_at3a], stride);
+            let high3b = coopLoad<coop_mat16x16<f16, B>>(&tile[high_at3b], stride);
+            var s03: coop_mat16x16<f32, C>;
+            var s13: coop_mat16x16<f32, C>;
+            if (has_low) {
+                let low_at3a = A_LOW + a_at3;
+                let low_at3b = low_at3a + 4u;
+                let low3a = coopLoad<coop_mat16x16<f16, B>>(&tile[low_at3a], stride);
+                let low3b = coopLoad<coop_mat16x16<f16, B>>(&tile[low_at3b], stride);
+                s03 = coopMultiplyAdd(x0a, low3a, s03);
+                s13 = coopMultiplyAdd(x1a, low3a, s13);
+                s03 = coopMultiplyAdd(x0b, low3b, s03);
+                s13 = coopMultiplyAdd(x1b, low3b, s13);
+            }
+            if (DTYPE == F32) {
+                s03 = coopMultiplyAdd(x0a_low, high3a, s03);
+                s13 = coopMultiplyAdd(x1a_low, high3a, s13);
+                s03 = coopMultiplyAdd(x0b_low, high3b, s03);
+                s13 = coopMultiplyAdd(x1b_low, high3b, s13);
+            }
+            s03 = coopMultiplyAdd(x0a, high3a, s03);
+            s13 = coopMultiplyAdd(x1a, high3a, s13);
+            s03 = coopMultiplyAdd(x0b, high3b, s03);
+            s13 = coopMultiplyAdd(x1b, high3b, s13);
+            c03 = c03 + s03;
+            c13 = c13 + s13;
         }
+    }
+    let stride = job.stride;
+    let out00 = out;
+    let out01 = out + 16u;
+    let out02 = out + 32u;
+    let out03 = out + 48u;
+    let out10 = out + 16u * stride;
+    let out11 = out10 + 16u;
+    let out12 = out10 + 32u;
+    let out13 = out10 + 48u;
+    coopStoreT(c00, &parts[out00], stride);
+    coopStoreT(c01, &parts[out01], stride);
+    coopStoreT(c10, &parts[out10], stride);
+    coopStoreT(c11, &parts[out11], stride);
+    if (FRAGMENTS_N == 4u) {
+        coopStoreT(c02, &parts[out02], stride);
+        coopStoreT(c03, &parts[out03], stride);
+        coopStoreT(c12, &parts[out12], stride);
+        coopStoreT(c13, &parts[out13], stride);
     }
 }

@@ -92,11 +92,13 @@ pub(super) const X_ALIGN: usize = 16;
 /// The rows of a tile of `project.wgsl`, and the parts that a width is split into at most.
 const TILE_M: usize = 128;
 const MAX_PARTS: usize = 16;
-/// Products that `project_matrix.wgsl` sums in a matrix unit before it adds them in f32.
-const CHUNK: usize = 384;
+/// The shaders step along k by this much, or half of it.
+const DEPTH: usize = 32;
+/// A part of the width is not worth its sum if it is narrower.
+const LEAST_PART: usize = 256;
 /// Workgroups for matrix units: many to a multiprocessor, so that the last round is short.
 const ENOUGH_TILES: usize = 4 * ENOUGH_WORKGROUPS;
-/// Most parts for matrix units, which sum up in memory beyond it.
+/// Most parts for matrix units: more would only be more to write and add.
 const MAX_MATRIX_PARTS: usize = 8;
 
 /// How a product is cut: a kernel, its tile, and parts of the width.
@@ -126,9 +128,9 @@ impl Cut {
         if gpu.capabilities.matrix_units() && whole_vectors && worth_it {
             let (subgroups, ..) = matrix_tile(columns, job.dtype);
             let tile = [subgroups as usize * 32, columns as usize];
-            let chunks = a.cols.div_ceil(CHUNK);
-            let parts = (ENOUGH_TILES / of(tile[0]).max(1)).clamp(1, chunks.clamp(1, MAX_MATRIX_PARTS));
-            let part_width = chunks.div_ceil(parts).max(1) * CHUNK;
+            let most = (a.cols / LEAST_PART).clamp(1, MAX_MATRIX_PARTS);
+            let parts = (ENOUGH_TILES / of(tile[0]).max(1)).clamp(1, most);
+            let part_width = a.cols.div_ceil(parts).next_multiple_of(DEPTH).max(DEPTH);
             let stride = a.rows.next_multiple_of(tile[1]);
             return Self {
                 kernel: Kernel::ProjectMatrix(columns, job.dtype),
@@ -139,9 +141,9 @@ impl Cut {
                 part_len: job.tokens.next_multiple_of(tile[0]) * stride,
             };
         }
-        let parts = (ENOUGH_WORKGROUPS / of(TILE_M).max(1)).clamp(1, MAX_PARTS).min((a.cols / 256).max(1));
-        // The shader steps along k by half of this.
-        let part_width = a.cols.div_ceil(parts).next_multiple_of(32).max(32);
+        let parts =
+            (ENOUGH_WORKGROUPS / of(TILE_M).max(1)).clamp(1, MAX_PARTS).min((a.cols / LEAST_PART).max(1));
+        let part_width = a.cols.div_ceil(parts).next_multiple_of(DEPTH).max(DEPTH);
         let stride = if parts == 1 { a.rows } else { a.rows.next_multiple_of(4) };
         Self {
             kernel: Kernel::Project(columns, job.dtype),
