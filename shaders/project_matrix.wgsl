@@ -62,10 +62,6 @@ var<workgroup> tile: array<vec4<f16>, TILE_LEN>;
 var<workgroup> low_rows: u32;
 
 fn x_scale(job: Job, row: u32) -> f32 {
-    if (DTYPE == F16) {
-        // In range as they are.
-        return 1.0;
-    }
     return abs(scales[job.x_scales + row]);
 }
 

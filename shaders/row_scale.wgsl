@@ -2,8 +2,8 @@
 //
 //   rows × cols, row-major, f32, f16 or bf16, rows of whole 16 bytes      scales: rows, f32
 //
-// A scale is negative if values of its row have more than the 11 bits of f16. Rows that are all zero count as 1,
-// and values that are not finite as zero. For adapters with subgroups of 32, each of which does one row.
+// A scale is negative if values of its row have more than the 11 bits of f16. Values that are not finite count as zero, and
+// rows that are all zero get the largest scale. For adapters with subgroups of 32, each of which does one row.
 // Work: (job, first of 8 rows). Bindings: 3 matrix as raw words, 4 scales.
 
 #import params
@@ -64,8 +64,7 @@ fn main(
     let low_bits = subgroupOr((low.x | low.y | low.z | low.w) & 0x1fffu);
     if (lane == 0u) {
         // A value in [2^e, 2^(e+1)) has exponent bits 127 + e, and 2^(13 - e) has 140 - e.
-        let bits = u32(clamp(267 - i32(largest), 1, 253)) << 23u;
-        let scale = select(bitcast<f32>(bits), 1.0, largest == 0u);
+        let scale = bitcast<f32>(u32(clamp(267 - i32(largest), 1, 253)) << 23u);
         scales[job.scales + row] = select(scale, -scale, low_bits != 0u);
     }
 }

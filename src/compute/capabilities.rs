@@ -107,8 +107,9 @@ impl Capabilities {
         self.f16
             && self.subgroups == Some((32, 32))
             && self.cooperative_matrix.iter().any(|config| config == "16x16x16 F16 to F32")
-            // The kernel's tiles.
-            && self.workgroup_memory >= 40 << 10
+            // The kernels' tiles.
+            && self.workgroup_memory >= 44 << 10
+            && self.workgroup_invocations >= 512
     }
 
     /// The tier that `precision` gets here; an error names the missing capability.

@@ -26,6 +26,8 @@ pub enum Kernel {
     ProjectReal(Element),
     /// `shaders/gram.wgsl`, with the side of its tile: 32, 64 or 128.
     Gram(u32),
+    /// `shaders/gram_matrix.wgsl`
+    GramMatrix,
     /// `shaders/gram_real.wgsl`: what Z holds, what is summed.
     GramReal(Element, Element),
     /// `shaders/gram_reduce.wgsl`: what the parts hold, what is summed.
@@ -91,6 +93,7 @@ impl Kernel {
             Self::Rows,
             Self::RowScale,
             Self::SumParts,
+            Self::GramMatrix,
             Self::SelfTest,
             Self::Matmul(Element::F32),
             Self::BranchMeans,
@@ -147,6 +150,7 @@ impl Kernel {
             | Self::Rows
             | Self::RowScale
             | Self::SumParts
+            | Self::GramMatrix
             | Self::SelfTest
             | Self::BranchMeans
             | Self::BranchChoose
@@ -188,6 +192,7 @@ impl Kernel {
             Self::ProjectMatrix(..) => ("project_matrix", kernel!("project_matrix")),
             Self::ProjectReal(_) => ("project_real", kernel!("project_real")),
             Self::Gram(_) => ("gram", kernel!("gram")),
+            Self::GramMatrix => ("gram_matrix", kernel!("gram_matrix")),
             Self::GramReal(..) => ("gram_real", kernel!("gram_real")),
             Self::GramReduce(..) => ("gram_reduce", kernel!("gram_reduce")),
             Self::Cholesky(_) => ("cholesky", kernel!("cholesky")),
@@ -221,6 +226,7 @@ impl Kernel {
             | Self::Project(..)
             | Self::ProjectMatrix(..)
             | Self::Gram(_)
+            | Self::GramMatrix
             | Self::BranchScores(..)
             | Self::BranchMeans
             | Self::BranchChoose
@@ -280,7 +286,13 @@ impl Kernel {
     /// Whether this needs matrix units, which neither DX12 nor WebGPU's default limits have; each such kernel
     /// has a twin that does without.
     pub fn uses_matrix_units(self) -> bool {
-        matches!(self, Self::ProjectMatrix(..) | Self::BranchScores(_, _, true) | Self::BranchApply(_, true))
+        matches!(
+            self,
+            Self::ProjectMatrix(..)
+                | Self::GramMatrix
+                | Self::BranchScores(_, _, true)
+                | Self::BranchApply(_, true)
+        )
     }
 
     /// The permutation's whole WGSL.

@@ -158,7 +158,7 @@ fn accumulate_gpu(
         let rank = a.shapes()[window.index].rows;
         let x = x_bytes(&window);
         let z = parts_bytes(window.tokens, rank);
-        let cost = [x, z, gram::partial_len(window.tokens, rank) * 8].map(|bytes| bytes as u64);
+        let cost = [x, z, gram::partial_len(window.tokens, rank, 1) * 8].map(|bytes| bytes as u64);
         let joins = groups.last().is_some_and(|group| matches!(group[0].input, Activations::Host(_)))
             && on_host
             && spent.iter().zip(cost).all(|(spent, cost)| spent + cost <= limit)
@@ -221,7 +221,8 @@ fn record(
             z: z_len,
         });
         gram_jobs.push(GramJob { z: z_len, tokens: window.tokens, rank: shape.rows, sum: window.index });
-        z_len += window.tokens * shape.rows;
+        // Vectors of 4 are loaded from it.
+        z_len += (window.tokens * shape.rows).next_multiple_of(4);
         x_len += x_bytes(window);
     }
     let z = gpu.scratch(z_len as u64 * element.bytes())?;

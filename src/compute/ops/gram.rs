@@ -1,11 +1,12 @@
 use bytemuck::NoUninit;
 use rayon::prelude::*;
 
+use super::project::{ScaleTable, scale_rows};
 use super::{ENOUGH_WORKGROUPS, mismatch, same_count, view, view_mut};
 use crate::compute::gpu::{Commands, Gpu, Scratch, Work, whole};
 use crate::compute::shaders::Kernel;
 use crate::compute::{Batch, Device, Element, Precision, Shape};
-use crate::{Error, Result};
+use crate::{Dtype, Error, Result};
 use std::sync::Arc;
 
 /// `S += ZᵀZ`: blocked Gram accumulation.
@@ -93,12 +94,24 @@ struct Job {
 
 #[derive(Clone, Copy, NoUninit)]
 #[repr(C)]
-struct RealJob {
-    z: u32,
-    gram: u32,
-    tokens: u32,
-    rank: u32,
-    part_tokens: u32,
+struct MatrixJob {
+    job: Job,
+    scales: u32,
+}
+
+fn job(job: &GramJob, reduce: &ReduceJob, jobs: usize) -> Job {
+    Job {
+        z: job.z as u32,
+        gram: reduce.gram,
+        tokens: job.tokens as u32,
+        rank: reduce.rank,
+        part_tokens: part_tokens(job.tokens, job.rank, jobs) as u32,
+    }
+}
+
+/// For less than a tile, finding scales costs more than matrix units save.
+fn suits_matrix_units(gpu: &Gpu, job: &GramJob) -> bool {
+    gpu.capabilities.matrix_units() && job.rank > 64 && job.rank.is_multiple_of(4) && job.z.is_multiple_of(4)
 }
 
 #[derive(Clone, Copy, Debug, NoUninit)]
@@ -131,17 +144,18 @@ const MAX_PARTIAL: usize = 32 << 20;
 
 /// Tokens summed in f32 before full precision takes over: few enough for an error near one rounding,
 /// and enough parts to fill the GPU, as far as memory goes.
-fn part_tokens(tokens: usize, rank: usize) -> usize {
+/// `jobs`: Gram matrices that are made side by side.
+fn part_tokens(tokens: usize, rank: usize, jobs: usize) -> usize {
     let tiles = rank.div_ceil(tile(rank) as usize).max(1);
     let triangle = tiles * (tiles + 1) / 2;
-    let wanted = tokens.div_ceil((ENOUGH_WORKGROUPS / triangle).max(1)).clamp(64, 512);
+    let wanted = tokens.div_ceil((ENOUGH_WORKGROUPS / (triangle * jobs.max(1))).max(1)).clamp(64, 512);
     let most_parts = (MAX_PARTIAL / (rank * rank * 8).max(1)).max(1);
     wanted.max(tokens.div_ceil(most_parts)).next_multiple_of(16)
 }
 
-/// Elements of the partial matrices of one Gram matrix.
-pub(super) fn partial_len(tokens: usize, rank: usize) -> usize {
-    tokens.div_ceil(part_tokens(tokens, rank)) * rank * rank
+/// Elements of the partial matrices of one Gram matrix; alone they are most.
+pub(super) fn partial_len(tokens: usize, rank: usize, jobs: usize) -> usize {
+    tokens.div_ceil(part_tokens(tokens, rank, jobs)) * rank * rank
 }
 
 /// Records Gram matrices of Z that lies in one buffer.
@@ -165,9 +179,9 @@ pub(super) fn encode(
     let reduce: Vec<_> = jobs
         .iter()
         .map(|job| {
-            let parts = job.tokens.div_ceil(part_tokens(job.tokens, job.rank));
+            let parts = job.tokens.div_ceil(part_tokens(job.tokens, job.rank, jobs.len()));
             let gram = len as u32;
-            len += partial_len(job.tokens, job.rank);
+            len += partial_len(job.tokens, job.rank, jobs.len());
             ReduceJob { gram, sums: sums.offset(job.sum) as u32, rank: job.rank as u32, parts: parts as u32 }
         })
         .collect();
@@ -180,33 +194,44 @@ pub(super) fn encode(
     };
     commands.phase(3);
     if real {
-        let table: Vec<_> = jobs
-            .iter()
-            .zip(&reduce)
-            .map(|(job, r)| RealJob {
-                z: job.z as u32,
-                gram: r.gram,
-                tokens: job.tokens as u32,
-                rank: r.rank,
-                part_tokens: part_tokens(job.tokens, job.rank) as u32,
-            })
-            .collect();
+        let table: Vec<_> = jobs.iter().zip(&reduce).map(|(job, r)| self::job(job, r, jobs.len())).collect();
         let work: Vec<Work> =
             reduce.iter().enumerate().flat_map(|(i, job)| tiles(16, i as u32, job)).collect();
         commands.launch(Kernel::GramReal(z_element, wide), &table, &work, &buffers);
     } else {
+        let (fast, plain): (Vec<_>, Vec<_>) =
+            jobs.iter().zip(&reduce).partition(|(job, _)| suits_matrix_units(gpu, job));
+        let (mut scale_table, mut len, mut table) = (ScaleTable::default(), 0, Vec::new());
+        let mut work: Vec<Work> = Vec::new();
+        for (job, r) in fast {
+            work.extend(tiles(128, table.len() as u32, r));
+            let shape = Shape::new(job.tokens, job.rank);
+            table.push(MatrixJob {
+                job: self::job(job, r, jobs.len()),
+                scales: scale_rows(&mut scale_table, &mut len, job.z, shape, Dtype::F32),
+            });
+        }
+        let scales = gpu.scratch(len.max(1) as u64 * 4)?;
+        commands.launch(
+            Kernel::RowScale,
+            &scale_table.0,
+            &scale_table.1,
+            &[buffers[0].clone(), whole(&scales)],
+        );
+        commands.phase(4);
+        commands.launch(
+            Kernel::GramMatrix,
+            &table,
+            &work,
+            &[buffers[0].clone(), buffers[1].clone(), whole(&scales)],
+        );
+        commands.keep(scales);
         for side in [32, 64, 128] {
             let mut table = Vec::new();
             let mut work: Vec<Work> = Vec::new();
-            for (job, r) in jobs.iter().zip(&reduce).filter(|(job, _)| tile(job.rank) == side) {
+            for (job, r) in plain.iter().filter(|(job, _)| tile(job.rank) == side) {
                 work.extend(tiles(side, table.len() as u32, r));
-                table.push(Job {
-                    z: job.z as u32,
-                    gram: r.gram,
-                    tokens: job.tokens as u32,
-                    rank: r.rank,
-                    part_tokens: part_tokens(job.tokens, job.rank) as u32,
-                });
+                table.push(self::job(job, r, jobs.len()));
             }
             commands.launch(Kernel::Gram(side), &table, &work, &buffers);
         }
@@ -221,7 +246,7 @@ pub(super) fn encode(
         .flat_map(|(i, job)| (0..job.rank * job.rank).step_by(256).map(move |e| [i as u32, e, 0, 0]))
         .collect();
     let buffers = [whole(&partial), whole(sums.buffer()?)];
-    commands.phase(4);
+    commands.phase(5);
     commands.launch(Kernel::GramReduce(part_element, wide), &reduce, &work, &buffers);
     commands.keep(partial);
     Ok(None)

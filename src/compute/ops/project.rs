@@ -193,7 +193,7 @@ struct MatrixJob {
 
 #[derive(Clone, Copy, NoUninit)]
 #[repr(C)]
-struct ScaleJob {
+pub(super) struct ScaleJob {
     matrix: u32,
     scales: u32,
     rows: u32,
@@ -249,8 +249,8 @@ pub(super) fn encode(
 /// The tables of the launches that one product takes part in.
 #[derive(Default)]
 struct Tables {
-    scales: (Vec<ScaleJob>, Vec<Work>),
-    scales_of_a: (Vec<ScaleJob>, Vec<Work>),
+    scales: ScaleTable,
+    scales_of_a: ScaleTable,
     /// One launch for each permutation that occurs, and whether it writes Z itself.
     products: BTreeMap<(Kernel, bool), (Vec<Job>, Vec<Work>)>,
     matrix_products: BTreeMap<Kernel, (Vec<MatrixJob>, Vec<Work>)>,
@@ -260,9 +260,12 @@ struct Tables {
     parts_len: usize,
 }
 
-/// Appends the job of scaling the rows of a matrix and gives the place of the scales.
-fn scale_rows(
-    table: &mut (Vec<ScaleJob>, Vec<Work>),
+/// Jobs of `row_scale.wgsl`, and their work.
+pub(super) type ScaleTable = (Vec<ScaleJob>, Vec<Work>);
+
+/// Appends the job of scaling the rows of a matrix, of whole 16 bytes, and gives the place of the scales.
+pub(super) fn scale_rows(
+    table: &mut ScaleTable,
     len: &mut usize,
     matrix: usize,
     shape: Shape,
@@ -296,10 +299,8 @@ impl Tables {
         let (mut x_scales, mut a_scales) = (NONE, NONE);
         if cut.uses_matrix_units() {
             let len = &mut self.scales_len;
-            if job.dtype != Dtype::F16 {
-                let rows = Shape::new(job.tokens, shape.cols);
-                x_scales = scale_rows(&mut self.scales, len, job.x_word, rows, job.dtype);
-            }
+            let rows = Shape::new(job.tokens, shape.cols);
+            x_scales = scale_rows(&mut self.scales, len, job.x_word, rows, job.dtype);
             a_scales = scale_rows(&mut self.scales_of_a, len, a.offset(job.a), shape, Dtype::F32);
         }
         if cut.is_summed() {

@@ -1,0 +1,281 @@
+// Partial Gram matrices on matrix units: G = ZᵀZ over some tokens, lower triangle, with f32's accuracy. The fast twin of
+// gram.wgsl, for adapters with 16×16×16 f16 to f32 matrices and subgroups of 32.
+//
+//   Z: tokens × rank, row-major, f32, rank a multiple of 4
+//   G: one rank × rank matrix for each part of the tokens, stored one after the other
+//
+// The values of a part are brought into f16's range by the least of its tokens' scales (row_scale.wgsl) and split by
+// mask into a high and a low part of 11 bits each; the products of two low parts are left out. The unit's accumulator
+// truncates, so it sums only DEPTH tokens before they are added in f32.
+//
+// Work: (job, tile row, tile column, part). A workgroup makes one TILE × TILE tile of one partial G; only elements with
+// row >= column are written. gram_reduce.wgsl adds the parts.
+// Bindings: 3 Z, 4 partial G, 5 scales of the tokens.
+
+#import params
+
+struct Job {
+    z: u32,     // first element, a multiple of 4
+    gram: u32,  // first element
+    tokens: u32,
+    rank: u32,
+    part_tokens: u32,   // tokens of a part
+    scales: u32,    // first element
+}
+
+@group(0) @binding(3) var<storage, read> z: array<vec4<f32>>;
+@group(0) @binding(4) var<storage, read_write> gram: array<f32>;
+@group(0) @binding(5) var<storage, read> scales: array<f32>;
+
+const TILE: u32 = 128u;
+const DEPTH: u32 = 32u;
+const THREADS: u32 = 256u;
+const QUADS: u32 = TILE / 4u;
+// In vectors of 4. Padded rows keep the loads of a matrix from meeting in a bank, and stay on 16 bytes.
+const STRIDE: u32 = QUADS + 2u;
+const STEP: u32 = THREADS / QUADS;
+
+// One array, so that every part of it lies on 16 bytes, which loads of matrices need. [token][column / 4]
+const ROW_HIGH: u32 = 0u;
+const ROW_LOW: u32 = ROW_HIGH + DEPTH * STRIDE;
+const COLUMN_HIGH: u32 = ROW_LOW + DEPTH * STRIDE;
+const COLUMN_LOW: u32 = COLUMN_HIGH + DEPTH * STRIDE;
+const TILE_LEN: u32 = COLUMN_LOW + DEPTH * STRIDE;
+var<workgroup> tile: array<vec4<f16>, TILE_LEN>;
+// One 16 × 16 matrix of each subgroup on its way out.
+var<workgroup> patches: array<f32, THREADS * 8u>;
+// The bits of the least scale.
+var<workgroup> least: atomic<u32>;
+
+fn fetch(job: Job, token: u32, end: u32, column: u32) -> vec4<f32> {
+    if (token < end && column < job.rank) {
+        return z[(job.z + token * job.rank + column) / 4u];
+    }
+    return vec4<f32>(0.0);
+}
+
+fn put(high_at: u32, low_at: u32, value: vec4<f32>) {
+    let high = bitcast<vec4<f32>>(bitcast<vec4<u32>>(value) & vec4<u32>(0xffffe000u));
+    tile[high_at] = vec4<f16>(high);
+    tile[low_at] = vec4<f16>(value - high);
+}
+
+// Writes the patch of each subgroup to G.
+fn store_patch(job: Job, part: u32, row: u32, column: u32, subgroup: u32, lane: u32, inverse: f32) {
+    workgroupBarrier();
+    for (var q = 0u; q < 8u; q++) {
+        let e = q * 32u + lane;
+        let r = row + e / 16u;
+        let c = column + e % 16u;
+        if (r < job.rank && c <= r) {
+            gram[job.gram + (part * job.rank + r) * job.rank + c] = patches[subgroup * 256u + e] * inverse * inverse;
+        }
+    }
+    workgroupBarrier();
+}
+
+@compute @workgroup_size(THREADS)
+fn main(
+    @builtin(workgroup_id) workgroup: vec3<u32>,
+    @builtin(local_invocation_index) t: u32,
+    @builtin(subgroup_id) subgroup: u32,
+    @builtin(subgroup_invocation_id) lane: u32,
+) {
+    // Matrix operations allow no early return: workgroups past the end repeat the last one's work.
+    let work = work_table[min(work_index(workgroup), arrayLength(&work_table) - 1u)];
+    let job = jobs[work.x];
+    let first_row = work.y * TILE;
+    let first_column = work.z * TILE;
+    let start = work.w * job.part_tokens;
+    let end = min(start + job.part_tokens, job.tokens);
+
+    if (t == 0u) {
+        atomicStore(&least, 0x7f000000u);
+    }
+    workgroupBarrier();
+    for (var token = start + t; token < end; token += THREADS) {
+        atomicMin(&least, bitcast<u32>(scales[job.scales + token]) & 0x7fffffffu);
+    }
+    workgroupBarrier();
+    let scale_bits = atomicLoad(&least);
+    let scale = bitcast<f32>(scale_bits);
+
+    let token_at = t / QUADS;
+    let quad = t % QUADS;
+    let place = token_at * STRIDE + quad;
+    let row_at = first_row + quad * 4u;
+    let column_at = first_column + quad * 4u;
+    // Each subgroup has 32 × 64 of the tile.
+    let tile_row = subgroup / 2u * 32u;
+    let tile_column = subgroup % 2u * 64u;
+
+    var c00: coop_mat16x16<f32, C>;
+    var c10: coop_mat16x16<f32, C>;
+    var c01: coop_mat16x16<f32, C>;
+    var c11: coop_mat16x16<f32, C>;
+    var c02: coop_mat16x16<f32, C>;
+    var c12: coop_mat16x16<f32, C>;
+    var c03: coop_mat16x16<f32, C>;
+    var c13: coop_mat16x16<f32, C>;
+    for (var token = start; token < end; token += DEPTH) {
+        let at = token + token_at;
+        let r0 = fetch(job, at + 0u * STEP, end, row_at);
+        let r1 = fetch(job, at + 1u * STEP, end, row_at);
+        let r2 = fetch(job, at + 2u * STEP, end, row_at);
+        let r3 = fetch(job, at + 3u * STEP, end, row_at);
+        let k0 = fetch(job, at + 0u * STEP, end, column_at);
+        let k1 = fetch(job, at + 1u * STEP, end, column_at);
+        let k2 = fetch(job, at + 2u * STEP, end, column_at);
+        let k3 = fetch(job, at + 3u * STEP, end, column_at);
+        workgroupBarrier();
+        put(ROW_HIGH + place + 0u * STEP * STRIDE, ROW_LOW + place + 0u * STEP * STRIDE, r0 * scale);
+        put(ROW_HIGH + place + 1u * STEP * STRIDE, ROW_LOW + place + 1u * STEP * STRIDE, r1 * scale);
+        put(ROW_HIGH + place + 2u * STEP * STRIDE, ROW_LOW + place + 2u * STEP * STRIDE, r2 * scale);
+        put(ROW_HIGH + place + 3u * STEP * STRIDE, ROW_LOW + place + 3u * STEP * STRIDE, r3 * scale);
+        put(COLUMN_HIGH + place + 0u * STEP * STRIDE, COLUMN_LOW + place + 0u * STEP * STRIDE, k0 * scale);
+        put(COLUMN_HIGH + place + 1u * STEP * STRIDE, COLUMN_LOW + place + 1u * STEP * STRIDE, k1 * scale);
+        put(COLUMN_HIGH + place + 2u * STEP * STRIDE, COLUMN_LOW + place + 2u * STEP * STRIDE, k2 * scale);
+        put(COLUMN_HIGH + place + 3u * STEP * STRIDE, COLUMN_LOW + place + 3u * STEP * STRIDE, k3 * scale);
+        workgroupBarrier();
+        // Rows 0 and 1 of matrices, in the first (a) and second half (b) of the depth.
+        let stride = STRIDE;
+        let rows_at = tile_row / 4u;
+        let high_at0a = ROW_HIGH + rows_at;
+        let high0a = coopLoad<coop_mat16x16<f16, A>>(&tile[high_at0a], stride);
+        let low_at0a = ROW_LOW + rows_at;
+        let low0a = coopLoad<coop_mat16x16<f16, A>>(&tile[low_at0a], stride);
+        let high_at0b = ROW_HIGH + rows_at + 16u * STRIDE;
+        let high0b = coopLoad<coop_mat16x16<f16, A>>(&tile[high_at0b], stride);
+        let low_at0b = ROW_LOW + rows_at + 16u * STRIDE;
+        let low0b = coopLoad<coop_mat16x16<f16, A>>(&tile[low_at0b], stride);
+        let high_at1a = ROW_HIGH + rows_at + 4u;
+        let high1a = coopLoad<coop_mat16x16<f16, A>>(&tile[high_at1a], stride);
+        let low_at1a = ROW_LOW + rows_at + 4u;
+        let low1a = coopLoad<coop_mat16x16<f16, A>>(&tile[low_at1a], stride);
+        let high_at1b = ROW_HIGH + rows_at + 4u + 16u * STRIDE;
+        let high1b = coopLoad<coop_mat16x16<f16, A>>(&tile[high_at1b], stride);
+        let low_at1b = ROW_LOW + rows_at + 4u + 16u * STRIDE;
+        let low1b = coopLoad<coop_mat16x16<f16, A>>(&tile[low_at1b], stride);
+        // Column by column of matrices; small terms first.
+        let columns_at = tile_column / 4u;
+        let column_high_at0a = COLUMN_HIGH + columns_at;
+        let column_high0a = coopLoadT<coop_mat16x16<f16, B>>(&tile[column_high_at0a], stride);
+        let column_low_at0a = COLUMN_LOW + columns_at;
+        let column_low0a = coopLoadT<coop_mat16x16<f16, B>>(&tile[column_low_at0a], stride);
+        let column_high_at0b = COLUMN_HIGH + columns_at + 16u * STRIDE;
+        let column_high0b = coopLoadT<coop_mat16x16<f16, B>>(&tile[column_high_at0b], stride);
+        let column_low_at0b = COLUMN_LOW + columns_at + 16u * STRIDE;
+        let column_low0b = coopLoadT<coop_mat16x16<f16, B>>(&tile[column_low_at0b], stride);
+        var s00: coop_mat16x16<f32, C>;
+        var s10: coop_mat16x16<f32, C>;
+        s00 = coopMultiplyAdd(low0a, column_high0a, s00);
+        s10 = coopMultiplyAdd(low1a, column_high0a, s10);
+        s00 = coopMultiplyAdd(low0b, column_high0b, s00);
+        s10 = coopMultiplyAdd(low1b, column_high0b, s10);
+        s00 = coopMultiplyAdd(high0a, column_low0a, s00);
+        s10 = coopMultiplyAdd(high1a, column_low0a, s10);
+        s00 = coopMultiplyAdd(high0b, column_low0b, s00);
+        s10 = coopMultiplyAdd(high1b, column_low0b, s10);
+        s00 = coopMultiplyAdd(high0a, column_high0a, s00);
+        s10 = coopMultiplyAdd(high1a, column_high0a, s10);
+        s00 = coopMultiplyAdd(high0b, column_high0b, s00);
+        s10 = coopMultiplyAdd(high1b, column_high0b, s10);
+        c00 = c00 + s00;
+        c10 = c10 + s10;
+        let column_high_at1a = COLUMN_HIGH + columns_at + 4u;
+        let column_high1a = coopLoadT<coop_mat16x16<f16, B>>(&tile[column_high_at1a], stride);
+        let column_low_at1a = COLUMN_LOW + columns_at + 4u;
+        let column_low1a = coopLoadT<coop_mat16x16<f16, B>>(&tile[column_low_at1a], stride);
+        let column_high_at1b = COLUMN_HIGH + columns_at + 4u + 16u * STRIDE;
+        let column_high1b = coopLoadT<coop_mat16x16<f16, B>>(&tile[column_high_at1b], stride);
+        let column_low_at1b = COLUMN_LOW + columns_at + 4u + 16u * STRIDE;
+        let column_low1b = coopLoadT<coop_mat16x16<f16, B>>(&tile[column_low_at1b], stride);
+        var s01: coop_mat16x16<f32, C>;
+        var s11: coop_mat16x16<f32, C>;
+        s01 = coopMultiplyAdd(low0a, column_high1a, s01);
+        s11 = coopMultiplyAdd(low1a, column_high1a, s11);
+        s01 = coopMultiplyAdd(low0b, column_high1b, s01);
+        s11 = coopMultiplyAdd(low1b, column_high1b, s11);
+        s01 = coopMultiplyAdd(high0a, column_low1a, s01);
+        s11 = coopMultiplyAdd(high1a, column_low1a, s11);
+        s01 = coopMultiplyAdd(high0b, column_low1b, s01);
+        s11 = coopMultiplyAdd(high1b, column_low1b, s11);
+        s01 = coopMultiplyAdd(high0a, column_high1a, s01);
+        s11 = coopMultiplyAdd(high1a, column_high1a, s11);
+        s01 = coopMultiplyAdd(high0b, column_high1b, s01);
+        s11 = coopMultiplyAdd(high1b, column_high1b, s11);
+        c01 = c01 + s01;
+        c11 = c11 + s11;
+        let column_high_at2a = COLUMN_HIGH + columns_at + 8u;
+        let column_high2a = coopLoadT<coop_mat16x16<f16, B>>(&tile[column_high_at2a], stride);
+        let column_low_at2a = COLUMN_LOW + columns_at + 8u;
+        let column_low2a = coopLoadT<coop_mat16x16<f16, B>>(&tile[column_low_at2a], stride);
+        let column_high_at2b = COLUMN_HIGH + columns_at + 8u + 16u * STRIDE;
+        let column_high2b = coopLoadT<coop_mat16x16<f16, B>>(&tile[column_high_at2b], stride);
+        let column_low_at2b = COLUMN_LOW + columns_at + 8u + 16u * STRIDE;
+        let column_low2b = coopLoadT<coop_mat16x16<f16, B>>(&tile[column_low_at2b], stride);
+        var s02: coop_mat16x16<f32, C>;
+        var s12: coop_mat16x16<f32, C>;
+        s02 = coopMultiplyAdd(low0a, column_high2a, s02);
+        s12 = coopMultiplyAdd(low1a, column_high2a, s12);
+        s02 = coopMultiplyAdd(low0b, column_high2b, s02);
+        s12 = coopMultiplyAdd(low1b, column_high2b, s12);
+        s02 = coopMultiplyAdd(high0a, column_low2a, s02);
+        s12 = coopMultiplyAdd(high1a, column_low2a, s12);
+        s02 = coopMultiplyAdd(high0b, column_low2b, s02);
+        s12 = coopMultiplyAdd(high1b, column_low2b, s12);
+        s02 = coopMultiplyAdd(high0a, column_high2a, s02);
+        s12 = coopMultiplyAdd(high1a, column_high2a, s12);
+        s02 = coopMultiplyAdd(high0b, column_high2b, s02);
+        s12 = coopMultiplyAdd(high1b, column_high2b, s12);
+        c02 = c02 + s02;
+        c12 = c12 + s12;
+        let column_high_at3a = COLUMN_HIGH + columns_at + 12u;
+        let column_high3a = coopLoadT<coop_mat16x16<f16, B>>(&tile[column_high_at3a], stride);
+        let column_low_at3a = COLUMN_LOW + columns_at + 12u;
+        let column_low3a = coopLoadT<coop_mat16x16<f16, B>>(&tile[column_low_at3a], stride);
+        let column_high_at3b = COLUMN_HIGH + columns_at + 12u + 16u * STRIDE;
+        let column_high3b = coopLoadT<coop_mat16x16<f16, B>>(&tile[column_high_at3b], stride);
+        let column_low_at3b = COLUMN_LOW + columns_at + 12u + 16u * STRIDE;
+        let column_low3b = coopLoadT<coop_mat16x16<f16, B>>(&tile[column_low_at3b], stride);
+        var s03: coop_mat16x16<f32, C>;
+        var s13: coop_mat16x16<f32, C>;
+        s03 = coopMultiplyAdd(low0a, column_high3a, s03);
+        s13 = coopMultiplyAdd(low1a, column_high3a, s13);
+        s03 = coopMultiplyAdd(low0b, column_high3b, s03);
+        s13 = coopMultiplyAdd(low1b, column_high3b, s13);
+        s03 = coopMultiplyAdd(high0a, column_low3a, s03);
+        s13 = coopMultiplyAdd(high1a, column_low3a, s13);
+        s03 = coopMultiplyAdd(high0b, column_low3b, s03);
+        s13 = coopMultiplyAdd(high1b, column_low3b, s13);
+        s03 = coopMultiplyAdd(high0a, column_high3a, s03);
+        s13 = coopMultiplyAdd(high1a, column_high3a, s13);
+        s03 = coopMultiplyAdd(high0b, column_high3b, s03);
+        s13 = coopMultiplyAdd(high1b, column_high3b, s13);
+        c03 = c03 + s03;
+        c13 = c13 + s13;
+    }
+
+    let patch_at = subgroup * 256u;
+    let patch_stride = 16u;
+    let out_row = first_row + tile_row;
+    let out_column = first_column + tile_column;
+    // 1 / s of a power of two, exactly.
+    let inverse = bitcast<f32>((254u << 23u) - scale_bits);
+    coopStoreT(c00, &patches[patch_at], patch_stride);
+    store_patch(job, work.w, out_row, out_column, subgroup, lane, inverse);
+    coopStoreT(c10, &patches[patch_at], patch_stride);
+    store_patch(job, work.w, out_row + 16u, out_column, subgroup, lane, inverse);
+    coopStoreT(c01, &patches[patch_at], patch_stride);
+    store_patch(job, work.w, out_row, out_column + 16u, subgroup, lane, inverse);
+    coopStoreT(c11, &patches[patch_at], patch_stride);
+    store_patch(job, work.w, out_row + 16u, out_column + 16u, subgroup, lane, inverse);
+    coopStoreT(c02, &patches[patch_at], patch_stride);
+    store_patch(job, work.w, out_row, out_column + 32u, subgroup, lane, inverse);
+    coopStoreT(c12, &patches[patch_at], patch_stride);
+    store_patch(job, work.w, out_row + 16u, out_column + 32u, subgroup, lane, inverse);
+    coopStoreT(c03, &patches[patch_at], patch_stride);
+    store_patch(job, work.w, out_row, out_column + 48u, subgroup, lane, inverse);
+    coopStoreT(c13, &patches[patch_at], patch_stride);
+    store_patch(job, work.w, out_row + 16u, out_column + 48u, subgroup, lane, inverse);
+}
