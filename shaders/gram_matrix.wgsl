@@ -44,8 +44,8 @@ const TILE_LEN: u32 = COLUMN_LOW + DEPTH * STRIDE;
 var<workgroup> tile: array<vec4<f16>, TILE_LEN>;
 // One 16 × 16 matrix of each subgroup on its way out.
 var<workgroup> patches: array<f32, THREADS * 8u>;
-// The bits of the least scale.
-var<workgroup> least: atomic<u32>;
+// The first: bits of the least scale. 16 bytes, so that the tile stays on them.
+var<workgroup> least: array<atomic<u32>, 4>;
 
 fn fetch(job: Job, token: u32, end: u32, column: u32) -> vec4<f32> {
     if (token < end && column < job.rank) {
@@ -90,14 +90,14 @@ fn main(
     let end = min(start + job.part_tokens, job.tokens);
 
     if (t == 0u) {
-        atomicStore(&least, 0x7f000000u);
+        atomicStore(&least[0], 0x7f000000u);
     }
     workgroupBarrier();
     for (var token = start + t; token < end; token += THREADS) {
-        atomicMin(&least, bitcast<u32>(scales[job.scales + token]) & 0x7fffffffu);
+        atomicMin(&least[0], bitcast<u32>(scales[job.scales + token]) & 0x7fffffffu);
     }
     workgroupBarrier();
-    let scale_bits = atomicLoad(&least);
+    let scale_bits = atomicLoad(&least[0]);
     let scale = bitcast<f32>(scale_bits);
 
     let token_at = t / QUADS;

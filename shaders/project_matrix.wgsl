@@ -3,7 +3,8 @@
 //
 //   X: tokens × width, row-major, f32, f16 or bf16      A: rank × width, f32      width: a multiple of 8
 //
-// Rows are brought into f16's range by the powers of two of row_scale.wgsl, which sum_parts.wgsl takes out again.
+// Rows of X are brought into f16's range by the powers of two of row_scale.wgsl; A comes ready from split_rows.wgsl, in
+// whole tiles. sum_parts.wgsl takes the powers out again.
 // f16 and bf16 values are then exact in f16 (short of 2^-38 of the largest of their row); f32 values are split
 // by mask into a high and a low part of 11 bits each, and the products of two low parts left out. Where A came
 // from halves it has no low part, which halves the work. The unit's accumulator truncates, so it sums only
@@ -11,7 +12,7 @@
 //
 // Work: (job, token tile, rank tile, part). A workgroup makes one TILE_M × TILE_N tile of one part of the width and
 // leaves it, scaled as it is, in `parts`: for each part of the width a matrix of whole tiles, `stride` columns wide.
-// Bindings: 3 X as raw words, 4 A, 5 parts, 6 scales of rows of X and A.
+// Bindings: 3 X as raw words, 4 high and 5 low parts of A, 6 parts, 7 scales of rows of X and A.
 // The permutation sets DTYPE, and SUBGROUPS_M, SUBGROUPS_N and FRAGMENTS_N: a subgroup has 32 × 16 · FRAGMENTS_N
 // of the tile.
 
@@ -20,21 +21,23 @@
 
 struct Job {
     x: u32,     // first word, a multiple of 4
-    a: u32,     // first element, a multiple of 4
+    a: u32,     // first element of high and of low, a multiple of 4
     parts: u32, // first element
     tokens: u32,
     rank: u32,
     width: u32,
     stride: u32,
     part_width: u32,    // a multiple of DEPTH
+    a_stride: u32,  // elements of a row of high and of low, a multiple of DEPTH
     x_scales: u32,  // first element
     a_scales: u32,  // first element
 }
 
 @group(0) @binding(3) var<storage, read> x_words: array<vec4<u32>>;
-@group(0) @binding(4) var<storage, read> a: array<vec4<f32>>;
-@group(0) @binding(5) var<storage, read_write> parts: array<f32>;
-@group(0) @binding(6) var<storage, read> scales: array<f32>;
+@group(0) @binding(4) var<storage, read> a_high: array<vec4<f16>>;
+@group(0) @binding(5) var<storage, read> a_low: array<vec4<f16>>;
+@group(0) @binding(6) var<storage, read_write> parts: array<f32>;
+@group(0) @binding(7) var<storage, read> scales: array<f32>;
 
 const TILE_M: u32 = SUBGROUPS_M * 32u;
 const TILE_N: u32 = SUBGROUPS_N * FRAGMENTS_N * 16u;
@@ -58,26 +61,9 @@ const X_LOW: u32 = A_LOW + TILE_N * STRIDE;
 const TILE_LEN: u32 = X_LOW + select(0u, TILE_M * STRIDE, DTYPE == F32);
 var<workgroup> tile: array<vec4<f16>, TILE_LEN>;
 
-// Whether any row of this tile of A has low parts: through memory, for naga to see that all threads agree.
-var<workgroup> low_rows: u32;
-
-fn x_scale(job: Job, row: u32) -> f32 {
-    return abs(scales[job.x_scales + row]);
-}
-
-fn fetch_x(job: Job, row: u32, k: u32, end: u32) -> vec4<u32> {
-    if (k < end) {
-        return x_words[job.x / 4u + (row * job.width + k) / X_VALUES];
-    }
-    return vec4<u32>(0u);
-}
-
-fn fetch_a(job: Job, row: u32, k: u32, end: u32) -> vec4<f32> {
-    if (k < end) {
-        return a[(job.a + row * job.width + k) / 4u];
-    }
-    return vec4<f32>(0.0);
-}
+// Whether any row of this tile of A has low parts: through memory, for naga to see that all threads agree. 16 bytes, so
+// that the tile stays on them.
+var<workgroup> low_rows: vec4<u32>;
 
 // The upper 11 bits of the mantissa, which f16 holds. By mask: f32(f16(v)) is folded away.
 fn high_part(value: vec4<f32>) -> vec4<f32> {
@@ -100,15 +86,6 @@ fn put_x(place: u32, raw: vec4<u32>, scale: f32) {
     }
 }
 
-fn put_a(place: u32, raw: vec4<f32>, scale: f32, has_low: bool) {
-    let value = raw * scale;
-    let high = high_part(value);
-    tile[A_HIGH + place] = vec4<f16>(high);
-    if (has_low) {
-        tile[A_LOW + place] = vec4<f16>(value - high);
-    }
-}
-
 @compute @workgroup_size(THREADS)
 fn main(
     @builtin(workgroup_id) workgroup: vec3<u32>,
@@ -122,7 +99,7 @@ fn main(
     let first_row = work.y * TILE_M;
     let first_column = work.z * TILE_N;
     let start = work.w * job.part_width;
-    let end = min(start + job.part_width, job.width);
+    let end = min(start + job.part_width, job.a_stride);
 
     // Rows past the end repeat the last: nobody reads what becomes of them.
     const X_QUADS = DEPTH / X_VALUES;
@@ -142,19 +119,26 @@ fn main(
     let a_slot = t / A_QUADS;
     let a_k = t % A_QUADS * 4u;
     let a_place = a_slot * STRIDE + a_k / 4u;
-    let a_row0 = min(first_column + a_slot, job.rank - 1u);
-    let a_row1 = min(first_column + a_slot + A_STEP, job.rank - 1u);
+    let a_at0 = (job.a + (first_column + a_slot) * job.a_stride + a_k) / 4u;
+    let a_at1 = a_at0 + A_STEP * job.a_stride / 4u;
 
-    let x_scale0 = x_scale(job, x_row0);
-    let x_scale1 = x_scale(job, x_row1);
-    let x_scale2 = x_scale(job, x_row2);
-    let x_scale3 = x_scale(job, x_row3);
-    let x_scale4 = x_scale(job, x_row4);
-    let x_scale5 = x_scale(job, x_row5);
-    let x_scale6 = x_scale(job, x_row6);
-    let x_scale7 = x_scale(job, x_row7);
-    let a_scale0 = abs(scales[job.a_scales + a_row0]);
-    let a_scale1 = abs(scales[job.a_scales + a_row1]);
+    let x_scale0 = scales[job.x_scales + x_row0];
+    let x_scale1 = scales[job.x_scales + x_row1];
+    let x_scale2 = scales[job.x_scales + x_row2];
+    let x_scale3 = scales[job.x_scales + x_row3];
+    let x_scale4 = scales[job.x_scales + x_row4];
+    let x_scale5 = scales[job.x_scales + x_row5];
+    let x_scale6 = scales[job.x_scales + x_row6];
+    let x_scale7 = scales[job.x_scales + x_row7];
+    let x_vectors = job.width / X_VALUES;
+    let x_at0 = job.x / 4u + x_row0 * x_vectors;
+    let x_at1 = job.x / 4u + x_row1 * x_vectors;
+    let x_at2 = job.x / 4u + x_row2 * x_vectors;
+    let x_at3 = job.x / 4u + x_row3 * x_vectors;
+    let x_at4 = job.x / 4u + x_row4 * x_vectors;
+    let x_at5 = job.x / 4u + x_row5 * x_vectors;
+    let x_at6 = job.x / 4u + x_row6 * x_vectors;
+    let x_at7 = job.x / 4u + x_row7 * x_vectors;
     // Every subgroup finds the same.
     var low = false;
     for (var c = lane; c < TILE_N; c += 32u) {
@@ -162,9 +146,9 @@ fn main(
     }
     let any_low = subgroupAny(low);
     if (t == 0u) {
-        low_rows = u32(any_low);
+        low_rows = vec4<u32>(u32(any_low));
     }
-    let has_low = workgroupUniformLoad(&low_rows) != 0u;
+    let has_low = workgroupUniformLoad(&low_rows).x != 0u;
 
     let tile_row = subgroup / SUBGROUPS_N * 32u;
     let tile_column = subgroup % SUBGROUPS_N * FRAGMENTS_N * 16u;
@@ -181,8 +165,10 @@ fn main(
     var c03: coop_mat16x16<f32, C>;
     var c13: coop_mat16x16<f32, C>;
     for (var k = start; k < end; k += DEPTH) {
-        let x0 = fetch_x(job, x_row0, k + x_k, end);
-        let x1 = fetch_x(job, x_row1, k + x_k, end);
+        // Past the width anything will do, as A is zero there.
+        let x_vector = min((k + x_k) / X_VALUES, x_vectors - 1u);
+        let x0 = x_words[x_at0 + x_vector];
+        let x1 = x_words[x_at1 + x_vector];
         var x2: vec4<u32>;
         var x3: vec4<u32>;
         var x4: vec4<u32>;
@@ -190,17 +176,23 @@ fn main(
         var x6: vec4<u32>;
         var x7: vec4<u32>;
         if (X_LOADS > 2u) {
-            x2 = fetch_x(job, x_row2, k + x_k, end);
-            x3 = fetch_x(job, x_row3, k + x_k, end);
+            x2 = x_words[x_at2 + x_vector];
+            x3 = x_words[x_at3 + x_vector];
         }
         if (X_LOADS > 4u) {
-            x4 = fetch_x(job, x_row4, k + x_k, end);
-            x5 = fetch_x(job, x_row5, k + x_k, end);
-            x6 = fetch_x(job, x_row6, k + x_k, end);
-            x7 = fetch_x(job, x_row7, k + x_k, end);
+            x4 = x_words[x_at4 + x_vector];
+            x5 = x_words[x_at5 + x_vector];
+            x6 = x_words[x_at6 + x_vector];
+            x7 = x_words[x_at7 + x_vector];
         }
-        let a0 = fetch_a(job, a_row0, k + a_k, end);
-        let a1 = fetch_a(job, a_row1, k + a_k, end);
+        let high0 = a_high[a_at0 + k / 4u];
+        let high1 = a_high[a_at1 + k / 4u];
+        var low0: vec4<f16>;
+        var low1: vec4<f16>;
+        if (has_low) {
+            low0 = a_low[a_at0 + k / 4u];
+            low1 = a_low[a_at1 + k / 4u];
+        }
         workgroupBarrier();
         put_x(x_place, x0, x_scale0);
         put_x(x_place + X_STEP * STRIDE, x1, x_scale1);
@@ -214,26 +206,30 @@ fn main(
             put_x(x_place + X_STEP * 6u * STRIDE, x6, x_scale6);
             put_x(x_place + X_STEP * 7u * STRIDE, x7, x_scale7);
         }
-        put_a(a_place, a0, a_scale0, has_low);
-        put_a(a_place + A_STEP * STRIDE, a1, a_scale1, has_low);
+        tile[A_HIGH + a_place] = high0;
+        tile[A_HIGH + a_place + A_STEP * STRIDE] = high1;
+        if (has_low) {
+            tile[A_LOW + a_place] = low0;
+            tile[A_LOW + a_place + A_STEP * STRIDE] = low1;
+        }
         workgroupBarrier();
         let stride = STRIDE;
-        let x_at0 = X_HIGH + tile_row * STRIDE;
-        let x_at1 = x_at0 + 16u * STRIDE;
+        let tile_at0 = X_HIGH + tile_row * STRIDE;
+        let tile_at1 = tile_at0 + 16u * STRIDE;
         // Matrix rows 0 and 1 of X, in the first and second half of the depth.
-        let x_at0b = x_at0 + 4u;
-        let x_at1b = x_at1 + 4u;
-        let x0a = coopLoadT<coop_mat16x16<f16, A>>(&tile[x_at0], stride);
-        let x0b = coopLoadT<coop_mat16x16<f16, A>>(&tile[x_at0b], stride);
-        let x1a = coopLoadT<coop_mat16x16<f16, A>>(&tile[x_at1], stride);
-        let x1b = coopLoadT<coop_mat16x16<f16, A>>(&tile[x_at1b], stride);
+        let tile_at0b = tile_at0 + 4u;
+        let tile_at1b = tile_at1 + 4u;
+        let x0a = coopLoadT<coop_mat16x16<f16, A>>(&tile[tile_at0], stride);
+        let x0b = coopLoadT<coop_mat16x16<f16, A>>(&tile[tile_at0b], stride);
+        let x1a = coopLoadT<coop_mat16x16<f16, A>>(&tile[tile_at1], stride);
+        let x1b = coopLoadT<coop_mat16x16<f16, A>>(&tile[tile_at1b], stride);
         var x0a_low: coop_mat16x16<f16, A>;
         var x0b_low: coop_mat16x16<f16, A>;
         var x1a_low: coop_mat16x16<f16, A>;
         var x1b_low: coop_mat16x16<f16, A>;
         if (DTYPE == F32) {
-            let low_at0 = x_at0 - X_HIGH + X_LOW;
-            let low_at1 = x_at1 - X_HIGH + X_LOW;
+            let low_at0 = tile_at0 - X_HIGH + X_LOW;
+            let low_at1 = tile_at1 - X_HIGH + X_LOW;
             let low_at0b = low_at0 + 4u;
             let low_at1b = low_at1 + 4u;
             x0a_low = coopLoadT<coop_mat16x16<f16, A>>(&tile[low_at0], stride);
@@ -242,15 +238,15 @@ fn main(
             x1b_low = coopLoadT<coop_mat16x16<f16, A>>(&tile[low_at1b], stride);
         }
         // Column by column of matrices; small terms first.
-        let a_at0 = (tile_column + 0u) * STRIDE;
-        let high_at0a = A_HIGH + a_at0;
+        let column_at0 = (tile_column + 0u) * STRIDE;
+        let high_at0a = A_HIGH + column_at0;
         let high_at0b = high_at0a + 4u;
         let high0a = coopLoad<coop_mat16x16<f16, B>>(&tile[high_at0a], stride);
         let high0b = coopLoad<coop_mat16x16<f16, B>>(&tile[high_at0b], stride);
         var s00: coop_mat16x16<f32, C>;
         var s10: coop_mat16x16<f32, C>;
         if (has_low) {
-            let low_at0a = A_LOW + a_at0;
+            let low_at0a = A_LOW + column_at0;
             let low_at0b = low_at0a + 4u;
             let low0a = coopLoad<coop_mat16x16<f16, B>>(&tile[low_at0a], stride);
             let low0b = coopLoad<coop_mat16x16<f16, B>>(&tile[low_at0b], stride);
@@ -271,15 +267,15 @@ fn main(
         s10 = coopMultiplyAdd(x1b, high0b, s10);
         c00 = c00 + s00;
         c10 = c10 + s10;
-        let a_at1 = (tile_column + 16u) * STRIDE;
-        let high_at1a = A_HIGH + a_at1;
+        let column_at1 = (tile_column + 16u) * STRIDE;
+        let high_at1a = A_HIGH + column_at1;
         let high_at1b = high_at1a + 4u;
         let high1a = coopLoad<coop_mat16x16<f16, B>>(&tile[high_at1a], stride);
         let high1b = coopLoad<coop_mat16x16<f16, B>>(&tile[high_at1b], stride);
         var s01: coop_mat16x16<f32, C>;
         var s11: coop_mat16x16<f32, C>;
         if (has_low) {
-            let low_at1a = A_LOW + a_at1;
+            let low_at1a = A_LOW + column_at1;
             let low_at1b = low_at1a + 4u;
             let low1a = coopLoad<coop_mat16x16<f16, B>>(&tile[low_at1a], stride);
             let low1b = coopLoad<coop_mat16x16<f16, B>>(&tile[low_at1b], stride);
@@ -301,15 +297,15 @@ fn main(
         c01 = c01 + s01;
         c11 = c11 + s11;
         if (FRAGMENTS_N == 4u) {
-            let a_at2 = (tile_column + 32u) * STRIDE;
-            let high_at2a = A_HIGH + a_at2;
+            let column_at2 = (tile_column + 32u) * STRIDE;
+            let high_at2a = A_HIGH + column_at2;
             let high_at2b = high_at2a + 4u;
             let high2a = coopLoad<coop_mat16x16<f16, B>>(&tile[high_at2a], stride);
             let high2b = coopLoad<coop_mat16x16<f16, B>>(&tile[high_at2b], stride);
             var s02: coop_mat16x16<f32, C>;
             var s12: coop_mat16x16<f32, C>;
             if (has_low) {
-                let low_at2a = A_LOW + a_at2;
+                let low_at2a = A_LOW + column_at2;
                 let low_at2b = low_at2a + 4u;
                 let low2a = coopLoad<coop_mat16x16<f16, B>>(&tile[low_at2a], stride);
                 let low2b = coopLoad<coop_mat16x16<f16, B>>(&tile[low_at2b], stride);
@@ -330,15 +326,15 @@ fn main(
             s12 = coopMultiplyAdd(x1b, high2b, s12);
             c02 = c02 + s02;
             c12 = c12 + s12;
-            let a_at3 = (tile_column + 48u) * STRIDE;
-            let high_at3a = A_HIGH + a_at3;
+            let column_at3 = (tile_column + 48u) * STRIDE;
+            let high_at3a = A_HIGH + column_at3;
             let high_at3b = high_at3a + 4u;
             let high3a = coopLoad<coop_mat16x16<f16, B>>(&tile[high_at3a], stride);
             let high3b = coopLoad<coop_mat16x16<f16, B>>(&tile[high_at3b], stride);
             var s03: coop_mat16x16<f32, C>;
             var s13: coop_mat16x16<f32, C>;
             if (has_low) {
-                let low_at3a = A_LOW + a_at3;
+                let low_at3a = A_LOW + column_at3;
                 let low_at3b = low_at3a + 4u;
                 let low3a = coopLoad<coop_mat16x16<f16, B>>(&tile[low_at3a], stride);
                 let low3b = coopLoad<coop_mat16x16<f16, B>>(&tile[low_at3b], stride);

@@ -18,6 +18,8 @@ pub enum Kernel {
     Rows,
     /// `shaders/row_scale.wgsl`
     RowScale,
+    /// `shaders/split_rows.wgsl`
+    SplitRows,
     /// `shaders/project_matrix.wgsl`, with the columns (rank) of its tile, 32, 64 or 128, and the type of X.
     ProjectMatrix(u32, Dtype),
     /// `shaders/sum_parts.wgsl`
@@ -92,6 +94,7 @@ impl Kernel {
             Self::RankConcat,
             Self::Rows,
             Self::RowScale,
+            Self::SplitRows,
             Self::SumParts,
             Self::GramMatrix,
             Self::SelfTest,
@@ -149,6 +152,7 @@ impl Kernel {
             Self::RankConcat
             | Self::Rows
             | Self::RowScale
+            | Self::SplitRows
             | Self::SumParts
             | Self::GramMatrix
             | Self::SelfTest
@@ -189,6 +193,7 @@ impl Kernel {
             Self::Project(..) => ("project", kernel!("project")),
             Self::SumParts => ("sum_parts", kernel!("sum_parts")),
             Self::RowScale => ("row_scale", kernel!("row_scale")),
+            Self::SplitRows => ("split_rows", kernel!("split_rows")),
             Self::ProjectMatrix(..) => ("project_matrix", kernel!("project_matrix")),
             Self::ProjectReal(_) => ("project_real", kernel!("project_real")),
             Self::Gram(_) => ("gram", kernel!("gram")),
@@ -222,6 +227,7 @@ impl Kernel {
             Self::RankConcat
             | Self::Rows
             | Self::RowScale
+            | Self::SplitRows
             | Self::SumParts
             | Self::Project(..)
             | Self::ProjectMatrix(..)
@@ -283,12 +289,13 @@ impl Kernel {
         }
     }
 
-    /// Whether this needs matrix units, which neither DX12 nor WebGPU's default limits have; each such kernel
+    /// Whether this needs matrix units or only serves them, which neither DX12 nor WebGPU's default limits have; each such kernel
     /// has a twin that does without.
     pub fn uses_matrix_units(self) -> bool {
         matches!(
             self,
             Self::ProjectMatrix(..)
+                | Self::SplitRows
                 | Self::GramMatrix
                 | Self::BranchScores(_, _, true)
                 | Self::BranchApply(_, true)
@@ -320,6 +327,7 @@ impl Kernel {
             ("fetch", _) => shared!("fetch"),
             ("tile_f32", _) => shared!("tile_f32"),
             ("pack", _) => shared!("pack"),
+            ("exponents", _) => shared!("exponents"),
             ("exp_log", _) => shared!("exp_log"),
             ("branch", _) => shared!("branch"),
             ("branch_state", _) => shared!("branch_state"),

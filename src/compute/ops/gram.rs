@@ -109,9 +109,9 @@ fn job(job: &GramJob, reduce: &ReduceJob, jobs: usize) -> Job {
     }
 }
 
-/// For less than a tile, finding scales costs more than matrix units save.
+/// For a tile or less, finding scales costs more than matrix units save.
 fn suits_matrix_units(gpu: &Gpu, job: &GramJob) -> bool {
-    gpu.capabilities.matrix_units() && job.rank > 64 && job.rank.is_multiple_of(4) && job.z.is_multiple_of(4)
+    gpu.capabilities.matrix_units() && job.rank > 128 && job.rank.is_multiple_of(4) && job.z.is_multiple_of(4)
 }
 
 #[derive(Clone, Copy, Debug, NoUninit)]

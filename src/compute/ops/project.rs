@@ -124,7 +124,7 @@ impl Cut {
         let of = |rows: usize| job.tokens.div_ceil(rows) * a.rows.div_ceil(columns as usize) * jobs;
         let whole_vectors = a.cols.is_multiple_of(8) && (job.x_word * 4).is_multiple_of(X_ALIGN);
         // Less would leave most of a tile empty.
-        let worth_it = job.tokens >= 16 && a.rows >= 8;
+        let worth_it = job.tokens >= 16 && a.rows >= 8 && a.cols > 0;
         if gpu.capabilities.matrix_units() && whole_vectors && worth_it {
             let (subgroups, ..) = matrix_tile(columns, job.dtype);
             let tile = [subgroups as usize * 32, columns as usize];
@@ -187,8 +187,20 @@ struct Job {
 #[repr(C)]
 struct MatrixJob {
     job: Job,
+    a_stride: u32,
     x_scales: u32,
     a_scales: u32,
+}
+
+#[derive(Clone, Copy, NoUninit)]
+#[repr(C)]
+struct SplitJob {
+    a: u32,
+    halves: u32,
+    scales: u32,
+    rows: u32,
+    cols: u32,
+    stride: u32,
 }
 
 #[derive(Clone, Copy, NoUninit)]
@@ -250,13 +262,16 @@ pub(super) fn encode(
 #[derive(Default)]
 struct Tables {
     scales: ScaleTable,
-    scales_of_a: ScaleTable,
+    splits: (Vec<SplitJob>, Vec<Work>),
+    /// Where each split matrix of A is in `splits`.
+    split: BTreeMap<usize, usize>,
     /// One launch for each permutation that occurs, and whether it writes Z itself.
     products: BTreeMap<(Kernel, bool), (Vec<Job>, Vec<Work>)>,
     matrix_products: BTreeMap<Kernel, (Vec<MatrixJob>, Vec<Work>)>,
     sums: (Vec<SumJob>, Vec<Work>),
-    /// Elements of scales and of parts so far.
+    /// Elements of scales, of high and of low halves of A, and of parts so far.
     scales_len: usize,
+    halves_len: usize,
     parts_len: usize,
 }
 
@@ -280,6 +295,30 @@ pub(super) fn scale_rows(
 }
 
 impl Tables {
+    /// The job that splits matrix `index` of A in whole tiles of `columns` rows.
+    fn split(&mut self, a: &Batch, index: usize, columns: usize) -> SplitJob {
+        if let Some(&place) = self.split.get(&index) {
+            return self.splits.0[place];
+        }
+        let shape = a.shapes()[index];
+        let (rows, stride) = (shape.rows.next_multiple_of(columns), shape.cols.next_multiple_of(DEPTH));
+        let job = SplitJob {
+            a: a.offset(index) as u32,
+            halves: self.halves_len as u32,
+            scales: self.scales_len as u32,
+            rows: shape.rows as u32,
+            cols: shape.cols as u32,
+            stride: stride as u32,
+        };
+        let place = self.splits.0.len();
+        self.split.insert(index, place);
+        self.splits.0.push(job);
+        self.splits.1.extend((0..rows as u32).step_by(8).map(|row| [place as u32, row, 0, 0]));
+        self.halves_len += rows * stride;
+        self.scales_len += shape.rows;
+        job
+    }
+
     fn add(&mut self, gpu: &Gpu, job: &ProjectJob, a: &Batch, jobs: usize) {
         let shape = a.shapes()[job.a];
         if job.tokens == 0 || shape.rows == 0 {
@@ -296,12 +335,13 @@ impl Tables {
             stride: cut.stride as u32,
             part_width: cut.part_width as u32,
         };
-        let (mut x_scales, mut a_scales) = (NONE, NONE);
+        let (mut x_scales, mut a_scales, mut a_stride) = (NONE, NONE, 0);
         if cut.uses_matrix_units() {
             let len = &mut self.scales_len;
             let rows = Shape::new(job.tokens, shape.cols);
             x_scales = scale_rows(&mut self.scales, len, job.x_word, rows, job.dtype);
-            a_scales = scale_rows(&mut self.scales_of_a, len, a.offset(job.a), shape, Dtype::F32);
+            let split = self.split(a, job.a, cut.tile[1]);
+            (entry.a, a_scales, a_stride) = (split.halves, split.scales, split.stride);
         }
         if cut.is_summed() {
             entry.z = self.parts_len as u32;
@@ -318,7 +358,7 @@ impl Tables {
                 a_scales,
             });
             let quads = entry.tokens * entry.rank.div_ceil(4);
-            self.sums.1.extend((0..quads).step_by(1024).map(|first| [index, first, 0, 0]));
+            self.sums.1.extend((0..quads).step_by(256).map(|first| [index, first, 0, 0]));
             self.parts_len += cut.parts * cut.part_len;
         }
         let [rows, columns] =
@@ -332,7 +372,7 @@ impl Tables {
         if cut.uses_matrix_units() {
             let (table, work) = self.matrix_products.entry(cut.kernel).or_default();
             work.extend(tiles(table.len()));
-            table.push(MatrixJob { job: entry, x_scales, a_scales });
+            table.push(MatrixJob { job: entry, a_stride, x_scales, a_scales });
         } else {
             let (table, work) = self.products.entry((cut.kernel, !cut.is_summed())).or_default();
             work.extend(tiles(table.len()));
@@ -355,26 +395,30 @@ fn encode_f32(
     }
     let factor = whole(a.buffer()?);
     let scales = gpu.scratch(tables.scales_len.max(1) as u64 * 4)?;
+    let [high, low] = [(); 2].map(|()| gpu.scratch(tables.halves_len.max(1) as u64 * 2));
+    let (high, low) = (high?, low?);
     let parts = gpu.scratch(tables.parts_len.max(1) as u64 * 4)?;
     commands.phase(0);
     let (table, work) = &tables.scales;
     commands.launch(Kernel::RowScale, table, work, &[x.clone(), whole(&scales)]);
-    let (table, work) = &tables.scales_of_a;
-    commands.launch(Kernel::RowScale, table, work, &[factor.clone(), whole(&scales)]);
+    let (table, work) = &tables.splits;
+    let buffers = [factor.clone(), whole(&high), whole(&low), whole(&scales)];
+    commands.launch(Kernel::SplitRows, table, work, &buffers);
     commands.phase(1);
     for ((kernel, direct), (table, work)) in &tables.products {
         let out = if *direct { z.clone() } else { whole(&parts) };
         commands.launch(*kernel, table, work, &[x.clone(), factor.clone(), out]);
     }
     for (kernel, (table, work)) in &tables.matrix_products {
-        let buffers = [x.clone(), factor.clone(), whole(&parts), whole(&scales)];
+        let buffers = [x.clone(), whole(&high), whole(&low), whole(&parts), whole(&scales)];
         commands.launch(*kernel, table, work, &buffers);
     }
     commands.phase(2);
     let (table, work) = &tables.sums;
     commands.launch(Kernel::SumParts, table, work, &[whole(&parts), z, whole(&scales)]);
-    commands.keep(scales);
-    commands.keep(parts);
+    for scratch in [scales, high, low, parts] {
+        commands.keep(scratch);
+    }
     Ok(())
 }
 

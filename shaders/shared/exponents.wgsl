@@ -1,0 +1,15 @@
+// Powers of two that bring values into f16's range.
+
+const EXPONENT: u32 = 0x7f800000u;
+
+// The exponents of f32 values in place; 0 for those that are not finite.
+fn exponents(bits: vec4<u32>) -> vec4<u32> {
+    let e = bits & vec4<u32>(EXPONENT);
+    return select(e, vec4<u32>(0u), e == vec4<u32>(EXPONENT));
+}
+
+// Brings values of this exponent, in place, to [2^13, 2^14).
+fn scale_of(exponent: u32) -> f32 {
+    // A value in [2^e, 2^(e+1)) has exponent bits 127 + e, and 2^(13 - e) has 140 - e.
+    return bitcast<f32>(u32(clamp(267 - i32(exponent >> 23u), 1, 253)) << 23u);
+}

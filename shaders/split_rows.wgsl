@@ -1,0 +1,64 @@
+// Splits rows into halves for matrix units: each is brought into f16's range by a power of two and cut, by mask, into a
+// high and a low part of 11 bits each.
+//
+//   A: rows × cols, f32, cols a multiple of 8      high, low: padded rows × stride, f16, zero outside
+//   scales: rows, f32; negative where the row has a low part
+//
+// For adapters with subgroups of 32, each of which does one row. Work: (job, first of 8 rows, counted over padded rows).
+// Bindings: 3 A, 4 high, 5 low, 6 scales.
+
+#import params
+#import exponents
+
+struct Job {
+    a: u32,     // first element, a multiple of 4
+    halves: u32,    // first element of high and of low, a multiple of 4
+    scales: u32,    // first element
+    rows: u32,
+    cols: u32,
+    stride: u32,    // a multiple of 4
+}
+
+@group(0) @binding(3) var<storage, read> a: array<vec4<f32>>;
+@group(0) @binding(4) var<storage, read_write> high: array<vec4<f16>>;
+@group(0) @binding(5) var<storage, read_write> low: array<vec4<f16>>;
+@group(0) @binding(6) var<storage, read_write> scales: array<f32>;
+
+@compute @workgroup_size(256)
+fn main(
+    @builtin(workgroup_id) workgroup: vec3<u32>,
+    @builtin(subgroup_id) subgroup: u32,
+    @builtin(subgroup_invocation_id) lane: u32,
+) {
+    if (!has_work(workgroup)) {
+        return;
+    }
+    let work = work_table[work_index(workgroup)];
+    let job = jobs[work.x];
+    let row = work.y + subgroup;
+    let vectors = select(0u, job.cols / 4u, row < job.rows);
+    let first = job.a / 4u + row * (job.cols / 4u);
+    var most = vec4<u32>(0u);
+    var bits = vec4<u32>(0u);
+    for (var e = lane; e < vectors; e += 32u) {
+        let v = bitcast<vec4<u32>>(a[first + e]);
+        most = max(most, exponents(v));
+        bits |= v;
+    }
+    let scale = scale_of(subgroupMax(max(max(most.x, most.y), max(most.z, most.w))));
+    let low_bits = subgroupOr((bits.x | bits.y | bits.z | bits.w) & 0x1fffu);
+    if (lane == 0u && row < job.rows) {
+        scales[job.scales + row] = select(scale, -scale, low_bits != 0u);
+    }
+    let out = (job.halves + row * job.stride) / 4u;
+    for (var e = lane; e < job.stride / 4u; e += 32u) {
+        var value = vec4<f32>(0.0);
+        if (e < vectors) {
+            value = a[first + e] * scale;
+        }
+        // f32(f16(v)) would be folded away.
+        let upper = bitcast<vec4<f32>>(bitcast<vec4<u32>>(value) & vec4<u32>(0xffffe000u));
+        high[out + e] = vec4<f16>(upper);
+        low[out + e] = vec4<f16>(value - upper);
+    }
+}
