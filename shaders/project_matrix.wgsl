@@ -13,8 +13,7 @@
 // Work: (job, token tile, rank tile, part). A workgroup makes one TILE_M × TILE_N tile of one part of the width and
 // leaves it, scaled as it is, in `parts`: for each part of the width a matrix of whole tiles, `stride` columns wide.
 // Bindings: 3 X as raw words, 4 high and 5 low parts of A, 6 parts, 7 scales of rows of X and A.
-// The permutation sets DTYPE, and SUBGROUPS_M, SUBGROUPS_N and FRAGMENTS_N: a subgroup has 32 × 16 · FRAGMENTS_N
-// of the tile.
+// The permutation sets DTYPE and TILE_N, 32 or 64. A subgroup has 32 × 32 of the tile.
 
 #import params
 #import words
@@ -39,9 +38,9 @@ struct Job {
 @group(0) @binding(6) var<storage, read_write> parts: array<f32>;
 @group(0) @binding(7) var<storage, read> scales: array<f32>;
 
-const TILE_M: u32 = SUBGROUPS_M * 32u;
-const TILE_N: u32 = SUBGROUPS_N * FRAGMENTS_N * 16u;
-const THREADS: u32 = SUBGROUPS_M * SUBGROUPS_N * 32u;
+const TILE_M: u32 = 128u;
+const SUBGROUPS_N: u32 = TILE_N / 32u;
+const THREADS: u32 = TILE_M * SUBGROUPS_N;
 const DEPTH: u32 = 32u;
 // In vectors of 4. Padded rows keep the loads of a matrix from meeting in a bank, and stay on 16 bytes.
 const STRIDE: u32 = DEPTH / 4u + 2u;
@@ -151,7 +150,7 @@ fn main(
     let has_low = workgroupUniformLoad(&low_rows).x != 0u;
 
     let tile_row = subgroup / SUBGROUPS_N * 32u;
-    let tile_column = subgroup % SUBGROUPS_N * FRAGMENTS_N * 16u;
+    let tile_column = subgroup % SUBGROUPS_N * 32u;
     let out_row = first_row + tile_row;
     let rows = (job.tokens + TILE_M - 1u) / TILE_M * TILE_M;
     let out = job.parts + (work.w * rows + out_row) * job.stride + first_column + tile_column;
@@ -160,10 +159,6 @@ fn main(
     var c10: coop_mat16x16<f32, C>;
     var c01: coop_mat16x16<f32, C>;
     var c11: coop_mat16x16<f32, C>;
-    var c02: coop_mat16x16<f32, C>;
-    var c12: coop_mat16x16<f32, C>;
-    var c03: coop_mat16x16<f32, C>;
-    var c13: coop_mat16x16<f32, C>;
     for (var k = start; k < end; k += DEPTH) {
         // Past the width anything will do, as A is zero there.
         let x_vector = min((k + x_k) / X_VALUES, x_vectors - 1u);
@@ -238,7 +233,7 @@ fn main(
             x1b_low = coopLoadT<coop_mat16x16<f16, A>>(&tile[low_at1b], stride);
         }
         // Column by column of matrices; small terms first.
-        let column_at0 = (tile_column + 0u) * STRIDE;
+        let column_at0 = tile_column * STRIDE;
         let high_at0a = A_HIGH + column_at0;
         let high_at0b = high_at0a + 4u;
         let high0a = coopLoad<coop_mat16x16<f16, B>>(&tile[high_at0a], stride);
@@ -296,84 +291,13 @@ fn main(
         s11 = coopMultiplyAdd(x1b, high1b, s11);
         c01 = c01 + s01;
         c11 = c11 + s11;
-        if (FRAGMENTS_N == 4u) {
-            let column_at2 = (tile_column + 32u) * STRIDE;
-            let high_at2a = A_HIGH + column_at2;
-            let high_at2b = high_at2a + 4u;
-            let high2a = coopLoad<coop_mat16x16<f16, B>>(&tile[high_at2a], stride);
-            let high2b = coopLoad<coop_mat16x16<f16, B>>(&tile[high_at2b], stride);
-            var s02: coop_mat16x16<f32, C>;
-            var s12: coop_mat16x16<f32, C>;
-            if (has_low) {
-                let low_at2a = A_LOW + column_at2;
-                let low_at2b = low_at2a + 4u;
-                let low2a = coopLoad<coop_mat16x16<f16, B>>(&tile[low_at2a], stride);
-                let low2b = coopLoad<coop_mat16x16<f16, B>>(&tile[low_at2b], stride);
-                s02 = coopMultiplyAdd(x0a, low2a, s02);
-                s12 = coopMultiplyAdd(x1a, low2a, s12);
-                s02 = coopMultiplyAdd(x0b, low2b, s02);
-                s12 = coopMultiplyAdd(x1b, low2b, s12);
-            }
-            if (DTYPE == F32) {
-                s02 = coopMultiplyAdd(x0a_low, high2a, s02);
-                s12 = coopMultiplyAdd(x1a_low, high2a, s12);
-                s02 = coopMultiplyAdd(x0b_low, high2b, s02);
-                s12 = coopMultiplyAdd(x1b_low, high2b, s12);
-            }
-            s02 = coopMultiplyAdd(x0a, high2a, s02);
-            s12 = coopMultiplyAdd(x1a, high2a, s12);
-            s02 = coopMultiplyAdd(x0b, high2b, s02);
-            s12 = coopMultiplyAdd(x1b, high2b, s12);
-            c02 = c02 + s02;
-            c12 = c12 + s12;
-            let column_at3 = (tile_column + 48u) * STRIDE;
-            let high_at3a = A_HIGH + column_at3;
-            let high_at3b = high_at3a + 4u;
-            let high3a = coopLoad<coop_mat16x16<f16, B>>(&tile[high_at3a], stride);
-            let high3b = coopLoad<coop_mat16x16<f16, B>>(&tile[high_at3b], stride);
-            var s03: coop_mat16x16<f32, C>;
-            var s13: coop_mat16x16<f32, C>;
-            if (has_low) {
-                let low_at3a = A_LOW + column_at3;
-                let low_at3b = low_at3a + 4u;
-                let low3a = coopLoad<coop_mat16x16<f16, B>>(&tile[low_at3a], stride);
-                let low3b = coopLoad<coop_mat16x16<f16, B>>(&tile[low_at3b], stride);
-                s03 = coopMultiplyAdd(x0a, low3a, s03);
-                s13 = coopMultiplyAdd(x1a, low3a, s13);
-                s03 = coopMultiplyAdd(x0b, low3b, s03);
-                s13 = coopMultiplyAdd(x1b, low3b, s13);
-            }
-            if (DTYPE == F32) {
-                s03 = coopMultiplyAdd(x0a_low, high3a, s03);
-                s13 = coopMultiplyAdd(x1a_low, high3a, s13);
-                s03 = coopMultiplyAdd(x0b_low, high3b, s03);
-                s13 = coopMultiplyAdd(x1b_low, high3b, s13);
-            }
-            s03 = coopMultiplyAdd(x0a, high3a, s03);
-            s13 = coopMultiplyAdd(x1a, high3a, s13);
-            s03 = coopMultiplyAdd(x0b, high3b, s03);
-            s13 = coopMultiplyAdd(x1b, high3b, s13);
-            c03 = c03 + s03;
-            c13 = c13 + s13;
-        }
     }
     let stride = job.stride;
-    let out00 = out;
     let out01 = out + 16u;
-    let out02 = out + 32u;
-    let out03 = out + 48u;
     let out10 = out + 16u * stride;
     let out11 = out10 + 16u;
-    let out12 = out10 + 32u;
-    let out13 = out10 + 48u;
-    coopStoreT(c00, &parts[out00], stride);
+    coopStoreT(c00, &parts[out], stride);
     coopStoreT(c01, &parts[out01], stride);
     coopStoreT(c10, &parts[out10], stride);
     coopStoreT(c11, &parts[out11], stride);
-    if (FRAGMENTS_N == 4u) {
-        coopStoreT(c02, &parts[out02], stride);
-        coopStoreT(c03, &parts[out03], stride);
-        coopStoreT(c12, &parts[out12], stride);
-        coopStoreT(c13, &parts[out13], stride);
-    }
 }

@@ -109,7 +109,6 @@ impl Capabilities {
             && self.cooperative_matrix.iter().any(|config| config == "16x16x16 F16 to F32")
             // The kernels' tiles.
             && self.workgroup_memory >= 44 << 10
-            && self.workgroup_invocations >= 512
     }
 
     /// The tier that `precision` gets here; an error names the missing capability.

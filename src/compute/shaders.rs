@@ -20,7 +20,7 @@ pub enum Kernel {
     RowScale,
     /// `shaders/split_rows.wgsl`
     SplitRows,
-    /// `shaders/project_matrix.wgsl`, with the columns (rank) of its tile, 32, 64 or 128, and the type of X.
+    /// `shaders/project_matrix.wgsl`, with the columns (rank) of its tile, 32 or 64, and the type of X.
     ProjectMatrix(u32, Dtype),
     /// `shaders/sum_parts.wgsl`
     SumParts,
@@ -117,7 +117,7 @@ impl Kernel {
             }
             all.push(Self::Extrapolate(dtype));
             all.extend(TILES.map(|tile| Self::Project(tile, dtype)));
-            all.extend(TILES.map(|tile| Self::ProjectMatrix(tile, dtype)));
+            all.extend([32, 64].map(|tile| Self::ProjectMatrix(tile, dtype)));
         }
         all.extend(TILES.map(Self::Gram));
         all.extend(WIDE.iter().flat_map(|&wide| {
@@ -267,12 +267,7 @@ impl Kernel {
                 )
             }
             Self::ProjectMatrix(tile, dtype) => {
-                let (rows, columns, fragments) = matrix_tile(tile, dtype);
-                format!(
-                    "{}const SUBGROUPS_M: u32 = {rows}u;\nconst SUBGROUPS_N: u32 = {columns}u;\n\
-                     const FRAGMENTS_N: u32 = {fragments}u;\n",
-                    dtype_constant(dtype)
-                )
+                format!("{}const TILE_N: u32 = {tile}u;\n", dtype_constant(dtype))
             }
             Self::BranchApply(dtype, _) | Self::Extrapolate(dtype) => dtype_constant(dtype),
             Self::BranchScores(score, dtype, _) => {
@@ -347,16 +342,6 @@ impl Kernel {
 fn tile_constants(tile: u32) -> String {
     let columns = if tile == 128 { 8 } else { 4 };
     format!("const COLUMNS: u32 = {columns}u;\nconst THREADS_N: u32 = {}u;\n", tile / columns)
-}
-
-/// Subgroups over the rows and over the columns of a tile of `project_matrix.wgsl`, and 16 × 16 matrices side by side
-/// in each: the shapes that were fastest on an H200, as far as low parts of f32 leave room in workgroup memory.
-pub(crate) fn matrix_tile(columns: u32, dtype: Dtype) -> (u32, u32, u32) {
-    match (columns, dtype) {
-        (128, Dtype::F32) => (4, 4, 2),
-        (128, _) => (8, 2, 4),
-        _ => (4, columns / 32, 2),
-    }
 }
 
 /// The type of X, as shaders/shared/words.wgsl names it.

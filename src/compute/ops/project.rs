@@ -6,7 +6,7 @@ use rayon::prelude::*;
 
 use super::{ENOUGH_WORKGROUPS, dtype_code, mismatch, view, view_mut};
 use crate::compute::gpu::{Commands, Gpu, Work, whole};
-use crate::compute::shaders::{Kernel, matrix_tile};
+use crate::compute::shaders::Kernel;
 use crate::compute::{Batch, Device, Element, Shape};
 use crate::{Dtype, Error, RawMatrix, Result};
 
@@ -89,7 +89,7 @@ pub(super) struct ProjectJob {
 /// Bytes that the start of each X should be a multiple of: vector loads of matrix units are aligned.
 pub(super) const X_ALIGN: usize = 16;
 
-/// The rows of a tile of `project.wgsl`, and the parts that a width is split into at most.
+/// The rows of a tile, and the parts that a width is split into at most.
 const TILE_M: usize = 128;
 const MAX_PARTS: usize = 16;
 /// The shaders step along k by this much, or half of it.
@@ -105,7 +105,8 @@ const MAX_MATRIX_PARTS: usize = 8;
 #[derive(Clone, Copy, Debug)]
 struct Cut {
     kernel: Kernel,
-    tile: [usize; 2],
+    /// Columns of a tile; its rows are TILE_M.
+    columns: usize,
     parts: usize,
     part_width: usize,
     /// Elements of a row of a part, and of a whole part.
@@ -116,38 +117,38 @@ struct Cut {
 impl Cut {
     /// A pure function of the problem and of what the GPU can do; `jobs`: products that run side by side.
     fn new(gpu: &Gpu, job: &ProjectJob, a: Shape, jobs: usize) -> Self {
+        let whole_vectors = a.cols.is_multiple_of(8) && (job.x_word * 4).is_multiple_of(X_ALIGN);
+        // Less would leave most of a tile empty.
+        let worth_it = job.tokens >= 16 && a.rows >= 8 && a.cols > 0;
+        if gpu.capabilities.matrix_units() && whole_vectors && worth_it {
+            let columns = if a.rows <= 32 { 32 } else { 64 };
+            let tiles = job.tokens.div_ceil(TILE_M) * a.rows.div_ceil(columns) * jobs;
+            let most = (a.cols / LEAST_PART).clamp(1, MAX_MATRIX_PARTS);
+            let parts = (ENOUGH_TILES / tiles.max(1)).clamp(1, most);
+            let part_width = a.cols.div_ceil(parts).next_multiple_of(DEPTH).max(DEPTH);
+            let stride = a.rows.next_multiple_of(columns);
+            return Self {
+                kernel: Kernel::ProjectMatrix(columns as u32, job.dtype),
+                columns,
+                parts: a.cols.div_ceil(part_width).max(1),
+                part_width,
+                stride,
+                part_len: job.tokens.next_multiple_of(TILE_M) * stride,
+            };
+        }
         let columns = match a.rows {
             0..=32 => 32,
             33..=64 => 64,
             _ => 128,
         };
-        let of = |rows: usize| job.tokens.div_ceil(rows) * a.rows.div_ceil(columns as usize) * jobs;
-        let whole_vectors = a.cols.is_multiple_of(8) && (job.x_word * 4).is_multiple_of(X_ALIGN);
-        // Less would leave most of a tile empty.
-        let worth_it = job.tokens >= 16 && a.rows >= 8 && a.cols > 0;
-        if gpu.capabilities.matrix_units() && whole_vectors && worth_it {
-            let (subgroups, ..) = matrix_tile(columns, job.dtype);
-            let tile = [subgroups as usize * 32, columns as usize];
-            let most = (a.cols / LEAST_PART).clamp(1, MAX_MATRIX_PARTS);
-            let parts = (ENOUGH_TILES / of(tile[0]).max(1)).clamp(1, most);
-            let part_width = a.cols.div_ceil(parts).next_multiple_of(DEPTH).max(DEPTH);
-            let stride = a.rows.next_multiple_of(tile[1]);
-            return Self {
-                kernel: Kernel::ProjectMatrix(columns, job.dtype),
-                tile,
-                parts: a.cols.div_ceil(part_width).max(1),
-                part_width,
-                stride,
-                part_len: job.tokens.next_multiple_of(tile[0]) * stride,
-            };
-        }
-        let parts =
-            (ENOUGH_WORKGROUPS / of(TILE_M).max(1)).clamp(1, MAX_PARTS).min((a.cols / LEAST_PART).max(1));
+        let tiles = job.tokens.div_ceil(TILE_M) * a.rows.div_ceil(columns) * jobs;
+        let most = (a.cols / LEAST_PART).clamp(1, MAX_PARTS);
+        let parts = (ENOUGH_WORKGROUPS / tiles.max(1)).clamp(1, most);
         let part_width = a.cols.div_ceil(parts).next_multiple_of(DEPTH).max(DEPTH);
         let stride = if parts == 1 { a.rows } else { a.rows.next_multiple_of(4) };
         Self {
-            kernel: Kernel::Project(columns, job.dtype),
-            tile: [TILE_M, columns as usize],
+            kernel: Kernel::Project(columns as u32, job.dtype),
+            columns,
             parts,
             part_width,
             stride,
@@ -167,7 +168,7 @@ impl Cut {
 
 /// Most bytes of parts that a product of `tokens` × `rank` may take on its way, if it is one of many.
 pub(super) fn parts_bytes(tokens: usize, rank: usize) -> usize {
-    (tokens.next_multiple_of(256) * rank.next_multiple_of(128) * 4).saturating_mul(MAX_MATRIX_PARTS)
+    (tokens.next_multiple_of(TILE_M) * rank.next_multiple_of(64) * 4).saturating_mul(MAX_MATRIX_PARTS)
 }
 
 #[derive(Clone, Copy, NoUninit)]
@@ -340,7 +341,7 @@ impl Tables {
             let len = &mut self.scales_len;
             let rows = Shape::new(job.tokens, shape.cols);
             x_scales = scale_rows(&mut self.scales, len, job.x_word, rows, job.dtype);
-            let split = self.split(a, job.a, cut.tile[1]);
+            let split = self.split(a, job.a, cut.columns);
             (entry.a, a_scales, a_stride) = (split.halves, split.scales, split.stride);
         }
         if cut.is_summed() {
@@ -362,7 +363,7 @@ impl Tables {
             self.parts_len += cut.parts * cut.part_len;
         }
         let [rows, columns] =
-            [job.tokens.div_ceil(cut.tile[0]), shape.rows.div_ceil(cut.tile[1])].map(|n| n as u32);
+            [job.tokens.div_ceil(TILE_M), shape.rows.div_ceil(cut.columns)].map(|n| n as u32);
         let tiles = |index: usize| {
             (0..cut.parts as u32).flat_map(move |part| {
                 (0..rows)
