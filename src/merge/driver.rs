@@ -186,7 +186,11 @@ impl Merging<'_> {
     ) -> Result<(Vec<InputReport>, Vec<Kept>)> {
         let Run { device, adapters, control, .. } = self.run;
         let layers: Vec<(usize, &PlannedLayer)> = self.plan.layers().iter().enumerate().collect();
-        let chunks = super::chunks(device, &layers, |(_, planned)| self.size(planned));
+        let host = |(_, l): (usize, &PlannedLayer)| {
+            let rank = self.rank(l).min(self.run.truncation.rank.unwrap_or(usize::MAX));
+            4 * (rank * (l.input + l.output)) as u64
+        };
+        let chunks = super::chunks(device, &layers, |(_, planned)| self.size(planned), host, 1);
         let mut results = BTreeMap::new();
         let total = layers.len();
         let at_once = match device.is_gpu() {

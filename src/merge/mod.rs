@@ -178,32 +178,48 @@ fn joined_layer(members: &[(&Layer, f64)], a: Matrix<f32>, b: Matrix<f32>) -> Re
     template.replaced(a, b)
 }
 
+/// Bytes of the factors, as f32, that one chunk leaves on the host before they are written: two stay in memory.
+const HOST_CHUNK: u64 = 112 << 20;
+
 /// Device memory for one chunk of two: what is left is for uploads and for what the queue has not yet given back.
 fn room(device: &Device) -> u64 {
     device.memory() / 8 * 3
 }
 
 /// Layers in groups of which the device has room for [two](driver), and where each group is computed: on the CPU, what is
-/// too large for the device. There, each layer is one. `size`: bytes of a layer's largest buffer, and in all.
-fn chunks<L: Copy>(device: &Device, layers: &[L], size: impl Fn(L) -> (u64, u64)) -> Vec<(Vec<L>, Device)> {
+/// too large for the device. There, a group is of `at_once` layers.
+///
+/// `size`: bytes of a layer's largest buffer, and in all; `host`: bytes of its factors.
+fn chunks<L: Copy>(
+    device: &Device,
+    layers: &[L],
+    size: impl Fn(L) -> (u64, u64),
+    host: impl Fn(L) -> u64,
+    at_once: usize,
+) -> Vec<(Vec<L>, Device)> {
     let arena = arena(device);
     let limit = room(device).min(arena);
-    let most = if device.is_gpu() { usize::MAX } else { 1 };
+    let most = if device.is_gpu() { usize::MAX } else { at_once };
     let mut chunks: Vec<(Vec<L>, Device)> = Vec::new();
-    let mut used = 0;
+    let (mut used, mut held) = (0, 0);
     for &layer in layers {
-        let (largest, size) = size(layer);
+        let ((largest, size), host) = (size(layer), host(layer));
         let fits = !device.is_gpu() || (largest <= arena && size <= device.memory());
         match chunks.last_mut() {
             Some((chunk, on))
-                if used + size <= limit && chunk.len() < most && fits && on.is_gpu() == device.is_gpu() =>
+                if used + size <= limit
+                    && held + host <= HOST_CHUNK
+                    && chunk.len() < most
+                    && fits
+                    && on.is_gpu() == device.is_gpu() =>
             {
                 chunk.push(layer);
                 used += size;
+                held += host;
             }
             _ => {
                 chunks.push((vec![layer], if fits { device.clone() } else { Device::cpu() }));
-                used = size;
+                (used, held) = (size, host);
             }
         }
     }

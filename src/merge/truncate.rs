@@ -123,8 +123,10 @@ impl Merged {
             .filter(|&i| truncation.spectrum.is_some() || truncation.rank.is_some_and(|n| n < layers[i].rank))
             .collect();
         let (mut cuts, mut done) = (Cuts::default(), 0);
+        // Calls are cancelled between chunks. Two layers a thread keep all of them busy all the same.
+        let at_once = 2 * rayon::current_num_threads();
         let room = |i: usize| size(device, layers[i].rank, layers[i].input, layers[i].output);
-        for (chunk, on) in super::chunks(device, &places, room) {
+        for (chunk, on) in super::chunks(device, &places, room, |_| 0, at_once) {
             control.step("truncate", &layers[chunk[0]].name(), done, places.len())?;
             done += chunk.len();
             let updates: Vec<Update<'_>> = chunk.iter().map(|&i| Update::of(&layers[i])).collect();
