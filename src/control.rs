@@ -15,8 +15,8 @@ use crate::{Error, Result};
 /// ```
 #[derive(Clone, Copy, Default)]
 pub struct Control<'a> {
-    /// Called before each item, and at the end of each stage with `done` = `total`, from the thread that made
-    /// the call.
+    /// Called before each item (of a merge, whose layers are done side by side, after each), and at the end of each stage
+    /// with `done` = `total`, from the thread that made the call.
     pub progress: Option<&'a (dyn Fn(Progress<'_>) + Sync)>,
     /// Set to true, by any thread, it makes the call return [`Error::Cancelled`] before its next item.
     pub cancel: Option<&'a AtomicBool>,
@@ -25,7 +25,7 @@ pub struct Control<'a> {
 /// How far a long call is.
 #[derive(Clone, Copy, Debug)]
 pub struct Progress<'a> {
-    /// What is being done: `check`, `calibrate`, `merge`.
+    /// What is being done: `calibrate`, `merge`, `truncate`, `measure`.
     pub stage: &'static str,
     /// The layer or the file that comes next; empty at the end.
     pub item: &'a str,

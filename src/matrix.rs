@@ -81,24 +81,23 @@ impl<'a> RawMatrix<'a> {
         Self { rows: end - start, bytes: &self.bytes[start * width..end * width], ..self }
     }
 
+    /// Columns `start..end` of a matrix of one row.
+    pub(crate) fn columns(self, start: usize, end: usize) -> Self {
+        let size = self.dtype.size();
+        Self { cols: end - start, bytes: &self.bytes[start * size..end * size], ..self }
+    }
+
     /// Writes the elements, widened exactly, to `out` (`rows · cols` long).
     pub fn widen_into<T: From<f32>>(self, out: &mut [T]) {
+        fn each<T, const N: usize>(bytes: &[u8], out: &mut [T], widen: impl Fn([u8; N]) -> T) {
+            let (values, _) = bytes.as_chunks::<N>();
+            out.iter_mut().zip(values).for_each(|(o, b)| *o = widen(*b));
+        }
         match self.dtype {
-            Dtype::F32 => {
-                for (o, b) in out.iter_mut().zip(self.bytes.chunks_exact(4)) {
-                    *o = f32::from_le_bytes([b[0], b[1], b[2], b[3]]).into();
-                }
-            }
-            Dtype::F16 => {
-                for (o, b) in out.iter_mut().zip(self.bytes.chunks_exact(2)) {
-                    *o = half::f16::from_le_bytes([b[0], b[1]]).to_f32().into();
-                }
-            }
-            Dtype::Bf16 => {
-                for (o, b) in out.iter_mut().zip(self.bytes.chunks_exact(2)) {
-                    *o = half::bf16::from_le_bytes([b[0], b[1]]).to_f32().into();
-                }
-            }
+            Dtype::F32 => each(self.bytes, out, |b| f32::from_le_bytes(b).into()),
+            Dtype::F16 => each(self.bytes, out, |b| half::f16::from_le_bytes(b).to_f32().into()),
+            // The upper half of an f32.
+            Dtype::Bf16 => each(self.bytes, out, |[low, high]| f32::from_le_bytes([0, 0, low, high]).into()),
         }
     }
 

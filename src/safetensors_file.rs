@@ -15,7 +15,6 @@ use memmap2::Mmap;
 pub use safetensors::Dtype as FileDtype;
 use safetensors::tensor::TensorInfo;
 use serde::de::{Deserialize, Deserializer, MapAccess, Visitor};
-use sha2::{Digest, Sha256};
 
 use crate::{Error, Result};
 
@@ -249,7 +248,7 @@ impl<'de> Deserialize<'de> for Header {
 }
 
 /// Writes a tensor's bytes, as many as its shape asks for, and the same every time.
-pub type WriteTensor<'a> = Box<dyn Fn(&mut dyn Write) -> io::Result<()> + 'a>;
+pub type WriteTensor<'a> = Box<dyn Fn(&mut dyn Write) -> io::Result<()> + Send + Sync + 'a>;
 
 /// A tensor to be written.
 pub struct TensorOut<'a> {
@@ -263,67 +262,90 @@ pub struct TensorOut<'a> {
     pub write: WriteTensor<'a>,
 }
 
-/// SHA-256 (hex) of the data of the file that [`write_safetensors`] would write: what follows the header.
-pub fn data_sha256(tensors: &[TensorOut<'_>]) -> io::Result<String> {
-    struct Hash(Sha256);
-    impl Write for Hash {
-        fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
-            self.0.update(buf);
-            Ok(buf.len())
+/// A file before its tensors are written.
+pub struct Layout {
+    /// What the file starts with: the header's length, and the header.
+    pub header: Vec<u8>,
+    /// Where each tensor is.
+    pub places: Vec<Range<u64>>,
+}
+
+impl Layout {
+    /// Lays tensors out widest element first (which keeps every one aligned) and then by name, as the reference
+    /// implementation does, and puts them in that order.
+    pub fn new(metadata: &BTreeMap<String, String>, tensors: &mut [TensorOut<'_>]) -> io::Result<Self> {
+        TensorOut::sort(tensors);
+        let mut names = BTreeSet::new();
+        let mut json = format!("{{\"__metadata__\":{}", serde_json::to_string(metadata)?);
+        let mut places = Vec::with_capacity(tensors.len());
+        let mut offset = 0;
+        for t in &*tensors {
+            if !names.insert(&t.name) {
+                return Err(io::Error::other(format!("two tensors would be named `{}`", t.name)));
+            }
+            let size = t.size();
+            let data_offsets = (offset, offset + size);
+            let info = TensorInfo { dtype: t.dtype, shape: t.shape.clone(), data_offsets };
+            json += &format!(",{}:{}", serde_json::to_string(&t.name)?, serde_json::to_string(&info)?);
+            places.push(offset as u64..(offset + size) as u64);
+            offset += size;
         }
-        fn flush(&mut self) -> io::Result<()> {
-            Ok(())
+        json.push('}');
+        while !json.len().is_multiple_of(8) {
+            json.push(' ');
         }
+        let header = [&(json.len() as u64).to_le_bytes()[..], json.as_bytes()].concat();
+        let start = header.len() as u64;
+        for place in &mut places {
+            *place = place.start + start..place.end + start;
+        }
+        Ok(Self { header, places })
     }
-    let mut hash = Hash(Sha256::new());
-    let mut sorted: Vec<_> = tensors.iter().collect();
-    sorted.sort_by(|x, y| order(x, y));
-    sorted.into_iter().try_for_each(|t| (t.write)(&mut hash))?;
-    Ok(hash.0.finalize().iter().map(|b| format!("{b:02x}")).collect())
+
+    /// Bytes of the whole file.
+    pub fn len(&self) -> u64 {
+        self.places.last().map_or(self.header.len() as u64, |place| place.end)
+    }
 }
 
-fn order(x: &TensorOut<'_>, y: &TensorOut<'_>) -> std::cmp::Ordering {
-    (Reverse(x.dtype.bitsize()), &x.name).cmp(&(Reverse(y.dtype.bitsize()), &y.name))
-}
-
-/// Streams a safetensors file. Tensors are laid out widest element first (which keeps every one aligned) and
-/// then by name, as the reference implementation does.
+/// Streams a safetensors file.
 pub fn write_safetensors(
     out: &mut dyn Write,
     metadata: &BTreeMap<String, String>,
     mut tensors: Vec<TensorOut<'_>>,
 ) -> io::Result<()> {
-    tensors.sort_by(order);
-    let mut names = BTreeSet::new();
-    let mut header = format!("{{\"__metadata__\":{}", serde_json::to_string(metadata)?);
-    let mut sizes = Vec::with_capacity(tensors.len());
-    let mut offset = 0;
+    let Layout { header, .. } = Layout::new(metadata, &mut tensors)?;
+    out.write_all(&header)?;
     for t in &tensors {
-        if !names.insert(&t.name) {
-            return Err(io::Error::other(format!("two tensors would be named `{}`", t.name)));
-        }
-        let size = t.shape.iter().product::<usize>() * t.dtype.bitsize() / 8;
-        let data_offsets = (offset, offset + size);
-        let info = TensorInfo { dtype: t.dtype, shape: t.shape.clone(), data_offsets };
-        header += &format!(",{}:{}", serde_json::to_string(&t.name)?, serde_json::to_string(&info)?);
-        offset += size;
-        sizes.push(size);
-    }
-    header.push('}');
-    while !header.len().is_multiple_of(8) {
-        header.push(' ');
-    }
-    out.write_all(&(header.len() as u64).to_le_bytes())?;
-    out.write_all(header.as_bytes())?;
-    for (t, size) in tensors.iter().zip(sizes) {
         let mut counted = Counted { out, bytes: 0 };
         (t.write)(&mut counted)?;
-        if counted.bytes != size {
-            let bytes = counted.bytes;
-            return Err(io::Error::other(format!("`{}` takes {size} bytes, got {bytes}", t.name)));
-        }
+        t.check(counted.bytes as u64)?;
     }
     Ok(())
+}
+
+impl TensorOut<'_> {
+    /// Puts tensors in the order of a file.
+    pub fn sort(tensors: &mut [Self]) {
+        tensors.sort_by(|x, y| {
+            (Reverse(x.dtype.bitsize()), &x.name).cmp(&(Reverse(y.dtype.bitsize()), &y.name))
+        });
+    }
+
+    /// Bytes that it takes.
+    pub fn size(&self) -> usize {
+        self.shape.iter().product::<usize>() * self.dtype.bitsize() / 8
+    }
+
+    /// Fails if this is not how many bytes were written.
+    pub fn check(&self, bytes: u64) -> io::Result<()> {
+        match (bytes, self.size()) {
+            (bytes, size) if bytes == size as u64 => Ok(()),
+            (bytes, size) => {
+                Err(io::Error::other(format!("`{}` takes {size} bytes, got {bytes}", self.name)))
+            }
+        }
+    }
 }
 
 struct Counted<'a> {

@@ -3,7 +3,9 @@
 mod common;
 
 use common::{Random, devices, product, relative};
-use loraweld::compute::ops::{ScaledRows, Side, Svd, inner, jacobi_svd, project_off, qr, qr_l, rank_update};
+use loraweld::compute::ops::{
+    Root, ScaledRows, Side, Stacks, Svd, inner, jacobi_svd, project_off, qr, qr_l, rank_update,
+};
 use loraweld::compute::{Batch, Element};
 use loraweld::{Device, Dtype, Matrix, RawMatrix};
 
@@ -316,4 +318,87 @@ fn rows_of_every_type_are_scaled_and_stacked_exactly() {
     let (two, three) =
         (RawMatrix::from_f32(3, 2, &values).unwrap(), RawMatrix::from_f32(2, 3, &values).unwrap());
     assert!(ScaledRows::new(&Device::cpu(), Side::Input, &[vec![two, three]]).is_err());
+}
+
+#[test]
+fn stacks_are_multiplied_where_they_lie() {
+    let mut random = Random(43);
+    // Blocks of columns end within them.
+    for (rank, width) in [(1, 1), (3, 1025), (17, 2048), (32, 40), (7, 5)] {
+        let sizes = [1.0, 1e-20, 1e15];
+        let stored: Vec<Vec<f32>> = sizes
+            .iter()
+            .map(|size| (0..rank * width).map(|_| (random.normal() * size) as f32).collect())
+            .collect();
+        for side in [Side::Input, Side::Output] {
+            let (rows, cols) = if side == Side::Input { (rank, width) } else { (width, rank) };
+            let stack: Vec<RawMatrix> =
+                stored.iter().map(|values| RawMatrix::from_f32(rows, cols, values).unwrap()).collect();
+            let stacked: Vec<f64> = stack
+                .iter()
+                .flat_map(|part| {
+                    let m = Matrix { rows, cols, data: part.to_vec::<f64>() };
+                    if side == Side::Input { m.data } else { m.transposed().data }
+                })
+                .collect();
+            let stacked = Matrix { rows: 3 * rank, cols: width, data: stacked };
+            let gram = product(&stacked, &stacked.transposed());
+            // Members of different size keep their digits: what is compared is a block at a time.
+            let block = |m: &Matrix, i: usize, k: usize| {
+                Matrix::from_fn(rank, rank, |r, c| m[(i * rank + r, k * rank + c)])
+            };
+            let transform = random.matrix(2, 3 * rank, 1.0);
+            let small = Matrix::from_fn(2, 3 * rank, |i, j| transform[(i, j)] / sizes[j / rank]);
+            let want = product(&small, &stacked);
+            for case in devices() {
+                let device = &case.device;
+                let at = format!("{}: {rank} x {width}, {side:?}", case.name);
+                let stacks = Stacks::new(device, side, vec![stack.clone(), stack[..1].to_vec()]).unwrap();
+                let grams = stacks.grams(device).unwrap();
+                for (i, k) in [(0, 0), (0, 1), (1, 2), (2, 2)] {
+                    // Sums of terms that cancel, relative to the size of the block.
+                    let error = relative(&block(&grams[0], i, k), &block(&gram, i, k));
+                    assert!(error <= 20.0 * tolerance(device), "{at}: block {i}, {k}: {error}");
+                }
+                assert!(relative(&grams[1], &block(&gram, 0, 0)) <= tolerance(device), "{at}");
+                let none = Matrix::zeros(0, rank);
+                let combined = stacks.combined(device, &[small.clone(), none]).unwrap();
+                let got: Vec<f64> = combined[0].data.iter().map(|&v| v.into()).collect();
+                let got = Matrix { rows: combined[0].rows, cols: combined[0].cols, data: got };
+                let got = if side == Side::Input { got } else { got.transposed() };
+                // Rounded once to f32.
+                assert!(relative(&got, &want) <= 1e-7, "{at}: {}", relative(&got, &want));
+                assert!(combined[1].data.is_empty(), "{at}");
+            }
+        }
+    }
+}
+
+#[test]
+fn roots_of_gram_matrices_know_when_they_will_not_do() {
+    let mut random = Random(47);
+    let cpu = Device::cpu();
+    for n in [1, 2, 7, 32, 65] {
+        let mut rows = random.matrix(n, n + 20, 1.0);
+        // Rows of very different size are no reason to fail.
+        for (i, row) in rows.data.chunks_exact_mut(n + 20).enumerate() {
+            row.iter_mut().for_each(|v| *v *= 10f64.powi(i as i32 % 3 * 12 - 12));
+        }
+        let gram = product(&rows, &rows.transposed());
+        let root = Root::new(&cpu, &gram).unwrap();
+        let q = product(&root.inverse, &rows);
+        assert!(skewness(&q) <= root.bend.max(1e-13), "{n}: {} but {}", skewness(&q), root.bend);
+        assert!(root.bend <= 1e-8 && root.error <= root.bend, "{n}: {}", root.bend);
+        for i in 0..n {
+            let size = gram[(i, i)].sqrt();
+            let row = product(&Matrix { rows: 1, cols: n, data: root.left.row(i).to_vec() }, &q);
+            let error: f64 = row.data.iter().zip(rows.row(i)).map(|(x, y)| (x - y).powi(2)).sum();
+            assert!(error.sqrt() <= 1e-11 * size, "{n}: row {i}");
+        }
+    }
+    let singular = Matrix { rows: 2, cols: 2, data: vec![1.0, 1.0, 1.0, 1.0] };
+    let nearly = Matrix { rows: 2, cols: 2, data: vec![1.0, 1.0, 1.0, 1.0 + 1e-13] };
+    for bad in [singular, Matrix::zeros(3, 3), nearly, Matrix { rows: 1, cols: 1, data: vec![f64::NAN] }] {
+        assert!(Root::new(&cpu, &bad).is_none(), "{bad:?}");
+    }
 }

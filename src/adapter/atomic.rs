@@ -2,8 +2,13 @@
 
 use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, BufWriter, Write};
+use std::io::{self, BufWriter, Seek};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
+use std::thread::JoinHandle;
+use std::time::Duration;
 
 use crate::{Error, Result};
 
@@ -18,46 +23,162 @@ pub fn write_atomic(
     protect: &[PathBuf],
     write: impl FnOnce(&mut BufWriter<File>) -> io::Result<()>,
 ) -> Result<()> {
-    let write_error = |e: io::Error| match e.downcast::<Error>() {
-        Ok(error) => error,
-        Err(e) => Error::io(path, "write", e),
-    };
-    let Target { file: target, folder, permissions } = match resolve(path, overwrite, protect)? {
-        Some(target) => target,
-        None => {
-            let file = OpenOptions::new().write(true).open(path).map_err(|e| Error::io(path, "open", e))?;
-            let mut out = buffered(file);
-            return write(&mut out).and_then(|()| out.flush()).map_err(write_error);
+    let AtomicFile { file, place } = AtomicFile::create(path, overwrite, protect)?;
+    // From here on, dropping `place` removes the file.
+    let mut out = BufWriter::with_capacity(1 << 20, file);
+    write(&mut out).map_err(|e| write_error(path, e))?;
+    let file = out.into_inner().map_err(|e| write_error(path, e.into_error()))?;
+    AtomicFile { file, place }.commit(path)
+}
+
+/// An error of writing; an [`Error`] that it wraps comes out unchanged.
+pub(super) fn write_error(path: &Path, error: io::Error) -> Error {
+    error.downcast::<Error>().unwrap_or_else(|e| Error::io(path, "write", e))
+}
+
+/// A file that takes its target's place when it is whole. Dropped before, it leaves nothing.
+pub(super) struct AtomicFile {
+    file: File,
+    place: Place,
+}
+
+enum Place {
+    /// Beside the target, which it is to replace.
+    Beside { target: Target, temp: tempfile::TempPath, overwrite: bool },
+    /// In a file without a name, to be copied into what is no regular file.
+    Elsewhere,
+}
+
+impl AtomicFile {
+    /// Creates it; see [`write_atomic`].
+    pub fn create(path: &Path, overwrite: bool, protect: &[PathBuf]) -> Result<Self> {
+        let Some(target) = resolve(path, overwrite, protect)? else {
+            let file =
+                tempfile::tempfile().map_err(|e| Error::io(path, "create a temporary file for it", e))?;
+            return Ok(Self { file, place: Place::Elsewhere });
+        };
+        // The end of a very long name is left out, so that the temporary one is not too long.
+        let name: String =
+            target.file.file_name().unwrap_or_default().to_string_lossy().chars().take(50).collect();
+        let prefix = format!(".{name}.loraweld-");
+        remove_stale(&target.folder, &prefix);
+        let (file, temp) = create_locked(&target.folder, &prefix)
+            .map_err(|e| Error::io(path, "create a temporary file in its folder", e))?;
+        Ok(Self { file, place: Place::Beside { target, temp, overwrite } })
+    }
+
+    /// What is written to.
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// Puts it in the target's place, on disk. `path`: the target, as errors name it.
+    pub fn commit(mut self, path: &Path) -> Result<()> {
+        let Place::Beside { target, temp, overwrite } = self.place else {
+            let mut out =
+                OpenOptions::new().write(true).open(path).map_err(|e| Error::io(path, "open", e))?;
+            let copied = self.file.rewind().and_then(|()| io::copy(&mut self.file, &mut out));
+            return copied.map(drop).map_err(|e| write_error(path, e));
+        };
+        let Target { file: target, folder, permissions } = target;
+        if let Some(permissions) = permissions {
+            self.file.set_permissions(permissions).map_err(|e| write_error(path, e))?;
         }
-    };
-
-    // The end of a very long name is left out, so that the temporary one is not too long.
-    let name: String = target.file_name().unwrap_or_default().to_string_lossy().chars().take(50).collect();
-    let prefix = format!(".{name}.loraweld-");
-    remove_stale(&folder, &prefix);
-    let (file, temp) = create_locked(&folder, &prefix)
-        .map_err(|e| Error::io(path, "create a temporary file in its folder", e))?;
-
-    // From here on, dropping `temp` removes the file.
-    let mut out = buffered(file);
-    write(&mut out).map_err(write_error)?;
-    let file = out.into_inner().map_err(|e| write_error(e.into_error()))?;
-    if let Some(permissions) = permissions {
-        file.set_permissions(permissions).map_err(write_error)?;
+        let start = std::time::Instant::now();
+        self.file.sync_all().map_err(|e| write_error(path, e))?;
+        tracing::debug!(seconds = start.elapsed().as_secs_f64(), "brought the file to disk");
+        let renamed = if overwrite { temp.persist(&target) } else { temp.persist_noclobber(&target) };
+        renamed.map_err(|e| match e.error.kind() {
+            // Another process was faster.
+            io::ErrorKind::AlreadyExists => exists(path),
+            _ => write_error(path, e.error),
+        })?;
+        // The rename itself lasts only when the folder is on disk too; not every system can do that.
+        if let Ok(folder) = File::open(&folder) {
+            let _ = folder.sync_all();
+        }
+        tracing::info!(file = %target.display(), "wrote");
+        Ok(())
     }
-    file.sync_all().map_err(write_error)?;
-    let renamed = if overwrite { temp.persist(&target) } else { temp.persist_noclobber(&target) };
-    renamed.map_err(|e| match e.error.kind() {
-        // Another process was faster.
-        io::ErrorKind::AlreadyExists => exists(path),
-        _ => write_error(e.error),
-    })?;
-    // The rename itself lasts only when the folder is on disk too; not every system can do that.
-    if let Ok(folder) = File::open(&folder) {
-        let _ = folder.sync_all();
+}
+
+/// Sends a file to the disk while it is written, so that little is left to wait for when it is whole.
+pub(super) struct Flusher {
+    written: Arc<AtomicU64>,
+    /// Dropped, it ends the thread.
+    stop: Option<Sender<()>>,
+    thread: Option<JoinHandle<io::Result<()>>>,
+}
+
+/// Bytes that are worth sending.
+const FLUSH: u64 = 32 << 20;
+
+impl Flusher {
+    /// For a file of so many bytes.
+    pub fn new(file: &AtomicFile, bytes: u64) -> Self {
+        let written = Arc::new(AtomicU64::new(0));
+        let idle = Self { written: written.clone(), stop: None, thread: None };
+        let (Place::Beside { .. }, 4.., Ok(file)) = (&file.place, bytes / FLUSH, file.file.try_clone())
+        else {
+            return idle;
+        };
+        let (stop, stopped) = channel::<()>();
+        let flush = move || {
+            let mut sent = 0;
+            while stopped.recv_timeout(Duration::from_millis(20)) == Err(RecvTimeoutError::Timeout) {
+                let now = written.load(Ordering::Relaxed);
+                if now - sent >= FLUSH {
+                    sent = now;
+                    file.sync_data()?;
+                }
+            }
+            Ok(())
+        };
+        // Without a thread for it, all is left for the end.
+        let thread = std::thread::Builder::new().name("loraweld flush".into()).spawn(flush).ok();
+        Self { stop: Some(stop), thread, ..idle }
     }
-    tracing::info!(file = %target.display(), "wrote");
-    Ok(())
+
+    /// Tells that more was written.
+    pub fn wrote(&self, bytes: u64) {
+        self.written.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    /// Ends; fails if the disk did, which it tells only once.
+    pub fn finish(self) -> io::Result<()> {
+        let Self { stop, thread, .. } = self;
+        drop(stop);
+        match thread.map(JoinHandle::join) {
+            Some(Ok(result)) => result,
+            Some(Err(_)) => Err(io::Error::other("the thread that brings the file to disk panicked")),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Writes all bytes at a place of a file, from any thread.
+pub(super) fn write_at(file: &File, bytes: &[u8], offset: u64) -> io::Result<()> {
+    #[cfg(unix)]
+    return std::os::unix::fs::FileExt::write_all_at(file, bytes, offset);
+    #[cfg(not(unix))]
+    alone(file, offset, |mut file| io::Write::write_all(&mut file, bytes))
+}
+
+/// Fills a buffer from a place of a file, from any thread.
+pub(super) fn read_at(file: &File, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+    #[cfg(unix)]
+    return std::os::unix::fs::FileExt::read_exact_at(file, buffer, offset);
+    #[cfg(not(unix))]
+    alone(file, offset, |mut file| io::Read::read_exact(&mut file, buffer))
+}
+
+/// Where reading and writing move the file's own place, one thread at a time.
+#[cfg(not(unix))]
+fn alone<T>(file: &File, offset: u64, call: impl FnOnce(&File) -> io::Result<T>) -> io::Result<T> {
+    static PLACE: std::sync::Mutex<()> = std::sync::Mutex::new(());
+    let _alone = PLACE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    (&mut &*file).seek(io::SeekFrom::Start(offset))?;
+    call(file)
 }
 
 /// Checks before long work what [`write_atomic`] will check again, and that a file can be created in the folder.
@@ -116,10 +237,6 @@ fn resolve(path: &Path, overwrite: bool, protect: &[PathBuf]) -> Result<Option<T
 
 fn exists(path: &Path) -> Error {
     Error::file(path, "exists already; ask for overwriting (--force) or choose another name")
-}
-
-fn buffered(file: File) -> BufWriter<File> {
-    BufWriter::with_capacity(1 << 20, file)
 }
 
 /// Creates a temporary file and locks it while it is written, so that others can tell it from a stale one.

@@ -43,6 +43,6 @@ pub(super) fn of_a(adapter: &Adapter) -> String {
     hex(sha.finalize().as_slice())
 }
 
-fn hex(bytes: &[u8]) -> String {
+pub(super) fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|b| format!("{b:02x}")).collect()
 }

@@ -8,7 +8,6 @@ use serde_json::{Map, Value};
 use super::families::Family;
 use super::write::{Module, is_unet};
 use super::{Adapter, Format};
-use crate::safetensors_file::{TensorOut, data_sha256};
 
 type Metadata = BTreeMap<String, String>;
 
@@ -102,13 +101,14 @@ fn joined_tags<'a>(texts: impl Iterator<Item = &'a String>) -> Option<String> {
     (!all.is_empty()).then(|| Value::Object(all).to_string())
 }
 
-/// The header's metadata: the caller's, without what would be wrong of these tensors, and what is right of them.
+/// The header's metadata: the caller's, without what would be wrong of these tensors, and what is right of them. `hash`:
+/// SHA-256 (hex) of what follows the header.
 pub(super) fn written(
     modules: &[Module<'_>],
     format: Format,
     family: Family,
     given: &Metadata,
-    tensors: &[TensorOut<'_>],
+    hash: impl FnOnce() -> io::Result<String>,
 ) -> io::Result<Metadata> {
     let mut metadata = given.clone();
     metadata.retain(|key, _| !STALE.contains(&key.as_str()));
@@ -148,7 +148,7 @@ pub(super) fn written(
     // A file of kohya's is known by the hash of its tensors.
     let spec = given.keys().any(|key| key.starts_with("modelspec."));
     if format == Format::Kohya || spec || given.contains_key("sshs_model_hash") {
-        let hash = data_sha256(tensors)?;
+        let hash = hash()?;
         if spec {
             metadata.insert("modelspec.hash_sha256".into(), format!("0x{hash}"));
         }

@@ -7,6 +7,7 @@
 
 mod atomic;
 mod blocks;
+mod draft;
 mod families;
 mod fuse;
 mod hash;
@@ -30,6 +31,7 @@ use rayon::prelude::*;
 
 pub use self::atomic::{check_target, same_file, write_atomic};
 pub use self::blocks::{BlockPreset, Strengths};
+pub(crate) use self::draft::{Draft, save_while};
 pub use self::families::Family;
 use self::families::{Fused, Names};
 pub use self::keys::LayerKey;
@@ -317,11 +319,14 @@ impl Adapter {
     }
 
     pub(crate) fn check_finite_with(&self, control: &Control<'_>) -> Result<()> {
-        let tensors = self.layers().par_iter().flat_map_iter(|layer| [&layer.a, &layer.b]);
-        let first = |t: &Tensor| control.check().ok().and_then(|()| t.raw().first_non_finite());
-        let bad = tensors.filter_map(|t| Some((t, first(t)?))).find_first(|_| true);
-        control.check()?;
-        let Some((tensor, i)) = bad else { return Ok(()) };
+        let check = |layer: &Layer| control.check().and_then(|()| self.check_layer(layer)).err();
+        self.layers().par_iter().filter_map(check).find_first(|_| true).map_or(Ok(()), Err)
+    }
+
+    /// Refuses NaN and infinity in one of the layers.
+    pub(crate) fn check_layer(&self, layer: &Layer) -> Result<()> {
+        let first = |tensor| Some((tensor, Tensor::raw(tensor).first_non_finite()?));
+        let Some((tensor, i)) = [&layer.a, &layer.b].into_iter().find_map(first) else { return Ok(()) };
         let raw = tensor.raw();
         let size = raw.dtype.size();
         let element = RawMatrix { rows: 1, cols: 1, bytes: &raw.bytes[i * size..(i + 1) * size], ..raw };
@@ -338,6 +343,11 @@ impl Adapter {
     /// dtype that holds its values, and scales and B do not matter.
     pub fn a_sha256(&self) -> String {
         self.0.a_sha256.get_or_init(|| hash::of_a(self)).clone()
+    }
+
+    /// Whether it is a file's, and so has a [hash](Self::file_sha256).
+    pub(crate) fn has_file(&self) -> bool {
+        self.0.file.is_some()
     }
 
     /// SHA-256 (hex) of the whole file. An adapter that was made in memory has none.
@@ -358,7 +368,17 @@ impl Adapter {
     /// A scale is folded into B where that rounds nothing. Elsewhere kohya's and ComfyUI's spelling write it as
     /// alpha, and PEFT's, which has no place for it, writes B in f32 (or rounds, if a dtype is asked for).
     pub fn save(&self, path: impl AsRef<Path>, options: &SaveOptions) -> Result<()> {
-        write::save(self, path.as_ref(), options)
+        self.save_with(path, options, Control::default())
+    }
+
+    /// As [`save`](Self::save), with cancellation.
+    pub fn save_with(
+        &self,
+        path: impl AsRef<Path>,
+        options: &SaveOptions,
+        control: Control<'_>,
+    ) -> Result<()> {
+        save_while(self, path.as_ref(), options, &control, |_| Ok(((), self.0.metadata.clone())))
     }
 }
 
@@ -469,6 +489,19 @@ impl Layer {
         Ok(Self { rank, input, output, scale, a, b, kernel, ..self.clone() })
     }
 
+    /// The layer that [`replaced`](Self::replaced) will give, without its factors: a place in a [`Draft`].
+    pub(crate) fn planned(&self, rank: usize) -> Self {
+        let tensor = |old: &Tensor, rows, cols| Tensor {
+            dtype: Dtype::F32,
+            rows,
+            cols,
+            key: old.key.clone(),
+            data: TensorData::Planned,
+        };
+        let (a, b) = (tensor(&self.a, rank, self.input), tensor(&self.b, self.output, rank));
+        Self { rank, scale: Scale::given(1.0), a, b, ..self.clone() }
+    }
+
     /// The layer's name for people: the module as the file spells it, without the prefix; of a text encoder,
     /// with the encoder's name in front. [`LayerKey::parse`] gives the key back.
     pub fn name(&self) -> String {
@@ -551,6 +584,8 @@ enum TensorData {
     Memory(Arc<Values>),
     /// Of any type, little-endian.
     Bytes(Arc<Vec<u8>>),
+    /// Not there yet.
+    Planned,
 }
 
 impl Tensor {
@@ -568,6 +603,7 @@ impl Tensor {
             }
             TensorData::Memory(values) => values,
             TensorData::Bytes(bytes) => bytes.as_slice(),
+            TensorData::Planned => &[],
         };
         RawMatrix { dtype: self.dtype, rows: self.rows, cols: self.cols, bytes }
     }
@@ -588,15 +624,22 @@ impl Tensor {
 
     /// Whether both hold the same bytes.
     fn same(&self, other: &Self) -> bool {
+        if self.is_planned() || other.is_planned() {
+            return false;
+        }
         let (x, y) = (self.raw(), other.raw());
         let shape = |m: RawMatrix<'_>| (m.dtype, m.rows, m.cols, m.bytes.as_ptr());
         shape(x) == shape(y) || ((x.dtype, x.rows, x.cols) == (y.dtype, y.rows, y.cols) && x.bytes == y.bytes)
     }
 
+    fn is_planned(&self) -> bool {
+        matches!(self.data, TensorData::Planned)
+    }
+
     fn path(&self) -> Option<&Path> {
         match &self.data {
             TensorData::File(file, _) => Some(file.path()),
-            TensorData::Memory(_) | TensorData::Bytes(_) => None,
+            TensorData::Memory(_) | TensorData::Bytes(_) | TensorData::Planned => None,
         }
     }
 }

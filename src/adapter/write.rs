@@ -1,16 +1,16 @@
 //! From layers to a file.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::io::{self, Write};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use rayon::prelude::*;
 
 use super::families::{self, Family, Fused, Names, Place};
 use super::scale::ScaleRule;
 use super::spelling::{Spelling, Usual};
-use super::{Adapter, Format, Kernel, Layer, Tensor, TensorData, keys, metadata, write_atomic};
-use crate::safetensors_file::{FileDtype, TensorOut, write_safetensors};
+use super::{Adapter, Format, Kernel, Layer, Tensor, keys};
+use crate::safetensors_file::{FileDtype, TensorOut};
 use crate::{Dtype, Error, RawMatrix, Result};
 
 /// How an adapter is written.
@@ -30,13 +30,11 @@ pub struct SaveOptions {
 }
 
 /// Elements converted at a time.
-const CHUNK: usize = 1 << 14;
-/// Elements converted by all threads together.
-const BULK: usize = 1 << 22;
+const CHUNK: usize = 1 << 16;
 
 /// How everything is to be spelled.
-struct Target {
-    spelling: Spelling,
+pub(super) struct Target {
+    pub spelling: Spelling,
     /// Of the main model and each text encoder, where it is not the usual one.
     prefixes: BTreeMap<String, String>,
     /// Whether it is the spelling of the adapter's own file.
@@ -52,6 +50,9 @@ pub(super) struct Module<'a> {
     pub prefix: usize,
     /// The first of its layers.
     pub layer: &'a Layer,
+    /// All of them, with their places in what fuses them.
+    pub parts: Vec<(usize, &'a Layer)>,
+    fused: Option<&'static Fused>,
     pub rank: usize,
     output: usize,
     /// One above the other.
@@ -74,37 +75,8 @@ struct Piece<'a> {
     fold: f64,
 }
 
-pub(super) fn save(adapter: &Adapter, path: &Path, options: &SaveOptions) -> Result<()> {
-    let dtype = options.dtype.unwrap_or(adapter.dtype());
-    let target = Target::new(adapter, options.format);
-    let modules = modules(adapter, &target, dtype, options)?;
-    // What a file says may be wrong of what became of it; what was given in memory is meant to be written.
-    let mut given = if adapter.0.file.is_none() { adapter.metadata().clone() } else { BTreeMap::new() };
-    given.extend(options.metadata.clone());
-
-    let mut protect: BTreeSet<PathBuf> = options.protect.iter().cloned().collect();
-    protect.extend(adapter.0.file.iter().filter(|file| file.is_on_disk()).map(|file| file.path().to_owned()));
-    for layer in adapter.layers() {
-        for tensor in [&layer.a, &layer.b] {
-            if let TensorData::File(file, _) = &tensor.data
-                && file.is_on_disk()
-            {
-                protect.insert(file.path().to_owned());
-            }
-        }
-    }
-    let protect: Vec<PathBuf> = protect.into_iter().collect();
-    write_atomic(path, options.overwrite, &protect, |out| {
-        let tensors: Vec<_> =
-            modules.iter().flat_map(|module| module.tensors(&target.spelling, dtype)).collect();
-        let metadata =
-            metadata::written(&modules, target.spelling.format, adapter.family(), &given, &tensors)?;
-        write_safetensors(out, &metadata, tensors)
-    })
-}
-
 impl Target {
-    fn new(adapter: &Adapter, format: Option<Format>) -> Self {
+    pub fn new(adapter: &Adapter, format: Option<Format>) -> Self {
         let has = |of: &dyn Fn(&Layer) -> bool| adapter.layers().iter().any(of);
         let one_encoder = has(&is_unet) && !has(&|layer| layer.key.component() == "text_encoder_2");
         let own = adapter.0.usual.as_ref().filter(|own| own.spelling.names != Names::Processor);
@@ -194,7 +166,7 @@ impl Target {
 }
 
 /// The modules of a file, in order of their first layers.
-fn modules<'a>(
+pub(super) fn modules<'a>(
     adapter: &'a Adapter,
     target: &Target,
     dtype: Dtype,
@@ -218,13 +190,7 @@ fn modules<'a>(
             let reason = format!("`{name}` would be written twice, for it and for `{}`", pair[1].1.name());
             return Err(Error::layer(pair[0].1.name(), reason));
         }
-        let mut module = joined(name, prefix, fused, &parts)?;
-        module.scale(&target.spelling, dtype, options)?;
-        let layer = module.layer;
-        module.swap = target.spelling.names == Names::Native
-            && layer.key.component().is_empty()
-            && layer.family.swaps(layer.key.flat(), layer.input, layer.output);
-        Ok(module)
+        Module::new(name, prefix, fused, parts, target, dtype, options)
     };
     places.into_par_iter().map(module).collect()
 }
@@ -234,7 +200,7 @@ fn joined<'a>(
     name: String,
     prefix: usize,
     fused: Option<&'static Fused>,
-    parts: &[(usize, &'a Layer)],
+    parts: Vec<(usize, &'a Layer)>,
 ) -> Result<Module<'a>> {
     let Some(&(_, layer)) = parts.first() else {
         return Err(Error::Invalid(format!("`{name}` has no layer")));
@@ -268,6 +234,8 @@ fn joined<'a>(
         name,
         prefix,
         layer,
+        parts,
+        fused,
         rank,
         output: row,
         a,
@@ -279,7 +247,41 @@ fn joined<'a>(
     })
 }
 
-impl Module<'_> {
+impl<'a> Module<'a> {
+    fn new(
+        name: String,
+        prefix: usize,
+        fused: Option<&'static Fused>,
+        parts: Vec<(usize, &'a Layer)>,
+        target: &Target,
+        dtype: Dtype,
+        options: &SaveOptions,
+    ) -> Result<Self> {
+        let mut module = joined(name, prefix, fused, parts)?;
+        module.scale(&target.spelling, dtype, options)?;
+        let layer = module.layer;
+        module.swap = target.spelling.names == Names::Native
+            && layer.key.component().is_empty()
+            && layer.family.swaps(layer.key.flat(), layer.input, layer.output);
+        Ok(module)
+    }
+
+    /// The same module with `layers` in the places of those of their names.
+    pub fn with<'b>(
+        &self,
+        layers: &'b [Layer],
+        target: &Target,
+        dtype: Dtype,
+        options: &SaveOptions,
+    ) -> Result<Module<'b>>
+    where
+        'a: 'b,
+    {
+        let new = |old: &'a Layer| layers.iter().find(|layer| layer.key == old.key).unwrap_or(old);
+        let parts = self.parts.iter().map(|&(index, old)| (index, new(old))).collect();
+        Module::new(self.name.clone(), self.prefix, self.fused, parts, target, dtype, options)
+    }
+
     /// Decides how scales are written: as alpha, or folded into B.
     fn scale(&mut self, spelling: &Spelling, dtype: Dtype, options: &SaveOptions) -> Result<()> {
         let rank = self.rank as f64;
@@ -315,7 +317,8 @@ impl Module<'_> {
         Ok(())
     }
 
-    fn tensors<'a>(&'a self, spelling: &Spelling, dtype: Dtype) -> Vec<TensorOut<'a>> {
+    /// What is written of it.
+    pub fn tensors<'b>(&'b self, spelling: &Spelling, dtype: Dtype) -> Vec<TensorOut<'b>> {
         let Self { name, layer, rank, output, b_dtype, alpha, .. } = self;
         let (a, b) = (&spelling.a, &spelling.b);
         let Kernel { dims, ones } = layer.kernel.clone().unwrap_or(Kernel { dims: Vec::new(), ones: 0 });
@@ -431,40 +434,43 @@ fn convert(
         return out.write_all(values.bytes);
     }
     let (mut wide, mut bytes) = (vec![0f32; CHUNK], Vec::with_capacity(4 * CHUNK));
-    for part in values.bytes.chunks(BULK * values.dtype.size()) {
-        if scale == 1.0
-            && let Some(bytes) = in_bulk(values.dtype, part, dtype)
-        {
-            out.write_all(&bytes)?;
+    let mut halves = vec![0u16; CHUNK];
+    for chunk in values.bytes.chunks(CHUNK * values.dtype.size()) {
+        let wide = widen(values.dtype, chunk, &mut wide);
+        let halves = &mut halves[..wide.len()];
+        if scale == 1.0 && narrow(wide, dtype, halves) {
+            out.write_all(bytemuck::cast_slice(halves))?;
             continue;
         }
-        for chunk in part.chunks(CHUNK * values.dtype.size()) {
-            let scaled: Vec<f64> =
-                widen(values.dtype, chunk, &mut wide).iter().map(|&v| f64::from(v) * scale).collect();
-            put(&scaled, dtype, layer, &mut bytes, out)?;
-        }
+        let scaled: Vec<f64> = wide.iter().map(|&v| f64::from(v) * scale).collect();
+        put(&scaled, dtype, layer, &mut bytes, out)?;
     }
     Ok(())
 }
 
-/// f32 values as halves, on all threads; `None` for other types, and where one would become infinity.
-fn in_bulk(from: Dtype, bytes: &[u8], to: Dtype) -> Option<Vec<u8>> {
+/// f32 values as halves; false for other types, and where one is or would become infinity or NaN.
+fn narrow(wide: &[f32], dtype: Dtype, halves: &mut [u16]) -> bool {
     use half::slice::HalfFloatSliceExt;
-    let mut halves = vec![0u16; bytes.len() / 4];
-    let infinity = match (from, to) {
-        (Dtype::F32, Dtype::F16) => 0x7c00,
-        (Dtype::F32, Dtype::Bf16) => 0x7f80,
-        _ => return None,
-    };
-    let good = bytes.par_chunks(4 * CHUNK).zip(halves.par_chunks_mut(CHUNK)).map(|(bytes, halves)| {
-        let wide: Vec<f32> = bytemuck::pod_collect_to_vec(bytes);
-        match to {
-            Dtype::F16 => bytemuck::cast_slice_mut::<u16, half::f16>(halves).convert_from_f32_slice(&wide),
-            _ => bytemuck::cast_slice_mut::<u16, half::bf16>(halves).convert_from_f32_slice(&wide),
+    let infinity = match dtype {
+        Dtype::F32 => return false,
+        Dtype::F16 => {
+            bytemuck::cast_slice_mut::<u16, half::f16>(halves).convert_from_f32_slice(wide);
+            0x7c00
         }
-        halves.iter().fold(true, |good, half| good & (half & infinity != infinity))
-    });
-    good.reduce(|| true, |x, y| x & y).then(|| bytemuck::cast_slice(&halves).to_vec())
+        Dtype::Bf16 => {
+            for (half, v) in halves.iter_mut().zip(wide) {
+                // To nearest, ties to even.
+                let bits = v.to_bits();
+                *half = (bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16) as u16;
+            }
+            // NaN may have become anything, but not without having been NaN.
+            if wide.iter().fold(false, |bad, v| bad | (v.to_bits() & 0x7f80_0000 == 0x7f80_0000)) {
+                return false;
+            }
+            0x7f80
+        }
+    };
+    halves.iter().fold(true, |good, half| good & (half & infinity != infinity))
 }
 
 /// Writes numbers, and refuses to make infinity of a finite one.

@@ -17,7 +17,8 @@ pub struct Global {
     /// Where to compute: `auto`, `cpu`, `gpu`, an index of `loraweld devices`, or a part of a name.
     ///
     /// `auto` takes a hardware GPU, else the CPU; a software adapter only `gpu`, an index or a name.
-    /// WGPU_BACKEND and WGPU_ADAPTER_NAME are honoured.
+    /// WGPU_BACKEND and WGPU_ADAPTER_NAME are honoured. Compiled shaders are kept in the folder LORAWELD_CACHE, or in the
+    /// user's cache folder; nowhere if it is empty.
     #[arg(
         long,
         global = true,
@@ -58,6 +59,7 @@ impl Global {
             select: self.device.clone(),
             precision: self.precision,
             memory: memory.mib.map(|mib| mib << 20),
+            pipeline_cache: cache_folder(),
             ..Default::default()
         })?;
         out.event("device", &serde_json::json!({ "device": device.describe(), "note": device.note() }))?;
@@ -66,6 +68,14 @@ impl Global {
             out.warn(note)?;
         }
         Ok(device)
+    }
+}
+
+/// Where compiled pipelines are kept: `LORAWELD_CACHE` (nowhere if it is empty), else the user's cache folder.
+fn cache_folder() -> Option<PathBuf> {
+    match std::env::var_os("LORAWELD_CACHE") {
+        Some(folder) => Some(PathBuf::from(folder)).filter(|folder| !folder.as_os_str().is_empty()),
+        None => dirs::cache_dir().map(|folder| folder.join("loraweld")),
     }
 }
 

@@ -141,6 +141,7 @@ pub fn wanted_features() -> wgpu::Features {
         | wgpu::Features::SHADER_F16
         | wgpu::Features::SUBGROUP
         | wgpu::Features::TIMESTAMP_QUERY
+        | wgpu::Features::PIPELINE_CACHE
         | wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX
 }
 

@@ -1,10 +1,13 @@
 //! Choosing and opening a device.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 
+use super::batch::Element;
 use super::capabilities::{Capabilities, Disable, Precision, Tier, wanted_features};
 use super::gpu::Gpu;
 use super::self_test;
+use super::shaders::Kernel;
 use crate::{Error, Result};
 
 /// Which device to take.
@@ -48,6 +51,8 @@ pub struct DeviceOptions {
     pub disable: Disable,
     /// Device memory to stay within, in bytes. `None`: 2 GiB.
     pub memory: Option<u64>,
+    /// A folder to keep compiled pipelines in, where the driver allows it (Vulkan): programs start faster the next time.
+    pub pipeline_cache: Option<PathBuf>,
 }
 
 /// An adapter as [`Device::adapters`] lists it.
@@ -147,8 +152,9 @@ impl Device {
             ..Default::default()
         }))
         .map_err(|e| Error::Device(format!("`{}` cannot be opened: {e}", adapter.get_info().name)))?;
-        let gpu = Gpu::new(adapter, device, queue, options.disable);
+        let mut gpu = Gpu::new(adapter, device, queue, options.disable);
         gpu.record_errors();
+        gpu.open_cache(adapter, options.pipeline_cache.as_deref());
         Self::on_gpu(gpu, options.precision, memory)
     }
 
@@ -200,7 +206,8 @@ impl Device {
                 )));
             }
         }
-        let gpu = Gpu::new(adapter, device, queue, options.disable);
+        let mut gpu = Gpu::new(adapter, device, queue, options.disable);
+        gpu.open_cache(adapter, options.pipeline_cache.as_deref());
         Self::on_gpu(gpu, options.precision, options.memory.unwrap_or(DEFAULT_MEMORY))
     }
 
@@ -311,6 +318,21 @@ impl Device {
         match &self.backend {
             Backend::Cpu => Ok(()),
             Backend::Gpu(gpu) => gpu.wait(),
+        }
+    }
+
+    /// Makes the pipelines of the factor-space algebra ([`ops::Stacks`](super::ops::Stacks), [`ops::qr`](super::ops::qr)) on all
+    /// threads; they are made when they are needed else.
+    pub(crate) fn prepare_algebra(&self) {
+        if let (Backend::Gpu(gpu), element @ (Element::F64 | Element::DoubleSingle)) =
+            (&self.backend, self.sum())
+        {
+            gpu.prepare(&[
+                Kernel::JacobiSvd(element),
+                Kernel::ProjectReal(element),
+                Kernel::RankUpdate(element),
+                Kernel::Rows,
+            ]);
         }
     }
 

@@ -2,10 +2,14 @@
 
 use std::collections::HashMap;
 use std::ops::Range;
+use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+
+use rayon::prelude::*;
 
 use super::capabilities::{Capabilities, Disable};
+use super::pipeline_cache::PipelineCache;
 use super::shaders::Kernel;
 use super::staging::{Downloads, Uploads};
 use crate::{Error, Result};
@@ -26,7 +30,9 @@ pub(crate) struct Gpu {
     pub capabilities: Capabilities,
     pub disable: Disable,
     params: wgpu::Buffer,
-    pipelines: Mutex<HashMap<Kernel, wgpu::ComputePipeline>>,
+    /// Each is made by the first who needs it, while others are made beside it.
+    pipelines: Mutex<HashMap<Kernel, Arc<OnceLock<wgpu::ComputePipeline>>>>,
+    cache: Option<PipelineCache>,
     scratch: Mutex<Vec<wgpu::Buffer>>,
     staged: AtomicU64,
     uploads: Uploads,
@@ -65,12 +71,18 @@ impl Gpu {
             disable,
             params,
             pipelines: Mutex::default(),
+            cache: None,
             scratch: Mutex::default(),
             staged: AtomicU64::new(0),
             uploads: Uploads::default(),
             downloads: Downloads::default(),
             error: Arc::default(),
         }
+    }
+
+    /// Makes pipelines with what a folder has of them.
+    pub fn open_cache(&mut self, adapter: &wgpu::Adapter, folder: Option<&Path>) {
+        self.cache = folder.and_then(|folder| PipelineCache::open(adapter, &self.device, folder));
     }
 
     /// Turns wgpu's uncaptured errors, which would panic, into errors of the next download.
@@ -154,10 +166,12 @@ impl Gpu {
     pub fn wait(&self) -> Result<()> {
         // An upload only starts with the next submission.
         self.queue.submit([]);
+        self.poll(wgpu::PollType::wait_indefinitely())
+    }
+
+    fn poll(&self, until: wgpu::PollType) -> Result<()> {
         self.staged.store(0, Ordering::Relaxed);
-        self.device
-            .poll(wgpu::PollType::wait_indefinitely())
-            .map_err(|e| Error::Device(format!("{}: {e}", self.name)))?;
+        self.device.poll(until).map_err(|e| Error::Device(format!("{}: {e}", self.name)))?;
         self.check()
     }
 
@@ -180,10 +194,11 @@ impl Gpu {
         let staging = self.downloads.take(&self.device, size);
         let mut encoder = self.device.create_command_encoder(&Default::default());
         encoder.copy_buffer_to_buffer(buffer, 0, &staging, 0, size);
-        self.queue.submit([encoder.finish()]);
+        let copied = self.queue.submit([encoder.finish()]);
         let (send, receive) = std::sync::mpsc::channel();
         staging.map_async(wgpu::MapMode::Read, ..size, move |result| drop(send.send(result)));
-        self.wait()?;
+        // Not for what other threads have submitted since.
+        self.poll(wgpu::PollType::Wait { submission_index: Some(copied), timeout: None })?;
         match receive.recv() {
             Ok(Ok(())) => {}
             Ok(Err(e)) => return Err(Error::Device(format!("{}: cannot read back: {e}", self.name))),
@@ -198,30 +213,46 @@ impl Gpu {
         Ok(result)
     }
 
+    /// Makes the pipelines that will be needed, on all threads.
+    pub fn prepare(&self, kernels: &[Kernel]) {
+        kernels.par_iter().for_each(|&kernel| drop(self.pipeline(kernel)));
+    }
+
     fn pipeline(&self, kernel: Kernel) -> wgpu::ComputePipeline {
-        lock(&self.pipelines)
-            .entry(kernel)
-            .or_insert_with(|| {
-                let module = shader_module(&self.device, &kernel.label(), &kernel.source());
-                self.device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
-                    label: Some(&kernel.label()),
-                    layout: None,
-                    module: &module,
-                    entry_point: Some("main"),
-                    compilation_options: wgpu::PipelineCompilationOptions {
-                        // Kernels write workgroup memory before they read it.
-                        zero_initialize_workgroup_memory: false,
-                        ..Default::default()
-                    },
-                    cache: None,
-                })
-            })
-            .clone()
+        let pipeline = lock(&self.pipelines).entry(kernel).or_default().clone();
+        pipeline.get_or_init(|| self.make_pipeline(kernel)).clone()
+    }
+
+    fn make_pipeline(&self, kernel: Kernel) -> wgpu::ComputePipeline {
+        let start = std::time::Instant::now();
+        let module = shader_module(&self.device, &kernel.label(), &kernel.source());
+        let pipeline = self.device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
+            label: Some(&kernel.label()),
+            layout: None,
+            module: &module,
+            entry_point: Some("main"),
+            compilation_options: wgpu::PipelineCompilationOptions {
+                // Kernels write workgroup memory before they read it.
+                zero_initialize_workgroup_memory: false,
+                ..Default::default()
+            },
+            cache: self.cache.as_ref().map(PipelineCache::cache),
+        });
+        tracing::debug!(kernel = kernel.label(), seconds = start.elapsed().as_secs_f64(), "made a pipeline");
+        pipeline
     }
 
     /// Starts recording.
     pub fn commands(&self) -> Commands<'_> {
         Commands { gpu: self, launches: Vec::new(), phase: 0, tables: Vec::new(), kept: Vec::new() }
+    }
+}
+
+impl Drop for Gpu {
+    fn drop(&mut self) {
+        if let Some(cache) = &self.cache {
+            cache.save();
+        }
     }
 }
 

@@ -9,6 +9,7 @@ mod capabilities;
 mod device;
 pub(crate) mod gpu;
 pub mod ops;
+mod pipeline_cache;
 mod self_test;
 pub mod shaders;
 mod staging;

@@ -2,11 +2,11 @@
 
 use rayon::prelude::*;
 
-use super::driver::{self, Done, Job};
+use super::driver::{self, Done, Job, Method, Run, Spec};
 use super::loss::times;
 use super::rule::{self, Rule};
 use super::truncate::Truncation;
-use super::{Action, LayerReport, Merged, PlannedLayer};
+use super::{Action, LayerReport, Merged};
 use crate::compute::ops::{self, Qr, ScaledRows, Side, Svd};
 use crate::{Control, Device, Error, Layer, Matrix, RawMatrix, Result, Weighted};
 
@@ -97,11 +97,7 @@ impl CoreMerge {
         adapters: &[Weighted<'_>],
         control: Control<'_>,
     ) -> Result<Merged> {
-        self.rule.check()?;
-        let options = self.rule.json();
-        let room = |layer: &PlannedLayer| size(device, layer.rank, layer.input, layer.output);
-        let chunk = |on: &Device, jobs: &[Job<'_>]| self.chunk(on, jobs);
-        driver::run(self.name, options, device, adapters, &control, room, chunk)
+        self.run(&Run::new(device, adapters, control))
     }
 
     fn chunk(&self, device: &Device, jobs: &[Job<'_>]) -> Result<Vec<Done>> {
@@ -166,6 +162,23 @@ impl CoreMerge {
     }
 }
 
+impl Method for CoreMerge {
+    fn run(&self, run: &Run<'_>) -> Result<Merged> {
+        self.rule.check()?;
+        driver::run(
+            run,
+            &Spec {
+                method: self.name,
+                options: self.rule.json(),
+                size: &|layer| size(run.device, layer.rank, layer.input, layer.output),
+                rank: &|layer| layer.rank,
+                merge: &|on, jobs| self.chunk(on, jobs),
+                is_sum: false,
+            },
+        )
+    }
+}
+
 /// The updates of layers in orthonormal bases: `ΔW_k = Q_bᵀ·M_k·Q_a`.
 pub(super) struct Factored {
     /// Of the stacked A: `[A_1; …; A_K] = L_a·Q_a`.
@@ -194,21 +207,8 @@ impl Factored {
             ops::qr(device, &ScaledRows::new(device, side, &stacks)?)
         };
         let (a, b) = (rows(Side::Input, Layer::a)?, rows(Side::Output, Layer::b)?);
-        let cores = (0..layers.len())
-            .into_par_iter()
-            .map(|i| {
-                let mut end = 0;
-                let core = |&(layer, scale): &(&Layer, f64)| {
-                    let rows = end..end + layer.rank;
-                    end = rows.end;
-                    let block = |l: &Matrix, scale: f64| {
-                        Matrix::from_fn(rows.len(), l.cols, |r, c| scale * l[(rows.start + r, c)])
-                    };
-                    times(&block(&b.l[i], scale).transposed(), &block(&a.l[i], 1.0))
-                };
-                layers[i].iter().map(core).collect()
-            })
-            .collect();
+        let cores =
+            layers.par_iter().zip(&a.l).zip(&b.l).map(|((members, a), b)| cores(members, a, b)).collect();
         Ok(Self { a, b, cores })
     }
 
@@ -265,6 +265,20 @@ impl Factored {
     }
 }
 
+/// `M_k = s_k·L_b,kᵀ·L_a,k` of each member, whose rows of the roots of the stacked factors these are.
+pub(super) fn cores(members: &[(&Layer, f64)], a: &Matrix, b: &Matrix) -> Vec<Matrix> {
+    let mut end = 0;
+    let core = |&(layer, scale): &(&Layer, f64)| {
+        let rows = end..end + layer.rank;
+        end = rows.end;
+        let block = |l: &Matrix, scale: f64| {
+            Matrix::from_fn(rows.len(), l.cols, |r, c| scale * l[(rows.start + r, c)])
+        };
+        times(&block(b, scale).transposed(), &block(a, 1.0))
+    };
+    members.iter().map(core).collect()
+}
+
 impl Job<'_> {
     /// The layer whose spelling the result takes.
     pub fn template(&self) -> &Layer {
@@ -278,8 +292,8 @@ pub(super) fn rounded(template: &Layer, a: &Matrix, b: &Matrix) -> Result<Layer>
     finite(template, narrow(a), narrow(&b.transposed()))
 }
 
-fn finite(template: &Layer, a: Matrix<f32>, b: Matrix<f32>) -> Result<Layer> {
-    if a.data.iter().chain(&b.data).any(|v| !v.is_finite()) {
+pub(super) fn finite(template: &Layer, a: Matrix<f32>, b: Matrix<f32>) -> Result<Layer> {
+    if !super::all_finite(&a.data) || !super::all_finite(&b.data) {
         let reason = "the merged factors overflow f32; are scales and strengths right?";
         return Err(Error::layer(template.name(), reason));
     }

@@ -1,12 +1,93 @@
-//! What every method does around its own arithmetic: match, check, pass through, cut into chunks, report.
+//! What every method does around its own arithmetic: match, check, pass through, cut into chunks, write, report.
 
 use std::collections::BTreeMap;
-use std::time::Instant;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError, channel};
+use std::time::{Duration, Instant};
 
-use super::{Action, LayerReport, Merged, Plan, PlannedLayer, Report};
-use crate::{Control, Device, Layer, LayerKey, Result, Weighted};
+use super::truncate::{self, Cut, Cuts};
+use super::{Action, InputReport, LayerReport, Merged, Plan, PlannedLayer, Report, Truncation};
+use crate::adapter::{Draft, save_while};
+use crate::{Adapter, Control, Device, Layer, Result, SaveOptions, Weighted};
 
-/// A layer that several adapters have.
+/// Where a merge goes while it is computed.
+#[derive(Clone, Copy, Debug)]
+pub struct Destination<'a> {
+    /// The file to write.
+    pub path: &'a Path,
+    /// How it is written.
+    pub options: &'a SaveOptions,
+    /// What every layer is truncated to, as by [`Merged::truncated`].
+    pub truncation: Truncation,
+}
+
+/// A method of merging.
+pub trait Method: Sync {
+    /// Merges, into memory or into a file.
+    #[doc(hidden)]
+    fn run(&self, run: &Run<'_>) -> Result<Merged>;
+
+    /// Merges, as the method's `merge_with` does.
+    ///
+    /// # Errors
+    /// As of the method's `merge_with`.
+    fn merge_any(&self, device: &Device, adapters: &[Weighted<'_>], control: Control<'_>) -> Result<Merged> {
+        self.run(&Run::new(device, adapters, control))
+    }
+
+    /// Merges into a file, while it computes: the same file as of [`Merged::adapter`], truncated and saved, but with only
+    /// a few layers at a time in memory. It is there when it is whole, or not at all.
+    ///
+    /// # Errors
+    /// As of the method's `merge_with`, [`Merged::truncated`] and [`Adapter::save`](crate::Adapter::save).
+    fn merge_into(
+        &self,
+        device: &Device,
+        adapters: &[Weighted<'_>],
+        to: &Destination<'_>,
+        control: Control<'_>,
+    ) -> Result<Report> {
+        let run = Run { output: Some(to), truncation: to.truncation, ..Run::new(device, adapters, control) };
+        Ok(self.run(&run)?.report)
+    }
+}
+
+/// A merge that is asked for.
+#[derive(Clone, Copy)]
+pub struct Run<'a> {
+    pub(super) device: &'a Device,
+    pub(super) adapters: &'a [Weighted<'a>],
+    pub(super) control: Control<'a>,
+    pub(super) truncation: Truncation,
+    pub(super) output: Option<&'a Destination<'a>>,
+}
+
+impl<'a> Run<'a> {
+    /// Into memory.
+    pub(super) fn new(device: &'a Device, adapters: &'a [Weighted<'a>], control: Control<'a>) -> Self {
+        Self { device, adapters, control, truncation: Truncation::default(), output: None }
+    }
+}
+
+/// Merges layers on a device that has room for them.
+pub(super) type MergeJobs<'a> = dyn Fn(&Device, &[Job<'_>]) -> Result<Vec<Done>> + Sync + 'a;
+
+/// What a method is, to the driver.
+pub(super) struct Spec<'a> {
+    pub method: &'a str,
+    pub options: serde_json::Value,
+    /// Bytes of a layer's largest buffer, and in all.
+    pub size: &'a (dyn Fn(&PlannedLayer) -> (u64, u64) + Sync),
+    /// The highest rank that the result may have.
+    pub rank: &'a (dyn Fn(&PlannedLayer) -> usize + Sync),
+    /// Merges layers that several adapters have.
+    pub merge: &'a MergeJobs<'a>,
+    /// Whether the result is the plain sum, which is truncated without being formed.
+    pub is_sum: bool,
+}
+
+/// A layer, and what it is made of.
 pub(super) struct Job<'a> {
     pub planned: &'a PlannedLayer,
     /// The members' layers, in order, with the factor on each: scale times strength.
@@ -19,80 +100,334 @@ pub(super) struct Done {
     pub report: LayerReport,
 }
 
-/// Merges the layers that several adapters have with `merge`, in chunks that the device has room for, and passes the
-/// others through.
-///
-/// `size`: bytes of a layer's largest buffer, and in all.
-pub(super) fn run<'a>(
-    method: &str,
-    options: serde_json::Value,
-    device: &Device,
-    adapters: &[Weighted<'a>],
-    control: &Control<'_>,
-    size: impl Fn(&PlannedLayer) -> (u64, u64),
-    mut merge: impl FnMut(&Device, &[Job<'_>]) -> Result<Vec<Done>>,
-) -> Result<Merged> {
+/// What is left of a [`Done`] once it is written, or all of it.
+struct Kept {
+    layer: Option<Layer>,
+    report: LayerReport,
+    cut: Option<Cut>,
+}
+
+/// Merges the layers that several adapters have, in chunks that the device has room for, and passes the others through.
+pub(super) fn run(run: &Run<'_>, spec: &Spec<'_>) -> Result<Merged> {
     let start = Instant::now();
-    let plan = Plan::new(adapters)?;
-    let mut inputs = super::check_inputs(adapters, control)?;
-    let mut results: BTreeMap<&LayerKey, Done> = BTreeMap::new();
-    let mut shared = Vec::new();
-    for planned in plan.layers() {
-        match super::passed_through(planned, adapters) {
-            Some(layer) => {
-                let report = LayerReport::new(planned, Action::PassedThrough);
-                results.insert(&planned.key, Done { layer, report });
-            }
-            None => shared.push(planned),
-        }
-    }
-    let (total, mut done) = (shared.len(), 0);
-    let chunks = || -> Result<()> {
-        for (chunk, on) in super::chunks(device, &shared, &size) {
-            control.step("merge", &chunk[0].name, done, total)?;
-            let jobs: Vec<Job<'_>> = chunk
-                .iter()
-                .map(|planned| Job { planned, members: super::members(planned, adapters) })
-                .collect();
-            tracing::debug!(layers = jobs.len(), gpu = on.is_gpu(), "merging a chunk");
-            for (planned, mut merged) in chunk.iter().zip(merge(&on, &jobs)?) {
-                if on.is_gpu() != device.is_gpu() {
-                    merged.report.notes.push(TOO_LARGE.into());
-                }
-                results.insert(&planned.key, merged);
-            }
-            done += chunk.len();
-        }
-        Ok(())
+    run.truncation.check()?;
+    let plan = Plan::new(run.adapters)?;
+    let inputs: Vec<_> = run.adapters.iter().map(InputReport::new).collect();
+    let finish = |inputs: &[InputReport], layers| {
+        super::finish(spec.method, &spec.options, &run.truncation, inputs, run.adapters, layers)
     };
-    super::hash_inputs(&mut inputs, adapters, control, chunks)?;
-    control.finish("merge", total);
+    let merging = Merging { run, spec, plan: &plan, spent: Spent::default() };
+    let (adapter, inputs, kept) = match run.output {
+        None => {
+            let (inputs, mut kept) = merging.all(inputs, None)?;
+            let layers = kept.iter_mut().filter_map(|kept| kept.layer.take()).collect();
+            (finish(&inputs, layers)?, inputs, kept)
+        }
+        Some(Destination { path, options, .. }) => {
+            // Hashes are as long as what stands for them.
+            let mut before = inputs.clone();
+            for (input, weighted) in before.iter_mut().zip(run.adapters) {
+                input.sha256 = weighted.adapter.has_file().then(|| "0".repeat(64));
+            }
+            let skeleton = finish(&before, plan.layers().iter().map(|l| merging.planned(l)).collect())?;
+            let (inputs, kept) = save_while(&skeleton, path, options, &run.control, |draft| {
+                let (inputs, kept) = merging.all(inputs, Some(draft))?;
+                let metadata =
+                    super::metadata(spec.method, &spec.options, &run.truncation, &inputs, run.adapters)?;
+                Ok(((inputs, kept), metadata))
+            })?;
+            (skeleton, inputs, kept)
+        }
+    };
 
     let mut notes = plan.notes().to_vec();
-    notes.extend(device.note().map(str::to_owned));
-    let (layers, reports) = plan
-        .layers()
-        .iter()
-        .filter_map(|planned| results.remove(&planned.key))
-        .map(|done| (done.layer, done.report))
-        .unzip();
-    tracing::info!(method, shared = total, "merged");
-    let adapter = super::finish(method, &options, &inputs, adapters, layers)?;
-    Ok(Merged {
-        adapter,
-        report: Report {
-            method: method.to_owned(),
-            device: device.describe(),
-            inputs,
-            options,
-            layers: reports,
-            losses: None,
-            notes,
-            seconds: start.elapsed().as_secs_f64(),
-            version: env!("CARGO_PKG_VERSION").to_owned(),
-        },
-    })
+    notes.extend(run.device.note().map(str::to_owned));
+    let mut cuts = Cuts::default();
+    let layers = kept.into_iter().map(|kept| {
+        if let Some(cut) = kept.cut {
+            cuts.add(&kept.report.layer, &cut);
+        }
+        kept.report
+    });
+    let layers: Vec<_> = layers.collect();
+    notes.extend(cuts.note(layers.len()));
+    let report = Report {
+        method: spec.method.to_owned(),
+        device: run.device.describe(),
+        inputs,
+        options: spec.options.clone(),
+        layers,
+        losses: None,
+        notes,
+        seconds: start.elapsed().as_secs_f64(),
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+    };
+    tracing::info!(method = spec.method, layers = report.layers.len(), seconds = report.seconds, "merged");
+    merging.spent.log();
+    Ok(Merged { adapter, report })
 }
 
 /// What is said of a layer that the device has no room for.
 pub(super) const TOO_LARGE: &str = "too large for the device; computed on the CPU";
+
+struct Merging<'a> {
+    run: &'a Run<'a>,
+    spec: &'a Spec<'a>,
+    plan: &'a Plan,
+    spent: Spent,
+}
+
+impl Merging<'_> {
+    /// Hashes the inputs and merges every layer, which goes to `draft` or is kept. In order of the plan.
+    fn all(
+        &self,
+        mut inputs: Vec<InputReport>,
+        draft: Option<&Draft<'_>>,
+    ) -> Result<(Vec<InputReport>, Vec<Kept>)> {
+        let Run { device, adapters, control, .. } = self.run;
+        let layers: Vec<(usize, &PlannedLayer)> = self.plan.layers().iter().enumerate().collect();
+        let host = |(_, l): (usize, &PlannedLayer)| {
+            let rank = self.rank(l).min(self.run.truncation.rank.unwrap_or(usize::MAX));
+            4 * (rank * (l.input + l.output)) as u64
+        };
+        let chunks = super::chunks(device, &layers, |(_, planned)| self.size(planned), host, 1);
+        let mut results = BTreeMap::new();
+        let total = layers.len();
+        let at_once = match device.is_gpu() {
+            false => rayon::current_num_threads(),
+            // A layer that takes more than a chunk's room has the device to itself.
+            true if layers.iter().any(|(_, planned)| self.size(planned).1 > super::room(device)) => 1,
+            true => IN_FLIGHT,
+        };
+        let task = |i: usize| {
+            let (layers, on) = &chunks[i];
+            let planned: Vec<&PlannedLayer> = layers.iter().map(|(_, planned)| *planned).collect();
+            self.chunk(on, &planned, draft)
+        };
+        let name = |i: usize| chunks[i].0.first().map_or("", |(_, planned)| planned.name.as_str());
+        rayon::in_place_scope(|scope| {
+            scope.spawn(|_| device.prepare_algebra());
+            for (input, weighted) in inputs.iter_mut().zip(*adapters) {
+                scope.spawn(|_| {
+                    let hash = || weighted.adapter.file_sha256_with(control).ok();
+                    input.sha256 = self.spent.time(&self.spent.hash, hash);
+                });
+            }
+            in_turn(chunks.len(), at_once, control, &task, |i, kept: Vec<Kept>| {
+                control.step("merge", name(i), results.len(), total)?;
+                results.extend(chunks[i].0.iter().map(|(place, _)| *place).zip(kept));
+                Ok(())
+            })
+        })?;
+        // A hash that was interrupted is missing, as that of an adapter in memory is.
+        control.check()?;
+        control.finish("merge", total);
+        Ok((inputs, results.into_values().collect()))
+    }
+
+    /// Bytes of a layer's largest buffer, and in all.
+    fn size(&self, planned: &PlannedLayer) -> (u64, u64) {
+        let (truncated, merged) = (self.is_truncated(planned), planned.members.len() > 1);
+        let mut size =
+            if merged && !(truncated && self.spec.is_sum) { (self.spec.size)(planned) } else { (0, 0) };
+        if truncated {
+            let PlannedLayer { rank, input, output, .. } = *planned;
+            let (largest, all) = super::core::size(self.run.device, rank, input, output);
+            size = (size.0.max(largest), size.1.max(all));
+        }
+        size
+    }
+
+    /// The rank before truncation.
+    fn rank(&self, planned: &PlannedLayer) -> usize {
+        if planned.members.len() > 1 { (self.spec.rank)(planned) } else { planned.rank }
+    }
+
+    /// Whether a rank is low enough shows without its singular values; what a spectrum asks for does not.
+    fn is_truncated(&self, planned: &PlannedLayer) -> bool {
+        let Truncation { rank, spectrum } = self.run.truncation;
+        spectrum.is_some() || rank.is_some_and(|n| n < self.rank(planned))
+    }
+
+    /// The layer that is to be written, or a place for it.
+    fn planned(&self, planned: &PlannedLayer) -> Layer {
+        let passed = super::passed_through(planned, self.run.adapters);
+        match passed.filter(|_| !self.is_truncated(planned)) {
+            Some(layer) => layer,
+            None => {
+                let members = super::members(planned, self.run.adapters);
+                let most = self.run.truncation.rank.unwrap_or(usize::MAX);
+                super::template(&members).planned(self.rank(planned).min(most))
+            }
+        }
+    }
+
+    /// Checks, merges, truncates and writes layers.
+    fn chunk(&self, on: &Device, planned: &[&PlannedLayer], draft: Option<&Draft<'_>>) -> Result<Vec<Kept>> {
+        let Self { run, spec, spent, .. } = self;
+        run.control.check()?;
+        spent.time(&spent.check, || self.check(planned))?;
+        let job = |&planned| Job { planned, members: super::members(planned, run.adapters) };
+        let jobs: Vec<Job<'_>> = planned.iter().map(job).collect();
+        tracing::trace!(layers = jobs.len(), gpu = on.is_gpu(), "merging a chunk");
+        let mut kept: Vec<Option<Kept>> = jobs.iter().map(|_| None).collect();
+        let of = |done: Done| Kept { layer: Some(done.layer), report: done.report, cut: None };
+
+        let (sums, merged): (Vec<usize>, Vec<usize>) = (0..jobs.len())
+            .partition(|&i| jobs[i].members.len() == 1 || (spec.is_sum && self.is_truncated(planned[i])));
+        let chosen: Vec<Job<'_>> = merged.iter().map(|&i| job(&planned[i])).collect();
+        if !chosen.is_empty() {
+            let done = spent.time(&spent.merge, || (spec.merge)(on, &chosen))?;
+            for (i, done) in merged.into_iter().zip(done) {
+                kept[i] = Some(of(done));
+            }
+        }
+        let places: Vec<usize> = (0..jobs.len()).filter(|&i| self.is_truncated(planned[i])).collect();
+        if !places.is_empty() {
+            let updates: Vec<truncate::Update<'_>> = places
+                .iter()
+                .map(|&i| match kept[i].as_ref().and_then(|kept| kept.layer.as_ref()) {
+                    Some(layer) => truncate::Update::of(layer),
+                    None => {
+                        truncate::Update { template: jobs[i].template(), members: jobs[i].members.clone() }
+                    }
+                })
+                .collect();
+            let all = spent.time(&spent.truncate, || truncate::truncated(on, &updates, &run.truncation))?;
+            for (&i, truncated) in places.iter().zip(all) {
+                let Some(layer) = truncated.layer else { continue };
+                let action =
+                    if jobs[i].members.len() > 1 { Action::Concatenated } else { Action::PassedThrough };
+                let kept = kept[i].get_or_insert_with(|| {
+                    of(Done { layer: layer.clone(), report: LayerReport::new(planned[i], action) })
+                });
+                kept.report.rank = layer.rank;
+                kept.report.cut = Some(truncated.cut.share());
+                kept.layer = Some(layer);
+                kept.cut = Some(truncated.cut);
+            }
+        }
+        // What keeps its rank stays as it is.
+        for i in sums.into_iter() {
+            if kept[i].is_some() {
+                continue;
+            }
+            let (layer, action) = match super::passed_through(planned[i], run.adapters) {
+                Some(layer) => (layer, Action::PassedThrough),
+                None => (super::joined(&jobs[i].members)?, Action::Concatenated),
+            };
+            kept[i] = Some(of(Done { layer, report: LayerReport::new(planned[i], action) }));
+        }
+        let mut kept: Vec<Kept> = kept.into_iter().flatten().collect();
+        if on.is_gpu() != run.device.is_gpu() {
+            kept.iter_mut().for_each(|kept| kept.report.notes.push(TOO_LARGE.into()));
+        }
+        if let Some(draft) = draft {
+            spent.time(&spent.write, || draft.put_all(kept.iter_mut().filter_map(|k| k.layer.take())))?;
+        }
+        Ok(kept)
+    }
+
+    /// Refuses NaN and infinity in what any adapter has of these layers.
+    fn check(&self, planned: &[&PlannedLayer]) -> Result<()> {
+        use rayon::prelude::*;
+        planned.par_iter().try_for_each(|planned| {
+            let mut of = planned.members.iter().chain(&planned.silent);
+            of.try_for_each(|&i| {
+                let adapter: &Adapter = self.run.adapters[i].adapter;
+                adapter.layer(&planned.key).map_or(Ok(()), |layer| adapter.check_layer(layer))
+            })
+        })
+    }
+}
+
+/// Chunks that a GPU has at once: while one is downloaded, converted and written, another is uploaded and computed.
+const IN_FLIGHT: usize = 2;
+
+/// Runs tasks on the threads of rayon's pool, some at once and begun in order, and hands what they give to `done`, on the
+/// calling thread. Ends with the first error.
+fn in_turn<T: Send>(
+    tasks: usize,
+    at_once: usize,
+    control: &Control<'_>,
+    task: &(dyn Fn(usize) -> Result<T> + Sync),
+    mut done: impl FnMut(usize, T) -> Result<()>,
+) -> Result<()> {
+    let (next, stop) = (AtomicUsize::new(0), AtomicBool::new(false));
+    let (next, stop) = (&next, &stop);
+    let (send, receive) = channel();
+    rayon::in_place_scope(|scope| {
+        for _ in 0..at_once.min(tasks) {
+            let send = send.clone();
+            scope.spawn(move |_| {
+                while !stop.load(Ordering::Relaxed) {
+                    let i = next.fetch_add(1, Ordering::Relaxed);
+                    if i >= tasks || send.send((i, task(i))).is_err() {
+                        break;
+                    }
+                }
+            });
+        }
+        drop(send);
+        let mut all = || {
+            while let Some((i, result)) = wait(&receive, control)? {
+                done(i, result?)?;
+            }
+            Ok(())
+        };
+        let result = all();
+        stop.store(true, Ordering::Relaxed);
+        result
+    })
+}
+
+/// What comes next; `None` when nothing more will. A thread of rayon's works meanwhile, for the tasks may need it.
+fn wait<T>(receive: &Receiver<T>, control: &Control<'_>) -> Result<Option<T>> {
+    loop {
+        control.check()?;
+        let result = match rayon::yield_now() {
+            Some(rayon::Yield::Executed) => receive.try_recv().map_err(|e| match e {
+                TryRecvError::Empty => RecvTimeoutError::Timeout,
+                TryRecvError::Disconnected => RecvTimeoutError::Disconnected,
+            }),
+            Some(rayon::Yield::Idle) => receive.recv_timeout(Duration::from_millis(1)),
+            None => receive.recv_timeout(Duration::from_millis(50)),
+        };
+        match result {
+            Ok(value) => return Ok(Some(value)),
+            Err(RecvTimeoutError::Disconnected) => return Ok(None),
+            Err(RecvTimeoutError::Timeout) => {}
+        }
+    }
+}
+
+/// Where time goes, in nanoseconds of all threads that wait for it.
+#[derive(Default)]
+struct Spent {
+    hash: AtomicU64,
+    check: AtomicU64,
+    merge: AtomicU64,
+    truncate: AtomicU64,
+    write: AtomicU64,
+}
+
+impl Spent {
+    fn time<T>(&self, on: &AtomicU64, call: impl FnOnce() -> T) -> T {
+        let start = Instant::now();
+        let result = call();
+        on.fetch_add(start.elapsed().as_nanos() as u64, Ordering::Relaxed);
+        result
+    }
+
+    fn log(&self) {
+        let seconds = |of: &AtomicU64| of.load(Ordering::Relaxed) as f64 * 1e-9;
+        tracing::debug!(
+            hash = seconds(&self.hash),
+            check = seconds(&self.check),
+            merge = seconds(&self.merge),
+            truncate = seconds(&self.truncate),
+            write = seconds(&self.write),
+            "seconds, of all threads together"
+        );
+    }
+}

@@ -1,9 +1,7 @@
 //! TIES and DARE on the entries of ΔW, made panel by panel and never held whole.
 
-use rayon::prelude::*;
-
 use super::core::{rounded, unconverged};
-use super::driver::{self, Done, Job};
+use super::driver::{self, Done, Job, Method, Run, Spec};
 use super::rule::{Dare, Rule, Ties, kept};
 use super::truncate::Truncation;
 use super::{Action, LayerReport, Merged, PlannedLayer};
@@ -85,21 +83,7 @@ impl EntryMerge {
         adapters: &[Weighted<'_>],
         control: Control<'_>,
     ) -> Result<Merged> {
-        self.rule.check()?;
-        let mut options = self.rule.json();
-        if let Some(rank) = self.rank {
-            Truncation::rank(rank).check()?;
-            options["rank"] = rank.into();
-        }
-        let room = |layer: &PlannedLayer| self.size(layer);
-        let chunk = |on: &Device, jobs: &[Job<'_>]| -> Result<Vec<Done>> {
-            match on.is_gpu() {
-                // One layer fills a GPU.
-                true => jobs.iter().map(|job| self.layer(on, job, &control)).collect(),
-                false => jobs.par_iter().map(|job| self.layer(on, job, &control)).collect(),
-            }
-        };
-        driver::run(self.name, options, device, adapters, &control, room, chunk)
+        self.run(&Run::new(device, adapters, control))
     }
 
     fn directions(&self, layer: &PlannedLayer) -> (usize, usize) {
@@ -161,6 +145,29 @@ impl EntryMerge {
             ..LayerReport::new(job.planned, Action::Combined)
         };
         Ok(Done { layer, report })
+    }
+}
+
+impl Method for EntryMerge {
+    fn run(&self, run: &Run<'_>) -> Result<Merged> {
+        self.rule.check()?;
+        let mut options = self.rule.json();
+        if let Some(rank) = self.rank {
+            Truncation::rank(rank).check()?;
+            options["rank"] = rank.into();
+        }
+        driver::run(
+            run,
+            &Spec {
+                method: self.name,
+                options,
+                size: &|layer| self.size(layer),
+                rank: &|layer| self.directions(layer).0,
+                // One layer fills a GPU.
+                merge: &|on, jobs| jobs.iter().map(|job| self.layer(on, job, &run.control)).collect(),
+                is_sum: false,
+            },
+        )
     }
 }
 

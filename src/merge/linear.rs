@@ -2,8 +2,8 @@
 
 use rayon::prelude::*;
 
-use super::driver::{self, Done, Job};
-use super::{Action, LayerReport, Merged, PlannedLayer};
+use super::driver::{self, Done, Job, Method, Run, Spec};
+use super::{Action, LayerReport, Merged};
 use crate::{Control, Device, Result, Weighted};
 
 /// The sum of adapters, `ΔW = Σ w_k·ΔW_k`, w: strengths.
@@ -40,19 +40,41 @@ impl Linear {
     /// [`Error::Layer`](crate::Error::Layer) if a result overflows f32;
     /// [`Error::Cancelled`](crate::Error::Cancelled).
     pub fn merge_with(&self, adapters: &[Weighted<'_>], control: Control<'_>) -> Result<Merged> {
-        let none = |_: &PlannedLayer| (0, 0);
+        self.run(&Run::new(&Device::cpu(), adapters, control))
+    }
+
+    /// Under another name, of a method that is the sum as well.
+    pub(super) fn run_as(&self, method: &str, run: &Run<'_>) -> Result<Merged> {
+        let exact = run.truncation.is_none();
         let cpu = Device::cpu();
-        let options = serde_json::json!({});
-        let mut merged = driver::run("linear", options, &cpu, adapters, &control, none, |_, jobs| {
-            jobs.par_iter()
-                .map(|Job { planned, members }| {
-                    let (a, b) = (super::joined_a(members), super::joined_b(members));
-                    let layer = super::joined_layer(members, a, b)?;
-                    Ok(Done { layer, report: LayerReport::new(planned, Action::Concatenated) })
-                })
-                .collect()
-        })?;
-        merged.report.device = "host, exact".to_owned();
+        let run = Run { device: if exact { &cpu } else { run.device }, ..*run };
+        let merge = |_: &Device, jobs: &[Job<'_>]| {
+            let sum = |Job { planned, members }: &Job<'_>| {
+                let report = LayerReport::new(planned, Action::Concatenated);
+                Ok(Done { layer: super::joined(members)?, report })
+            };
+            jobs.par_iter().map(sum).collect()
+        };
+        let mut merged = driver::run(
+            &run,
+            &Spec {
+                method,
+                options: serde_json::json!({}),
+                size: &|_| (0, 0),
+                rank: &|layer| layer.rank,
+                merge: &merge,
+                is_sum: true,
+            },
+        )?;
+        if exact {
+            merged.report.device = "host, exact".to_owned();
+        }
         Ok(merged)
+    }
+}
+
+impl Method for Linear {
+    fn run(&self, run: &Run<'_>) -> Result<Merged> {
+        self.run_as("linear", run)
     }
 }

@@ -16,7 +16,10 @@ mod ssr;
 mod svd;
 mod truncate;
 
+use std::collections::BTreeMap;
+
 pub use core::CoreMerge;
+pub use driver::{Destination, Method, Run};
 pub use entrywise::EntryMerge;
 pub use linear::Linear;
 pub use np_lora::{Directions, NpLora, NpLoraOptions, Projection};
@@ -29,7 +32,7 @@ pub use truncate::{Spectrum, Truncation};
 
 use crate::adapter::dotted;
 use crate::calibration::arena;
-use crate::{Adapter, Control, Device, Layer, Matrix, Result, Weighted};
+use crate::{Adapter, Device, Layer, Matrix, Result, Weighted};
 
 /// What a merge gives.
 #[derive(Clone, Debug)]
@@ -41,51 +44,41 @@ pub struct Merged {
     pub report: Report,
 }
 
-/// Reads all values of the inputs once, and refuses NaN and infinity. [`hash_inputs`] adds the hashes.
-fn check_inputs(adapters: &[Weighted<'_>], control: &Control<'_>) -> Result<Vec<InputReport>> {
-    let mut inputs = Vec::new();
-    for (i, Weighted { adapter, strength }) in adapters.iter().enumerate() {
-        control.step("check", adapter.name(), i, adapters.len())?;
-        adapter.check_finite_with(control)?;
-        inputs.push(InputReport {
+impl InputReport {
+    /// Before its hash is known.
+    fn new(Weighted { adapter, strength }: &Weighted<'_>) -> Self {
+        Self {
             name: adapter.name().to_owned(),
             path: adapter.path().to_owned(),
             sha256: None,
             strength: *strength,
             layers: adapter.layers().len(),
-        });
-    }
-    control.finish("check", adapters.len());
-    Ok(inputs)
-}
-
-/// Hashes the inputs' files while `merge` runs.
-fn hash_inputs(
-    inputs: &mut [InputReport],
-    adapters: &[Weighted<'_>],
-    control: &Control<'_>,
-    merge: impl FnOnce() -> Result<()>,
-) -> Result<()> {
-    rayon::in_place_scope(|scope| {
-        for (input, weighted) in inputs.iter_mut().zip(adapters) {
-            scope.spawn(|_| input.sha256 = weighted.adapter.file_sha256_with(control).ok());
         }
-        merge()
-    })?;
-    // A hash that was interrupted is missing, as that of an adapter in memory is.
-    control.check()
+    }
 }
 
-/// The adapter of merged layers, spelled as the first input is. Its metadata: what all inputs agree on, and how
-/// it was made; nothing in it differs between two runs.
+/// The adapter of merged layers, spelled as the first input is.
 fn finish(
     method: &str,
     options: &serde_json::Value,
+    truncation: &Truncation,
     inputs: &[InputReport],
     adapters: &[Weighted<'_>],
     layers: Vec<Layer>,
 ) -> Result<Adapter> {
     let first = adapters[0].adapter;
+    let metadata = metadata(method, options, truncation, inputs, adapters)?;
+    Ok(Adapter::new("merged", first.format(), layers)?.spelled_like(first).with_metadata(metadata))
+}
+
+/// What all inputs agree on, and how the merge was made; nothing in it differs between two runs.
+fn metadata(
+    method: &str,
+    options: &serde_json::Value,
+    truncation: &Truncation,
+    inputs: &[InputReport],
+    adapters: &[Weighted<'_>],
+) -> Result<BTreeMap<String, String>> {
     let mut metadata = Adapter::common_metadata(adapters.iter().map(|weighted| weighted.adapter));
     let inputs: Vec<_> = inputs
         .iter()
@@ -97,7 +90,10 @@ fn finish(
         ("loraweld.inputs".to_owned(), serde_json::Value::from(inputs).to_string()),
         ("loraweld.version".to_owned(), env!("CARGO_PKG_VERSION").to_owned()),
     ]);
-    Ok(Adapter::new("merged", first.format(), layers)?.spelled_like(first).with_metadata(metadata))
+    if !truncation.is_none() {
+        metadata.insert("loraweld.truncation".to_owned(), truncation.json()?);
+    }
+    Ok(metadata)
 }
 
 /// The members' layers, in order, with the factor on each: scale times strength.
@@ -129,26 +125,37 @@ fn blocks(members: &[(&Layer, f64)]) -> Vec<std::ops::Range<usize>> {
 /// `A_cat = [A_1; …; A_K]`, exactly.
 fn joined_a(members: &[(&Layer, f64)]) -> Matrix<f32> {
     let rows = members.iter().map(|(layer, _)| layer.rank).sum();
-    let data: Vec<f32> = members.iter().flat_map(|(layer, _)| layer.a().to_vec::<f32>()).collect();
-    Matrix { rows, cols: data.len() / rows, data }
+    let mut a = Matrix::zeros(rows, members.first().map_or(0, |(layer, _)| layer.input));
+    let mut start = 0;
+    for (layer, _) in members {
+        let end = start + layer.rank * layer.input;
+        layer.a().widen_into(&mut a.data[start..end]);
+        start = end;
+    }
+    a
 }
 
 /// `B_cat = [s_1·B_1 … s_K·B_K]`, rounded once to f32.
 fn joined_b(members: &[(&Layer, f64)]) -> Matrix<f32> {
     let cols: usize = members.iter().map(|(layer, _)| layer.rank).sum();
     let mut b = Matrix::zeros(members.first().map_or(0, |(layer, _)| layer.output), cols);
-    let mut start = 0;
-    for (layer, scale) in members {
-        let values: Vec<f64> = layer.b().to_vec();
-        for (i, row) in values.chunks_exact(layer.rank).enumerate() {
-            let place = i * cols + start;
-            for (out, v) in b.data[place..place + layer.rank].iter_mut().zip(row) {
-                *out = (v * scale) as f32;
+    for (i, row) in b.data.chunks_exact_mut(cols.max(1)).enumerate() {
+        let mut rest = row;
+        for (layer, scale) in members {
+            let (own, tail) = rest.split_at_mut(layer.rank);
+            layer.b().rows(i, i + 1).widen_into(own);
+            if *scale != 1.0 {
+                own.iter_mut().for_each(|v| *v = (f64::from(*v) * scale) as f32);
             }
+            rest = tail;
         }
-        start += layer.rank;
     }
     b
+}
+
+/// Looks at many values at a time, without an early way out.
+fn all_finite(values: &[f32]) -> bool {
+    values.chunks(1 << 12).all(|block| block.iter().fold(true, |good, v| good & v.is_finite()))
 }
 
 /// The member whose spelling the merged layer takes: the first with dots, if one has.
@@ -156,41 +163,63 @@ fn template<'a>(members: &[(&'a Layer, f64)]) -> &'a Layer {
     dotted(members.iter().map(|(layer, _)| *layer)).unwrap_or(members[0].0)
 }
 
+/// The sum of the members, exact but for rounding B once to f32.
+fn joined(members: &[(&Layer, f64)]) -> Result<Layer> {
+    joined_layer(members, joined_a(members), joined_b(members))
+}
+
 /// A layer of the merge, at scale 1.
 fn joined_layer(members: &[(&Layer, f64)], a: Matrix<f32>, b: Matrix<f32>) -> Result<Layer> {
     let template = template(members);
-    if b.data.iter().any(|v| !v.is_finite()) {
+    if !all_finite(&b.data) {
         let reason = "the merged B overflows f32; are scales and strengths right?";
         return Err(crate::Error::layer(template.name(), reason));
     }
     template.replaced(a, b)
 }
 
-/// Host memory that a chunk may take on the CPU.
-const HOST_CHUNK: u64 = 128 << 20;
+/// Bytes of the factors, as f32, that one chunk leaves on the host before they are written: two stay in memory.
+const HOST_CHUNK: u64 = 112 << 20;
 
-/// Layers in groups that the device has room for, and where each group is computed: on the CPU, what is too large for the
-/// device. `size`: bytes of a layer's largest buffer, and in all.
-fn chunks<L: Copy>(device: &Device, layers: &[L], size: impl Fn(L) -> (u64, u64)) -> Vec<(Vec<L>, Device)> {
+/// Device memory for one chunk of two: what is left is for uploads and for what the queue has not yet given back.
+fn room(device: &Device) -> u64 {
+    device.memory() / 8 * 3
+}
+
+/// Layers in groups of which the device has room for [two](driver), and where each group is computed: on the CPU, what is
+/// too large for the device. There, a group is of `at_once` layers.
+///
+/// `size`: bytes of a layer's largest buffer, and in all; `host`: bytes of its factors.
+fn chunks<L: Copy>(
+    device: &Device,
+    layers: &[L],
+    size: impl Fn(L) -> (u64, u64),
+    host: impl Fn(L) -> u64,
+    at_once: usize,
+) -> Vec<(Vec<L>, Device)> {
     let arena = arena(device);
-    let limit = if device.is_gpu() { (device.memory() / 4).min(arena) } else { HOST_CHUNK };
-    // Calls are cancelled between chunks. Two layers a thread keep all of them busy all the same.
-    let most = if device.is_gpu() { usize::MAX } else { 2 * rayon::current_num_threads() };
+    let limit = room(device).min(arena);
+    let most = if device.is_gpu() { usize::MAX } else { at_once };
     let mut chunks: Vec<(Vec<L>, Device)> = Vec::new();
-    let mut used = 0;
+    let (mut used, mut held) = (0, 0);
     for &layer in layers {
-        let (largest, size) = size(layer);
+        let ((largest, size), host) = (size(layer), host(layer));
         let fits = !device.is_gpu() || (largest <= arena && size <= device.memory());
         match chunks.last_mut() {
             Some((chunk, on))
-                if used + size <= limit && chunk.len() < most && fits && on.is_gpu() == device.is_gpu() =>
+                if used + size <= limit
+                    && held + host <= HOST_CHUNK
+                    && chunk.len() < most
+                    && fits
+                    && on.is_gpu() == device.is_gpu() =>
             {
                 chunk.push(layer);
                 used += size;
+                held += host;
             }
             _ => {
                 chunks.push((vec![layer], if fits { device.clone() } else { Device::cpu() }));
-                used = size;
+                (used, held) = (size, host);
             }
         }
     }

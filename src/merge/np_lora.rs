@@ -4,16 +4,19 @@ use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use super::core::{NEGLIGIBLE, significant, size};
-use super::driver::{self, Done, Job};
+use super::driver::{self, Done, Job, Method, Run, Spec};
 use super::loss::times;
-use super::{Action, LayerReport, Merged, PlannedLayer, ProjectionReport};
+use super::{Action, LayerReport, Merged, ProjectionReport};
 use crate::compute::Batch;
-use crate::compute::ops::{self, ScaledRows, Side, Svd};
+use crate::compute::ops::{self, Root, ScaledRows, Side, Stacks, Svd};
 use crate::power::pow2;
 use crate::{Control, Device, Error, Layer, Matrix, RawMatrix, Result, Weighted};
 
 /// The same for what a hard projection left, which is f32 as well, relative to what there was before.
 const LEFT_OVER: f64 = 1e-6;
+
+/// How far rounding may bend directions that Gram matrices tell: less than f32 does.
+const MAX_BEND: f64 = 1e-8;
 
 /// How much of the style's directions a subject gives up.
 #[derive(Clone, Copy, Debug, PartialEq, Deserialize, Serialize)]
@@ -139,23 +142,8 @@ impl NpLora {
         subjects: &[Weighted<'_>],
         control: Control<'_>,
     ) -> Result<Merged> {
-        self.check_options()?;
-        if subjects.is_empty() {
-            return Err(Error::Invalid("np-lora needs a subject beside the style".into()));
-        }
         let adapters: Vec<Weighted<'_>> = std::iter::once(style).chain(subjects.iter().copied()).collect();
-        let options =
-            serde_json::to_value(&self.options).map_err(|e| Error::Invalid(format!("the options: {e}")))?;
-        let room = |layer: &PlannedLayer| size(device, layer.rank, layer.input, layer.output);
-        let chunk = |on: &Device, jobs: &[Job<'_>]| self.chunk(on, jobs);
-        let mut merged = driver::run("np-lora", options, device, &adapters, &control, room, chunk)?;
-        for (pattern, _) in &self.options.by_layer {
-            let mut layers = adapters.iter().flat_map(|weighted| weighted.adapter.layers());
-            if !layers.any(|layer| layer.matches(pattern)) {
-                merged.report.notes.push(format!("no layer matches `{pattern}`"));
-            }
-        }
-        Ok(merged)
+        self.run(&Run::new(device, &adapters, control))
     }
 
     fn check_options(&self) -> Result<()> {
@@ -206,6 +194,114 @@ impl NpLora {
 
     /// Merges layers on a device that has room for them; each has two members at least.
     fn chunk(&self, device: &Device, jobs: &[Job<'_>]) -> Result<Vec<Done>> {
+        let mut done = self.by_grams(device, jobs)?;
+        let rest: Vec<usize> = (0..jobs.len()).filter(|&i| done[i].is_none()).collect();
+        if !rest.is_empty() {
+            let others: Vec<&Job<'_>> = rest.iter().map(|&i| &jobs[i]).collect();
+            for (i, other) in rest.into_iter().zip(self.by_bases(device, &others)?) {
+                done[i] = Some(other);
+            }
+        }
+        Ok(done.into_iter().flatten().collect())
+    }
+
+    /// Where a layer has one subject and A is far enough from singular, Gram matrices tell all: V is a small matrix times
+    /// A_s, so that factors are read twice and nothing of their size is written but the result. `None` of the others.
+    fn by_grams(&self, device: &Device, jobs: &[Job<'_>]) -> Result<Vec<Option<Done>>> {
+        let mut done: Vec<Option<Done>> = jobs.iter().map(|_| None).collect();
+        let places: Vec<usize> = (0..jobs.len()).filter(|&i| jobs[i].members.len() == 2).collect();
+        if places.is_empty() {
+            return Ok(done);
+        }
+        let pairs: Vec<&Job<'_>> = places.iter().map(|&i| &jobs[i]).collect();
+        let a = pairs.iter().map(|job| job.members.iter().map(|(layer, _)| layer.a()).collect()).collect();
+        let a = Stacks::new(device, Side::Input, a)?;
+        let grams = a.grams(device)?;
+        let roots: Vec<Option<[Root; 2]>> = (&pairs, &grams)
+            .into_par_iter()
+            .map(|(job, gram)| {
+                let ranks = [0, job.members[0].0.rank, gram.rows];
+                let root = |k: usize| {
+                    let n = ranks[k + 1] - ranks[k];
+                    let own = Matrix::from_fn(n, n, |i, j| gram[(ranks[k] + i, ranks[k] + j)]);
+                    Root::new(device, &own).filter(|root| root.bend <= MAX_BEND)
+                };
+                Some([root(0)?, root(1)?])
+            })
+            .collect();
+        // Of the pairs, those for which this will do.
+        let good: Vec<usize> = (0..pairs.len()).filter(|&i| roots[i].is_some()).collect();
+        let mut transforms: Vec<Matrix> = grams.iter().map(|gram| Matrix::zeros(0, gram.rows)).collect();
+        let roots: Vec<[Root; 2]> = roots.into_iter().flatten().collect();
+        let jobs: Vec<&Job<'_>> = good.iter().map(|&i| pairs[i]).collect();
+        let b = jobs.iter().flat_map(|job| job.members.iter().map(|(layer, _)| layer.b()));
+        let b = lefts(device, &b.collect::<Vec<_>>())?;
+
+        let mut members: Vec<Member> = Vec::new();
+        for (i, job) in jobs.iter().enumerate() {
+            for (k, (_, scale)) in job.members.iter().enumerate() {
+                members.push(Member::new(&b[2 * i + k], *scale, &roots[i][k].left));
+            }
+        }
+        let entries: Vec<(usize, usize)> = (0..members.len()).map(|i| (i / 2, i % 2)).collect();
+        let cores: Vec<Matrix> = members.iter().map(|member| member.core.clone()).collect();
+        let svds = self.svds(device, &jobs, &entries, &cores)?;
+        // Vᵀ = T·A of each member.
+        let count = |i: usize| match i % 2 {
+            0 => self.count(&svds[i].values),
+            _ => significant(&svds[i].values, NEGLIGIBLE * svds[i].values.first().unwrap_or(&0.0)),
+        };
+        let counts: Vec<usize> = (0..svds.len()).map(count).collect();
+        let bases: Vec<Matrix> = (0..svds.len())
+            .into_par_iter()
+            .map(|i| {
+                let Matrix { cols, data, .. } = &svds[i].right;
+                let kept = Matrix { rows: counts[i], cols: *cols, data: data[..counts[i] * cols].to_vec() };
+                times(&kept, &roots[i / 2][i % 2].inverse)
+            })
+            .collect();
+        let parts: Vec<Projected> = (0..jobs.len())
+            .into_par_iter()
+            .map(|i| {
+                let share = self.projection(&jobs[i].members).share();
+                Projected::new(&grams[good[i]], &bases[2 * i], &bases[2 * i + 1], share)
+            })
+            .collect();
+        let cosines: Vec<Matrix> = parts.iter().map(|part| square(&part.cosines)).collect();
+        let cosines = ops::jacobi_svd(device, &cosines)?;
+        for (&i, part) in good.iter().zip(&parts) {
+            transforms[i] = part.transform.clone();
+        }
+        let subjects = a.combined(device, &transforms)?;
+        let merged: Vec<Done> = (&jobs, parts, cosines, &good)
+            .into_par_iter()
+            .enumerate()
+            .map(|(i, (job, part, cosines, &place))| {
+                let angles = &cosines.values[..counts[2 * i].min(counts[2 * i + 1])];
+                let [before, after] = [&part.before, &part.after].map(|m| members[2 * i + 1].share(m));
+                let report = report(job, 1, part.share, counts[2 * i], angles, before, after);
+                self.done(job, &subjects[place].data, vec![report])
+            })
+            .collect::<Result<_>>()?;
+        for (i, merged) in good.into_iter().zip(merged) {
+            done[places[i]] = Some(merged);
+        }
+        Ok(done)
+    }
+
+    /// The layer of the style's A and the subjects'.
+    fn done(&self, job: &Job<'_>, subjects: &[f32], projections: Vec<ProjectionReport>) -> Result<Done> {
+        let (style, _) = job.members[0];
+        let mut data: Vec<f32> = style.a().to_vec();
+        data.extend_from_slice(subjects);
+        let a = Matrix { rows: job.planned.rank, cols: style.input, data };
+        let layer = super::joined_layer(&job.members, a, super::joined_b(&job.members))?;
+        let report = LayerReport { projections, ..LayerReport::new(job.planned, Action::Projected) };
+        Ok(Done { layer, report })
+    }
+
+    /// With bases of the size of factors, which more subjects and any A need.
+    fn by_bases(&self, device: &Device, jobs: &[&Job<'_>]) -> Result<Vec<Done>> {
         // The factors of every member of every layer are entries of one batch.
         let mut entries = Vec::new();
         let mut first = Vec::new();
@@ -226,14 +322,7 @@ impl NpLora {
             .par_iter()
             .zip(b)
             .zip(&factors.l)
-            .map(|((&(i, m), b), l)| {
-                // L_Bᵀ with the scale: what B does to a vector, but for a rotation.
-                let scale = jobs[i].members[m].1;
-                let mut left = b.transposed();
-                left.data.iter_mut().for_each(|v| *v *= scale);
-                let core = times(&left, l);
-                Member { norm: norm(&core), left, core }
-            })
+            .map(|((&(i, m), b), l)| Member::new(&b, jobs[i].members[m].1, l))
             .collect();
         let cores: Vec<Matrix> = members.iter().map(|member| member.core.clone()).collect();
         let svds = self.svds(device, jobs, &entries, &cores)?;
@@ -265,23 +354,10 @@ impl NpLora {
             let cosines = ops::jacobi_svd(device, &cosines)?;
             for (k, mut result) in off.rows.download_f32(device)?.into_iter().enumerate() {
                 let (i, entry) = (active[k], here[k]);
-                let Member { left, norm: whole, .. } = &members[entry];
-                let share = |coefficients: &Matrix| {
-                    let inside = norm(&times(left, &rows.unscale(k, coefficients.clone())));
-                    if *whole > 0.0 { inside / whole } else { 0.0 }
-                };
-                let before = share(&off.coefficients[k]);
-                let t = shares[k];
-                let angles = cosines[k].values.iter().take(bases[k].min(counts[entry]));
-                reports[i].push(ProjectionReport {
-                    adapter: jobs[i].planned.members[step],
-                    share: t,
-                    directions: bases[k],
-                    angles: angles.map(|c| c.min(1.0).acos().to_degrees()).collect(),
-                    removed: t * (2.0 - t) * before * before,
-                    before,
-                    after: share(&after[k]),
-                });
+                let share = |m: &Matrix| members[entry].share(&rows.unscale(k, m.clone()));
+                let angles = &cosines[k].values[..bases[k].min(counts[entry])];
+                let (before, after) = (share(&off.coefficients[k]), share(&after[k]));
+                reports[i].push(report(jobs[i], step, shares[k], bases[k], angles, before, after));
                 for (row, &e) in result.data.chunks_exact_mut(result.cols.max(1)).zip(&rows.exponents[k]) {
                     row.iter_mut().for_each(|v| *v *= pow2(e) as f32);
                 }
@@ -302,13 +378,8 @@ impl NpLora {
             .zip(projected)
             .zip(reports)
             .map(|((job, projected), projections)| {
-                let (style, _) = job.members[0];
-                let mut data: Vec<f32> = style.a().to_vec();
-                data.extend(projected.into_iter().flat_map(|m| m.data));
-                let a = Matrix { rows: job.planned.rank, cols: style.input, data };
-                let layer = super::joined_layer(&job.members, a, super::joined_b(&job.members))?;
-                let report = LayerReport { projections, ..LayerReport::new(job.planned, Action::Projected) };
-                Ok(Done { layer, report })
+                let subjects: Vec<f32> = projected.into_iter().flat_map(|m| m.data).collect();
+                self.done(job, &subjects, projections)
             })
             .collect()
     }
@@ -316,7 +387,7 @@ impl NpLora {
     fn svds(
         &self,
         device: &Device,
-        jobs: &[Job<'_>],
+        jobs: &[&Job<'_>],
         entries: &[(usize, usize)],
         cores: &[Matrix],
     ) -> Result<Vec<Svd>> {
@@ -337,6 +408,36 @@ impl NpLora {
     }
 }
 
+/// The first adapter is the style.
+impl Method for NpLora {
+    fn run(&self, run: &Run<'_>) -> Result<Merged> {
+        self.check_options()?;
+        if run.adapters.len() < 2 {
+            return Err(Error::Invalid("np-lora needs a subject beside the style".into()));
+        }
+        let options =
+            serde_json::to_value(&self.options).map_err(|e| Error::Invalid(format!("the options: {e}")))?;
+        let mut merged = driver::run(
+            run,
+            &Spec {
+                method: "np-lora",
+                options,
+                size: &|layer| size(run.device, layer.rank, layer.input, layer.output),
+                rank: &|layer| layer.rank,
+                merge: &|on, jobs| self.chunk(on, jobs),
+                is_sum: false,
+            },
+        )?;
+        for (pattern, _) in &self.options.by_layer {
+            let mut layers = run.adapters.iter().flat_map(|weighted| weighted.adapter.layers());
+            if !layers.any(|layer| layer.matches(pattern)) {
+                merged.report.notes.push(format!("no layer matches `{pattern}`"));
+            }
+        }
+        Ok(merged)
+    }
+}
+
 /// One adapter's update of one layer, in its own coordinates.
 struct Member {
     /// `s·L_Bᵀ`: ‖s·B·M‖ = ‖left·M‖ for any M.
@@ -345,6 +446,89 @@ struct Member {
     core: Matrix,
     /// ‖ΔW‖.
     norm: f64,
+}
+
+impl Member {
+    /// Of L with `L·Lᵀ = BᵀB` (or of A).
+    fn new(b: &Matrix, scale: f64, a: &Matrix) -> Self {
+        let mut left = b.transposed();
+        left.data.iter_mut().for_each(|v| *v *= scale);
+        let core = times(&left, a);
+        Self { norm: norm(&core), left, core }
+    }
+
+    /// `‖s·B·M‖ / ‖ΔW‖`.
+    fn share(&self, m: &Matrix) -> f64 {
+        if self.norm > 0.0 { norm(&times(&self.left, m)) / self.norm } else { 0.0 }
+    }
+}
+
+/// A subject's A, projected off `Vᵀ = T_s·A_s`, in small matrices.
+struct Projected {
+    share: f64,
+    /// `A_c' = transform·[A_s; A_c]`.
+    transform: Matrix,
+    /// `A_c·V`.
+    before: Matrix,
+    /// `A_c'·V`.
+    after: Matrix,
+    /// `V_cᵀ·V`.
+    cosines: Matrix,
+}
+
+impl Projected {
+    /// `gram`: of `[A_s; A_c]`; `style` and `subject`: T of their directions.
+    fn new(gram: &Matrix, style: &Matrix, subject: &Matrix, share: f64) -> Self {
+        let (r_s, r_c) = (style.cols, subject.cols);
+        let block =
+            |row: usize, rows: usize, cols: usize| Matrix::from_fn(rows, cols, |i, j| gram[(row + i, j)]);
+        let (own, crossed, turned) = (block(0, r_s, r_s), block(r_s, r_c, r_s), style.transposed());
+        let before = times(&crossed, &turned);
+        let taken = times(&before, style);
+        let transform = Matrix::from_fn(r_c, r_s + r_c, |i, j| match j.checked_sub(r_s) {
+            None => -share * taken[(i, j)],
+            Some(j) => f64::from(u8::from(i == j)),
+        });
+        let inside = times(&times(&taken, &own), &turned);
+        let after = Matrix::from_fn(r_c, style.rows, |i, k| before[(i, k)] - share * inside[(i, k)]);
+        let cosines = times(&times(subject, &crossed), &turned);
+        Self { share, transform, before, after, cosines }
+    }
+}
+
+/// On the member in this place, of which a share is taken out of so many directions.
+fn report(
+    job: &Job<'_>,
+    place: usize,
+    share: f64,
+    directions: usize,
+    cosines: &[f64],
+    before: f64,
+    after: f64,
+) -> ProjectionReport {
+    ProjectionReport {
+        adapter: job.planned.members[place],
+        share,
+        directions,
+        angles: cosines.iter().map(|c| c.min(1.0).acos().to_degrees()).collect(),
+        removed: share * (2.0 - share) * before * before,
+        before,
+        after,
+    }
+}
+
+/// L of each B, `L·Lᵀ = BᵀB`.
+fn lefts(device: &Device, b: &[RawMatrix<'_>]) -> Result<Vec<Matrix>> {
+    let stacks: Vec<_> = b.iter().map(|&b| vec![b]).collect();
+    let grams = Stacks::new(device, Side::Output, stacks.clone())?.grams(device)?;
+    let roots: Option<Vec<Matrix>> = grams
+        .par_iter()
+        .map(|gram| Root::new(device, gram).filter(|root| root.error <= MAX_BEND).map(|root| root.left))
+        .collect();
+    match roots {
+        Some(roots) => Ok(roots),
+        None => ops::qr_l(device, &ScaledRows::new(device, Side::Output, &stacks)?),
+    }
 }
 
 /// ‖M‖ in the Frobenius norm, for any scale.

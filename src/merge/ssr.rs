@@ -2,14 +2,14 @@
 
 use std::collections::BTreeMap;
 use std::ops::Range;
-use std::time::Instant;
+use std::sync::{Mutex, PoisonError};
 
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
-use super::driver::TOO_LARGE;
+use super::driver::{self, Done, Method, Run, Spec};
 use super::loss::{Outputs, Squares, Statistics, add, dot, times};
-use super::{Action, LayerReport, Losses, Merged, Plan, PlannedLayer, Report};
+use super::{Action, LayerReport, Losses, Merged, PlannedLayer};
 use crate::calibration::{LayerStatistics, gram_parts};
 use crate::compute::ops::{self, Axis, Factor};
 use crate::compute::{Batch, Shape};
@@ -149,7 +149,7 @@ impl<'a> Ssr<'a> {
     ///
     /// # Errors
     /// [`Error::Invalid`] for options out of range and for adapters that the calibration was not made for; as
-    /// [`Plan::new`]; [`Error::Tensor`] for NaN or infinity in an adapter; [`Error::Layer`] if a result or a sum of
+    /// [`Plan::new`](super::Plan::new); [`Error::Tensor`] for NaN or infinity in an adapter; [`Error::Layer`] if a result or a sum of
     /// the calibration overflows; [`Error::Device`]; [`Error::Cancelled`].
     pub fn merge_with(
         &self,
@@ -157,109 +157,7 @@ impl<'a> Ssr<'a> {
         adapters: &[Weighted<'_>],
         control: Control<'_>,
     ) -> Result<Merged> {
-        let start = Instant::now();
-        self.check(adapters.len())?;
-        let plan = Plan::new(adapters)?;
-        let mut inputs = super::check_inputs(adapters, &control)?;
-        // What is at strength 0 takes no part, with its tokens neither.
-        let active: Vec<usize> = (0..adapters.len()).filter(|&i| adapters[i].strength != 0.0).collect();
-        let pool = match self.calibration {
-            None => Vec::new(),
-            Some(calibration) => {
-                let selected: Vec<_> = adapters.iter().map(|weighted| weighted.adapter).collect();
-                calibration.select(&selected)?
-            }
-        };
-
-        let mut results: BTreeMap<&LayerKey, Merge> = BTreeMap::new();
-        let mut routed = Vec::new();
-        for planned in plan.layers() {
-            match super::passed_through(planned, adapters) {
-                Some(layer) => drop(results.insert(&planned.key, Merge::passed(layer))),
-                None => routed.push(planned),
-            }
-        }
-        let total = routed.len();
-        let mut done = 0;
-        let chunks = || -> Result<()> {
-            for (chunk, on) in super::chunks(device, &routed, size) {
-                let mut jobs = Vec::new();
-                for planned in chunk {
-                    control.step("merge", &planned.name, done, total)?;
-                    done += 1;
-                    let statistics = match self.calibration {
-                        None => None,
-                        Some(calibration) => {
-                            let tasks: Vec<usize> = active.iter().map(|&i| pool[i]).collect();
-                            let members: Vec<usize> = planned.members.iter().map(|&i| pool[i]).collect();
-                            Some(calibration.statistics(&planned.key, &tasks, &members)?)
-                        }
-                    };
-                    jobs.push(Job::new(planned, adapters, &active, statistics));
-                }
-                tracing::debug!(layers = jobs.len(), gpu = on.is_gpu(), "merging a chunk");
-                let keys: Vec<&LayerKey> = jobs.iter().map(|job| &job.planned.key).collect();
-                let mut merges = self.chunk(&on, &jobs)?;
-                if on.is_gpu() != device.is_gpu() {
-                    for merge in &mut merges {
-                        merge.notes.push(TOO_LARGE.into());
-                    }
-                }
-                results.extend(keys.into_iter().zip(merges));
-            }
-            Ok(())
-        };
-        super::hash_inputs(&mut inputs, adapters, &control, chunks)?;
-        control.finish("merge", total);
-
-        let mut notes = plan.notes().to_vec();
-        notes.extend(device.note().map(str::to_owned));
-        if self.calibration.is_none() && total > 0 {
-            notes.push(
-                "no calibration: the routers follow a data-free proxy, the adapters' own A; the losses are unknown"
-                    .into(),
-            );
-        }
-        let (mut layers, mut reports, mut squares) = (Vec::new(), Vec::new(), Squares::default());
-        let mut summed = 0;
-        for planned in plan.layers() {
-            let Some(merge) = results.remove(&planned.key) else { continue };
-            summed += usize::from(matches!(merge.action, Action::Summed { .. }));
-            if let Some(of) = &merge.squares {
-                squares.add(of);
-            }
-            reports.push(LayerReport {
-                tokens: merge.tokens,
-                ridge: merge.ridge,
-                losses: merge.squares.and_then(|squares| squares.relative()),
-                notes: merge.notes,
-                ..LayerReport::new(planned, merge.action)
-            });
-            layers.push(merge.layer);
-        }
-        if summed > 0 {
-            notes.push(format!("{summed} of {total} shared layers could not be routed and were summed"));
-        }
-        let losses = squares.relative();
-        notes.extend(losses.and_then(worse));
-        tracing::info!(layers = layers.len(), routed = total - summed, summed, "merged");
-        let options = self.options_json()?;
-        let method = if self.calibration.is_some() { "ssr" } else { "ssr-data-free" };
-        let adapter = super::finish(method, &options, &inputs, adapters, layers)?;
-        Ok(Merged {
-            adapter,
-            report: Report {
-                method: method.to_owned(),
-                device: device.describe(),
-                inputs,
-                options,
-                layers: reports,
-                losses,
-                notes,
-                seconds: start.elapsed().as_secs_f64(),
-                version: env!("CARGO_PKG_VERSION").to_owned(),
-            },
-        })
+        self.run(&Run::new(device, adapters, control))
     }
 
     fn options_json(&self) -> Result<serde_json::Value> {
@@ -511,6 +409,83 @@ impl<'a> Ssr<'a> {
     }
 }
 
+impl Method for Ssr<'_> {
+    fn run(&self, run: &Run<'_>) -> Result<Merged> {
+        let adapters = run.adapters;
+        self.check(adapters.len())?;
+        // What is at strength 0 takes no part, with its tokens neither.
+        let active: Vec<usize> = (0..adapters.len()).filter(|&i| adapters[i].strength != 0.0).collect();
+        let pool = match self.calibration {
+            None => Vec::new(),
+            Some(calibration) => {
+                let selected: Vec<_> = adapters.iter().map(|weighted| weighted.adapter).collect();
+                calibration.select(&selected)?
+            }
+        };
+        let statistics = |planned: &PlannedLayer| {
+            let of = |adapters: &[usize]| adapters.iter().map(|&i| pool[i]).collect::<Vec<_>>();
+            let statistics =
+                |c: &Calibration| c.statistics(&planned.key, &of(&active), &of(&planned.members));
+            self.calibration.map(statistics).transpose()
+        };
+        // Sums are in the order of the keys, whichever layer is done first.
+        let measured: Mutex<BTreeMap<LayerKey, Option<Squares>>> = Mutex::default();
+        let merge = |on: &Device, jobs: &[driver::Job<'_>]| {
+            let mut ours = Vec::with_capacity(jobs.len());
+            for driver::Job { planned, members } in jobs {
+                ours.push(Job::new(planned, members.clone(), adapters, &active, statistics(planned)?));
+            }
+            let merges = self.chunk(on, &ours)?;
+            let mut measured = measured.lock().unwrap_or_else(PoisonError::into_inner);
+            let done = jobs.iter().zip(merges).map(|(job, merge)| {
+                measured.insert(job.planned.key.clone(), merge.squares);
+                let Merge { layer, action, tokens, ridge, squares, notes } = merge;
+                let losses = squares.and_then(|squares| squares.relative());
+                let report =
+                    LayerReport { tokens, ridge, losses, notes, ..LayerReport::new(job.planned, action) };
+                Done { layer, report }
+            });
+            Ok(done.collect())
+        };
+        let spec = Spec {
+            method: if self.calibration.is_some() { "ssr" } else { "ssr-data-free" },
+            options: self.options_json()?,
+            size: &size,
+            rank: &|layer| layer.rank,
+            merge: &merge,
+            is_sum: false,
+        };
+        let mut merged = driver::run(run, &spec)?;
+
+        let measured = measured.into_inner().unwrap_or_else(PoisonError::into_inner);
+        let report = &mut merged.report;
+        let summed =
+            report.layers.iter().filter(|layer| matches!(layer.action, Action::Summed { .. })).count();
+        if self.calibration.is_none() && !measured.is_empty() {
+            report.notes.push(
+                "no calibration: the routers follow a data-free proxy, the adapters' own A; the losses are unknown"
+                    .into(),
+            );
+        }
+        if summed > 0 {
+            let total = measured.len();
+            report
+                .notes
+                .push(format!("{summed} of {total} shared layers could not be routed and were summed"));
+        }
+        // Of a truncated merge, other losses would have to be found.
+        if !report.layers.iter().any(|layer| layer.cut.is_some()) {
+            let mut total = Squares::default();
+            measured.values().flatten().for_each(|squares| total.add(squares));
+            report.losses = total.relative();
+            report.notes.extend(report.losses.and_then(worse));
+        } else {
+            report.layers.iter_mut().for_each(|layer| layer.losses = None);
+        }
+        Ok(merged)
+    }
+}
+
 /// What one layer becomes.
 struct Merge {
     layer: Layer,
@@ -522,14 +497,15 @@ struct Merge {
 }
 
 impl Merge {
-    fn passed(layer: Layer) -> Self {
-        Self { layer, action: Action::PassedThrough, tokens: 0, ridge: 0.0, squares: None, notes: Vec::new() }
-    }
-
     fn summed(job: &Job<'_>, why: String) -> Result<Self> {
-        let (a, b) = (super::joined_a(&job.members), super::joined_b(&job.members));
-        let layer = super::joined_layer(&job.members, a, b)?;
-        Ok(Self { action: Action::Summed { why }, tokens: job.tokens(), ..Self::passed(layer) })
+        Ok(Self {
+            layer: super::joined(&job.members)?,
+            action: Action::Summed { why },
+            tokens: job.tokens(),
+            ridge: 0.0,
+            squares: None,
+            notes: Vec::new(),
+        })
     }
 }
 
@@ -557,11 +533,11 @@ struct TaskStatistics {
 impl<'a> Job<'a> {
     fn new(
         planned: &'a PlannedLayer,
-        adapters: &[Weighted<'a>],
+        members: Vec<(&'a Layer, f64)>,
+        adapters: &[Weighted<'_>],
         active: &[usize],
         statistics: Option<LayerStatistics>,
     ) -> Self {
-        let members = super::members(planned, adapters);
         let blocks = super::blocks(&members);
         let mut job = Self { planned, members, blocks, tasks: Vec::new(), neutral: None, lacking: None };
         let Some(statistics) = statistics else { return job };

@@ -1,9 +1,10 @@
 //! The weighted sum, truncated.
 
-use super::{Linear, Merged, Truncation};
+use super::{Linear, Merged, Method, Run, Truncation};
 use crate::{Control, Device, Result, Weighted};
 
-/// The sum of adapters at their strengths, as well as fewer ranks can hold it: [`Linear`], then [`Merged::truncated`].
+/// The sum of adapters at their strengths, as well as fewer ranks can hold it: [`Linear`] and [`Merged::truncated`] in one,
+/// without rounding in between.
 /// Of one adapter, it resizes that.
 ///
 /// # Example
@@ -45,14 +46,17 @@ impl SvdMerge {
         adapters: &[Weighted<'_>],
         control: Control<'_>,
     ) -> Result<Merged> {
-        let merged = Linear.merge_with(adapters, control)?;
-        let mut merged = merged.truncated(device, &self.truncation, &control)?;
-        let method = if adapters.len() == 1 { "resize" } else { "svd" };
-        merged.report.method = method.to_owned();
-        merged.report.device = device.describe();
-        let mut metadata = merged.adapter.metadata().clone();
-        metadata.insert("loraweld.method".to_owned(), method.to_owned());
-        merged.adapter = merged.adapter.with_metadata(metadata);
+        self.run(&Run::new(device, adapters, control))
+    }
+}
+
+impl Method for SvdMerge {
+    fn run(&self, run: &Run<'_>) -> Result<Merged> {
+        let method = if run.adapters.len() == 1 { "resize" } else { "svd" };
+        // What is asked for beside it can only be more.
+        let truncation = if run.truncation.is_none() { self.truncation } else { run.truncation };
+        let mut merged = Linear.run_as(method, &Run { truncation, ..*run })?;
+        merged.report.device = run.device.describe();
         Ok(merged)
     }
 }

@@ -2,12 +2,15 @@
 
 use std::time::Instant;
 
+use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use super::Merged;
-use super::core::{Factored, NEGLIGIBLE, significant, size};
+use super::core::{Factored, Lifted, NEGLIGIBLE, cores, finite, significant, size, unconverged};
 use super::driver::TOO_LARGE;
-use crate::{Adapter, Control, Device, Error, Layer, Matrix, Result};
+use super::loss::times;
+use crate::compute::ops::{self, Root, Side, Stacks, Svd};
+use crate::{Adapter, Control, Device, Error, Layer, Matrix, RawMatrix, Result};
 
 /// How many singular values of an update to keep: the fewest that a limit allows, and at least one.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Deserialize, Serialize)]
@@ -45,6 +48,10 @@ impl Truncation {
     /// Whether everything is kept.
     pub fn is_none(&self) -> bool {
         *self == Self::default()
+    }
+
+    pub(super) fn json(&self) -> Result<String> {
+        serde_json::to_string(self).map_err(|e| Error::Invalid(format!("the truncation: {e}")))
     }
 
     pub(super) fn check(&self) -> Result<()> {
@@ -115,47 +122,35 @@ impl Merged {
         let places: Vec<usize> = (0..layers.len())
             .filter(|&i| truncation.spectrum.is_some() || truncation.rank.is_some_and(|n| n < layers[i].rank))
             .collect();
-        let (mut cut, mut whole, mut worst, mut count) = (0.0, 0.0, (0.0, String::new()), 0);
-        let mut done = 0;
+        let (mut cuts, mut done) = (Cuts::default(), 0);
+        // Calls are cancelled between chunks. Two layers a thread keep all of them busy all the same.
+        let at_once = 2 * rayon::current_num_threads();
         let room = |i: usize| size(device, layers[i].rank, layers[i].input, layers[i].output);
-        for (chunk, on) in super::chunks(device, &places, room) {
+        for (chunk, on) in super::chunks(device, &places, room, |_| 0, at_once) {
             control.step("truncate", &layers[chunk[0]].name(), done, places.len())?;
             done += chunk.len();
-            let tasks: Vec<&Layer> = chunk.iter().map(|&i| &layers[i]).collect();
-            let results = truncated(&on, &tasks, truncation)?;
-            for (i, Truncated { layer, cut: rest, whole: all }) in chunk.into_iter().zip(results) {
-                whole += all;
+            let updates: Vec<Update<'_>> = chunk.iter().map(|&i| Update::of(&layers[i])).collect();
+            let results = truncated(&on, &updates, truncation)?;
+            for (i, Truncated { layer, cut }) in chunk.into_iter().zip(results) {
                 // Reports and layers are both sorted by key.
                 let (Some(layer), Some(report)) = (layer, report.layers.get_mut(i)) else { continue };
                 report.rank = layer.rank;
                 if on.is_gpu() != device.is_gpu() {
                     report.notes.push(TOO_LARGE.into());
                 }
-                let share = if all > 0.0 { (rest / all).sqrt() } else { 0.0 };
-                report.cut = Some(share);
-                cut += rest;
-                count += 1;
-                if share >= worst.0 {
-                    worst = (share, report.layer.clone());
-                }
+                report.cut = Some(cut.share());
+                cuts.add(&report.layer, &cut);
                 layers[i] = layer;
             }
         }
         control.finish("truncate", places.len());
-        if count > 0 {
-            let share = if whole > 0.0 { 100.0 * f64::sqrt(cut / whole) } else { 0.0 };
-            report.notes.push(format!(
-                "{count} of {} layers were truncated, which cuts off {share:.1} % of their update, and {:.1} % of `{}`",
-                layers.len(),
-                100.0 * worst.0,
-                worst.1
-            ));
+        if let Some(note) = cuts.note(layers.len()) {
+            report.notes.push(note);
             report.losses = None;
             report.layers.iter_mut().for_each(|layer| layer.losses = None);
         }
         let mut metadata = adapter.metadata().clone();
-        let json = serde_json::to_string(truncation).map_err(|e| Error::Invalid(e.to_string()))?;
-        metadata.insert("loraweld.truncation".into(), json);
+        metadata.insert("loraweld.truncation".into(), truncation.json()?);
         let adapter = Adapter::new(adapter.name(), adapter.format(), layers)?
             .spelled_like(&adapter)
             .with_metadata(metadata);
@@ -164,33 +159,168 @@ impl Merged {
     }
 }
 
-struct Truncated {
-    /// `None` if it keeps its rank.
-    layer: Option<Layer>,
-    /// Squared norms of what is cut off, and of the whole update.
-    cut: f64,
+/// What truncation cuts off one layer: squared norms.
+#[derive(Clone, Copy)]
+pub(super) struct Cut {
+    off: f64,
     whole: f64,
 }
 
-fn truncated(device: &Device, layers: &[&Layer], truncation: &Truncation) -> Result<Vec<Truncated>> {
-    let members: Vec<[(&Layer, f64); 1]> = layers.iter().map(|layer| [(*layer, layer.scale.value)]).collect();
-    let members: Vec<&[(&Layer, f64)]> = members.iter().map(|m| &m[..]).collect();
-    let factored = Factored::new(device, &members)?;
-    let cores: Vec<Matrix> = factored.cores.iter().flatten().cloned().collect();
-    let lifted = factored.lifted(device, layers, &cores, truncation)?;
-    Ok(layers
-        .iter()
-        .zip(lifted)
-        .map(|(old, new)| {
-            let squares = |values: &[f64]| values.iter().map(|v| v * v).sum::<f64>();
-            let kept = truncation.kept(&new.values);
-            let whole = squares(&new.values);
-            match kept < old.rank {
-                true => Truncated { layer: Some(new.layer), cut: squares(&new.values[kept..]), whole },
-                false => Truncated { layer: None, cut: 0.0, whole },
-            }
+impl Cut {
+    /// As a share of the update's norm.
+    pub fn share(&self) -> f64 {
+        if self.whole > 0.0 { (self.off / self.whole).sqrt() } else { 0.0 }
+    }
+}
+
+/// What truncation cuts off all layers.
+#[derive(Default)]
+pub(super) struct Cuts {
+    off: f64,
+    whole: f64,
+    count: usize,
+    worst: (f64, String),
+}
+
+impl Cuts {
+    /// Adds a layer that was truncated.
+    pub fn add(&mut self, layer: &str, cut: &Cut) {
+        self.off += cut.off;
+        self.whole += cut.whole;
+        self.count += 1;
+        if cut.share() >= self.worst.0 {
+            self.worst = (cut.share(), layer.to_owned());
+        }
+    }
+
+    /// What the user should know, if there is anything.
+    pub fn note(&self, layers: usize) -> Option<String> {
+        let Self { off, whole, count, worst: (share, layer) } = self;
+        let all = if *whole > 0.0 { 100.0 * (off / whole).sqrt() } else { 0.0 };
+        (*count > 0).then(|| {
+            format!(
+                "{count} of {layers} layers were truncated, which cuts off {all:.1} % of their update, and {:.1} % of \
+                 `{layer}`",
+                100.0 * share
+            )
         })
-        .collect())
+    }
+}
+
+/// A sum of layers, with the factor on each, that is to be truncated.
+pub(super) struct Update<'a> {
+    /// The layer whose spelling the result takes.
+    pub template: &'a Layer,
+    pub members: Vec<(&'a Layer, f64)>,
+}
+
+impl<'a> Update<'a> {
+    /// One layer.
+    pub fn of(layer: &'a Layer) -> Self {
+        Self { template: layer, members: vec![(layer, layer.scale.value)] }
+    }
+}
+
+pub(super) struct Truncated {
+    /// `None` if it keeps its rank.
+    pub layer: Option<Layer>,
+    pub cut: Cut,
+}
+
+pub(super) fn truncated(
+    device: &Device,
+    updates: &[Update<'_>],
+    truncation: &Truncation,
+) -> Result<Vec<Truncated>> {
+    let mut results = truncated_by_grams(device, updates, truncation)?;
+    let rest: Vec<usize> = (0..updates.len()).filter(|&i| results[i].is_none()).collect();
+    if !rest.is_empty() {
+        let members: Vec<&[(&Layer, f64)]> = rest.iter().map(|&i| &updates[i].members[..]).collect();
+        let factored = Factored::new(device, &members)?;
+        let cores: Vec<Matrix> = factored.cores.iter().map(|cores| sum(cores)).collect();
+        let templates: Vec<&Layer> = rest.iter().map(|&i| updates[i].template).collect();
+        let lifted = factored.lifted(device, &templates, &cores, truncation)?;
+        for (i, Lifted { layer, values }) in rest.into_iter().zip(lifted) {
+            results[i] = Some(updates[i].truncated(truncation, &values, layer));
+        }
+    }
+    Ok(results.into_iter().flatten().collect())
+}
+
+/// How far singular vectors may be off for [`truncated_by_grams`]: less than f32 rounds them by.
+const MAX_ERROR: f64 = 1e-8;
+
+/// Where factors are far enough from singular, their Gram matrices tell all: `A' = Σ^½·Vᵀ·L_a⁻¹·A` and
+/// `B' = B·L_b⁻ᵀ·U·Σ^½`, so that factors are read twice and nothing of their size is written but the result. `None` of the
+/// others.
+fn truncated_by_grams(
+    device: &Device,
+    updates: &[Update<'_>],
+    truncation: &Truncation,
+) -> Result<Vec<Option<Truncated>>> {
+    let stacks = |side: Side, factor: for<'l> fn(&'l Layer) -> RawMatrix<'l>| {
+        let parts =
+            updates.iter().map(|update| update.members.iter().map(|(layer, _)| factor(layer)).collect());
+        Stacks::new(device, side, parts.collect())
+    };
+    let (a, b) = (stacks(Side::Input, Layer::a)?, stacks(Side::Output, Layer::b)?);
+    let root = |gram: &Matrix| Root::new(device, gram).filter(|root| root.error <= MAX_ERROR);
+    let roots: Vec<Option<[Root; 2]>> = (a.grams(device)?, b.grams(device)?)
+        .into_par_iter()
+        .map(|(a, b)| Some([root(&a)?, root(&b)?]))
+        .collect();
+    let core = |(update, roots): (&Update<'_>, &Option<[Root; 2]>)| match roots {
+        Some([a, b]) => sum(&cores(&update.members, &a.left, &b.left)),
+        None => Matrix::default(),
+    };
+    let all: Vec<Matrix> = (updates, &roots).into_par_iter().map(core).collect();
+    let svds = ops::jacobi_svd(device, &all)?;
+    if let Some(k) = svds.iter().position(|svd| !svd.converged) {
+        return Err(unconverged(&updates[k].template.name()));
+    }
+    let halves = |of: fn(&Svd) -> &Matrix, side: usize| -> Vec<Matrix> {
+        let half = |(update, (svd, roots)): (&Update<'_>, (&Svd, &Option<[Root; 2]>))| match roots {
+            Some(roots) => {
+                let (vectors, kept) = (of(svd), truncation.kept(&svd.values));
+                let half = Matrix::from_fn(kept, vectors.cols, |k, i| svd.values[k].sqrt() * vectors[(k, i)]);
+                times(&half, &roots[side].inverse)
+            }
+            None => Matrix::zeros(0, update.rank()),
+        };
+        (updates, (&svds, &roots)).into_par_iter().map(half).collect()
+    };
+    let a = a.combined(device, &halves(|svd| &svd.right, 0))?;
+    let b = b.combined(device, &halves(|svd| &svd.left, 1))?;
+    (updates, roots, svds, a, b)
+        .into_par_iter()
+        .map(|(update, roots, svd, a, b)| match roots {
+            Some(_) => Ok(Some(update.truncated(truncation, &svd.values, finite(update.template, a, b)?))),
+            None => Ok(None),
+        })
+        .collect()
+}
+
+impl Update<'_> {
+    /// What became of it, `layer`, by its singular values.
+    fn truncated(&self, truncation: &Truncation, values: &[f64], layer: Layer) -> Truncated {
+        let squares = |values: &[f64]| values.iter().map(|v| v * v).sum::<f64>();
+        let kept = truncation.kept(values);
+        let cut = Cut { off: squares(&values[kept..]), whole: squares(values) };
+        Truncated { layer: (kept < self.rank()).then_some(layer), cut }
+    }
+
+    fn rank(&self) -> usize {
+        self.members.iter().map(|(layer, _)| layer.rank).sum()
+    }
+}
+
+fn sum(cores: &[Matrix]) -> Matrix {
+    let mut cores = cores.iter();
+    let mut sum = cores.next().cloned().unwrap_or_default();
+    for core in cores {
+        sum.data.iter_mut().zip(&core.data).for_each(|(s, v)| *s += v);
+    }
+    sum
 }
 
 #[cfg(test)]

@@ -154,9 +154,7 @@ impl Ruled {
 impl Plain {
     fn run(self, merge: &CoreMerge, global: &Global, out: &Output) -> anyhow::Result<()> {
         let Self { loras, measure, common } = self;
-        common.run(&loras, &measure, global, out, |device, weighted, control| {
-            merge.merge_with(device, weighted, control)
-        })
+        common.run(&loras, &measure, global, out, merge)
     }
 }
 

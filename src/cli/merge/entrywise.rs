@@ -52,9 +52,7 @@ impl Shared {
             Some(rank) => merge.rank(rank),
             None => merge,
         };
-        common.run(&loras, &measure, global, out, |device, weighted, control| {
-            merge.merge_with(device, weighted, control)
-        })
+        common.run(&loras, &measure, global, out, &merge)
     }
 }
 

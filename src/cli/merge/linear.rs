@@ -25,6 +25,6 @@ pub struct LinearMerge {
 impl LinearMerge {
     pub fn run(self, global: &Global, out: &Output) -> anyhow::Result<()> {
         let Self { loras, measure, common } = self;
-        common.run(&loras, &measure, global, out, |_, weighted, control| Linear.merge_with(weighted, control))
+        common.run(&loras, &measure, global, out, &Linear)
     }
 }

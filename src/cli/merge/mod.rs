@@ -18,7 +18,8 @@ use clap::{Args, Subcommand};
 use loraweld::adapter::{check_target, same_file, write_atomic};
 use loraweld::merge::{Action, Losses, PlannedLayer, Report};
 use loraweld::{
-    Adapter, Calibration, Control, Device, Dtype, Merged, Plan, SaveOptions, Spectrum, Truncation, Weighted,
+    Adapter, Calibration, Control, Destination, Device, Dtype, Method as MergeMethod, Plan, SaveOptions,
+    Spectrum, Truncation, Weighted,
 };
 use serde_json::json;
 
@@ -246,14 +247,14 @@ impl Common {
         measure: &Measure,
         global: &Global,
         out: &Output,
-        merge: impl FnOnce(&Device, &[Weighted], Control) -> loraweld::Result<Merged>,
+        method: &dyn MergeMethod,
     ) -> anyhow::Result<()> {
         let others: Vec<&Path> = measure.calibration.iter().map(PathBuf::as_path).collect();
         let inputs = self.open(loras, &others, out)?;
         let calibration = measure.open(&inputs)?;
         match self.dry_run {
             true => self.dry_run(&inputs, out),
-            false => self.finish(global, &inputs, calibration.as_ref(), out, merge),
+            false => self.finish(global, &inputs, calibration.as_ref(), out, method),
         }
     }
 
@@ -310,40 +311,31 @@ impl Common {
         inputs: &Inputs,
         calibration: Option<&Calibration>,
         out: &Output,
-        merge: impl FnOnce(&Device, &[Weighted], Control) -> loraweld::Result<Merged>,
+        method: &dyn MergeMethod,
     ) -> anyhow::Result<()> {
         // clap asks for it.
         let output = self.output.as_ref().context("no output was named")?;
         let device = global.open_device(&self.memory, out)?;
-        let Merged { adapter, report } = out.long(|control| {
-            let weighted = inputs.weighted();
-            let merged = merge(&device, &weighted, *control)?;
-            let truncation = self.truncate.truncation();
-            let merged = match truncation.is_none() {
-                true => merged,
-                false => merged.truncated(&device, &truncation, control)?,
-            };
-            match calibration {
-                Some(calibration) if merged.report.losses.is_none() => {
-                    merged.measured(calibration, &weighted, control)
-                }
-                _ => Ok(merged),
-            }
-        })?;
-        say_notes(&report, &inputs.plan, out)?;
-
         let dtype = self.dtype.unwrap_or(inputs.dtype());
-        let mut metadata = adapter.metadata().clone();
-        metadata.extend(inputs.by_layer.clone().map(|text| ("loraweld.strengths".to_owned(), text)));
+        let strengths = inputs.by_layer.clone().map(|text| ("loraweld.strengths".to_owned(), text));
         let options = SaveOptions {
             dtype: Some(dtype),
             format: self.format.format(),
             overwrite: self.force,
             protect: inputs.files.clone(),
-            metadata,
+            metadata: strengths.into_iter().collect(),
         };
-        adapter.save(output, &options)?;
-        let format = options.format.unwrap_or(adapter.format());
+        let to = Destination { path: output, options: &options, truncation: self.truncate.truncation() };
+        let report = out.long(|control| {
+            let weighted = inputs.weighted();
+            match calibration {
+                Some(calibration) => merge_and_measure(method, &device, &weighted, calibration, &to, control),
+                None => method.merge_into(&device, &weighted, &to, *control),
+            }
+        })?;
+        say_notes(&report, &inputs.plan, out)?;
+
+        let format = options.format.unwrap_or(inputs.adapters[0].format());
         let bytes = std::fs::metadata(output).map(|meta| meta.len()).unwrap_or_default();
         let mut result = json!({
             "output": output, "bytes": bytes, "dtype": dtype.name(), "format": format.name(),
@@ -371,6 +363,28 @@ impl Common {
         }
         Ok(())
     }
+}
+
+/// Merges, measures and then writes: losses are found of factors that are in memory.
+fn merge_and_measure(
+    method: &dyn MergeMethod,
+    device: &Device,
+    weighted: &[Weighted<'_>],
+    calibration: &Calibration,
+    to: &Destination<'_>,
+    control: &Control<'_>,
+) -> loraweld::Result<Report> {
+    let merged = method.merge_any(device, weighted, *control)?;
+    let merged = match to.truncation.is_none() {
+        true => merged,
+        false => merged.truncated(device, &to.truncation, control)?,
+    };
+    let merged = match merged.report.losses {
+        None => merged.measured(calibration, weighted, control)?,
+        Some(_) => merged,
+    };
+    merged.adapter.save_with(to.path, to.options, *control)?;
+    Ok(merged.report)
 }
 
 impl Inputs {

@@ -86,8 +86,6 @@ impl NpLoraMerge {
     pub fn run(self, global: &Global, out: &Output) -> anyhow::Result<()> {
         let loras: Vec<LoraArg> = std::iter::once(self.style).chain(self.subject).collect();
         let merge = NpLora::default().options(self.options.build());
-        self.common.run(&loras, &self.measure, global, out, |device, weighted, control| {
-            merge.merge_with(device, weighted[0], &weighted[1..], control)
-        })
+        self.common.run(&loras, &self.measure, global, out, &merge)
     }
 }

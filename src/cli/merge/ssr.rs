@@ -141,9 +141,9 @@ impl SsrMerge {
             }
             return self.common.dry_run(&inputs, out);
         }
-        self.common.finish(global, &inputs, calibration.as_ref(), out, |device, weighted, control| {
-            ssr.merge_with(device, weighted, control)
-        })
+        // It measures what it solves; what is cut off then is not in it.
+        let measure = calibration.as_ref().filter(|_| !self.common.truncate.truncation().is_none());
+        self.common.finish(global, &inputs, measure, out, &ssr)
     }
 }
 

@@ -66,7 +66,5 @@ fn svd(
 ) -> anyhow::Result<()> {
     // The method truncates itself.
     let merge = SvdMerge::new(common.truncate.take());
-    common.run(loras, measure, global, out, |device, weighted, control| {
-        merge.merge_with(device, weighted, control)
-    })
+    common.run(loras, measure, global, out, &merge)
 }

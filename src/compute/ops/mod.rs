@@ -22,6 +22,7 @@ mod qr;
 mod rank_concat;
 mod rank_update;
 mod rows;
+mod stacks;
 
 pub use accumulate::{Activations, accumulate};
 pub(crate) use blend::{Blend, BlendJob, blend_cpu};
@@ -42,6 +43,7 @@ pub use qr::{Qr, qr, qr_l};
 pub use rank_concat::{Axis, Factor, rank_concat};
 pub use rank_update::rank_update;
 pub use rows::{ScaledRows, Side};
+pub use stacks::{Root, Stacks};
 
 use super::{Batch, Device, Element, Shape};
 use crate::{Error, Matrix, Result};

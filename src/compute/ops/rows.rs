@@ -90,7 +90,7 @@ fn normalise(row: &mut [f64]) -> i32 {
     e
 }
 
-fn stacked_shape(side: Side, parts: &[RawMatrix<'_>]) -> Result<Shape> {
+pub(super) fn stacked_shape(side: Side, parts: &[RawMatrix<'_>]) -> Result<Shape> {
     let mut shape = Shape::new(0, 0);
     for (i, part) in parts.iter().enumerate() {
         let (rank, width) = match side {

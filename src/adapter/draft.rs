@@ -1,0 +1,294 @@
+//! Files of adapters that are written while their layers are computed.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::fs::File;
+use std::io::{self, BufWriter, Write};
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use rayon::prelude::*;
+use sha2::{Digest, Sha256};
+
+use super::atomic::{AtomicFile, Flusher, read_at, write_at, write_error};
+use super::write::{Module, Target, modules};
+use super::{Adapter, Layer, LayerKey, SaveOptions, TensorData, hash, metadata};
+use crate::safetensors_file::{FileDtype, Layout, TensorOut};
+use crate::{Control, Dtype, Error, Result};
+
+/// Bytes that are gathered before they are written.
+const BUFFER: usize = 1 << 17;
+
+/// A file that is laid out, and filled as factors become known, in any order and from any thread.
+pub(crate) struct Draft<'a> {
+    path: &'a Path,
+    file: &'a File,
+    target: &'a Target,
+    dtype: Dtype,
+    options: &'a SaveOptions,
+    control: &'a Control<'a>,
+    modules: &'a [Module<'a>],
+    /// The module of each layer that is not there yet.
+    planned: BTreeMap<&'a LayerKey, usize>,
+    /// Of every tensor.
+    places: HashMap<String, Range<u64>>,
+    /// Where there is room for what has no place.
+    end: AtomicU64,
+    /// Layers of modules that lack others.
+    waiting: Mutex<HashMap<usize, Vec<Layer>>>,
+    flusher: &'a Flusher,
+    written: Mutex<HashMap<usize, Written>>,
+}
+
+/// What became of a module.
+#[derive(Default)]
+struct Written {
+    rank: usize,
+    alpha: f64,
+    tensors: Vec<Place>,
+}
+
+/// Where a tensor is in the draft.
+struct Place {
+    name: String,
+    dtype: FileDtype,
+    shape: Vec<usize>,
+    start: u64,
+}
+
+/// Writes an adapter as [`Adapter::save`] does, while `compute` finds the factors of its planned layers and at last its
+/// metadata.
+///
+/// A planned rank is the highest that a layer may have. If all have it, and the metadata takes as much room as that of
+/// `adapter`, the file is whole once the last factor is there; else it is written a second time, from the first. In both
+/// cases it is, byte for byte, what saving the computed adapter writes.
+pub(crate) fn save_while<T>(
+    adapter: &Adapter,
+    path: &Path,
+    options: &SaveOptions,
+    control: &Control<'_>,
+    compute: impl FnOnce(&Draft<'_>) -> Result<(T, BTreeMap<String, String>)>,
+) -> Result<T> {
+    let failed = |e| write_error(path, e);
+    let dtype = options.dtype.unwrap_or(adapter.dtype());
+    let target = Target::new(adapter, options.format);
+    let mut modules = modules(adapter, &target, dtype, options)?;
+    let metadata = |modules: &[Module<'_>], own: &BTreeMap<String, String>, hash: &dyn Fn() -> _| {
+        // What a file says may be wrong of what became of it; what was given in memory is meant to be written.
+        let mut given = if adapter.0.file.is_none() { own.clone() } else { BTreeMap::new() };
+        given.extend(options.metadata.clone());
+        metadata::written(modules, target.spelling.format, adapter.family(), &given, hash)
+    };
+    let protect = protected(adapter, options);
+    let create = || AtomicFile::create(path, options.overwrite, &protect);
+
+    let first = create()?;
+    let (planned, result, after, written) = {
+        let mut tensors: Vec<_> = modules.iter().flat_map(|m| m.tensors(&target.spelling, dtype)).collect();
+        // Hashes are not known yet, but how long they are.
+        let before = metadata(&modules, adapter.metadata(), &|| Ok("0".repeat(64))).map_err(failed)?;
+        let layout = Layout::new(&before, &mut tensors).map_err(failed)?;
+        first.file().set_len(layout.len()).map_err(failed)?;
+        let flusher = Flusher::new(&first, layout.len());
+        let places = tensors.iter().map(|t| t.name.clone()).zip(layout.places.iter().cloned());
+        let draft = Draft {
+            path,
+            file: first.file(),
+            target: &target,
+            dtype,
+            options,
+            control,
+            modules: &modules,
+            planned: planned(&modules),
+            places: places.collect(),
+            end: layout.len().into(),
+            waiting: Mutex::default(),
+            flusher: &flusher,
+            written: Mutex::default(),
+        };
+        let (result, after) = compute(&draft)?;
+        let written = draft.finish()?;
+        flusher.finish().map_err(failed)?;
+        (layout, result, after, written)
+    };
+
+    for (module, written) in modules.iter_mut().zip(&written) {
+        (module.rank, module.alpha) = (written.rank, written.alpha);
+    }
+    let mut tensors: Vec<_> =
+        written.iter().flat_map(|w| &w.tensors).map(|place| place.tensor(first.file())).collect();
+    TensorOut::sort(&mut tensors);
+    let hash = || {
+        let mut sha = Sha256::new();
+        tensors.iter().try_for_each(|t| (t.write)(&mut Hashing(&mut sha, control)))?;
+        Ok(hash::hex(sha.finalize().as_slice()))
+    };
+    let metadata = metadata(&modules, &after, &hash).map_err(failed)?;
+    let layout = Layout::new(&metadata, &mut tensors).map_err(failed)?;
+    if layout.places == planned.places {
+        write_at(first.file(), &layout.header, 0).map_err(failed)?;
+        drop(tensors);
+        control.check()?;
+        return first.commit(path).map(|()| result);
+    }
+    tracing::debug!("not all layers have the rank that was planned; writing the file again");
+    let second = create()?;
+    let file = second.file();
+    file.set_len(layout.len()).and_then(|()| write_at(file, &layout.header, 0)).map_err(failed)?;
+    let write =
+        |(t, place): (&TensorOut<'_>, Range<u64>)| write_tensor(t, file, place.start, control).map(drop);
+    tensors.par_iter().zip(layout.places).try_for_each(write).map_err(failed)?;
+    drop(tensors);
+    drop(first);
+    second.commit(path).map(|()| result)
+}
+
+/// Files that are not to be overwritten.
+fn protected(adapter: &Adapter, options: &SaveOptions) -> Vec<PathBuf> {
+    let tensors = adapter.layers().iter().flat_map(|layer| [&layer.a, &layer.b]);
+    let files = tensors.filter_map(|tensor| match &tensor.data {
+        TensorData::File(file, _) => Some(file),
+        _ => None,
+    });
+    let files = files.chain(&adapter.0.file).filter(|file| file.is_on_disk());
+    let all: BTreeSet<_> =
+        options.protect.iter().map(PathBuf::as_path).chain(files.map(|file| file.path())).collect();
+    all.into_iter().map(Path::to_owned).collect()
+}
+
+/// The modules of layers that are not there yet.
+fn planned<'a>(modules: &'a [Module<'a>]) -> BTreeMap<&'a LayerKey, usize> {
+    let parts = modules.iter().enumerate().flat_map(|(i, module)| module.parts.iter().map(move |p| (i, p.1)));
+    parts.filter(|(_, layer)| layer.a.is_planned()).map(|(i, layer)| (&layer.key, i)).collect()
+}
+
+impl Draft<'_> {
+    /// Writes a layer that was planned. One that shares a module with others waits for them.
+    ///
+    /// # Errors
+    /// [`Error::Layer`] for a layer that was not planned, or if a value is too large for the file's type; [`Error::Io`];
+    /// [`Error::Cancelled`].
+    pub fn put(&self, layer: Layer) -> Result<()> {
+        let Some(&i) = self.planned.get(&layer.key) else {
+            return Err(Error::layer(layer.name(), "was not planned"));
+        };
+        let lacking = self.modules[i].parts.iter().filter(|(_, layer)| layer.a.is_planned()).count();
+        let layers = {
+            let mut waiting = lock(&self.waiting);
+            let layers = waiting.entry(i).or_default();
+            layers.push(layer);
+            if layers.len() < lacking {
+                return Ok(());
+            }
+            waiting.remove(&i).unwrap_or_default()
+        };
+        let module = self.modules[i].with(&layers, self.target, self.dtype, self.options)?;
+        self.write(i, &module)
+    }
+
+    /// Writes layers side by side; those that were not planned are there already.
+    ///
+    /// # Errors
+    /// As of [`put`](Self::put).
+    pub fn put_all(&self, layers: impl Iterator<Item = Layer>) -> Result<()> {
+        let layers: Vec<Layer> = layers.filter(|layer| self.planned.contains_key(&layer.key)).collect();
+        layers.into_par_iter().try_for_each(|layer| self.put(layer))
+    }
+
+    /// Writes what was there from the start; gives what became of every module.
+    fn finish(self) -> Result<Vec<Written>> {
+        let lacking: BTreeSet<usize> = self.planned.values().copied().collect();
+        let rest = self.modules.par_iter().enumerate().filter(|(i, _)| !lacking.contains(i));
+        rest.try_for_each(|(i, module)| self.write(i, module))?;
+        let mut written = std::mem::take(&mut *lock(&self.written));
+        let all = self.modules.iter().enumerate().map(|(i, module)| {
+            written.remove(&i).ok_or_else(|| Error::layer(module.layer.name(), "was not computed"))
+        });
+        all.collect()
+    }
+
+    fn write(&self, i: usize, module: &Module<'_>) -> Result<()> {
+        let mut tensors = Vec::new();
+        for t in module.tensors(&self.target.spelling, self.dtype) {
+            let size = t.size() as u64;
+            let start = match self.places.get(&t.name) {
+                Some(place) if size <= place.end - place.start => place.start,
+                _ => self.end.fetch_add(size, Ordering::Relaxed),
+            };
+            write_tensor(&t, self.file, start, self.control).map_err(|e| write_error(self.path, e))?;
+            self.flusher.wrote(size);
+            let TensorOut { name, dtype, shape, .. } = t;
+            tensors.push(Place { name, dtype, shape, start });
+        }
+        lock(&self.written).insert(i, Written { rank: module.rank, alpha: module.alpha, tensors });
+        Ok(())
+    }
+}
+
+impl Place {
+    /// The tensor, read from the draft.
+    fn tensor<'a>(&self, draft: &'a File) -> TensorOut<'a> {
+        let Self { name, dtype, shape, start } = self;
+        let (start, size) = (*start, shape.iter().product::<usize>() * dtype.bitsize() / 8);
+        let write = move |out: &mut dyn Write| {
+            let mut buffer = vec![0; COPY.min(size)];
+            (0..size).step_by(COPY).try_for_each(|at| {
+                let piece = &mut buffer[..COPY.min(size - at)];
+                read_at(draft, piece, start + at as u64)?;
+                out.write_all(piece)
+            })
+        };
+        TensorOut { name: name.clone(), dtype: *dtype, shape: shape.clone(), write: Box::new(write) }
+    }
+}
+
+/// Bytes that are copied at a time.
+const COPY: usize = 1 << 20;
+
+/// Writes a tensor to its place.
+fn write_tensor(t: &TensorOut<'_>, file: &File, start: u64, control: &Control<'_>) -> io::Result<()> {
+    let mut out = BufWriter::with_capacity(BUFFER, At { file, next: start, control });
+    (t.write)(&mut out)?;
+    let At { next, .. } = out.into_inner().map_err(io::IntoInnerError::into_error)?;
+    t.check(next - start)
+}
+
+/// Writes to a place of a file, and ends with [`Error::Cancelled`] if it has to.
+struct At<'a> {
+    file: &'a File,
+    next: u64,
+    control: &'a Control<'a>,
+}
+
+impl Write for At<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.control.check().map_err(io::Error::other)?;
+        // In pieces, between which the call may be cancelled.
+        let bytes = &bytes[..bytes.len().min(COPY)];
+        write_at(self.file, bytes, self.next)?;
+        self.next += bytes.len() as u64;
+        Ok(bytes.len())
+    }
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+struct Hashing<'a>(&'a mut Sha256, &'a Control<'a>);
+
+impl Write for Hashing<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.1.check().map_err(io::Error::other)?;
+        self.0.update(bytes);
+        Ok(bytes.len())
+    }
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Each guarded value is valid after every statement, so a panic elsewhere does not spoil it.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

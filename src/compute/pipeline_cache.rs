@@ -1,0 +1,120 @@
+//! Compiled pipelines, kept on disk: drivers take up to seconds to make them anew in every process.
+
+use std::fs;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use sha2::{Digest, Sha256};
+
+/// A driver's cache, and the file that it comes from and goes to.
+pub(super) struct PipelineCache {
+    cache: wgpu::PipelineCache,
+    file: PathBuf,
+    /// Whether it holds more than the file.
+    grown: AtomicBool,
+}
+
+impl PipelineCache {
+    /// Reads the cache of this adapter and driver from a folder, where the device can have one. A file that is missing or
+    /// damaged counts as an empty one.
+    pub fn open(adapter: &wgpu::Adapter, device: &wgpu::Device, folder: &Path) -> Option<Self> {
+        let info = adapter.get_info();
+        if !device.features().contains(wgpu::Features::PIPELINE_CACHE) {
+            return None;
+        }
+        let key = format!(
+            "{} {} {} {}",
+            wgpu::util::pipeline_cache_key(&info)?,
+            info.name,
+            info.driver,
+            info.driver_info
+        );
+        let file = folder.join(format!("pipelines-{}", &hex(&Sha256::digest(key))[..16]));
+        let data = match fs::read(&file) {
+            Ok(bytes) => unsealed(&bytes).map(<[u8]>::to_vec),
+            Err(_) => None,
+        };
+        tracing::debug!(file = %file.display(), found = data.is_some(), "pipeline cache");
+        // SAFETY: the data is what `get_data` of wgpu gave for this adapter and driver: `save` writes nothing else,
+        // the file's name depends on both, and its hash shows that it is whole. wgpu and the driver check it again.
+        let cache = unsafe {
+            device.create_pipeline_cache(&wgpu::PipelineCacheDescriptor {
+                label: Some("loraweld"),
+                data: data.as_deref(),
+                fallback: true,
+            })
+        };
+        Some(Self { cache, file, grown: false.into() })
+    }
+
+    /// What pipelines are made with.
+    pub fn cache(&self) -> &wgpu::PipelineCache {
+        self.grown.store(true, Ordering::Relaxed);
+        &self.cache
+    }
+
+    /// Writes the cache, if a pipeline was made and it has changed. That it cannot is no reason to fail.
+    pub fn save(&self) {
+        if !self.grown.swap(false, Ordering::Relaxed) {
+            return;
+        }
+        let Some(data) = self.cache.get_data() else { return };
+        let bytes = sealed(&data);
+        let write = || -> std::io::Result<()> {
+            if fs::read(&self.file).is_ok_and(|old| old == bytes) {
+                return Ok(());
+            }
+            let folder = self.file.parent().unwrap_or(Path::new("."));
+            fs::create_dir_all(folder)?;
+            // Another process sees the old file or the new one.
+            let mut temp = tempfile::NamedTempFile::new_in(folder)?;
+            temp.write_all(&bytes)?;
+            temp.persist(&self.file)?;
+            Ok(())
+        };
+        match write() {
+            Ok(()) => {
+                tracing::debug!(file = %self.file.display(), bytes = bytes.len(), "saved the pipeline cache")
+            }
+            Err(error) => {
+                tracing::debug!(file = %self.file.display(), %error, "cannot save the pipeline cache")
+            }
+        }
+    }
+}
+
+/// The data after its hash.
+fn sealed(data: &[u8]) -> Vec<u8> {
+    [Sha256::digest(data).as_slice(), data].concat()
+}
+
+/// The data, if it is whole.
+fn unsealed(bytes: &[u8]) -> Option<&[u8]> {
+    let (hash, data) = bytes.split_at_checked(32)?;
+    (Sha256::digest(data).as_slice() == hash).then_some(data)
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|b| format!("{b:02x}")).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_damaged_is_not_given_to_a_driver() {
+        let whole = sealed(b"pipelines");
+        assert_eq!(unsealed(&whole), Some(&b"pipelines"[..]));
+        assert_eq!(unsealed(&sealed(b"")), Some(&b""[..]));
+        for cut in 0..whole.len() {
+            assert_eq!(unsealed(&whole[..cut]), None, "{cut}");
+        }
+        for i in 0..whole.len() {
+            let mut bytes = whole.clone();
+            bytes[i] ^= 1;
+            assert_eq!(unsealed(&bytes), None, "{i}");
+        }
+    }
+}
