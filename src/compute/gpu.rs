@@ -23,6 +23,17 @@ const LARGE: usize = 1 << 20;
 /// Bytes of smaller ones that may be staged by wgpu before we wait for the queue.
 const MAX_STAGED: u64 = 256 << 20;
 
+/// Scratch buffers that wait for their next user.
+const MAX_POOLED: usize = 256;
+const MAX_POOLED_BYTES: u64 = 512 << 20;
+
+/// A pipeline with the layout of its bind group, since asking for that each time makes a new one.
+#[derive(Clone)]
+struct Pipeline {
+    pipeline: wgpu::ComputePipeline,
+    layout: wgpu::BindGroupLayout,
+}
+
 pub(crate) struct Gpu {
     pub name: String,
     pub device: wgpu::Device,
@@ -31,7 +42,7 @@ pub(crate) struct Gpu {
     pub disable: Disable,
     params: wgpu::Buffer,
     /// Each is made by the first who needs it, while others are made beside it.
-    pipelines: Mutex<HashMap<Kernel, Arc<OnceLock<wgpu::ComputePipeline>>>>,
+    pipelines: Mutex<HashMap<Kernel, Arc<OnceLock<Pipeline>>>>,
     cache: Option<PipelineCache>,
     scratch: Mutex<Vec<wgpu::Buffer>>,
     staged: AtomicU64,
@@ -218,12 +229,12 @@ impl Gpu {
         kernels.par_iter().for_each(|&kernel| drop(self.pipeline(kernel)));
     }
 
-    fn pipeline(&self, kernel: Kernel) -> wgpu::ComputePipeline {
+    fn pipeline(&self, kernel: Kernel) -> Pipeline {
         let pipeline = lock(&self.pipelines).entry(kernel).or_default().clone();
         pipeline.get_or_init(|| self.make_pipeline(kernel)).clone()
     }
 
-    fn make_pipeline(&self, kernel: Kernel) -> wgpu::ComputePipeline {
+    fn make_pipeline(&self, kernel: Kernel) -> Pipeline {
         let start = std::time::Instant::now();
         let module = shader_module(&self.device, &kernel.label(), &kernel.source());
         let pipeline = self.device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
@@ -239,7 +250,7 @@ impl Gpu {
             cache: self.cache.as_ref().map(PipelineCache::cache),
         });
         tracing::debug!(kernel = kernel.label(), seconds = start.elapsed().as_secs_f64(), "made a pipeline");
-        pipeline
+        Pipeline { layout: pipeline.get_bind_group_layout(0), pipeline }
     }
 
     /// Starts recording.
@@ -290,9 +301,11 @@ impl Drop for Scratch {
         if let Some(buffer) = self.buffer.take() {
             let mut pool = lock(&self.gpu.scratch);
             pool.push(buffer);
-            // Enough for the operations of one step; the oldest goes when there are more.
-            if pool.len() > 64 {
-                pool.remove(0);
+            // Enough for the operations of one step; the oldest go when there are more. Making a buffer costs more than
+            // most launches.
+            let mut bytes: u64 = pool.iter().map(|buffer| buffer.size()).sum();
+            while pool.len() > MAX_POOLED || (pool.len() > 64 && bytes > MAX_POOLED_BYTES) {
+                bytes -= pool.remove(0).size();
             }
         }
     }
@@ -444,7 +457,7 @@ impl Commands<'_> {
         tables.unmap();
         let mut pass = encoder.begin_compute_pass(&Default::default());
         for launch in launches {
-            let pipeline = gpu.pipeline(launch.kernel);
+            let Pipeline { pipeline, layout } = gpu.pipeline(launch.kernel);
             let entry = |binding, buffer, offset, size| wgpu::BindGroupEntry {
                 binding,
                 resource: wgpu::BindingResource::Buffer(wgpu::BufferBinding { buffer, offset, size }),
@@ -459,7 +472,7 @@ impl Commands<'_> {
             entries.extend((3..).zip(&launch.buffers).map(|(i, b)| entry(i, &b.buffer, b.offset, b.size)));
             let group = gpu.device.create_bind_group(&wgpu::BindGroupDescriptor {
                 label: None,
-                layout: &pipeline.get_bind_group_layout(0),
+                layout: &layout,
                 entries: &entries,
             });
             pass.set_pipeline(&pipeline);

@@ -1,9 +1,10 @@
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
 
 use super::gram::{self, GramJob, Pending, gram_cpu};
 use super::project::{self, ProjectJob, X_ALIGN, parts_bytes, project_cpu};
 use super::{mismatch, same_count};
-use crate::compute::gpu::{BIND_ALIGN, Commands, Scratch, whole};
+use crate::compute::gpu::{BIND_ALIGN, Commands, Gpu, Scratch, whole};
 use crate::compute::{Batch, Device, Element, Shape};
 use crate::{Dtype, Error, RawMatrix, Result};
 use rayon::prelude::*;
@@ -148,19 +149,19 @@ fn accumulate_gpu(
             windows.push(Window { index, input, first, tokens: rows.min(shape.rows - first) });
         }
     }
-    // Host windows share uploads, within what one binding holds of X, Z and partial sums. Each group adds
-    // to a sum at most once, since its additions run at once.
+    // Windows share launches, and those of the host uploads, within what one binding holds of X, Z and partial sums. Each
+    // group adds to a sum at most once, since its additions run at once.
     let mut groups: Vec<Vec<Window>> = Vec::new();
     let mut seen = HashSet::new();
     let mut spent = [0; 3];
     for window in windows {
         let on_host = matches!(window.input, Activations::Host(_));
         let rank = a.shapes()[window.index].rows;
-        let x = x_bytes(&window);
+        let x = if on_host { x_bytes(&window) } else { 0 };
         let z = parts_bytes(window.tokens, rank);
         let cost = [x, z, gram::partial_len(window.tokens, rank, 1) * 8].map(|bytes| bytes as u64);
-        let joins = groups.last().is_some_and(|group| matches!(group[0].input, Activations::Host(_)))
-            && on_host
+        let alike = |group: &Vec<Window>| matches!(group[0].input, Activations::Host(_)) == on_host;
+        let joins = groups.last().is_some_and(alike)
             && spent.iter().zip(cost).all(|(spent, cost)| spent + cost <= limit)
             && !seen.contains(&window.index);
         if !joins {
@@ -207,14 +208,15 @@ fn record(
         Element::Host => Element::F32,
         element => element,
     };
-    let mut project_jobs = Vec::new();
-    let mut gram_jobs = Vec::new();
+    let mut inputs = Inputs::default();
+    let (mut project_jobs, mut gram_jobs) = (Vec::new(), Vec::new());
     let mut z_len = 0;
-    let mut x_len = 0;
     for window in group {
         let shape = a.shapes()[window.index];
+        let (x, x_word) = inputs.place(window)?;
         project_jobs.push(ProjectJob {
-            x_word: x_len / 4,
+            x,
+            x_word,
             tokens: window.tokens,
             dtype: window.input.dtype(),
             a: window.index,
@@ -223,45 +225,84 @@ fn record(
         gram_jobs.push(GramJob { z: z_len, tokens: window.tokens, rank: shape.rows, sum: window.index });
         // Vectors of 4 are loaded from it.
         z_len += (window.tokens * shape.rows).next_multiple_of(4);
-        x_len += x_bytes(window);
     }
     let z = gpu.scratch(z_len as u64 * element.bytes())?;
-    let mut upload = None;
-    let x = match group[0].input {
-        Activations::Buffer { buffer, offset, dtype, width, .. } => {
-            let start = offset + (group[0].first * width * dtype.size()) as u64;
-            let bytes = (group[0].tokens * width * dtype.size()).next_multiple_of(4);
-            if !start.is_multiple_of(4) || start + bytes as u64 > buffer.size().next_multiple_of(4) {
-                return Err(Error::Invalid(format!(
-                    "activations of {bytes} bytes at byte {start} do not lie in their buffer of {} bytes \
-                     on a multiple of 4",
-                    buffer.size()
-                )));
-            }
-            let aligned = start - start % BIND_ALIGN as u64;
-            project_jobs[0].x_word = ((start - aligned) / 4) as usize;
-            let size = (start - aligned + bytes as u64).next_multiple_of(16).min(buffer.size() - aligned);
-            wgpu::BufferBinding { buffer, offset: aligned, size: wgpu::BufferSize::new(size) }
-        }
-        Activations::Host(_) => {
-            let upload = upload.insert(gpu.scratch(x_len as u64)?);
-            for (window, job) in group.iter().zip(&project_jobs) {
-                if let Activations::Host(matrix) = window.input {
-                    let bytes = matrix.rows(window.first, window.first + window.tokens).bytes;
-                    let whole_words = bytes.len() & !3;
-                    let place = job.x_word as u64 * 4;
-                    gpu.write(upload, place, &bytes[..whole_words])?;
-                    if whole_words < bytes.len() {
-                        let last = [bytes[whole_words], bytes[whole_words + 1], 0, 0];
-                        gpu.write(upload, place + whole_words as u64, &last)?;
-                    }
-                }
-            }
-            whole(upload)
-        }
+    let upload = inputs.upload(gpu)?;
+    let x = match &upload {
+        Some(upload) => vec![whole(upload)],
+        None => inputs.buffers,
     };
-    project::encode(commands, gpu, x, &project_jobs, a, whole(&z), element)?;
+    project::encode(commands, gpu, &x, &project_jobs, a, whole(&z), element)?;
     let pending = gram::encode(commands, gpu, device, whole(&z), element, &gram_jobs, sums)?;
     commands.keep(z);
     Ok((upload, pending))
+}
+
+/// What a group reads: windows of the host in one upload, or ranges of buffers. Layers that read the same input (q, k, v)
+/// share it.
+#[derive(Default)]
+struct Inputs<'a> {
+    buffers: Vec<wgpu::BufferBinding<'a>>,
+    /// Windows of the host, by address and length, with their byte in the upload.
+    host: HashMap<(*const u8, usize), usize>,
+    pieces: Vec<(usize, &'a [u8])>,
+    bytes: usize,
+}
+
+impl<'a> Inputs<'a> {
+    /// The binding of a window, and its first word there.
+    fn place(&mut self, window: &Window<'a>) -> Result<(usize, usize)> {
+        match window.input {
+            Activations::Host(matrix) => {
+                let bytes = matrix.rows(window.first, window.first + window.tokens).bytes;
+                let next = self.bytes;
+                let place = *self.host.entry((bytes.as_ptr(), bytes.len())).or_insert(next);
+                if place == next {
+                    self.pieces.push((place, bytes));
+                    self.bytes += x_bytes(window);
+                }
+                Ok((0, place / 4))
+            }
+            Activations::Buffer { buffer, offset, dtype, width, .. } => {
+                let start = offset + (window.first * width * dtype.size()) as u64;
+                let bytes = (window.tokens * width * dtype.size()).next_multiple_of(4) as u64;
+                if !start.is_multiple_of(4) || start + bytes > buffer.size().next_multiple_of(4) {
+                    return Err(Error::Invalid(format!(
+                        "activations of {bytes} bytes at byte {start} do not lie in their buffer of {} bytes on a \
+                         multiple of 4",
+                        buffer.size()
+                    )));
+                }
+                let aligned = start - start % BIND_ALIGN as u64;
+                let size = (start - aligned + bytes).next_multiple_of(16).min(buffer.size() - aligned);
+                let binding =
+                    wgpu::BufferBinding { buffer, offset: aligned, size: wgpu::BufferSize::new(size) };
+                let known = self.buffers.iter().position(|known| {
+                    (known.buffer, known.offset, known.size) == (buffer, aligned, binding.size)
+                });
+                let x = known.unwrap_or_else(|| {
+                    self.buffers.push(binding);
+                    self.buffers.len() - 1
+                });
+                Ok((x, ((start - aligned) / 4) as usize))
+            }
+        }
+    }
+
+    /// Uploads the windows of the host.
+    fn upload(&self, gpu: &Arc<Gpu>) -> Result<Option<Scratch>> {
+        if self.pieces.is_empty() {
+            return Ok(None);
+        }
+        let upload = gpu.scratch(self.bytes as u64)?;
+        for &(place, bytes) in &self.pieces {
+            let whole_words = bytes.len() & !3;
+            gpu.write(&upload, place as u64, &bytes[..whole_words])?;
+            if whole_words < bytes.len() {
+                let last = [bytes[whole_words], bytes[whole_words + 1], 0, 0];
+                gpu.write(&upload, (place + whole_words) as u64, &last)?;
+            }
+        }
+        Ok(Some(upload))
+    }
 }

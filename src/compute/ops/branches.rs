@@ -305,6 +305,7 @@ pub(crate) fn encode(
 
     for window in x_windows {
         let job = ProjectJob {
+            x: 0,
             x_word: window.word,
             tokens: window.count,
             dtype: x.dtype,
@@ -312,7 +313,7 @@ pub(crate) fn encode(
             z: window.first * rank,
         };
         let z = whole(&buffers.z);
-        project::encode(&mut commands, gpu, window.binding, &[job], layer, z, Element::F32)?;
+        project::encode(&mut commands, gpu, &[window.binding], &[job], layer, z, Element::F32)?;
     }
 
     let mut score_parts = score_parts(tokens, branches, call.width);

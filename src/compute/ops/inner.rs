@@ -48,6 +48,7 @@ pub fn inner_as(device: &Device, x: &Batch, y: &Batch, element: Element) -> Resu
     }
     let jobs: Vec<_> = (0..x.len())
         .map(|i| ProjectJob {
+            x: 0,
             x_word: x.offset(i),
             tokens: x.shapes()[i].rows,
             dtype: Dtype::F32,
@@ -57,7 +58,7 @@ pub fn inner_as(device: &Device, x: &Batch, y: &Batch, element: Element) -> Resu
         .collect();
     let gpu = device.gpu()?;
     let mut commands = gpu.commands();
-    project::encode(&mut commands, gpu, whole(x.buffer()?), &jobs, y, whole(c.buffer()?), c.element())?;
+    project::encode(&mut commands, gpu, &[whole(x.buffer()?)], &jobs, y, whole(c.buffer()?), c.element())?;
     commands.submit()?;
     Ok(c)
 }

@@ -39,6 +39,7 @@ pub fn project(device: &Device, x: &[RawMatrix], a: &Batch) -> Result<Batch> {
     let mut jobs = Vec::new();
     for (i, x) in x.iter().enumerate() {
         jobs.push(ProjectJob {
+            x: 0,
             x_word: words.len() / 4,
             tokens: x.rows,
             dtype: x.dtype,
@@ -51,7 +52,7 @@ pub fn project(device: &Device, x: &[RawMatrix], a: &Batch) -> Result<Batch> {
     let source = gpu.scratch(words.len() as u64)?;
     gpu.write(&source, 0, &words)?;
     let mut commands = gpu.commands();
-    encode(&mut commands, gpu, whole(&source), &jobs, a, whole(z.buffer()?), z.element())?;
+    encode(&mut commands, gpu, &[whole(&source)], &jobs, a, whole(z.buffer()?), z.element())?;
     commands.submit()?;
     Ok(z)
 }
@@ -76,7 +77,9 @@ pub(super) fn project_cpu(x: RawMatrix, a: &[f64], z: &mut [f64]) {
 /// One product of a launch.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct ProjectJob {
-    /// First word of X in the bound buffer; matrix units need a multiple of 4.
+    /// Which of the bindings of activations.
+    pub x: usize,
+    /// First word of X in it; matrix units need a multiple of 4.
     pub x_word: usize,
     pub tokens: usize,
     pub dtype: Dtype,
@@ -243,11 +246,11 @@ struct RealJob {
     dtype: u32,
 }
 
-/// Records the products of activations that lie in one buffer, in phases 0 to 2.
+/// Records the products of activations that lie in some buffers, in phases 0 to 2.
 pub(super) fn encode(
     commands: &mut Commands<'_>,
     gpu: &Arc<Gpu>,
-    x: wgpu::BufferBinding<'_>,
+    x: &[wgpu::BufferBinding<'_>],
     jobs: &[ProjectJob],
     a: &Batch,
     z: wgpu::BufferBinding<'_>,
@@ -262,13 +265,15 @@ pub(super) fn encode(
 /// The tables of the launches that one product takes part in.
 #[derive(Default)]
 struct Tables {
-    scales: ScaleTable,
+    /// By binding of X.
+    scales: BTreeMap<usize, ScaleTable>,
     splits: (Vec<SplitJob>, Vec<Work>),
-    /// Where each split matrix of A is in `splits`.
+    /// Where each split matrix of A is in `splits`, and the scales of each X, by binding, first word and shape.
     split: BTreeMap<usize, usize>,
-    /// One launch for each permutation that occurs, and whether it writes Z itself.
-    products: BTreeMap<(Kernel, bool), (Vec<Job>, Vec<Work>)>,
-    matrix_products: BTreeMap<Kernel, (Vec<MatrixJob>, Vec<Work>)>,
+    scaled: BTreeMap<[usize; 4], u32>,
+    /// One launch for each binding of X and permutation that occurs, and whether it writes Z itself.
+    products: BTreeMap<(usize, Kernel, bool), (Vec<Job>, Vec<Work>)>,
+    matrix_products: BTreeMap<(usize, Kernel), (Vec<MatrixJob>, Vec<Work>)>,
     sums: (Vec<SumJob>, Vec<Work>),
     /// Elements of scales, of high and of low halves of A, and of parts so far.
     scales_len: usize,
@@ -338,9 +343,13 @@ impl Tables {
         };
         let (mut x_scales, mut a_scales, mut a_stride) = (NONE, NONE, 0);
         if cut.uses_matrix_units() {
-            let len = &mut self.scales_len;
-            let rows = Shape::new(job.tokens, shape.cols);
-            x_scales = scale_rows(&mut self.scales, len, job.x_word, rows, job.dtype);
+            // Layers that read the same input share its scales.
+            let key = [job.x, job.x_word, job.tokens, shape.cols];
+            x_scales = *self.scaled.entry(key).or_insert_with(|| {
+                let (table, rows) =
+                    (self.scales.entry(job.x).or_default(), Shape::new(job.tokens, shape.cols));
+                scale_rows(table, &mut self.scales_len, job.x_word, rows, job.dtype)
+            });
             let split = self.split(a, job.a, cut.columns);
             (entry.a, a_scales, a_stride) = (split.halves, split.scales, split.stride);
         }
@@ -371,11 +380,11 @@ impl Tables {
             })
         };
         if cut.uses_matrix_units() {
-            let (table, work) = self.matrix_products.entry(cut.kernel).or_default();
+            let (table, work) = self.matrix_products.entry((job.x, cut.kernel)).or_default();
             work.extend(tiles(table.len()));
             table.push(MatrixJob { job: entry, a_stride, x_scales, a_scales });
         } else {
-            let (table, work) = self.products.entry((cut.kernel, !cut.is_summed())).or_default();
+            let (table, work) = self.products.entry((job.x, cut.kernel, !cut.is_summed())).or_default();
             work.extend(tiles(table.len()));
             table.push(entry);
         }
@@ -385,7 +394,7 @@ impl Tables {
 fn encode_f32(
     commands: &mut Commands<'_>,
     gpu: &Arc<Gpu>,
-    x: wgpu::BufferBinding<'_>,
+    x: &[wgpu::BufferBinding<'_>],
     jobs: &[ProjectJob],
     a: &Batch,
     z: wgpu::BufferBinding<'_>,
@@ -400,18 +409,19 @@ fn encode_f32(
     let (high, low) = (high?, low?);
     let parts = gpu.scratch(tables.parts_len.max(1) as u64 * 4)?;
     commands.phase(0);
-    let (table, work) = &tables.scales;
-    commands.launch(Kernel::RowScale, table, work, &[x.clone(), whole(&scales)]);
+    for (i, (table, work)) in &tables.scales {
+        commands.launch(Kernel::RowScale, table, work, &[x[*i].clone(), whole(&scales)]);
+    }
     let (table, work) = &tables.splits;
     let buffers = [factor.clone(), whole(&high), whole(&low), whole(&scales)];
     commands.launch(Kernel::SplitRows, table, work, &buffers);
     commands.phase(1);
-    for ((kernel, direct), (table, work)) in &tables.products {
+    for ((i, kernel, direct), (table, work)) in &tables.products {
         let out = if *direct { z.clone() } else { whole(&parts) };
-        commands.launch(*kernel, table, work, &[x.clone(), factor.clone(), out]);
+        commands.launch(*kernel, table, work, &[x[*i].clone(), factor.clone(), out]);
     }
-    for (kernel, (table, work)) in &tables.matrix_products {
-        let buffers = [x.clone(), whole(&high), whole(&low), whole(&parts), whole(&scales)];
+    for ((i, kernel), (table, work)) in &tables.matrix_products {
+        let buffers = [x[*i].clone(), whole(&high), whole(&low), whole(&parts), whole(&scales)];
         commands.launch(*kernel, table, work, &buffers);
     }
     commands.phase(2);
@@ -425,37 +435,38 @@ fn encode_f32(
 
 fn encode_real(
     commands: &mut Commands<'_>,
-    x: wgpu::BufferBinding<'_>,
+    x: &[wgpu::BufferBinding<'_>],
     jobs: &[ProjectJob],
     a: &Batch,
     z: wgpu::BufferBinding<'_>,
     element: Element,
 ) -> Result<()> {
-    let table: Vec<_> = jobs
-        .iter()
-        .map(|job| {
-            let shape = a.shapes()[job.a];
-            RealJob {
-                x: job.x_word as u32,
-                a: a.offset(job.a) as u32,
-                z: job.z as u32,
-                tokens: job.tokens as u32,
-                rank: shape.rows as u32,
-                width: shape.cols as u32,
-                dtype: dtype_code(job.dtype),
-            }
-        })
-        .collect();
-    let work: Vec<Work> = table
-        .iter()
-        .enumerate()
-        .flat_map(|(i, job)| {
-            (0..job.tokens.div_ceil(16))
-                .flat_map(move |row| (0..job.rank.div_ceil(16)).map(move |c| [i as u32, row, c, 0]))
-        })
-        .collect();
-    let buffers = [x, whole(a.buffer()?), z];
     commands.phase(1);
-    commands.launch(Kernel::ProjectReal(element), &table, &work, &buffers);
+    for (i, x) in x.iter().enumerate() {
+        let table: Vec<_> = jobs.iter().filter(|job| job.x == i).map(|job| real_job(job, a)).collect();
+        let work: Vec<Work> = table
+            .iter()
+            .enumerate()
+            .flat_map(|(i, job)| {
+                (0..job.tokens.div_ceil(16))
+                    .flat_map(move |row| (0..job.rank.div_ceil(16)).map(move |c| [i as u32, row, c, 0]))
+            })
+            .collect();
+        let buffers = [x.clone(), whole(a.buffer()?), z.clone()];
+        commands.launch(Kernel::ProjectReal(element), &table, &work, &buffers);
+    }
     Ok(())
+}
+
+fn real_job(job: &ProjectJob, a: &Batch) -> RealJob {
+    let shape = a.shapes()[job.a];
+    RealJob {
+        x: job.x_word as u32,
+        a: a.offset(job.a) as u32,
+        z: job.z as u32,
+        tokens: job.tokens as u32,
+        rank: shape.rows as u32,
+        width: shape.cols as u32,
+        dtype: dtype_code(job.dtype),
+    }
 }
