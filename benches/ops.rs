@@ -85,7 +85,7 @@ fn bench_solve(c: &mut Criterion) {
                 select: Select::Name(name.clone()),
                 disable: Disable { f64: true, ..Default::default() },
                 precision: Precision::Auto,
-                memory: None,
+                ..Default::default()
             };
             tiers.extend(Device::open(&options).map(|device| ("/double-single", device)));
         }

@@ -14,7 +14,7 @@ pub struct Case {
 }
 
 fn open(name: &'static str, precision: Precision, disable: Disable) -> Option<Case> {
-    let options = DeviceOptions { select: Select::Gpu, precision, disable, memory: None };
+    let options = DeviceOptions { select: Select::Gpu, precision, disable, ..Default::default() };
     match Device::open(&options) {
         Ok(device) => {
             assert!(device.is_gpu(), "{name}: a GPU was asked for, {} came", device.describe());
