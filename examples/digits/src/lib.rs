@@ -2,6 +2,9 @@
 //! fused by loraweld, on one wgpu device and in the same buffers. See the README.
 
 pub mod adapters;
+pub mod bench;
+#[cfg(feature = "window")]
+pub mod canvas;
 pub mod classifier;
 pub mod data;
 pub mod model;

@@ -5,11 +5,12 @@ use std::path::PathBuf;
 use anyhow::{Context, Result};
 use clap::Parser;
 use loraweld::Select;
+use loraweld_digits::bench::Bench;
 use loraweld_digits::data::Data;
 use loraweld_digits::model::DigitDit;
 use loraweld_digits::picture::Picture;
 use loraweld_digits::shared::Shared;
-use loraweld_digits::table::{Bench, Effort};
+use loraweld_digits::table::Effort;
 
 /// A diffusion model on burn whose LoRA adapters are fused by loraweld, on one wgpu device.
 #[derive(Parser)]

@@ -84,21 +84,14 @@ pub struct Refinement<'a> {
 }
 
 impl<'a> Refinement<'a> {
-    /// For so many latents. References: images of the style and of the subject, m the balance between them.
+    /// For so many latents, toward objectives of the style and of the subject.
     pub fn new(
         shared: &Shared,
         classifier: &'a Classifier,
-        model: &DigitDit,
-        [style, subject]: [&Images; 2],
-        m: f64,
+        objectives: Vec<Objective>,
         samples: usize,
         options: RefinerOptions,
     ) -> Result<Self> {
-        let objective = |images: &Images| {
-            let features = read(classifier.features(model.images(&images.pixels)))?;
-            Ok::<_, anyhow::Error>(Objective::new(features.chunks_exact(crate::classifier::FEATURES))?)
-        };
-        let objectives = Objective::balanced(objective(style)?, objective(subject)?, m);
         let refiner = Refiner::new(&shared.loraweld, objectives, samples, PIXELS, options)?;
         Ok(Self { shared: shared.clone(), classifier, refiner })
     }
@@ -110,13 +103,6 @@ impl<'a> Refinement<'a> {
         self.shared.flush()?;
         self.refiner.step(&mut encoder, ValuesMut::Buffer(view.slice()), f64::from(1.0 - t))?;
         Ok(())
-    }
-
-    /// Mean loss of each objective at the last step.
-    pub fn losses(&self) -> Result<Vec<f64>> {
-        let outcome = self.refiner.outcome()?;
-        let mean = |losses: &Vec<f64>| losses.iter().sum::<f64>() / losses.len().max(1) as f64;
-        Ok(outcome.losses.iter().map(mean).collect())
     }
 }
 
