@@ -960,7 +960,7 @@ mod refinement {
             let data: Vec<f32> = match values {
                 Values::Host(values) => values.to_vec(),
                 Values::Buffer(x) => {
-                    let (buffer, offset) = (x.buffer(), x.offset() as usize);
+                    let (buffer, offset) = (x.buffer(), x.offset());
                     bytemuck::pod_collect_to_vec(&read(&self.device, buffer, offset, self.samples * cols * 4))
                 }
             };

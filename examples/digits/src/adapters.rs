@@ -62,19 +62,19 @@ impl Fuse for Fused {
     }
 
     fn fuse(&mut self, x: &Tensor<2>, outputs: &mut [(&str, Tensor<2>)]) -> Result<()> {
-        let (device, queue) = self.shared.wgpu();
-        let (device, queue) = (device.clone(), queue.clone());
-        let x = self.shared.view(x)?;
+        let shared = self.shared.clone();
+        let (device, queue) = shared.wgpu();
+        let x = shared.view(x)?;
         let views = outputs
             .iter()
-            .map(|(name, output)| Ok((*name, self.shared.view(output)?)))
+            .map(|(name, output)| Ok((*name, shared.view(output)?)))
             .collect::<Result<Vec<_>>>()?;
         // Everything that burn has computed so far comes before what loraweld does with it.
-        self.shared.flush()?;
+        shared.flush()?;
         let mut encoder = device.create_command_encoder(&Default::default());
         for (layer, output) in &views {
             if let Some((calibration, task)) = &mut self.calibration {
-                calibration.accumulate(&self.shared.loraweld, *task, layer, x.activations())?;
+                calibration.accumulate(&shared.loraweld, *task, layer, x.activations())?;
             }
             if let Some(selection) = self.selection(layer).filter(|_| self.selector.has(layer)) {
                 self.selector.encode(

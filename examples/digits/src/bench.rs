@@ -43,7 +43,7 @@ pub fn by_layer() -> Selection {
     Selection { scope: Scope::Group(TOKENS), ..Default::default() }
 }
 
-/// Steps of the refinement: it follows the subject more than the style, which selection brings about anyway.
+/// The refinement: in the middle of the run, steps of a fiftieth of the noise that it starts from.
 pub const REFINER: RefinerOptions = RefinerOptions {
     rate: 0.02,
     ramp: fusion::Ramp::Constant,

@@ -12,7 +12,7 @@ pub const SIDE: usize = 8;
 /// Values of an image.
 pub const PIXELS: usize = SIDE * SIDE;
 
-/// Where the files are: `LORAWELD_DIGITS_DATA`, else beside the sources.
+/// Where the files are, in a checkout of loraweld.
 #[derive(Clone, Debug)]
 pub struct Data {
     own: PathBuf,
