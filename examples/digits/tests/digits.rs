@@ -333,6 +333,26 @@ fn every_row_of_the_tables_is_there() {
     assert_eq!(results.markdown().lines().filter(|line| line.starts_with("| ")).count(), 14 + 11 + 2);
 }
 
+/// What data and methods promise, on the noise of here. Takes half an hour on a software adapter.
+#[test]
+#[ignore = "long on a software adapter"]
+fn the_numbers_are_those_of_the_reference() {
+    let s = setting();
+    let results = Bench::new(&s.shared, &s.model, &s.data, Effort::FULL, &|_| ()).unwrap().run().unwrap();
+    println!("{}", results.markdown());
+    let pair = |method: &str| results.pair.iter().find(|row| row.method == method).unwrap();
+    let token = pair("selection by token");
+    assert!(token.both >= 0.95 && token.digits_kept >= 0.55, "{token:?}");
+    let sum = pair("sum");
+    assert!(sum.both >= 0.95 && sum.digits_kept <= 0.25, "{sum:?}");
+    assert!(pair("by layer, refined").both > pair("selection by layer").both);
+    // The reference calibrates in bf16 and on other noise.
+    let published = results.concepts.iter().find(|row| row.method == "SSR-Merge, published").unwrap();
+    for (got, want) in published.retention.iter().zip([0.82, 0.91, 0.87, 0.97]) {
+        assert!((got - want).abs() <= 0.03, "{published:?}");
+    }
+}
+
 #[cfg(feature = "window")]
 #[test]
 fn the_window_can_be_drawn_without_a_display() {
