@@ -580,6 +580,27 @@ fn one_adapter_acts_alone() {
     }
 }
 
+/// A device that was opened here can be handed on, with the features that others want as well.
+#[test]
+fn others_may_share_a_device_of_our_own() {
+    use loraweld::{DeviceOptions, Select};
+    let features = wgpu::Features::all() - wgpu::Features::MAPPABLE_PRIMARY_BUFFERS;
+    let options = DeviceOptions { select: Select::Gpu, features, ..Default::default() };
+    if gpus().is_empty() {
+        return;
+    }
+    let device = Device::open(&options).unwrap();
+    let (gpu, queue) = device.wgpu().unwrap();
+    let adapter = device.wgpu_adapter().unwrap();
+    let want = (adapter.features() & features) - wgpu::Features::all_experimental_mask();
+    assert!(gpu.features().contains(want), "{:?}", want - gpu.features());
+    assert!(device.wgpu_instance().is_some());
+    // As a host would, round again: an instance of its own it has not got.
+    let shared = Device::from_wgpu(adapter, gpu.clone(), queue.clone()).unwrap();
+    assert!(shared.wgpu_instance().is_none() && shared.wgpu().unwrap().0 == gpu);
+    assert!(Device::cpu().wgpu_adapter().is_none() && Device::cpu().wgpu_instance().is_none());
+}
+
 #[test]
 fn what_is_wrong_is_said() {
     let p = problem(4, 8, 6, &[2, 2], 0.5, 14);
