@@ -250,13 +250,16 @@ impl Studio {
         loop {
             let input = egui::RawInput { screen_rect: Some(screen), ..Default::default() };
             let mut more = false;
-            let output = context.run_ui(input, |ui| more = self.show(ui, picture));
-            for (id, deltas) in &output.textures_delta.set {
+            let mut output = context.run_ui(input, |ui| more = self.show(ui, picture));
+            for (id, deltas) in output.textures_delta.set.drain() {
                 for delta in deltas {
-                    renderer.update_texture(&device, &queue, *id, delta);
+                    renderer.update_texture(&device, &queue, id, &delta);
                 }
             }
+            // After painting, that is; but only the last frame is painted.
+            let unused: Vec<TextureId> = output.textures_delta.free.drain().collect();
             if more {
+                unused.iter().for_each(|id| renderer.free_texture(id));
                 continue;
             }
             if let Some(error) = self.error {
