@@ -552,14 +552,65 @@ fn hosts_may_move_them_to_other_threads() {
     send::<loraweld::fusion::Refiner>();
 }
 
+/// A selector of one adapter adds it: a merged one beside those that were merged, say.
+#[test]
+fn one_adapter_acts_alone() {
+    let p = problem(5, 8, 6, &[2, 3], 0.5, 15);
+    for Case { name, device } in devices() {
+        let options = SelectorOptions { tokens: 5, records: 8 };
+        let x = narrow(&p.x);
+        let mut results = Vec::new();
+        for (choice, adapters) in [
+            (Choice::Fixed(vec![0.0, 1.0]), vec![p.adapters[0].at(1.0), p.adapters[1].at(0.7)]),
+            (Choice::Fixed(vec![1.0]), vec![p.adapters[1].at(0.7)]),
+            (Choice::Hard, vec![p.adapters[1].at(0.7)]),
+            (Choice::Soft, vec![p.adapters[1].at(0.7)]),
+        ] {
+            let mut selector = Selector::new(&device, &adapters, options).unwrap();
+            let mut f0 = narrow(&p.f0).data;
+            let rows = RawMatrix::from_f32(5, 8, &x.data).unwrap();
+            selector.run(LAYER, rows, &mut f0, &how(Score::Kl, choice)).unwrap();
+            results.push(Matrix { rows: 5, cols: 6, data: f0.into_iter().map(f64::from).collect() });
+        }
+        assert!(relative(&results[0], &p.f0) > 1e-3, "{name}: it changes nothing");
+        for result in &results[1..] {
+            // The same products in another order of sums.
+            assert!(relative(result, &results[0]) <= 1e-6, "{name}");
+        }
+    }
+}
+
+/// A device that was opened here can be handed on, with the features that others want as well.
+#[test]
+fn others_may_share_a_device_of_our_own() {
+    use loraweld::{DeviceOptions, Select};
+    let features = wgpu::Features::all() - wgpu::Features::MAPPABLE_PRIMARY_BUFFERS;
+    let options = DeviceOptions { select: Select::Gpu, features, ..Default::default() };
+    if gpus().is_empty() {
+        return;
+    }
+    let device = Device::open(&options).unwrap();
+    let (gpu, queue) = device.wgpu().unwrap();
+    let adapter = device.wgpu_adapter().unwrap();
+    let want = (adapter.features() & features) - wgpu::Features::all_experimental_mask();
+    assert!(gpu.features().contains(want), "{:?}", want - gpu.features());
+    assert!(device.wgpu_instance().is_some());
+    // As a host would, round again: an instance of its own it has not got.
+    let shared = Device::from_wgpu(adapter, gpu.clone(), queue.clone()).unwrap();
+    assert!(shared.wgpu_instance().is_none() && shared.wgpu().unwrap().0 == gpu);
+    assert!(Device::cpu().wgpu_adapter().is_none() && Device::cpu().wgpu_instance().is_none());
+}
+
 #[test]
 fn what_is_wrong_is_said() {
     let p = problem(4, 8, 6, &[2, 2], 0.5, 14);
     let message = |e: Error| e.to_string();
     for Case { device, .. } in devices() {
         let options = SelectorOptions { tokens: 4, records: 1 };
-        let one = Selector::new(&device, &[p.adapters[0].at(1.0)], options);
-        assert!(message(one.unwrap_err()).contains("2 to 8"));
+        for count in [0, 9] {
+            let adapters = vec![p.adapters[0].at(1.0); count];
+            assert!(message(Selector::new(&device, &adapters, options).unwrap_err()).contains("1 to 8"));
+        }
         let nan = Selector::new(&device, &[p.adapters[0].at(1.0), p.adapters[1].at(f64::NAN)], options);
         assert!(message(nan.unwrap_err()).contains("adapter 1"));
         let mut selector = p.selector(&device);
@@ -929,8 +980,9 @@ mod refinement {
         fn get(&self, values: Values<'_>, cols: usize) -> Matrix {
             let data: Vec<f32> = match values {
                 Values::Host(values) => values.to_vec(),
-                Values::Buffer(buffer) => {
-                    bytemuck::pod_collect_to_vec(&read(&self.device, buffer, 0, self.samples * cols * 4))
+                Values::Buffer(x) => {
+                    let (buffer, offset) = (x.buffer(), x.offset());
+                    bytemuck::pod_collect_to_vec(&read(&self.device, buffer, offset, self.samples * cols * 4))
                 }
             };
             values_of(data, self.samples, cols)
@@ -940,8 +992,10 @@ mod refinement {
             let narrow = narrow(m).data;
             match values {
                 ValuesMut::Host(out) => out.copy_from_slice(&narrow),
-                ValuesMut::Buffer(buffer) => {
-                    self.device.wgpu().unwrap().1.write_buffer(buffer, 0, bytemuck::cast_slice(&narrow));
+                ValuesMut::Buffer(out) => {
+                    assert_eq!(out.size() as usize, narrow.len() * 4);
+                    let queue = self.device.wgpu().unwrap().1;
+                    queue.write_buffer(out.buffer(), out.offset(), bytemuck::cast_slice(&narrow));
                     self.device.wgpu().unwrap().1.submit([]);
                 }
             }
@@ -1001,9 +1055,17 @@ mod refinement {
             let stepped = refiner.step(encoder, ValuesMut::Host(&mut x), t).unwrap();
             return (stepped, x);
         }
-        let buffer = upload(device, bytemuck::cast_slice(&x), 0);
-        let stepped = refiner.step(encoder, ValuesMut::Buffer(&buffer), t).unwrap();
-        (stepped, bytemuck::pod_collect_to_vec(&read(device, &buffer, 0, x.len() * 4)))
+        // Amid a buffer, as of a host that allocates from pools.
+        let around = [7.0; 256];
+        let guarded = [around.as_slice(), latents, &around].concat();
+        let buffer = upload(device, bytemuck::cast_slice(&guarded), 0);
+        let latents = |first: u64| ValuesMut::Buffer(buffer.slice(first..first + x.len() as u64 * 4));
+        let stepped = refiner.step(encoder, latents(1024), t).unwrap();
+        let all: Vec<f32> = bytemuck::pod_collect_to_vec(&read(device, &buffer, 0, guarded.len() * 4));
+        let (before, rest) = all.split_at(256);
+        let (moved, after) = rest.split_at(x.len());
+        assert!(before == around && after == around);
+        (stepped, moved.to_vec())
     }
 
     /// The whole objective in f64.
@@ -1148,18 +1210,22 @@ mod refinement {
             fn forward(&mut self, _: usize, _: Values<'_>, features: ValuesMut<'_>) -> Result<()> {
                 match features {
                     ValuesMut::Host(f) => f.fill(1.0),
-                    ValuesMut::Buffer(b) => {
-                        self.1.wgpu().unwrap().1.write_buffer(b, 0, &1f32.to_le_bytes().repeat(6))
-                    }
+                    ValuesMut::Buffer(b) => self.1.wgpu().unwrap().1.write_buffer(
+                        b.buffer(),
+                        b.offset(),
+                        &1f32.to_le_bytes().repeat(6),
+                    ),
                 }
                 Ok(())
             }
             fn backward(&mut self, _: usize, _: Values<'_>, latents: ValuesMut<'_>) -> Result<()> {
                 match latents {
                     ValuesMut::Host(g) => g.copy_from_slice(&self.0),
-                    ValuesMut::Buffer(b) => {
-                        self.1.wgpu().unwrap().1.write_buffer(b, 0, bytemuck::cast_slice(&self.0))
-                    }
+                    ValuesMut::Buffer(b) => self.1.wgpu().unwrap().1.write_buffer(
+                        b.buffer(),
+                        b.offset(),
+                        bytemuck::cast_slice(&self.0),
+                    ),
                 }
                 Ok(())
             }
@@ -1173,9 +1239,12 @@ mod refinement {
             let mut host = Given(gradient.clone(), device.clone());
             if device.is_gpu() {
                 let buffer = upload(&device, bytemuck::cast_slice(&x), 0);
-                refiner.step(&mut host, ValuesMut::Buffer(&buffer), 0.0).unwrap();
+                refiner.step(&mut host, ValuesMut::Buffer(buffer.slice(..)), 0.0).unwrap();
                 x = bytemuck::pod_collect_to_vec(&read(&device, &buffer, 0, 24));
                 assert!(refiner.step(&mut host, ValuesMut::Host(&mut x), 0.0).is_err());
+                for part in [buffer.slice(4..), buffer.slice(..20)] {
+                    assert!(refiner.step(&mut host, ValuesMut::Buffer(part), 0.0).is_err());
+                }
             } else {
                 refiner.step(&mut host, ValuesMut::Host(&mut x), 0.0).unwrap();
             }

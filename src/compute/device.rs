@@ -53,6 +53,9 @@ pub struct DeviceOptions {
     pub memory: Option<u64>,
     /// A folder to keep compiled pipelines in, where the driver allows it (Vulkan): programs start faster the next time.
     pub pipeline_cache: Option<PathBuf>,
+    /// More features to enable, as far as the adapter has them: for others that will share the device. Experimental
+    /// ones are left out.
+    pub features: wgpu::Features,
 }
 
 /// An adapter as [`Device::adapters`] lists it.
@@ -123,7 +126,7 @@ impl Device {
         if options.select == Select::Cpu {
             return cpu(None);
         }
-        let adapters = adapters();
+        let (instance, adapters) = adapters();
         let Some(index) = choose(&options.select, &adapters)? else {
             let note = match adapters.iter().any(is_software) {
                 true => "no hardware GPU found; computing on the CPU (`gpu` would take the software adapter)",
@@ -136,7 +139,8 @@ impl Device {
         if options.disable.limits {
             limits = wgpu::Limits::default();
         }
-        let features = adapter.features() & wanted_features();
+        let shared = options.features - wgpu::Features::all_experimental_mask();
+        let features = adapter.features() & (wanted_features() | shared);
         let experimental_features = match features.contains(wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX) {
             // SAFETY: the one experimental feature asked for is cooperative matrices. Their only users are
             // shaders of this crate that stay within its documented use (16 × 16 matrices at aligned indices
@@ -153,6 +157,7 @@ impl Device {
         }))
         .map_err(|e| Error::Device(format!("`{}` cannot be opened: {e}", adapter.get_info().name)))?;
         let mut gpu = Gpu::new(adapter, device, queue, options.disable);
+        gpu.instance = Some(instance);
         gpu.record_errors();
         gpu.open_cache(adapter, options.pipeline_cache.as_deref());
         Self::on_gpu(gpu, options.precision, memory)
@@ -230,6 +235,7 @@ impl Device {
     /// The adapters of this machine, in the order that [`Select::Index`] counts.
     pub fn adapters() -> Vec<AdapterSummary> {
         adapters()
+            .1
             .iter()
             .map(|adapter| {
                 let info = adapter.get_info();
@@ -253,7 +259,7 @@ impl Device {
     pub fn choice(select: &Select) -> Result<Option<usize>> {
         match select {
             Select::Cpu => Ok(None),
-            _ => choose(select, &adapters()),
+            _ => choose(select, &adapters().1),
         }
     }
 
@@ -313,6 +319,16 @@ impl Device {
         }
     }
 
+    /// The adapter of [`wgpu`](Self::wgpu), which frameworks ask for when they are to share the device.
+    pub fn wgpu_adapter(&self) -> Option<&wgpu::Adapter> {
+        self.gpu().ok().map(|gpu| &gpu.adapter)
+    }
+
+    /// The instance of a device that was opened here, for surfaces; a host's device has the host's own.
+    pub fn wgpu_instance(&self) -> Option<&wgpu::Instance> {
+        self.gpu().ok().and_then(|gpu| gpu.instance.as_ref())
+    }
+
     /// Waits until everything submitted is done. Operations that read results back do it themselves.
     pub fn wait(&self) -> Result<()> {
         match &self.backend {
@@ -345,14 +361,15 @@ impl Device {
     }
 }
 
-fn adapters() -> Vec<wgpu::Adapter> {
+fn adapters() -> (wgpu::Instance, Vec<wgpu::Adapter>) {
     let backends = wgpu::Backends::from_env()
         .unwrap_or(wgpu::Backends::VULKAN | wgpu::Backends::METAL | wgpu::Backends::DX12);
     let mut descriptor = wgpu::InstanceDescriptor::new_without_display_handle();
     descriptor.backends = backends;
     descriptor.flags = wgpu::InstanceFlags::empty();
     let instance = wgpu::Instance::new(descriptor);
-    pollster::block_on(instance.enumerate_adapters(backends))
+    let adapters = pollster::block_on(instance.enumerate_adapters(backends));
+    (instance, adapters)
 }
 
 fn is_software(adapter: &wgpu::Adapter) -> bool {

@@ -36,6 +36,9 @@ struct Pipeline {
 
 pub(crate) struct Gpu {
     pub name: String,
+    /// Of a device of our own.
+    pub instance: Option<wgpu::Instance>,
+    pub adapter: wgpu::Adapter,
     pub device: wgpu::Device,
     pub queue: wgpu::Queue,
     pub capabilities: Capabilities,
@@ -76,6 +79,8 @@ impl Gpu {
         queue.write_buffer(&params, 0, bytemuck::cast_slice(&[0, GRID_WIDTH, 0, 0]));
         Self {
             name: format!("{} ({:?})", info.name, info.backend),
+            instance: None,
+            adapter: adapter.clone(),
             device,
             queue,
             capabilities,

@@ -10,8 +10,8 @@ use std::sync::Arc;
 pub enum Values<'a> {
     /// Of a refiner on the CPU.
     Host(&'a [f32]),
-    /// Of a refiner on a GPU, from the buffer's first byte on.
-    Buffer(&'a wgpu::Buffer),
+    /// Of a refiner on a GPU; may be part of a buffer.
+    Buffer(wgpu::BufferSlice<'a>),
 }
 
 /// Values of f32 to be written where the device has them.
@@ -19,8 +19,8 @@ pub enum Values<'a> {
 pub enum ValuesMut<'a> {
     /// Of a refiner on the CPU.
     Host(&'a mut [f32]),
-    /// Of a refiner on a GPU, from the buffer's first byte on.
-    Buffer(&'a wgpu::Buffer),
+    /// Of a refiner on a GPU; may be part of a buffer.
+    Buffer(wgpu::BufferSlice<'a>),
 }
 
 /// An image encoder of the host: features of latents, and the way back.
@@ -269,10 +269,12 @@ impl Refiner {
     /// One step at `t` of the run, 0 at its start. Outside the window it does nothing, and gives false.
     ///
     /// `latents`: samples × len, f32, on a GPU in a buffer with usage `STORAGE`, changed in place by submissions to the
-    /// device's queue.
+    /// device's queue. As part of a buffer they start at a multiple of the device's
+    /// `min_storage_buffer_offset_alignment`, as frameworks that allocate from pools do anyway.
     ///
     /// # Errors
-    /// [`Error::Invalid`] if the latents are elsewhere than the refiner or too few; whatever the encoder gives.
+    /// [`Error::Invalid`] if the latents are elsewhere than the refiner, too few or not aligned; whatever the encoder
+    /// gives.
     pub fn step(&mut self, encoder: &mut dyn Encoder, latents: ValuesMut<'_>, t: f64) -> Result<bool> {
         let (from, until) = self.options.window;
         if !(from <= t && t < until) {
@@ -280,7 +282,7 @@ impl Refiner {
         }
         let rate = self.options.rate * self.options.ramp.at(t);
         match (&self.backend, latents) {
-            (Backend::Gpu(_), ValuesMut::Buffer(buffer)) => self.step_gpu(encoder, buffer, rate)?,
+            (Backend::Gpu(_), ValuesMut::Buffer(latents)) => self.step_gpu(encoder, latents, rate)?,
             (Backend::Cpu(_), ValuesMut::Host(x)) => self.step_cpu(encoder, x, rate)?,
             _ => return Err(Error::Invalid("latents must lie where the refiner's device is".into())),
         }
@@ -340,19 +342,31 @@ impl Refiner {
         Ok(())
     }
 
-    fn step_gpu(&self, encoder: &mut dyn Encoder, x: &wgpu::Buffer, rate: f64) -> Result<()> {
+    fn step_gpu(&self, encoder: &mut dyn Encoder, x: wgpu::BufferSlice<'_>, rate: f64) -> Result<()> {
         let Backend::Gpu(buffers) = &self.backend else { return Ok(()) };
         let gpu = self.device.gpu()?;
         let bytes = (self.samples * self.len * 4) as u64;
-        if x.size() < bytes || !x.usage().contains(wgpu::BufferUsages::STORAGE) {
+        let alignment = gpu.device.limits().min_storage_buffer_offset_alignment;
+        if x.size() < bytes
+            || !x.buffer().usage().contains(wgpu::BufferUsages::STORAGE)
+            || !x.offset().is_multiple_of(u64::from(alignment))
+        {
             return Err(Error::Invalid(format!(
-                "latents take {bytes} bytes in a buffer with usage STORAGE, not {} bytes",
-                x.size()
+                "latents take {bytes} bytes from a multiple of {alignment} on, in a buffer with usage STORAGE; {} \
+                 bytes from {} on were given",
+                x.size(),
+                x.offset()
             )));
         }
+        let binding = wgpu::BufferBinding {
+            buffer: x.buffer(),
+            offset: x.offset(),
+            size: std::num::NonZeroU64::new(bytes),
+        };
         for (i, (objective, own)) in self.objectives.iter().zip(&buffers.features).enumerate() {
             let [features, gradient, direction] = own;
-            encoder.forward(i, Values::Buffer(x), ValuesMut::Buffer(features))?;
+            let size = (self.samples * objective.width() * 4) as u64;
+            encoder.forward(i, Values::Buffer(x), ValuesMut::Buffer(features.slice(..size)))?;
             let job = CosineJob {
                 width: objective.width() as u32,
                 reference_stride: 0,
@@ -363,7 +377,8 @@ impl Refiner {
             let bindings = [whole(features), whole(direction), whole(gradient), whole(&buffers.losses)];
             job.encode(&mut commands, self.samples, bindings);
             commands.submit()?;
-            encoder.backward(i, Values::Buffer(gradient), ValuesMut::Buffer(&buffers.gradient))?;
+            let latents = buffers.gradient.slice(..bytes);
+            encoder.backward(i, Values::Buffer(gradient.slice(..size)), ValuesMut::Buffer(latents))?;
             let mut copy = gpu.device.create_command_encoder(&Default::default());
             copy.copy_buffer_to_buffer(&buffers.gradient, 0, &buffers.gradients, i as u64 * bytes, bytes);
             gpu.queue.submit([copy.finish()]);
@@ -374,7 +389,7 @@ impl Refiner {
         let mut commands = gpu.commands();
         job.encode(
             &mut commands,
-            [whole(&buffers.gradients), whole(&buffers.norms), whole(x), whole(&buffers.rms)],
+            [whole(&buffers.gradients), whole(&buffers.norms), binding, whole(&buffers.rms)],
         );
         commands.submit()
     }

@@ -86,7 +86,7 @@ pub struct Tokens {
     pub weights: Matrix,
 }
 
-/// Feature-level selection among two to eight adapters, on the device.
+/// Feature-level selection among adapters, on the device: two to eight, or one that is to act alone.
 ///
 /// At a layer `f0 = W·x` each adapter k would add `u_k = s_k·B_k·A_k·x`. With the score D_k of what that does,
 ///
@@ -176,13 +176,13 @@ impl Selector {
     /// Puts the adapters' factors on the device.
     ///
     /// # Errors
-    /// [`Error::Invalid`] for less than two or more than eight adapters, or a strength that is not finite;
+    /// [`Error::Invalid`] for no or more than eight adapters, or a strength that is not finite;
     /// [`Error::Layer`] if adapters disagree on a layer's widths or a factor is not finite; [`Error::Device`] if it does
     /// not fit in [`Device::memory`].
     pub fn new(device: &Device, adapters: &[Weighted<'_>], options: SelectorOptions) -> Result<Self> {
-        if !(2..=MAX_BRANCHES).contains(&adapters.len()) {
+        if !(1..=MAX_BRANCHES).contains(&adapters.len()) {
             return Err(Error::Invalid(format!(
-                "selection is among 2 to {MAX_BRANCHES} adapters, but {} were given",
+                "a selector takes 1 to {MAX_BRANCHES} adapters, but {} were given",
                 adapters.len()
             )));
         }
