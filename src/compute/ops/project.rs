@@ -267,22 +267,23 @@ pub(super) fn encode(
 struct Tables {
     /// By binding of X.
     scales: BTreeMap<usize, ScaleTable>,
-    splits: (Vec<SplitJob>, Vec<Work>),
+    splits: Table<SplitJob>,
     /// Where each split matrix of A is in `splits`, and the scales of each X, by binding, first word and shape.
     split: BTreeMap<usize, usize>,
     scaled: BTreeMap<[usize; 4], u32>,
     /// One launch for each binding of X and permutation that occurs, and whether it writes Z itself.
-    products: BTreeMap<(usize, Kernel, bool), (Vec<Job>, Vec<Work>)>,
-    matrix_products: BTreeMap<(usize, Kernel), (Vec<MatrixJob>, Vec<Work>)>,
-    sums: (Vec<SumJob>, Vec<Work>),
+    products: BTreeMap<(usize, Kernel, bool), Table<Job>>,
+    matrix_products: BTreeMap<(usize, Kernel), Table<MatrixJob>>,
+    sums: Table<SumJob>,
     /// Elements of scales, of high and of low halves of A, and of parts so far.
     scales_len: usize,
     halves_len: usize,
     parts_len: usize,
 }
 
-/// Jobs of `row_scale.wgsl`, and their work.
-pub(super) type ScaleTable = (Vec<ScaleJob>, Vec<Work>);
+/// The jobs of a launch, and their work.
+type Table<J> = (Vec<J>, Vec<Work>);
+pub(super) type ScaleTable = Table<ScaleJob>;
 
 /// Appends the job of scaling the rows of a matrix, of whole 16 bytes, and gives the place of the scales.
 pub(super) fn scale_rows(
