@@ -55,7 +55,7 @@ impl Stored {
 const DTYPES: [Dtype; 3] = [Dtype::F32, Dtype::F16, Dtype::Bf16];
 
 /// tokens, rank, width: 1, primes, multiples of the tiles and one more or less, empty, rank over width.
-const SHAPES: [(usize, usize, usize); 16] = [
+const SHAPES: [(usize, usize, usize); 19] = [
     (1, 1, 1),
     (2, 1, 3),
     (7, 5, 13),
@@ -72,6 +72,10 @@ const SHAPES: [(usize, usize, usize); 16] = [
     (0, 4, 8),
     (5, 0, 8),
     (33, 257, 48),
+    // Enough tokens for matrix units, where there are any.
+    (300, 40, 264),
+    (257, 140, 136),
+    (513, 12, 72),
 ];
 
 #[test]

@@ -158,7 +158,8 @@ fn accumulate_gpu(
         let on_host = matches!(window.input, Activations::Host(_));
         let rank = a.shapes()[window.index].rows;
         let x = if on_host { x_bytes(&window) } else { 0 };
-        let z = parts_bytes(window.tokens, rank);
+        // Matrix units also want A in halves.
+        let z = parts_bytes(window.tokens, rank) + 4 * rank * window.input.shape().cols;
         let cost = [x, z, gram::partial_len(window.tokens, rank, 1) * 8].map(|bytes| bytes as u64);
         let alike = |group: &Vec<Window>| matches!(group[0].input, Activations::Host(_)) == on_host;
         let joins = groups.last().is_some_and(alike)

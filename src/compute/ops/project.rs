@@ -121,8 +121,8 @@ impl Cut {
     /// A pure function of the problem and of what the GPU can do; `jobs`: products that run side by side.
     fn new(gpu: &Gpu, job: &ProjectJob, a: Shape, jobs: usize) -> Self {
         let whole_vectors = a.cols.is_multiple_of(8) && (job.x_word * 4).is_multiple_of(X_ALIGN);
-        // Less would leave most of a tile empty.
-        let worth_it = job.tokens >= 16 && a.rows >= 8 && a.cols > 0;
+        // For few tokens, splitting A would cost more than it saves, and memory that nobody reckoned with.
+        let worth_it = job.tokens >= 256 && a.rows >= 8 && a.cols > 0;
         if gpu.capabilities.matrix_units() && whole_vectors && worth_it {
             let columns = if a.rows <= 32 { 32 } else { 64 };
             let tiles = job.tokens.div_ceil(TILE_M) * a.rows.div_ceil(columns) * jobs;
