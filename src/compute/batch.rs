@@ -1,8 +1,11 @@
 //! Matrices of mixed shapes in one arena.
 
+use std::sync::Arc;
+
 use rayon::prelude::*;
 
 use super::device::{Backend, Device};
+use super::gpu::{Gpu, Pooled};
 use super::{Precision, Tier};
 use crate::{Error, Matrix, Result};
 
@@ -94,7 +97,7 @@ pub struct Batch {
 #[derive(Debug)]
 pub(crate) enum Storage {
     Host(Vec<f64>),
-    Gpu { buffer: wgpu::Buffer, element: Element },
+    Gpu { buffer: Arc<Pooled>, element: Element },
 }
 
 /// Matrices start at multiples of this many elements, so that vector loads of 16 bytes are aligned.
@@ -106,6 +109,20 @@ impl Batch {
     /// # Errors
     /// [`Error::Device`] if the arena is larger than the device can bind at once.
     pub fn zeros(device: &Device, element: Element, shapes: &[Shape]) -> Result<Self> {
+        Self::new(device, element, shapes, Gpu::zeros)
+    }
+
+    /// For a kernel that writes all elements: on a device they are whatever was there, on the host zeros.
+    pub(crate) fn unwritten(device: &Device, element: Element, shapes: &[Shape]) -> Result<Self> {
+        Self::new(device, element, shapes, Gpu::scratch)
+    }
+
+    fn new(
+        device: &Device,
+        element: Element,
+        shapes: &[Shape],
+        buffer: impl FnOnce(&Arc<Gpu>, u64) -> Result<Pooled>,
+    ) -> Result<Self> {
         let mut offsets = Vec::with_capacity(shapes.len());
         let mut len = 0;
         for shape in shapes {
@@ -116,7 +133,7 @@ impl Batch {
             (_, Element::Host) => Storage::Host(vec![0.0; len]),
             (Backend::Cpu, _) => return Err(Error::Device("the CPU holds no batches of a GPU".into())),
             (Backend::Gpu(gpu), _) => {
-                Storage::Gpu { buffer: gpu.buffer("batch", len as u64 * element.bytes())?, element }
+                Storage::Gpu { buffer: buffer(gpu, len as u64 * element.bytes())?.into(), element }
             }
         };
         Ok(Self { shapes: shapes.to_vec(), offsets, len, storage })
@@ -125,7 +142,7 @@ impl Batch {
     /// Copies host matrices, rounded to `element`.
     pub fn upload(device: &Device, element: Element, matrices: &[Matrix]) -> Result<Self> {
         let shapes: Vec<_> = matrices.iter().map(|m| Shape::new(m.rows, m.cols)).collect();
-        let mut batch = Self::zeros(device, element, &shapes)?;
+        let mut batch = Self::unwritten(device, element, &shapes)?;
         let mut values = vec![0.0; batch.len];
         for (matrix, &offset) in matrices.iter().zip(&batch.offsets) {
             values[offset..offset + matrix.data.len()].copy_from_slice(&matrix.data);
@@ -146,11 +163,12 @@ impl Batch {
             Storage::Host(data) => Storage::Host(data.clone()),
             Storage::Gpu { buffer, element } => {
                 let gpu = device.gpu()?;
-                let copy = gpu.buffer("batch", buffer.size())?;
+                let bytes = self.len as u64 * element.bytes();
+                let copy = gpu.scratch(bytes)?;
                 let mut encoder = gpu.device.create_command_encoder(&Default::default());
-                encoder.copy_buffer_to_buffer(buffer, 0, &copy, 0, buffer.size());
+                encoder.copy_buffer_to_buffer(buffer, 0, &copy, 0, bytes);
                 gpu.queue.submit([encoder.finish()]);
-                Storage::Gpu { buffer: copy, element: *element }
+                Storage::Gpu { buffer: copy.into(), element: *element }
             }
         };
         Ok(Self { shapes: self.shapes.clone(), offsets: self.offsets.clone(), len: self.len, storage })
@@ -263,7 +281,8 @@ impl Batch {
     }
 
     /// The wgpu buffer of a batch on a GPU, for a host's own kernels: matrices row-major, one after the
-    /// other, each starting at a multiple of 4 elements.
+    /// other, each starting at a multiple of 4 elements. The batch must live until what uses it is submitted: then
+    /// its buffer goes to another.
     pub fn wgpu_buffer(&self) -> Option<&wgpu::Buffer> {
         match &self.storage {
             Storage::Gpu { buffer, .. } => Some(buffer),
@@ -272,7 +291,7 @@ impl Batch {
     }
 
     /// The buffer of a device batch.
-    pub(crate) fn buffer(&self) -> Result<&wgpu::Buffer> {
+    pub(crate) fn buffer(&self) -> Result<&Arc<Pooled>> {
         match &self.storage {
             Storage::Gpu { buffer, .. } => Ok(buffer),
             Storage::Host(_) => Err(Error::Device("a batch of the host was given to a kernel".into())),

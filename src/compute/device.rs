@@ -217,6 +217,8 @@ impl Device {
     }
 
     fn on_gpu(mut gpu: Gpu, precision: Precision, memory: u64) -> Result<Self> {
+        // Chunks of a merge take the rest of the budget.
+        gpu.pool_bytes = memory / 4;
         if precision == Precision::DoubleSingle || !gpu.capabilities.f64 {
             let works = !gpu.disable.double_single && self_test::double_single(&gpu)?;
             gpu.capabilities.double_single = Some(works);

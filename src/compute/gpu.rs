@@ -1,4 +1,4 @@
-//! A wgpu device with its pipelines, scratch buffers and command recording.
+//! A wgpu device with its pipelines, pooled buffers and command recording.
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -23,9 +23,8 @@ const LARGE: usize = 1 << 20;
 /// Bytes of smaller ones that may be staged by wgpu before we wait for the queue.
 const MAX_STAGED: u64 = 256 << 20;
 
-/// Scratch buffers that wait for their next user.
+/// Buffers that wait for their next user.
 const MAX_POOLED: usize = 256;
-const MAX_POOLED_BYTES: u64 = 512 << 20;
 
 /// A pipeline with the layout of its bind group, since asking for that each time makes a new one.
 #[derive(Clone)]
@@ -47,7 +46,9 @@ pub(crate) struct Gpu {
     /// Each is made by the first who needs it, while others are made beside it.
     pipelines: Mutex<HashMap<Kernel, Arc<OnceLock<Pipeline>>>>,
     cache: Option<PipelineCache>,
-    scratch: Mutex<Vec<wgpu::Buffer>>,
+    pool: Mutex<Vec<wgpu::Buffer>>,
+    /// Bytes of buffers in the pool.
+    pub pool_bytes: u64,
     staged: AtomicU64,
     uploads: Uploads,
     downloads: Downloads,
@@ -88,7 +89,8 @@ impl Gpu {
             params,
             pipelines: Mutex::default(),
             cache: None,
-            scratch: Mutex::default(),
+            pool: Mutex::default(),
+            pool_bytes: 0,
             staged: AtomicU64::new(0),
             uploads: Uploads::default(),
             downloads: Downloads::default(),
@@ -123,7 +125,7 @@ impl Gpu {
         limit.min(u64::from(u32::MAX)) & !255
     }
 
-    /// A buffer for a batch; its content is zero.
+    /// A buffer of its own, whose content is zero.
     pub fn buffer(&self, label: &str, bytes: u64) -> Result<wgpu::Buffer> {
         if bytes > self.max_arena() {
             return Err(Error::Device(format!(
@@ -140,24 +142,35 @@ impl Gpu {
         }))
     }
 
-    /// A buffer of at least `bytes` whose content is whatever its last user left. It goes back to the
-    /// pool when dropped; the queue's order keeps users apart.
-    pub fn scratch(self: &Arc<Self>, bytes: u64) -> Result<Scratch> {
-        let mut pool = lock(&self.scratch);
-        let fit = pool
-            .iter()
-            .enumerate()
-            .filter(|(_, b)| b.size() >= bytes && b.size() / 4 <= bytes.max(1 << 20))
-            .min_by_key(|(_, b)| b.size())
-            .map(|(i, _)| i);
-        let buffer = match fit {
-            Some(i) => pool.swap_remove(i),
-            None => {
-                drop(pool);
-                self.buffer("scratch", bytes)?
-            }
-        };
-        Ok(Scratch { gpu: self.clone(), buffer: Some(buffer) })
+    /// A buffer of at least `bytes` whose content is whatever its last user left. It goes back to the pool when
+    /// dropped; the queue's order keeps users apart, so what uses it must have been submitted by then.
+    pub fn scratch(self: &Arc<Self>, bytes: u64) -> Result<Pooled> {
+        let pooled = |buffer| Pooled { gpu: self.clone(), buffer: Some(buffer) };
+        if let Some(buffer) = self.reuse(bytes) {
+            return Ok(pooled(buffer));
+        }
+        // Sizes in steps of an eighth find their next user more easily.
+        let step = (bytes.next_power_of_two() / 8).max(256);
+        let size = bytes.next_multiple_of(step).min(self.max_arena()).max(bytes);
+        Ok(pooled(self.buffer("pooled", size)?))
+    }
+
+    /// [`scratch`](Self::scratch), but all zeros.
+    pub fn zeros(self: &Arc<Self>, bytes: u64) -> Result<Pooled> {
+        let scratch = self.scratch(bytes)?;
+        // wgpu leaves out what would clear a new buffer twice.
+        let mut encoder = self.device.create_command_encoder(&Default::default());
+        encoder.clear_buffer(&scratch, 0, None);
+        self.queue.submit([encoder.finish()]);
+        Ok(scratch)
+    }
+
+    /// The smallest pooled buffer of at least `bytes`, unless it is far too large.
+    fn reuse(&self, bytes: u64) -> Option<wgpu::Buffer> {
+        let mut pool = lock(&self.pool);
+        let fits = |size: u64| size >= bytes && size / 2 <= bytes.max(1 << 20);
+        let best = (0..pool.len()).filter(|&i| fits(pool[i].size())).min_by_key(|&i| pool[i].size())?;
+        Some(pool.swap_remove(best))
     }
 
     /// Copies host bytes (a multiple of 4) into a buffer.
@@ -288,31 +301,41 @@ fn shader_module(device: &wgpu::Device, label: &str, source: &str) -> wgpu::Shad
     }
 }
 
-/// A pooled buffer.
-pub(crate) struct Scratch {
+/// A buffer that goes back to the pool: making one costs more than most launches, and freeing it too.
+pub(crate) struct Pooled {
     gpu: Arc<Gpu>,
     buffer: Option<wgpu::Buffer>,
 }
 
-impl std::ops::Deref for Scratch {
+impl std::fmt::Debug for Pooled {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Pooled").field("size", &self.size()).finish_non_exhaustive()
+    }
+}
+
+impl std::ops::Deref for Pooled {
     type Target = wgpu::Buffer;
     fn deref(&self) -> &wgpu::Buffer {
         self.buffer.as_ref().expect("present until dropped")
     }
 }
 
-impl Drop for Scratch {
+impl Drop for Pooled {
     fn drop(&mut self) {
-        if let Some(buffer) = self.buffer.take() {
-            let mut pool = lock(&self.gpu.scratch);
-            pool.push(buffer);
-            // Enough for the operations of one step; the oldest go when there are more. Making a buffer costs more than
-            // most launches.
-            let mut bytes: u64 = pool.iter().map(|buffer| buffer.size()).sum();
-            while pool.len() > MAX_POOLED || (pool.len() > 64 && bytes > MAX_POOLED_BYTES) {
-                bytes -= pool.remove(0).size();
-            }
+        let Some(buffer) = self.buffer.take() else { return };
+        let mut pool = lock(&self.gpu.pool);
+        pool.push(buffer);
+        let mut bytes: u64 = pool.iter().map(|buffer| buffer.size()).sum();
+        // The oldest go first.
+        let mut freed = Vec::new();
+        while pool.len() > MAX_POOLED || bytes > self.gpu.pool_bytes {
+            let oldest = pool.remove(0);
+            bytes -= oldest.size();
+            freed.push(oldest);
         }
+        // The driver takes its time to free them: others need not wait for it.
+        drop(pool);
+        drop(freed);
     }
 }
 
@@ -328,7 +351,7 @@ pub(crate) struct Commands<'a> {
     /// The job and work tables of all launches.
     tables: Vec<u8>,
     /// What launches use must not go to another user before they are submitted.
-    kept: Vec<Scratch>,
+    kept: Vec<Arc<Pooled>>,
 }
 
 struct Launch {
@@ -417,14 +440,14 @@ impl Commands<'_> {
         self.phase = phase;
     }
 
-    /// Keeps a scratch buffer from its next user until this is submitted.
-    pub fn keep(&mut self, scratch: Scratch) {
-        self.kept.push(scratch);
+    /// Keeps a pooled buffer from its next user until this is submitted.
+    pub fn keep(&mut self, buffer: impl Into<Arc<Pooled>>) {
+        self.kept.push(buffer.into());
     }
 
-    /// Bytes of the scratch buffers that are kept.
+    /// Bytes of the pooled buffers that are kept.
     pub fn kept_bytes(&self) -> u64 {
-        self.kept.iter().map(|scratch| scratch.size()).sum()
+        self.kept.iter().map(|buffer| buffer.size()).sum()
     }
 
     /// Submits what was recorded.

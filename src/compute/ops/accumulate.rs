@@ -4,7 +4,7 @@ use std::sync::Arc;
 use super::gram::{self, GramJob, Pending, gram_cpu};
 use super::project::{self, ProjectJob, X_ALIGN, parts_bytes, project_cpu};
 use super::{mismatch, same_count};
-use crate::compute::gpu::{BIND_ALIGN, Commands, Gpu, Scratch, whole};
+use crate::compute::gpu::{BIND_ALIGN, Commands, Gpu, Pooled, whole};
 use crate::compute::{Batch, Device, Element, Shape};
 use crate::{Dtype, Error, RawMatrix, Result};
 use rayon::prelude::*;
@@ -203,7 +203,7 @@ fn record(
     group: &[Window],
     a: &Batch,
     sums: &Batch,
-) -> Result<(Option<Scratch>, Option<Pending>)> {
+) -> Result<(Option<Pooled>, Option<Pending>)> {
     let gpu = device.gpu()?;
     let element = match device.product() {
         Element::Host => Element::F32,
@@ -291,7 +291,7 @@ impl<'a> Inputs<'a> {
     }
 
     /// Uploads the windows of the host.
-    fn upload(&self, gpu: &Arc<Gpu>) -> Result<Option<Scratch>> {
+    fn upload(&self, gpu: &Arc<Gpu>) -> Result<Option<Pooled>> {
         if self.pieces.is_empty() {
             return Ok(None);
         }

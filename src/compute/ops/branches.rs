@@ -302,6 +302,8 @@ pub(crate) fn encode(
     let limit = gpu.max_arena();
     let (x_windows, f0_windows) = (x.windows(limit)?, f0.windows(limit)?);
     let mut commands = gpu.commands();
+    // The host may drop the selector before it submits.
+    commands.keep(layer.buffer()?.clone());
 
     for window in x_windows {
         let job = ProjectJob {

@@ -3,7 +3,7 @@ use rayon::prelude::*;
 
 use super::project::{ScaleTable, scale_rows};
 use super::{ENOUGH_WORKGROUPS, mismatch, same_count, view, view_mut};
-use crate::compute::gpu::{Commands, Gpu, Scratch, Work, whole};
+use crate::compute::gpu::{Commands, Gpu, Pooled, Work, whole};
 use crate::compute::shaders::Kernel;
 use crate::compute::{Batch, Device, Element, Precision, Shape};
 use crate::{Dtype, Error, Result};
@@ -125,7 +125,7 @@ struct ReduceJob {
 
 /// Partial Gram matrices that the host has to add, where the GPU has no tier of full precision.
 pub(super) struct Pending {
-    partial: Scratch,
+    partial: Pooled,
     bytes: u64,
     /// What to add, and to which sum.
     jobs: Vec<(ReduceJob, usize)>,

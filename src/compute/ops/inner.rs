@@ -32,7 +32,7 @@ pub fn inner_as(device: &Device, x: &Batch, y: &Batch, element: Element) -> Resu
         return inner(&Device::cpu(), &host(device, x)?, &host(device, y)?);
     }
     let shapes: Vec<_> = x.shapes().iter().zip(y.shapes()).map(|(x, y)| Shape::new(x.rows, y.rows)).collect();
-    let mut c = Batch::zeros(device, element, &shapes)?;
+    let mut c = Batch::unwritten(device, element, &shapes)?;
     if let Some(outputs) = c.host_mut() {
         outputs.into_par_iter().enumerate().for_each(|(i, c)| {
             faer::linalg::matmul::matmul(

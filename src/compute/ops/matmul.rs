@@ -22,7 +22,7 @@ pub fn matmul(device: &Device, b: &Batch, r: &Batch) -> Result<Batch> {
         }
     }
     let shapes: Vec<_> = b.shapes().iter().zip(r.shapes()).map(|(b, r)| Shape::new(b.rows, r.cols)).collect();
-    let mut c = Batch::zeros(device, device.factor(), &shapes)?;
+    let mut c = Batch::unwritten(device, device.factor(), &shapes)?;
     if let Some(outputs) = c.host_mut() {
         outputs.into_par_iter().enumerate().for_each(|(i, c)| {
             matmul_cpu(

@@ -27,7 +27,7 @@ pub fn project(device: &Device, x: &[RawMatrix], a: &Batch) -> Result<Batch> {
         }
     }
     let shapes: Vec<_> = x.iter().zip(a.shapes()).map(|(x, a)| Shape::new(x.rows, a.rows)).collect();
-    let mut z = Batch::zeros(device, device.product(), &shapes)?;
+    let mut z = Batch::unwritten(device, device.product(), &shapes)?;
     if let Some(outputs) = z.host_mut() {
         x.par_iter().zip(outputs).enumerate().for_each(|(i, (x, z))| {
             project_cpu(*x, a.host(i).unwrap_or_default(), z);
@@ -99,7 +99,7 @@ const MAX_PARTS: usize = 16;
 const DEPTH: usize = 32;
 /// A part of the width is not worth its sum if it is narrower.
 const LEAST_PART: usize = 256;
-/// Workgroups for matrix units: many to a multiprocessor, so that the last round is short.
+/// Workgroups: many to a multiprocessor, so that the last round is short.
 const ENOUGH_TILES: usize = 4 * ENOUGH_WORKGROUPS;
 /// Most parts for matrix units: more would only be more to write and add.
 const MAX_MATRIX_PARTS: usize = 8;
@@ -146,7 +146,7 @@ impl Cut {
         };
         let tiles = job.tokens.div_ceil(TILE_M) * a.rows.div_ceil(columns) * jobs;
         let most = (a.cols / LEAST_PART).clamp(1, MAX_PARTS);
-        let parts = (ENOUGH_WORKGROUPS / tiles.max(1)).clamp(1, most);
+        let parts = (ENOUGH_TILES / tiles.max(1)).clamp(1, most);
         let part_width = a.cols.div_ceil(parts).next_multiple_of(DEPTH).max(DEPTH);
         let stride = if parts == 1 { a.rows } else { a.rows.next_multiple_of(4) };
         Self {

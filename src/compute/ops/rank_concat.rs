@@ -44,7 +44,7 @@ impl<'a> Factor<'a> {
 /// [`Error::Invalid`] if the factors of one job differ in their other dimension.
 pub fn rank_concat(device: &Device, axis: Axis, jobs: &[&[Factor]]) -> Result<Batch> {
     let shapes = jobs.iter().map(|factors| joined_shape(axis, factors)).collect::<Result<Vec<_>>>()?;
-    let mut joined = Batch::zeros(device, device.factor(), &shapes)?;
+    let mut joined = Batch::unwritten(device, device.factor(), &shapes)?;
     match &device.backend {
         Backend::Cpu => rank_concat_cpu(axis, jobs, &mut joined),
         Backend::Gpu(_) => rank_concat_gpu(device, axis, jobs, &joined)?,

@@ -33,7 +33,7 @@ pub fn rank_update(device: &Device, a: Option<&Batch>, s: &Batch, m: &Batch) -> 
         let c = rank_update(&Device::cpu(), a.as_ref(), s, &host(device, m)?)?;
         return Batch::upload(device, device.factor(), &c.download(device)?);
     }
-    let mut c = Batch::zeros(device, device.factor(), &shapes)?;
+    let mut c = Batch::unwritten(device, device.factor(), &shapes)?;
     if let Some(outputs) = c.host_mut() {
         outputs.into_par_iter().enumerate().for_each(|(i, c)| {
             let (s_shape, m_shape) = (s.shapes()[i], m.shapes()[i]);

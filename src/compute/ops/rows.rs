@@ -45,7 +45,7 @@ impl ScaledRows {
             .par_iter()
             .map(|parts| parts.iter().flat_map(|part| exponents(side, *part)).collect())
             .collect();
-        let mut rows = Batch::zeros(device, device.factor(), &shapes)?;
+        let mut rows = Batch::unwritten(device, device.factor(), &shapes)?;
         match rows.host_mut() {
             Some(outputs) => outputs
                 .into_par_iter()
