@@ -94,15 +94,14 @@ pub(super) const X_ALIGN: usize = 16;
 
 /// The rows of a tile, and the parts that a width is split into at most.
 const TILE_M: usize = 128;
-const MAX_PARTS: usize = 16;
+const MAX_PARTS: usize = 8;
 /// The shaders step along k by this much, or half of it.
 const DEPTH: usize = 32;
 /// A part of the width is not worth its sum if it is narrower.
 const LEAST_PART: usize = 256;
-/// Workgroups: many to a multiprocessor, so that the last round is short.
+/// Workgroups of one product: many to a multiprocessor, to hide the wait for its inputs. Products beside it do not
+/// count, as one at a time has its X in the cache.
 const ENOUGH_TILES: usize = 4 * ENOUGH_WORKGROUPS;
-/// Most parts for matrix units: more would only be more to write and add.
-const MAX_MATRIX_PARTS: usize = 8;
 
 /// How a product is cut: a kernel, its tile, and parts of the width.
 #[derive(Clone, Copy, Debug)]
@@ -118,15 +117,15 @@ struct Cut {
 }
 
 impl Cut {
-    /// A pure function of the problem and of what the GPU can do; `jobs`: products that run side by side.
-    fn new(gpu: &Gpu, job: &ProjectJob, a: Shape, jobs: usize) -> Self {
+    /// A pure function of the problem and of what the GPU can do.
+    fn new(gpu: &Gpu, job: &ProjectJob, a: Shape) -> Self {
         let whole_vectors = a.cols.is_multiple_of(8) && (job.x_word * 4).is_multiple_of(X_ALIGN);
         // For few tokens, splitting A would cost more than it saves, and memory that nobody reckoned with.
         let worth_it = job.tokens >= 256 && a.rows >= 8 && a.cols > 0;
         if gpu.capabilities.matrix_units() && whole_vectors && worth_it {
             let columns = if a.rows <= 32 { 32 } else { 64 };
-            let tiles = job.tokens.div_ceil(TILE_M) * a.rows.div_ceil(columns) * jobs;
-            let most = (a.cols / LEAST_PART).clamp(1, MAX_MATRIX_PARTS);
+            let tiles = job.tokens.div_ceil(TILE_M) * a.rows.div_ceil(columns);
+            let most = (a.cols / LEAST_PART).clamp(1, MAX_PARTS);
             let parts = (ENOUGH_TILES / tiles.max(1)).clamp(1, most);
             let part_width = a.cols.div_ceil(parts).next_multiple_of(DEPTH).max(DEPTH);
             let stride = a.rows.next_multiple_of(columns);
@@ -144,7 +143,7 @@ impl Cut {
             33..=64 => 64,
             _ => 128,
         };
-        let tiles = job.tokens.div_ceil(TILE_M) * a.rows.div_ceil(columns) * jobs;
+        let tiles = job.tokens.div_ceil(TILE_M) * a.rows.div_ceil(columns);
         let most = (a.cols / LEAST_PART).clamp(1, MAX_PARTS);
         let parts = (ENOUGH_TILES / tiles.max(1)).clamp(1, most);
         let part_width = a.cols.div_ceil(parts).next_multiple_of(DEPTH).max(DEPTH);
@@ -171,7 +170,7 @@ impl Cut {
 
 /// Most bytes of parts that a product of `tokens` × `rank` may take on its way, if it is one of many.
 pub(super) fn parts_bytes(tokens: usize, rank: usize) -> usize {
-    (tokens.next_multiple_of(TILE_M) * rank.next_multiple_of(64) * 4).saturating_mul(MAX_MATRIX_PARTS)
+    (tokens.next_multiple_of(TILE_M) * rank.next_multiple_of(64) * 4).saturating_mul(MAX_PARTS)
 }
 
 #[derive(Clone, Copy, NoUninit)]
@@ -326,12 +325,12 @@ impl Tables {
         job
     }
 
-    fn add(&mut self, gpu: &Gpu, job: &ProjectJob, a: &Batch, jobs: usize) {
+    fn add(&mut self, gpu: &Gpu, job: &ProjectJob, a: &Batch) {
         let shape = a.shapes()[job.a];
         if job.tokens == 0 || shape.rows == 0 {
             return;
         }
-        let cut = Cut::new(gpu, job, shape, jobs);
+        let cut = Cut::new(gpu, job, shape);
         let mut entry = Job {
             x: job.x_word as u32,
             a: a.offset(job.a) as u32,
@@ -402,7 +401,7 @@ fn encode_f32(
 ) -> Result<()> {
     let mut tables = Tables::default();
     for job in jobs {
-        tables.add(gpu, job, a, jobs.len());
+        tables.add(gpu, job, a);
     }
     let factor = whole(a.buffer()?);
     let scales = gpu.scratch(tables.scales_len.max(1) as u64 * 4)?;
