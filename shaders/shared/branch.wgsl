@@ -28,6 +28,10 @@ struct Job {
     record: u32,        // first word of this call's record in the log
     flags: u32,
     starts: array<u32, 9>,
+    // For matrix units: columns of the halves of Z and B_cat, where each branch has its own, and rows of Z's halves.
+    columns: u32,
+    column_starts: array<u32, 9>,
+    z_rows: u32,
     adapters: array<u32, 8>,    // of each branch
     factors: array<f32, 8>,     // of each branch, without the adapter's strength
     fixed: array<f32, 8>,       // weights that are chosen by the host

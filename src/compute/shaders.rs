@@ -44,16 +44,22 @@ pub enum Kernel {
     JacobiSvd(Element),
     /// `shaders/rank_update.wgsl`
     RankUpdate(Element),
-    /// `shaders/branch_scores.wgsl`: which score, the type of the features, whether on matrix units.
-    BranchScores(Score, Dtype, bool),
+    /// `shaders/branch_scores.wgsl`: which score, the type of the features.
+    BranchScores(Score, Dtype),
+    /// `shaders/branch_scores_matrix.wgsl`: the same, and its tile.
+    BranchScoresMatrix(Score, Dtype, BranchTile),
     /// `shaders/branch_means.wgsl`
     BranchMeans,
     /// `shaders/branch_choose.wgsl`
     BranchChoose,
     /// `shaders/branch_weigh.wgsl`
     BranchWeigh,
-    /// `shaders/branch_apply.wgsl`, with the type of the features, and whether on matrix units.
-    BranchApply(Dtype, bool),
+    /// `shaders/branch_halves.wgsl`, with its step: of B, of Z, of weighted Z.
+    BranchHalves(u32),
+    /// `shaders/branch_apply.wgsl`, with the type of the features.
+    BranchApply(Dtype),
+    /// `shaders/branch_apply_matrix.wgsl`, with the type of the features and its tile.
+    BranchApplyMatrix(Dtype, BranchTile),
     /// `shaders/blend.wgsl`
     Blend,
     /// `shaders/extrapolate.wgsl`, with the type of its operands.
@@ -71,6 +77,49 @@ pub enum Kernel {
     /// `shaders/self_test.wgsl`
     SelfTest,
 }
+
+/// The tile of `shaders/shared/branch_tile_matrix.wgsl`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct BranchTile {
+    /// Most columns of a product: 32, 64 or 128.
+    pub depth: u32,
+    /// Whether B has low parts.
+    pub low: bool,
+}
+
+impl BranchTile {
+    /// Of every depth.
+    pub const DEPTHS: [u32; 3] = [32, 64, 128];
+    /// Bytes of workgroup memory that NVIDIA's driver can do with; it hangs at more.
+    const MEMORY: u32 = 48 << 10;
+
+    fn all() -> impl Iterator<Item = Self> {
+        Self::DEPTHS.into_iter().flat_map(|depth| [false, true].map(|low| Self { depth, low }))
+    }
+
+    /// Subgroups of a workgroup, `most` if their tiles fit; each has 16 tokens.
+    pub(crate) fn subgroups(self, most: u32) -> u32 {
+        let row = 2 * (self.depth + 8);
+        let b = 64 * row * (1 + u32::from(self.low));
+        let each = 16 * (2 * row + 4 * 72);
+        1 << ((Self::MEMORY - b) / each).clamp(1, most).ilog2()
+    }
+
+    fn constants(self, most: u32) -> String {
+        let (Self { depth, low }, subgroups) = (self, self.subgroups(most));
+        format!(
+            "const DEPTH: u32 = {depth}u;\nconst LOW: bool = {low};\nconst SUBGROUPS: u32 = {subgroups}u;\n"
+        )
+    }
+
+    fn label(self) -> String {
+        format!("{}{}", self.depth, if self.low { "_low" } else { "" })
+    }
+}
+
+/// Most subgroups of a workgroup: scores take many registers.
+pub(crate) const SCORES_SUBGROUPS: u32 = 2;
+pub(crate) const APPLY_SUBGROUPS: u32 = 4;
 
 macro_rules! shared {
     ($name:literal) => {
@@ -111,14 +160,17 @@ impl Kernel {
             Self::Magnitudes(Element::F32),
         ];
         for dtype in DTYPES {
-            for matrix in [false, true] {
-                all.extend(Score::ALL.map(|score| Self::BranchScores(score, dtype, matrix)));
-                all.push(Self::BranchApply(dtype, matrix));
+            all.extend(Score::ALL.map(|score| Self::BranchScores(score, dtype)));
+            all.push(Self::BranchApply(dtype));
+            for tile in BranchTile::all() {
+                all.extend(Score::ALL.map(|score| Self::BranchScoresMatrix(score, dtype, tile)));
+                all.push(Self::BranchApplyMatrix(dtype, tile));
             }
             all.push(Self::Extrapolate(dtype));
             all.extend(TILES.map(|tile| Self::Project(tile, dtype)));
             all.extend([32, 64].map(|tile| Self::ProjectMatrix(tile, dtype)));
         }
+        all.extend([0, 1, 2].map(Self::BranchHalves));
         all.extend(TILES.map(Self::Gram));
         all.extend(WIDE.iter().flat_map(|&wide| {
             [
@@ -164,14 +216,13 @@ impl Kernel {
             | Self::GradientNorm
             | Self::GradientStep => file.to_owned(),
             Self::Project(tile, dtype) | Self::ProjectMatrix(tile, dtype) => format!("{file}_{tile}_{dtype}"),
-            Self::BranchScores(score, dtype, matrix) => {
-                format!("{file}_{}_{dtype}{}", score.name(), if matrix { "_matrix" } else { "" })
+            Self::BranchScores(score, dtype) => format!("{file}_{}_{dtype}", score.name()),
+            Self::BranchScoresMatrix(score, dtype, tile) => {
+                format!("{file}_{}_{dtype}_{}", score.name(), tile.label())
             }
-            Self::BranchApply(dtype, matrix) => {
-                format!("{file}_{dtype}{}", if matrix { "_matrix" } else { "" })
-            }
-            Self::Extrapolate(dtype) => format!("{file}_{dtype}"),
-            Self::Gram(tile) => format!("{file}_{tile}"),
+            Self::BranchApplyMatrix(dtype, tile) => format!("{file}_{dtype}_{}", tile.label()),
+            Self::BranchApply(dtype) | Self::Extrapolate(dtype) => format!("{file}_{dtype}"),
+            Self::Gram(number) | Self::BranchHalves(number) => format!("{file}_{number}"),
             Self::ProjectReal(e)
             | Self::Cholesky(e)
             | Self::CholeskySolve(e)
@@ -206,10 +257,13 @@ impl Kernel {
             Self::JacobiSvd(_) => ("jacobi_svd", kernel!("jacobi_svd")),
             Self::RankUpdate(_) => ("rank_update", kernel!("rank_update")),
             Self::BranchScores(..) => ("branch_scores", kernel!("branch_scores")),
+            Self::BranchScoresMatrix(..) => ("branch_scores_matrix", kernel!("branch_scores_matrix")),
+            Self::BranchHalves(_) => ("branch_halves", kernel!("branch_halves")),
             Self::BranchMeans => ("branch_means", kernel!("branch_means")),
             Self::BranchChoose => ("branch_choose", kernel!("branch_choose")),
             Self::BranchWeigh => ("branch_weigh", kernel!("branch_weigh")),
-            Self::BranchApply(..) => ("branch_apply", kernel!("branch_apply")),
+            Self::BranchApply(_) => ("branch_apply", kernel!("branch_apply")),
+            Self::BranchApplyMatrix(..) => ("branch_apply_matrix", kernel!("branch_apply_matrix")),
             Self::Blend => ("blend", kernel!("blend")),
             Self::Extrapolate(_) => ("extrapolate", kernel!("extrapolate")),
             Self::Cosine => ("cosine", kernel!("cosine")),
@@ -234,10 +288,13 @@ impl Kernel {
             | Self::Gram(_)
             | Self::GramMatrix
             | Self::BranchScores(..)
+            | Self::BranchScoresMatrix(..)
+            | Self::BranchHalves(_)
             | Self::BranchMeans
             | Self::BranchChoose
             | Self::BranchWeigh
-            | Self::BranchApply(..)
+            | Self::BranchApply(_)
+            | Self::BranchApplyMatrix(..)
             | Self::Blend
             | Self::Extrapolate(_)
             | Self::Cosine
@@ -269,9 +326,12 @@ impl Kernel {
             Self::ProjectMatrix(tile, dtype) => {
                 format!("{}const TILE_N: u32 = {tile}u;\n", dtype_constant(dtype))
             }
-            Self::BranchApply(dtype, _) | Self::Extrapolate(dtype) => dtype_constant(dtype),
-            Self::BranchScores(score, dtype, _) => {
-                format!("{}const SCORE: u32 = {}u;\n", dtype_constant(dtype), score.code())
+            Self::BranchApply(dtype) | Self::Extrapolate(dtype) => dtype_constant(dtype),
+            Self::BranchApplyMatrix(dtype, tile) => dtype_constant(dtype) + &tile.constants(APPLY_SUBGROUPS),
+            Self::BranchHalves(step) => format!("const STEP: u32 = {step}u;\n"),
+            Self::BranchScores(score, dtype) => dtype_constant(dtype) + &score_constant(score),
+            Self::BranchScoresMatrix(score, dtype, tile) => {
+                dtype_constant(dtype) + &score_constant(score) + &tile.constants(SCORES_SUBGROUPS)
             }
             Self::Gram(tile) => format!("const TILE: u32 = {tile}u;\n{}", tile_constants(tile)),
             Self::GramReal(part, _) | Self::GramReduce(part, _) => match part {
@@ -292,8 +352,9 @@ impl Kernel {
             Self::ProjectMatrix(..)
                 | Self::SplitRows
                 | Self::GramMatrix
-                | Self::BranchScores(_, _, true)
-                | Self::BranchApply(_, true)
+                | Self::BranchScoresMatrix(..)
+                | Self::BranchHalves(_)
+                | Self::BranchApplyMatrix(..)
         )
     }
 
@@ -327,7 +388,13 @@ impl Kernel {
             ("branch", _) => shared!("branch"),
             ("branch_state", _) => shared!("branch_state"),
             ("branch_features", _) => shared!("branch_features"),
-            ("branch_tile", _) if self.uses_matrix_units() => shared!("branch_tile_matrix"),
+            ("branch_tile_matrix", _) => shared!("branch_tile_matrix"),
+            ("features", _) => match self {
+                Self::BranchScoresMatrix(_, Dtype::F32, _) | Self::BranchApplyMatrix(Dtype::F32, _) => {
+                    shared!("features_f32")
+                }
+                _ => shared!("features_halves"),
+            },
             ("branch_tile", _) => shared!("branch_tile"),
             ("entry", _) => shared!("entry"),
             ("real", Some(Element::F32)) => shared!("real_f32"),
@@ -342,6 +409,10 @@ impl Kernel {
 fn tile_constants(tile: u32) -> String {
     let columns = if tile == 128 { 8 } else { 4 };
     format!("const COLUMNS: u32 = {columns}u;\nconst THREADS_N: u32 = {}u;\n", tile / columns)
+}
+
+fn score_constant(score: Score) -> String {
+    format!("const SCORE: u32 = {}u;\n", score.code())
 }
 
 /// The type of X, as shaders/shared/words.wgsl names it.

@@ -159,6 +159,8 @@ struct Resident {
     factors: Vec<f32>,
     /// On a GPU: A_cat and B_catᵀ, at powers of two that the factors undo.
     batch: Batch,
+    /// Whether B_cat there has more bits than one half holds.
+    low: bool,
     /// On the CPU: B of each branch, without its strength.
     b: Vec<Vec<f64>>,
 }
@@ -513,6 +515,7 @@ impl Selector {
             blocks: &layer.blocks,
             adapters: &layer.members,
             factors: &layer.factors,
+            low: layer.low,
             score: selection.score,
             rule,
             group,
@@ -622,6 +625,7 @@ impl Resident {
                 device.factor(),
                 &[Shape::new(rank, input), Shape::new(rank, stride)],
             )?,
+            low: false,
             b: Vec::new(),
         };
         if !device.is_gpu() {
@@ -652,6 +656,7 @@ impl Resident {
             factors.push(factor);
         }
         resident.factors = factors;
+        resident.low = b.iter().any(|v| v.to_bits() & 0x1fff != 0);
         let gpu = device.gpu()?;
         let buffer = resident.batch.buffer()?;
         gpu.write(buffer, 0, bytemuck::cast_slice(&a))?;

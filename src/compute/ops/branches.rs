@@ -13,7 +13,7 @@ use serde::Serialize;
 use super::project::{self, ProjectJob, project_cpu};
 use super::{Activations, ENOUGH_WORKGROUPS, view, view_mut};
 use crate::compute::gpu::{BIND_ALIGN, Gpu, whole};
-use crate::compute::shaders::Kernel;
+use crate::compute::shaders::{APPLY_SUBGROUPS, BranchTile, Kernel, SCORES_SUBGROUPS};
 use crate::compute::{Batch, Element, Shape};
 use crate::{Dtype, Error, RawMatrix, Result};
 
@@ -73,6 +73,8 @@ pub(crate) struct Call<'a> {
     pub adapters: &'a [usize],
     /// Factor of each branch, but for the adapter's strength.
     pub factors: &'a [f32],
+    /// Whether B_cat has more bits than one half holds.
+    pub low: bool,
     pub score: Score,
     pub rule: Rule,
     /// Tokens that choose together; 0: each for itself.
@@ -124,6 +126,9 @@ struct Job {
     record: u32,
     flags: u32,
     starts: [u32; MAX_BRANCHES + 1],
+    columns: u32,
+    column_starts: [u32; MAX_BRANCHES + 1],
+    z_rows: u32,
     adapters: [u32; MAX_BRANCHES],
     factors: [f32; MAX_BRANCHES],
     fixed: [f32; MAX_BRANCHES],
@@ -136,9 +141,14 @@ const NORMALISE: u32 = 8;
 const FIXED: u32 = 16;
 const UPDATE_RUNNING: u32 = 32;
 
-/// Tile of the kernels.
+/// Tile of the kernels without matrix units.
 const TOKENS: usize = 64;
 const CHANNELS: usize = 128;
+/// Tokens of a subgroup and channels of a tile on matrix units.
+const UNIT_TOKENS: usize = 16;
+const UNIT_CHANNELS: usize = 64;
+/// Channels that a workgroup should have at least there, to make its start worth while.
+const UNIT_PART: usize = 1024;
 /// Tokens of a workgroup of `branch_weigh.wgsl`.
 const WEIGHED: usize = 16;
 /// Most parts that the channels are split into.
@@ -167,7 +177,7 @@ impl Buffers {
         records: usize,
     ) -> Result<Self> {
         let z = (tokens * rank * 4) as u64;
-        let stats = (score_parts(tokens, branches, usize::MAX / 2) * branches * tokens * 32) as u64;
+        let stats = (MAX_PARTS * branches * tokens * 32) as u64;
         let stats = if stats > gpu.max_arena() { (branches * tokens * 32) as u64 } else { stats };
         let buffer = |label: &str, elements: usize| gpu.buffer(label, elements as u64 * 4);
         Ok(Self {
@@ -192,9 +202,44 @@ impl Buffers {
 }
 
 /// Into how many parts the channels are split so that the GPU is full.
-fn score_parts(tokens: usize, branches: usize, width: usize) -> usize {
-    let tiles = (tokens.div_ceil(TOKENS) * branches).max(1);
-    (ENOUGH_WORKGROUPS / tiles).clamp(1, MAX_PARTS).min(width.div_ceil(CHANNELS).max(1))
+fn parts(tokens: usize, tile: [usize; 2], width: usize) -> usize {
+    let tiles = tokens.div_ceil(tile[0]).max(1);
+    (ENOUGH_WORKGROUPS / tiles).clamp(1, width.div_ceil(tile[1]).max(1))
+}
+
+/// What a call does on matrix units.
+struct Units {
+    scores: BranchTile,
+    /// Without, if all columns together are too many.
+    apply: Option<BranchTile>,
+    /// Columns of the halves, where each branch has its own, and rows of Z's.
+    columns: usize,
+    column_starts: [u32; MAX_BRANCHES + 1],
+    z_rows: usize,
+}
+
+impl Units {
+    /// What of the call fits the tiles there. They read 4 channels at a time.
+    fn new(gpu: &Gpu, call: &Call<'_>, dtype: Dtype, windows: &[Window<'_>]) -> Option<Self> {
+        let raw_words = if dtype == Dtype::F32 { 4 } else { 2 };
+        let aligned = call.width.is_multiple_of(4)
+            && windows.iter().all(|window| window.word.is_multiple_of(raw_words));
+        let tile = |columns: usize| {
+            let depth = BranchTile::DEPTHS.into_iter().find(|&depth| columns <= depth as usize)?;
+            Some(BranchTile { depth, low: call.low })
+        };
+        let (mut columns, mut widest, mut column_starts) = (0, 0, [0; MAX_BRANCHES + 1]);
+        for (k, block) in call.blocks.iter().enumerate() {
+            let own = block.len().next_multiple_of(16);
+            columns += own;
+            widest = widest.max(own);
+            column_starts[k + 1] = columns as u32;
+        }
+        let usable = gpu.capabilities.matrix_units() && aligned && columns > 0;
+        let scores = usable.then(|| tile(widest)).flatten()?;
+        let z_rows = (call.tokens + APPLY_SUBGROUPS as usize * UNIT_TOKENS).next_multiple_of(8);
+        Some(Self { scores, apply: tile(columns), columns, column_starts, z_rows })
+    }
 }
 
 /// A matrix of the host's in a buffer.
@@ -318,11 +363,8 @@ pub(crate) fn encode(
         project::encode(&mut commands, gpu, &[window.binding], &[job], layer, z, Element::F32)?;
     }
 
-    let mut score_parts = score_parts(tokens, branches, call.width);
-    if (score_parts * branches * tokens * 32) as u64 > buffers.stats.size() {
-        score_parts = 1;
-    }
-    let mut job = job(call, layer, score_parts, running, record);
+    let units = Units::new(gpu, call, f0.dtype, &f0_windows);
+    let mut job = job(call, layer, units.as_ref(), running, record);
     let factors = whole(layer.buffer()?);
     let (z, stats, scores) = (whole(&buffers.z), whole(&buffers.stats), whole(&buffers.scores));
     let (weights, means) = (whole(&buffers.weights), whole(&buffers.running));
@@ -333,28 +375,66 @@ pub(crate) fn encode(
         f0: window.word as u32,
         ..*job
     };
+    let (columns, z_rows) = units.as_ref().map_or((0, 0), |units| (units.columns, units.z_rows));
+    let halves = |rows: usize| gpu.scratch((rows * columns * 4).max(4) as u64);
+    let b_halves = halves(call.width.next_multiple_of(UNIT_CHANNELS))?;
+    let (z_halves, z_scales) = (halves(z_rows)?, gpu.scratch((z_rows * branches * 4).max(4) as u64)?);
+    // Of each step, what it splits and where to.
+    let to_halves = |values, to| [values, to, whole(&z_scales), weights.clone(), controls.clone()];
+    let operands = [&b_halves, &z_halves, &z_scales].map(|buffer| whole(buffer));
+    if units.is_some() {
+        // Beside the first steps of the product.
+        commands.phase(0);
+        let grid = [call.width.next_multiple_of(UNIT_CHANNELS) / 32, columns.div_ceil(32), 1];
+        let grid = grid.map(|n| n as u32);
+        commands.launch_grid(
+            Kernel::BranchHalves(0),
+            &job,
+            grid,
+            &to_halves(factors.clone(), whole(&b_halves)),
+        );
+    }
 
     let token_grid = [tokens.div_ceil(256) as u32, 1, 1];
     let choose = [stats.clone(), scores.clone(), weights.clone(), means.clone(), log];
     let rule = job.flags;
     if !matches!(call.rule, Rule::Fixed(_)) {
         commands.phase(3);
-        for window in &f0_windows {
-            let grid = [window.count.div_ceil(TOKENS) as u32, branches as u32, score_parts as u32];
-            let bindings =
-                [factors.clone(), z.clone(), window.binding.clone(), controls.clone(), stats.clone()];
+        if units.is_some() {
+            let grid = [(z_rows / 8) as u32, branches as u32, 1];
             commands.launch_grid(
-                Kernel::BranchScores(call.score, f0.dtype, matrix_units(gpu, call)),
-                &for_window(&job, window),
+                Kernel::BranchHalves(1),
+                &job,
                 grid,
-                &bindings,
+                &to_halves(z.clone(), whole(&z_halves)),
             );
         }
+        commands.phase(4);
+        let (kernel, tile) = match &units {
+            None => (Kernel::BranchScores(call.score, f0.dtype), [TOKENS, CHANNELS]),
+            Some(units) => {
+                let tokens = units.scores.subgroups(SCORES_SUBGROUPS) as usize * UNIT_TOKENS;
+                (Kernel::BranchScoresMatrix(call.score, f0.dtype, units.scores), [tokens, UNIT_CHANNELS])
+            }
+        };
+        let wanted = parts(tokens * branches, tile, call.width);
+        let wanted = if units.is_some() { wanted.max(call.width / UNIT_PART) } else { wanted };
+        let most = buffers.stats.size() as usize / (branches * tokens * 32);
+        (job.parts, job.part_width) = split(call.width, tile[1], wanted.min(most).min(MAX_PARTS));
+        for window in &f0_windows {
+            let grid = [window.count.div_ceil(tile[0]) as u32, branches as u32, job.parts];
+            let [f0, controls, stats] = [window.binding.clone(), controls.clone(), stats.clone()];
+            let bindings = match &units {
+                None => vec![factors.clone(), z.clone(), f0, controls, stats],
+                Some(_) => operands.iter().cloned().chain([f0, controls, stats]).collect(),
+            };
+            commands.launch_grid(kernel, &for_window(&job, window), grid, &bindings);
+        }
         if call.normalise || call.group > 0 {
-            commands.phase(4);
+            commands.phase(5);
             job.flags = FINISH;
             commands.launch_grid(Kernel::BranchChoose, &job, token_grid, &choose);
-            commands.phase(5);
+            commands.phase(6);
             let bindings = [scores, means];
             if call.normalise {
                 job.flags = UPDATE_RUNNING;
@@ -372,34 +452,61 @@ pub(crate) fn encode(
     } else {
         job.flags = rule | DECIDE;
     }
-    commands.phase(6);
-    commands.launch_grid(Kernel::BranchChoose, &job, token_grid, &choose);
     commands.phase(7);
-    let tokens_grid = [tokens.div_ceil(WEIGHED) as u32, 1, 1];
-    commands.launch_grid(Kernel::BranchWeigh, &job, tokens_grid, &[z.clone(), weights, controls]);
+    commands.launch_grid(Kernel::BranchChoose, &job, token_grid, &choose);
     commands.phase(8);
-    for window in &f0_windows {
-        let grid = [call.width.div_ceil(CHANNELS) as u32, window.count.div_ceil(TOKENS) as u32, 1];
-        let bindings = [factors.clone(), z.clone(), window.binding.clone()];
-        commands.launch_grid(
-            Kernel::BranchApply(f0.dtype, matrix_units(gpu, call)),
-            &for_window(&job, window),
-            grid,
-            &bindings,
-        );
+    match units.as_ref().and_then(|units| units.apply) {
+        None => {
+            let grid = [tokens.div_ceil(WEIGHED) as u32, 1, 1];
+            commands.launch_grid(
+                Kernel::BranchWeigh,
+                &job,
+                grid,
+                &[z.clone(), weights.clone(), controls.clone()],
+            );
+            commands.phase(9);
+            for window in &f0_windows {
+                let grid = [call.width.div_ceil(CHANNELS) as u32, window.count.div_ceil(TOKENS) as u32, 1];
+                let bindings = [factors.clone(), z.clone(), window.binding.clone()];
+                let kernel = Kernel::BranchApply(f0.dtype);
+                commands.launch_grid(kernel, &for_window(&job, window), grid, &bindings);
+            }
+        }
+        Some(tile) => {
+            let grid = [(z_rows / 8) as u32, 1, 1];
+            commands.launch_grid(
+                Kernel::BranchHalves(2),
+                &job,
+                grid,
+                &to_halves(z.clone(), whole(&z_halves)),
+            );
+            commands.phase(9);
+            let tile_tokens = tile.subgroups(APPLY_SUBGROUPS) as usize * UNIT_TOKENS;
+            let wanted = parts(tokens, [tile_tokens, UNIT_CHANNELS], call.width).max(call.width / UNIT_PART);
+            (job.parts, job.part_width) = split(call.width, UNIT_CHANNELS, wanted);
+            for window in &f0_windows {
+                let grid = [window.count.div_ceil(tile_tokens) as u32, job.parts, 1];
+                let bindings: Vec<_> = operands.iter().cloned().chain([window.binding.clone()]).collect();
+                let kernel = Kernel::BranchApplyMatrix(f0.dtype, tile);
+                commands.launch_grid(kernel, &for_window(&job, window), grid, &bindings);
+            }
+        }
+    }
+    for scratch in [b_halves, z_halves, z_scales] {
+        commands.keep(scratch);
     }
     encoder.clear_buffer(&buffers.log, (record * RECORD * 4) as u64, Some((RECORD * 4) as u64));
     commands.encode(encoder);
     Ok(())
 }
 
-/// Whether the tiles go to matrix units: they must hold what the kernel stages, and a rank over which the unit's
-/// accumulator loses nothing.
-fn matrix_units(gpu: &Gpu, call: &Call<'_>) -> bool {
-    gpu.capabilities.matrix_units() && gpu.capabilities.workgroup_memory >= 48 << 10 && call.rank() <= 256
+/// How many parts that makes, and the channels of each: whole tiles.
+fn split(width: usize, tile: usize, parts: usize) -> (u32, u32) {
+    let part = width.div_ceil(tile).div_ceil(parts.max(1)).max(1) * tile;
+    (width.div_ceil(part) as u32, part as u32)
 }
 
-fn job(call: &Call<'_>, layer: &Batch, parts: usize, running: usize, record: usize) -> Job {
+fn job(call: &Call<'_>, layer: &Batch, units: Option<&Units>, running: usize, record: usize) -> Job {
     let mut job = Job {
         tokens: call.tokens as u32,
         first: 0,
@@ -411,14 +518,17 @@ fn job(call: &Call<'_>, layer: &Batch, parts: usize, running: usize, record: usi
         rank: call.rank() as u32,
         branches: call.blocks.len() as u32,
         score: call.score.code(),
-        parts: parts as u32,
-        part_width: (call.width.div_ceil(CHANNELS).div_ceil(parts) * CHANNELS) as u32,
+        parts: 1,
+        part_width: 0,
         group: call.group as u32,
         means: (call.tokens * call.blocks.len()) as u32,
         running: (running * RUNNING) as u32,
         record: (record * RECORD) as u32,
         flags: if call.normalise { NORMALISE } else { 0 },
         starts: [0; MAX_BRANCHES + 1],
+        columns: units.map_or(0, |units| units.columns as u32),
+        column_starts: units.map_or([0; MAX_BRANCHES + 1], |units| units.column_starts),
+        z_rows: units.map_or(0, |units| units.z_rows as u32),
         adapters: [0; MAX_BRANCHES],
         factors: [0.0; MAX_BRANCHES],
         fixed: [0.0; MAX_BRANCHES],

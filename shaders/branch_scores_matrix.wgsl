@@ -1,0 +1,227 @@
+// branch_scores.wgsl on matrix units.
+//
+//   F0: tokens × width in f32, f16 or bf16; width a multiple of 4    stats: parts × branches × tokens × 2 vec4
+//
+// A lane sums e^(a - m), and times d and φ(d), d = u - r, for its channels of 4 rows, each with an m and an r that its 8
+// lanes have in common: the first tile's largest a and mean u. An r near the mean is enough to lose no digits: only
+// the last step to the mean itself subtracts. Should a tile leave what m and r are good for, they are found anew.
+//
+// Grid: (token tile, branch, part of the channels). Bindings: 6 F0, 7 controls, 8 stats; see branch_tile_matrix.wgsl.
+// The permutation sets SCORE, DTYPE and the tile.
+
+#import words
+#import pack
+#import features
+#import branch
+#import exp_log
+#import branch_state
+
+@group(0) @binding(6) var<storage, read> f0: array<Raw>;
+@group(0) @binding(7) var<storage, read> controls: Controls;
+@group(0) @binding(8) var<storage, read_write> stats: array<vec4<f32>>;
+
+#import branch_tile_matrix
+
+// Weights in relation to m, and updates in relation to r, that keep their digits and f32's range.
+const HEAVY: f32 = 20.0;
+const VAST: f32 = 1e20;
+const FAR: f32 = 30.0;
+
+// Sums over some channels: Σ e^(a - m), and of it times d, and times φ(d)·e^-g.
+// For `dot` and `energy` Σ f0², Σ f0·u and Σ u² in w, d and s.
+struct Running {
+    m: f32,
+    r: f32,
+    g: f32,
+    w: f32,
+    d: f32,
+    s: f32,
+}
+
+var<private> temperature: f32;
+
+// φ(d). Near zero by a polynomial for φ(d) / d², good to 5e-8.
+fn phi(d: vec4<f32>) -> vec4<f32> {
+    let q = d * d;
+    var p = fma(d, vec4<f32>(1.0 / 5040.0), vec4<f32>(1.398189e-3));
+    p = fma(p, d, vec4<f32>(1.0 / 120.0));
+    p = fma(p, d, vec4<f32>(4.1665795e-2));
+    p = fma(p, d, vec4<f32>(1.0 / 6.0));
+    p = fma(p, d, vec4<f32>(0.5));
+    let small = q * p;
+    if (max4(q) <= 0.25) {
+        return small;
+    }
+    return select(exp2(d * LOG2_E) - (1.0 + d), small, q <= vec4<f32>(0.25));
+}
+
+// Over the 8 lanes of a row.
+fn row_max(v: f32) -> f32 {
+    var x = max(v, subgroupShuffleXor(v, 1u));
+    x = max(x, subgroupShuffleXor(x, 2u));
+    return max(x, subgroupShuffleXor(x, 4u));
+}
+
+fn row_sum(v: f32) -> f32 {
+    var x = v + subgroupShuffleXor(v, 1u);
+    x += subgroupShuffleXor(x, 2u);
+    return x + subgroupShuffleXor(x, 4u);
+}
+
+// e^(a - m); of the difference, since built-in exponentials lose digits of large arguments only.
+fn weight(raw: Raw, m: f32) -> vec4<f32> {
+    return exp2(fma(widened(raw), vec4<f32>(temperature), vec4<f32>(-m)) * LOG2_E);
+}
+
+// With the m and r that a row's first tile asks for.
+fn begin(part: Part, f: Channels) -> Running {
+    let a = max(widened(f.left), widened(f.right)) * temperature;
+    let m = max(row_max(max4(a)), LOWEST);
+    let x = weight(f.left, m);
+    let y = weight(f.right, m);
+    let sum = row_sum(sum4(fma(x, left_product(part), y * right_product(part))));
+    return Running(m, sum / row_sum(sum4(x + y)), 0.0, 0.0, 0.0, 0.0);
+}
+
+// The sums of a tile alone.
+fn tile_sums(old: Running, part: Part, f: Channels) -> Running {
+    var tile = old;
+    if (SCORE == KL) {
+        let x = weight(f.left, old.m);
+        let y = weight(f.right, old.m);
+        let d = left_product(part) - old.r;
+        let e = right_product(part) - old.r;
+        tile.w = sum4(x + y);
+        tile.d = sum4(fma(x, d, y * e));
+        tile.s = sum4(fma(x, phi(d), y * phi(e)));
+    } else {
+        let u = left_product(part);
+        let v = right_product(part);
+        let a = max(widened(f.left), vec4<f32>(LOWEST));
+        let b = max(widened(f.right), vec4<f32>(LOWEST));
+        let x = select(a, vec4<f32>(0.0), a == vec4<f32>(LOWEST));
+        let y = select(b, vec4<f32>(0.0), b == vec4<f32>(LOWEST));
+        tile.w = sum4(fma(x, x, y * y));
+        tile.d = sum4(fma(x, u, y * v));
+        tile.s = sum4(fma(u, u, v * v));
+    }
+    return tile;
+}
+
+fn is_safe(tile: Running) -> bool {
+    return SCORE != KL || (tile.w < HEAVY && tile.s < VAST && tile.g == 0.0);
+}
+
+fn plus(x: Running, y: Running) -> Running {
+    return Running(x.m, x.r, x.g, x.w + y.w, x.d + y.d, x.s + y.s);
+}
+
+// A lane's sums as a state. Σ w·φ(u - c) = e^-h·(Σ w·φ(u - r) - φ(h)·Σ w) with h = c - r.
+fn state(x: Running) -> State {
+    if (SCORE != KL) {
+        return State(x.w, x.d, x.s, 0.0, 0.0);
+    }
+    let h = select(x.d / x.w, 0.0, x.w == 0.0);
+    let lost = x.w * phi(vec4<f32>(h)).x * exp4(vec4<f32>(-x.g)).x;
+    return State(x.m, x.w, x.r + h, max(exp4(vec4<f32>(-h)).x * (x.s - lost), 0.0), x.g);
+}
+
+// The sums with a tile, and with m, r and g that suit both: what merge_states does, for a lane's part of a row.
+fn rebased(old: Running, part: Part, f: Channels) -> Running {
+    let x = state(old);
+    let a = max(widened(f.left) * temperature, vec4<f32>(LOWEST));
+    let b = max(widened(f.right) * temperature, vec4<f32>(LOWEST));
+    let u = left_product(part);
+    let v = right_product(part);
+    let m = max(x.m, row_max(max4(max(a, b))));
+    let log_q = max(x.m - m, -200.0);
+    let q = exp4(vec4<f32>(log_q)).x;
+    let ea = exp4(a - m);
+    let eb = exp4(b - m);
+    let w = x.w * q + sum4(ea + eb);
+    let r = row_sum(x.w * q * x.c + sum4(fma(ea, u, eb * v))) / row_sum(w);
+    let d = u - r;
+    let e = v - r;
+    let h = x.c - r;
+    let log_s = log_q + h + x.g;
+    let top = max(select(LOWEST, log_s, x.w > 0.0), max4(max(a - m + d, b - m + e)));
+    let most = row_max(top);
+    let g = select(0.0, most, most > FAR);
+    let scale = exp4(vec4<f32>(-g)).x;
+    let moved = x.w * excess(vec4<f32>(q), vec4<f32>(log_q), vec4<f32>(h), g, scale).x;
+    let added = sum4(excess(ea, a - m, d, g, scale) + excess(eb, b - m, e, g, scale));
+    let linear = x.w * q * h + sum4(fma(ea, d, eb * e));
+    return Running(m, r, g, w, linear, x.s * exp4(vec4<f32>(log_s - g)).x + moved + added);
+}
+
+fn finish(job: Job, work: vec3<u32>, row: u32, x: Running) {
+    let y = state(Running(x.m, x.r, x.g, row_sum(x.w), row_sum(x.d), row_sum(x.s)));
+    let token = job.first + work.x * TOKENS + subgroup * 16u + lane / 8u + row;
+    if (lane % 8u == 0u && token < job.first + job.count) {
+        let place = ((work.z * job.branches + work.y) * job.tokens + token) * 2u;
+        stats[place] = vec4<f32>(y.m, y.w, y.c, y.s);
+        stats[place + 1u] = vec4<f32>(y.g, 0.0, 0.0, 0.0);
+    }
+}
+
+@compute @workgroup_size(THREADS)
+fn main(
+    @builtin(workgroup_id) work: vec3<u32>,
+    @builtin(local_invocation_index) thread: u32,
+    @builtin(subgroup_id) subgroup_id: u32,
+    @builtin(subgroup_invocation_id) subgroup_lane: u32,
+) {
+    t = thread;
+    subgroup = subgroup_id;
+    lane = subgroup_lane;
+    let job = jobs[0];
+    let first_token = job.first + work.x * TOKENS;
+    let start = work.z * job.part_width;
+    let end = min(start + job.part_width, job.width);
+    let first_column = jobs[0].column_starts[work.y];
+    let columns = Columns(first_column, jobs[0].column_starts[work.y + 1u] - first_column);
+    temperature = select(1.0, controls.inverse_temperature, SCORE == KL);
+    let factor = jobs[0].factors[work.y] * controls.strengths[jobs[0].adapters[work.y]] * temperature;
+    stage_z(job, first_token, columns);
+    let part0 = part(job, first_token, 0u, work.y * job.z_rows, factor);
+    let part1 = part(job, first_token, 4u, work.y * job.z_rows, factor);
+    let part2 = part(job, first_token, 8u, work.y * job.z_rows, factor);
+    let part3 = part(job, first_token, 12u, work.y * job.z_rows, factor);
+    var x0: Running;
+    var x1: Running;
+    var x2: Running;
+    var x3: Running;
+    fetch_b(job, columns, start);
+    for (var channel = start; channel < end; channel += CHANNELS) {
+        let tile0 = features(job, part0, channel);
+        let tile1 = features(job, part1, channel);
+        let tile2 = features(job, part2, channel);
+        let tile3 = features(job, part3, channel);
+        tile_product(job, columns, min(channel + CHANNELS, end - 1u) / CHANNELS * CHANNELS);
+        if (SCORE == KL && channel == start) {
+            x0 = begin(part0, tile0);
+            x1 = begin(part1, tile1);
+            x2 = begin(part2, tile2);
+            x3 = begin(part3, tile3);
+        }
+        let y0 = tile_sums(x0, part0, tile0);
+        let y1 = tile_sums(x1, part1, tile1);
+        let y2 = tile_sums(x2, part2, tile2);
+        let y3 = tile_sums(x3, part3, tile3);
+        if (subgroupAll(is_safe(y0) && is_safe(y1) && is_safe(y2) && is_safe(y3))) {
+            x0 = plus(x0, y0);
+            x1 = plus(x1, y1);
+            x2 = plus(x2, y2);
+            x3 = plus(x3, y3);
+        } else {
+            x0 = rebased(x0, part0, tile0);
+            x1 = rebased(x1, part1, tile1);
+            x2 = rebased(x2, part2, tile2);
+            x3 = rebased(x3, part3, tile3);
+        }
+    }
+    finish(job, work, 0u, x0);
+    finish(job, work, 4u, x1);
+    finish(job, work, 8u, x2);
+    finish(job, work, 12u, x3);
+}
