@@ -329,6 +329,7 @@ impl Kernel {
             ("branch_features", _) => shared!("branch_features"),
             ("branch_tile", _) if self.uses_matrix_units() => shared!("branch_tile_matrix"),
             ("branch_tile", _) => shared!("branch_tile"),
+            ("strip", _) => shared!("strip"),
             ("entry", _) => shared!("entry"),
             ("real", Some(Element::F32)) => shared!("real_f32"),
             ("real", Some(Element::F64)) => shared!("real_f64"),

@@ -51,7 +51,7 @@ pub fn cholesky_solve(device: &Device, factors: &Batch, q: &mut Batch) -> Result
             .zip(&ranges)
             .zip(&table)
             .filter_map(|((i, ranges), job)| {
-                ranges.get(launch).map(|range| (i, range, job.rows.div_ceil(16)))
+                ranges.get(launch).map(|range| (i, range, job.rows.div_ceil(ROWS)))
             })
             .flat_map(|(i, range, blocks)| (0..blocks).map(move |block| [i, block, range.start, range.end]))
             .collect();
@@ -61,10 +61,13 @@ pub fn cholesky_solve(device: &Device, factors: &Batch, q: &mut Batch) -> Result
     commands.submit()
 }
 
+/// Right-hand sides of a workgroup, as in the shader.
+const ROWS: u32 = 64;
+
 /// Loop iterations of an invocation for each panel, forwards and then backwards, as the shader makes them.
 fn step_costs(n: usize) -> impl Iterator<Item = usize> {
-    let panels = n.div_ceil(16);
-    std::iter::repeat_n(panels.div_ceil(2) * 36 + 16, 2 * panels)
+    // For each solved panel 21 to copy it and 16 products; as many to begin and to end.
+    (0..2).flat_map(move |_| (1..=n.div_ceil(16)).map(|panels| panels * 37))
 }
 
 #[derive(Clone, Copy, NoUninit)]
