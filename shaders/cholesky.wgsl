@@ -86,14 +86,14 @@ fn updated(job: Job, p: u32, column: u32, t: u32) -> Strip {
         workgroupBarrier();
         if (column < job.order) {
             for (var d = 0u; d < depth; d += 4u) {
-                let u = next;
+                var u = next;
                 if (k + d + 4u < p) {
                     next = upper_quad(job, k + d + 4u, column);
                 }
-                c = strip_sub(c, u.x, above_strip(d));
-                c = strip_sub(c, u.y, above_strip(d + 1u));
-                c = strip_sub(c, u.z, above_strip(d + 2u));
-                c = strip_sub(c, u.w, above_strip(d + 3u));
+                for (var i = 0u; i < 4u; i++) {
+                    c = strip_sub(c, u.x, above_strip(d + i));
+                    u = quad_rotate(u);
+                }
             }
         }
     }

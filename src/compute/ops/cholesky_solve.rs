@@ -66,8 +66,8 @@ const ROWS: u32 = 64;
 
 /// Loop iterations of an invocation for each panel, forwards and then backwards, as the shader makes them.
 fn step_costs(n: usize) -> impl Iterator<Item = usize> {
-    // For each solved panel 21 to copy it and 16 products; as many to begin and to end.
-    (0..2).flat_map(move |_| (1..=n.div_ceil(16)).map(|panels| panels * 37))
+    // For each solved panel 21 to copy it and 16 products, as many to begin and to end, and 28 to substitute.
+    (0..2).flat_map(move |_| (1..=n.div_ceil(16)).map(|panels| panels * 37 + 28))
 }
 
 #[derive(Clone, Copy, NoUninit)]
