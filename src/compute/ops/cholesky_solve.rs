@@ -64,10 +64,11 @@ pub fn cholesky_solve(device: &Device, factors: &Batch, q: &mut Batch) -> Result
 /// Right-hand sides of a workgroup, as in the shader.
 const ROWS: u32 = 64;
 
-/// Loop iterations of an invocation for each panel, forwards and then backwards, as the shader makes them.
+/// Loop iterations of an invocation for each panel of 32 columns, forwards and then backwards, as the shader makes them.
 fn step_costs(n: usize) -> impl Iterator<Item = usize> {
-    // For each solved panel 21 to copy it and 16 products, as many to begin and to end, and 28 to substitute.
-    (0..2).flat_map(move |_| (1..=n.div_ceil(16)).map(|panels| panels * 37 + 28))
+    // For each 16 solved columns 25 to copy them and 16 products; as much within the panel, which is fetched and, in
+    // two halves, substituted.
+    (0..2).flat_map(move |_| (0..n.div_ceil(32)).map(|solved| solved * 82 + 172))
 }
 
 #[derive(Clone, Copy, NoUninit)]
