@@ -63,15 +63,20 @@ pub fn cholesky(device: &Device, a: &mut Batch) -> Result<Vec<std::result::Resul
         .collect())
 }
 
+/// Columns that a workgroup makes at a time, as in the shader.
+const THREADS: usize = 128;
+
 /// Loop iterations of an invocation for each panel of 16 rows, at most, as the shader makes them.
 fn panel_costs(n: usize) -> impl Iterator<Item = usize> {
     // A matrix without rows has a panel too, so that its status is written.
     (0..n.div_ceil(16).max(1)).map(move |panel| {
         let above = panel * 16;
-        let tiles = n.saturating_sub(above).div_ceil(128);
-        // In each tile, copies of an eighth of the finished rows, all of them to subtract in fours, and substitution;
-        // once the block on the diagonal, and the zeros left of it.
-        tiles * (above * 3 / 2 + 30) + 50 + above / 8
+        let tiles = n.saturating_sub(above).div_ceil(THREADS);
+        // Of a block of 16 × 16.
+        let elements = 256_usize.div_ceil(THREADS);
+        // In each tile, finished rows to copy, block by block, and to subtract, by fours, and substitution; once the
+        // block on the diagonal, and zeros left of it.
+        tiles * (panel * elements + above * 4 / 3 + 30) + 16 + elements * (17 + panel)
     })
 }
 
