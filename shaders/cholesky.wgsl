@@ -125,12 +125,12 @@ fn factor(job: Job, p: u32, t: u32) {
                 failed = p + k + 1u;
             }
         }
-        let reciprocal = real_div(real(1.0), pivot);
         for (var e = t; e < PANEL * PANEL; e += THREADS) {
             let i = e / PANEL;
             let j = e % PANEL;
             if (i > k && i <= j && j < height) {
-                let scaled = real_mul(diagonal[k * PANEL + i], reciprocal);
+                // Not by 1 / pivot, which leaves the range of double-single far sooner.
+                let scaled = real_div(diagonal[k * PANEL + i], pivot);
                 diagonal[e] = real_sub(diagonal[e], real_mul(scaled, diagonal[k * PANEL + j]));
             }
         }
