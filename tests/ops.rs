@@ -335,7 +335,7 @@ fn cholesky_and_solve_leave_small_residuals() {
     let mut systems: Vec<(Matrix, Matrix)> = Vec::new();
     for n in [1, 2, 3, 5, 15, 16, 17, 31, 32, 33, 64, 65, 97, 128, 211, 256] {
         for condition in [1.0, 1e4, 1e10] {
-            let rows = [1, 7, n, 40][systems.len() % 4];
+            let rows = [1, 7, n, 65][systems.len() % 4];
             systems.push((spd(&mut random, n, condition), random.matrix(rows, n, 1.0)));
         }
     }
@@ -344,6 +344,10 @@ fn cholesky_and_solve_leave_small_residuals() {
         let (mut a, q) = (spd(&mut random, 20, 1e6), random.matrix(20, 20, 1.0));
         a.data.iter_mut().for_each(|v| *v *= scale);
         systems.push((a, q));
+    }
+    // Hilbert matrices: what is left of the diagonal falls to 1e-13 within one block.
+    for n in [6, 10] {
+        systems.push((Matrix::from_fn(n, n, |i, j| 1.0 / (i + j + 1) as f64), random.matrix(130, n, 1.0)));
     }
     check_systems(&systems, devices());
 }

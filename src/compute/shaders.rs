@@ -396,6 +396,7 @@ impl Kernel {
                 _ => shared!("features_halves"),
             },
             ("branch_tile", _) => shared!("branch_tile"),
+            ("strip", _) => shared!("strip"),
             ("entry", _) => shared!("entry"),
             ("real", Some(Element::F32)) => shared!("real_f32"),
             ("real", Some(Element::F64)) => shared!("real_f64"),

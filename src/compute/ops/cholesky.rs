@@ -63,13 +63,20 @@ pub fn cholesky(device: &Device, a: &mut Batch) -> Result<Vec<std::result::Resul
         .collect())
 }
 
-/// Loop iterations of an invocation for each panel of 16 rows, as the shader makes them.
+/// Columns that a workgroup makes at a time, as in the shader.
+const THREADS: usize = 128;
+
+/// Loop iterations of an invocation for each panel of 16 rows, at most, as the shader makes them.
 fn panel_costs(n: usize) -> impl Iterator<Item = usize> {
     // A matrix without rows has a panel too, so that its status is written.
     (0..n.div_ceil(16).max(1)).map(move |panel| {
-        let tiles = n.saturating_sub((panel + 1) * 16).div_ceil(64);
-        // In each tile and on the diagonal, 16 products and some copies a finished panel; then the panel.
-        (tiles + 1) * (panel * 22 + 20)
+        let above = panel * 16;
+        let tiles = n.saturating_sub(above).div_ceil(THREADS);
+        // Of a block of 16 × 16.
+        let elements = 256_usize.div_ceil(THREADS);
+        // In each tile, finished rows to copy, block by block, and to subtract, by fours, and substitution; once the
+        // block on the diagonal, and zeros left of it.
+        tiles * (panel * elements + above * 4 / 3 + 30) + 16 + elements * (17 + panel)
     })
 }
 

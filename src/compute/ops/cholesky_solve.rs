@@ -51,7 +51,7 @@ pub fn cholesky_solve(device: &Device, factors: &Batch, q: &mut Batch) -> Result
             .zip(&ranges)
             .zip(&table)
             .filter_map(|((i, ranges), job)| {
-                ranges.get(launch).map(|range| (i, range, job.rows.div_ceil(16)))
+                ranges.get(launch).map(|range| (i, range, job.rows.div_ceil(ROWS)))
             })
             .flat_map(|(i, range, blocks)| (0..blocks).map(move |block| [i, block, range.start, range.end]))
             .collect();
@@ -61,10 +61,14 @@ pub fn cholesky_solve(device: &Device, factors: &Batch, q: &mut Batch) -> Result
     commands.submit()
 }
 
-/// Loop iterations of an invocation for each panel, forwards and then backwards, as the shader makes them.
+/// Right-hand sides of a workgroup, as in the shader.
+const ROWS: u32 = 64;
+
+/// Loop iterations of an invocation for each panel of 32 columns, forwards and then backwards, as the shader makes them.
 fn step_costs(n: usize) -> impl Iterator<Item = usize> {
-    let panels = n.div_ceil(16);
-    std::iter::repeat_n(panels.div_ceil(2) * 36 + 16, 2 * panels)
+    // For each 16 solved columns 25 to copy them and 16 products; as much within the panel, which is fetched and, in
+    // two halves, substituted.
+    (0..2).flat_map(move |_| (0..n.div_ceil(32)).map(|solved| solved * 82 + 172))
 }
 
 #[derive(Clone, Copy, NoUninit)]
