@@ -168,7 +168,21 @@ impl<T: Copy + Default> Matrix<T> {
 
     /// The transpose.
     pub fn transposed(&self) -> Self {
-        Self::from_fn(self.cols, self.rows, |i, j| self[(j, i)])
+        // In blocks, so that lines of a cache that are read in part are still there for the rest.
+        const BLOCK: usize = 16;
+        let Self { rows, cols, data } = self;
+        let mut transposed = Self::zeros(*cols, *rows);
+        for first in (0..*cols).step_by(BLOCK) {
+            let columns = first..(first + BLOCK).min(*cols);
+            for start in (0..*rows).step_by(BLOCK) {
+                let end = (start + BLOCK).min(*rows);
+                for j in columns.clone() {
+                    let out = &mut transposed.data[j * rows + start..j * rows + end];
+                    out.iter_mut().zip(start..end).for_each(|(v, i)| *v = data[i * cols + j]);
+                }
+            }
+        }
+        transposed
     }
 }
 
