@@ -139,11 +139,12 @@ fn joined_a(members: &[(&Layer, f64)]) -> Matrix<f32> {
 fn joined_b(members: &[(&Layer, f64)]) -> Matrix<f32> {
     let cols: usize = members.iter().map(|(layer, _)| layer.rank).sum();
     let mut b = Matrix::zeros(members.first().map_or(0, |(layer, _)| layer.output), cols);
+    let parts: Vec<_> = members.iter().map(|(layer, scale)| (layer.b(), *scale)).collect();
     for (i, row) in b.data.chunks_exact_mut(cols.max(1)).enumerate() {
         let mut rest = row;
-        for (layer, scale) in members {
-            let (own, tail) = rest.split_at_mut(layer.rank);
-            layer.b().rows(i, i + 1).widen_into(own);
+        for (part, scale) in &parts {
+            let (own, tail) = rest.split_at_mut(part.cols);
+            part.rows(i, i + 1).widen_into(own);
             if *scale != 1.0 {
                 own.iter_mut().for_each(|v| *v = (f64::from(*v) * scale) as f32);
             }

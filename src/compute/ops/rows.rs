@@ -130,18 +130,25 @@ where
     T: Copy + Ord + Default + std::ops::BitAnd<Output = T>,
 {
     let (values, _) = part.bytes.as_chunks::<N>();
-    let rows = values.chunks_exact(part.cols.max(1));
+    let cols = part.cols.max(1);
     let bits: Vec<T> = match side {
         Side::Input => {
-            rows.map(|row| row.iter().fold(T::default(), |max, &v| max.max(read(v) & mask))).collect()
+            let row = |row: &[[u8; N]]| row.iter().fold(T::default(), |max, &v| max.max(read(v) & mask));
+            values.chunks_exact(cols).map(row).collect()
         }
         Side::Output => {
-            let mut all = vec![T::default(); part.cols];
-            for row in rows {
-                for (max, &v) in all.iter_mut().zip(row) {
+            // Rows of a low rank are looked at some together, many values at a time.
+            let mut all = vec![T::default(); cols * 256usize.div_ceil(cols)];
+            for rows in values.chunks(all.len()) {
+                for (max, &v) in all.iter_mut().zip(rows) {
                     *max = (*max).max(read(v) & mask);
                 }
             }
+            let (first, rest) = all.split_at_mut(cols);
+            for row in rest.chunks_exact(cols) {
+                first.iter_mut().zip(row).for_each(|(max, v)| *max = (*max).max(*v));
+            }
+            all.truncate(part.cols);
             all
         }
     };
