@@ -342,7 +342,7 @@ impl Merging<'_> {
 }
 
 /// Chunks that a GPU has at once: while one is downloaded, converted and written, another is uploaded and computed.
-const IN_FLIGHT: usize = 2;
+pub(super) const IN_FLIGHT: usize = 2;
 
 /// Runs tasks on the threads of rayon's pool, some at once and begun in order, and hands what they give to `done`, on the
 /// calling thread. Ends with the first error.

@@ -182,9 +182,10 @@ fn joined_layer(members: &[(&Layer, f64)], a: Matrix<f32>, b: Matrix<f32>) -> Re
 /// Bytes of the factors, as f32, that one chunk leaves on the host before they are written: two stay in memory.
 const HOST_CHUNK: u64 = 112 << 20;
 
-/// Device memory for one chunk of two: what is left is for uploads and for what the queue has not yet given back.
+/// Device memory for one chunk of those [in flight](driver::IN_FLIGHT): a quarter is left for uploads and for what the
+/// queue has not yet given back.
 fn room(device: &Device) -> u64 {
-    device.memory() / 8 * 3
+    device.memory() / 4 * 3 / driver::IN_FLIGHT as u64
 }
 
 /// Layers in groups of which the device has room for [two](driver), and where each group is computed: on the CPU, what is
