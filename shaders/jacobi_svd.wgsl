@@ -5,7 +5,7 @@
 // Both lie beside each other, [A | J], Real, row-major, and are overwritten; J comes in as the identity. Rows of A go out
 // as σ_i·v_iᵀ, unsorted; rows of J as u_iᵀ. In one more row: 1 once it has converged, and 1 if its current sweep has rotated.
 // One workgroup a matrix. A step is a round of a round-robin tournament: order / 2 pairs of rows that do not
-// meet, 16 at a time, 16 lanes each. A sweep is a tournament; one that rotates nothing is the last.
+// meet, 32 at a time, 8 lanes each. A sweep is a tournament; one that rotates nothing is the last.
 // Rows whose squared norm is not above `floor` count as zero.
 //
 // Work: (job, first step, end step): a launch makes some steps, so that none takes too long.
@@ -24,10 +24,10 @@ struct Job {
 
 @group(0) @binding(3) var<storage, read_write> rows: array<Real>;
 
-const LANES: u32 = 16u;
-const PAIRS: u32 = 16u;
+const LANES: u32 = 8u;
+const PAIRS: u32 = 32u;
 // One more than the lanes, so that pairs lie in different banks.
-const STRIDE: u32 = 17u;
+const STRIDE: u32 = 9u;
 const SUMS: u32 = PAIRS * STRIDE;
 
 // Partial dot products of each lane: (p, p), (q, q), (p, q) of its pair; then, at lane 0, their sums.
@@ -49,6 +49,34 @@ fn tangent(pp: Real, qq: Real, pq: Real) -> Real {
         return real_sub(REAL_ZERO, t);
     }
     return t;
+}
+
+// Four elements of both rows, read before any is written: a compiler cannot know that they are not the same.
+fn rotate(p: u32, q: u32, k: vec4<u32>, width: u32, cos: Real, sin: Real) {
+    let last = width - 1u;
+    let x0 = rows[p + k.x];
+    let y0 = rows[q + k.x];
+    let x1 = rows[p + min(k.y, last)];
+    let y1 = rows[q + min(k.y, last)];
+    let x2 = rows[p + min(k.z, last)];
+    let y2 = rows[q + min(k.z, last)];
+    let x3 = rows[p + min(k.w, last)];
+    let y3 = rows[q + min(k.w, last)];
+    store(p, q, k.x, x0, y0, cos, sin);
+    if (k.y < width) {
+        store(p, q, k.y, x1, y1, cos, sin);
+    }
+    if (k.z < width) {
+        store(p, q, k.z, x2, y2, cos, sin);
+    }
+    if (k.w < width) {
+        store(p, q, k.w, x3, y3, cos, sin);
+    }
+}
+
+fn store(p: u32, q: u32, k: u32, x: Real, y: Real, cos: Real, sin: Real) {
+    rows[p + k] = real_sub(real_mul(cos, x), real_mul(sin, y));
+    rows[q + k] = real_add(real_mul(sin, x), real_mul(cos, y));
 }
 
 @compute @workgroup_size(256)
@@ -108,6 +136,10 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
                 }
             }
             let place = slot * STRIDE;
+            if (first > 0u) {
+                // `partial` is read by all before it is written again.
+                workgroupBarrier();
+            }
             partial[place + lane] = pp;
             partial[SUMS + place + lane] = qq;
             partial[2u * SUMS + place + lane] = pq;
@@ -132,19 +164,14 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
                     let tan = tangent(pp, qq, pq);
                     let cos = real_div(real(1.0), real_sqrt(real_add(real(1.0), real_mul(tan, tan))));
                     let sin = real_mul(cos, tan);
-                    for (var k = lane; k < width; k += LANES) {
-                        let x = rows[p + k];
-                        let y = rows[q + k];
-                        rows[p + k] = real_sub(real_mul(cos, x), real_mul(sin, y));
-                        rows[q + k] = real_add(real_mul(sin, x), real_mul(cos, y));
+                    for (var k = lane; k < width; k += 4u * LANES) {
+                        rotate(p, q, vec4(k, k + LANES, k + 2u * LANES, k + 3u * LANES), width, cos, sin);
                     }
                     if (lane == 0u) {
                         atomicStore(&rotated, 1u);
                     }
                 }
             }
-            // `partial` is read by all before it is written again.
-            workgroupBarrier();
         }
         storageBarrier();
         workgroupBarrier();

@@ -155,9 +155,9 @@ fn rounds(order: usize) -> usize {
 
 /// Loop iterations of an invocation for each step of all sweeps, as the shader makes them.
 fn step_costs(order: usize) -> impl Iterator<Item = usize> {
-    let pairs = rounds(order).div_ceil(2).div_ceil(16);
+    let groups = rounds(order).div_ceil(2).div_ceil(32);
     let steps = if order == 0 { 0 } else { rounds(order) * MAX_SWEEPS };
-    std::iter::repeat_n(1 + pairs * (18 + order.div_ceil(16) + (2 * order).div_ceil(16)), steps)
+    std::iter::repeat_n(1 + groups * (10 + order.div_ceil(8) + (2 * order).div_ceil(32)), steps)
 }
 
 fn largest(a: &Matrix) -> f64 {
