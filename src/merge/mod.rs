@@ -125,33 +125,28 @@ fn blocks(members: &[(&Layer, f64)]) -> Vec<std::ops::Range<usize>> {
 /// `A_cat = [A_1; …; A_K]`, exactly.
 fn joined_a(members: &[(&Layer, f64)]) -> Matrix<f32> {
     let rows = members.iter().map(|(layer, _)| layer.rank).sum();
-    let mut a = Matrix::zeros(rows, members.first().map_or(0, |(layer, _)| layer.input));
-    let mut start = 0;
-    for (layer, _) in members {
-        let end = start + layer.rank * layer.input;
-        layer.a().widen_into(&mut a.data[start..end]);
-        start = end;
-    }
-    a
+    let cols = members.first().map_or(0, |(layer, _)| layer.input);
+    let mut data = Vec::with_capacity(rows * cols);
+    members.iter().for_each(|(layer, _)| layer.a().append_to(&mut data));
+    Matrix { rows, cols, data }
 }
 
 /// `B_cat = [s_1·B_1 … s_K·B_K]`, rounded once to f32.
 fn joined_b(members: &[(&Layer, f64)]) -> Matrix<f32> {
-    let cols: usize = members.iter().map(|(layer, _)| layer.rank).sum();
-    let mut b = Matrix::zeros(members.first().map_or(0, |(layer, _)| layer.output), cols);
+    let rows = members.first().map_or(0, |(layer, _)| layer.output);
+    let cols = members.iter().map(|(layer, _)| layer.rank).sum();
     let parts: Vec<_> = members.iter().map(|(layer, scale)| (layer.b(), *scale)).collect();
-    for (i, row) in b.data.chunks_exact_mut(cols.max(1)).enumerate() {
-        let mut rest = row;
+    let mut data = Vec::with_capacity(rows * cols);
+    for i in 0..rows {
         for (part, scale) in &parts {
-            let (own, tail) = rest.split_at_mut(part.cols);
-            part.rows(i, i + 1).widen_into(own);
+            let start = data.len();
+            part.rows(i, i + 1).append_to(&mut data);
             if *scale != 1.0 {
-                own.iter_mut().for_each(|v| *v = (f64::from(*v) * scale) as f32);
+                data[start..].iter_mut().for_each(|v| *v = (f64::from(*v) * scale) as f32);
             }
-            rest = tail;
         }
     }
-    b
+    Matrix { rows, cols, data }
 }
 
 /// Looks at many values at a time, without an early way out.

@@ -291,10 +291,10 @@ impl NpLora {
     /// The layer of the style's A and the subjects'.
     fn done(&self, job: &Job<'_>, subjects: &[f32], projections: Vec<ProjectionReport>) -> Result<Done> {
         let (style, _) = job.members[0];
-        let mut a = Matrix::zeros(job.planned.rank, style.input);
-        let (own, rest) = a.data.split_at_mut(style.rank * style.input);
-        style.a().widen_into(own);
-        rest.copy_from_slice(subjects);
+        let mut data = Vec::with_capacity(style.rank * style.input + subjects.len());
+        style.a().append_to(&mut data);
+        data.extend_from_slice(subjects);
+        let a = Matrix { rows: job.planned.rank, cols: style.input, data };
         let layer = super::joined_layer(&job.members, a, super::joined_b(&job.members))?;
         let report = LayerReport { projections, ..LayerReport::new(job.planned, Action::Projected) };
         Ok(Done { layer, report })
