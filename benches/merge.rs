@@ -18,6 +18,7 @@ use loraweld::{
     Adapter, CoreMerge, Dare, Device, EntryMerge, Layer, Linear, Matrix, NpLora, RawMatrix, Rule, SvdMerge,
     Ties, Truncation, Weighted,
 };
+use rayon::prelude::*;
 
 const RANK: usize = 32;
 
@@ -30,13 +31,21 @@ fn upload(device: &Device, layers: &[Layer]) -> [ScaledRows; 2] {
     [rows(Side::Input, Layer::a), rows(Side::Output, Layer::b)]
 }
 
+/// L_Bᵀ·L_A, row by row.
+fn core(b: &Matrix, a: &Matrix) -> Matrix {
+    let mut core = Matrix::zeros(b.cols, a.cols);
+    for k in 0..b.rows {
+        for (row, b) in core.data.chunks_exact_mut(a.cols).zip(b.row(k)) {
+            row.iter_mut().zip(a.row(k)).for_each(|(sum, a)| *sum += b * a);
+        }
+    }
+    core
+}
+
 /// V of every layer, as np-lora finds it; it stays on the device.
 fn projectors(device: &Device, [a, b]: &[ScaledRows; 2]) {
     let (b, a) = (ops::qr_l(device, b).expect("a QR"), ops::qr(device, a).expect("a QR"));
-    let core = |(b, a): (&Matrix, &Matrix)| {
-        Matrix::from_fn(b.cols, a.cols, |i, j| (0..b.rows).map(|k| b[(k, i)] * a[(k, j)]).sum())
-    };
-    let cores: Vec<Matrix> = b.iter().zip(&a.l).map(core).collect();
+    let cores: Vec<Matrix> = b.par_iter().zip(&a.l).map(|(b, a)| core(b, a)).collect();
     let svds = ops::jacobi_svd(device, &cores).expect("an SVD");
     let right: Vec<Matrix> = svds.into_iter().map(|svd| svd.right).collect();
     let right = Batch::upload(device, device.sum(), &right).expect("an upload");

@@ -3,8 +3,8 @@
 //   F0: tokens × width in f32, f16 or bf16; width a multiple of 4    stats: parts × branches × tokens × 2 vec4
 //
 // A lane sums e^(a - m), and times d and φ(d), d = u - r, for its channels of 4 rows, each with an m and an r that its 8
-// lanes have in common: the first tile's largest a and mean u. An r near the mean is enough to lose no digits: only
-// the last step to the mean itself subtracts. Should a tile leave what m and r are good for, they are found anew.
+// lanes have in common: at first the first tile's largest a and mean u. An r near the mean loses no digits: only the
+// last step to the mean itself subtracts. A tile for which m and r are no good is merged as branch_state.wgsl does it.
 //
 // Grid: (token tile, branch, part of the channels). Bindings: 6 F0, 7 controls, 8 stats; see branch_tile_matrix.wgsl.
 // The permutation sets SCORE, DTYPE and the tile.
@@ -22,12 +22,14 @@
 
 #import branch_tile_matrix
 
-// Weights in relation to m, and updates in relation to r, that keep their digits and f32's range.
+// What weights in relation to m, means in relation to r, and their φ may be, to keep their digits and f32's range.
 const HEAVY: f32 = 20.0;
+const FAR: f32 = 2.0;
 const VAST: f32 = 1e20;
-const FAR: f32 = 30.0;
+// The largest exponent that need not be kept apart.
+const LARGE: f32 = 30.0;
 
-// Sums over some channels: Σ e^(a - m), and of it times d, and times φ(d)·e^-g.
+// Sums of a lane over some channels: Σ e^(a - m), and of it times d, and times φ(d)·e^-g.
 // For `dot` and `energy` Σ f0², Σ f0·u and Σ u² in w, d and s.
 struct Running {
     m: f32,
@@ -109,53 +111,52 @@ fn tile_sums(old: Running, part: Part, f: Channels) -> Running {
 }
 
 fn is_safe(tile: Running) -> bool {
-    return SCORE != KL || (tile.w < HEAVY && tile.s < VAST && tile.g == 0.0);
+    return SCORE != KL || (tile.w < HEAVY && abs(tile.d) <= FAR * (1.0 + tile.w) && tile.s < VAST && tile.g == 0.0);
 }
 
 fn plus(x: Running, y: Running) -> Running {
     return Running(x.m, x.r, x.g, x.w + y.w, x.d + y.d, x.s + y.s);
 }
 
-// A lane's sums as a state. Σ w·φ(u - c) = e^-h·(Σ w·φ(u - r) - φ(h)·Σ w) with h = c - r.
+// The sums of a row as a state. Σ w·φ(u - c) = e^-h·(Σ w·φ(u - r) - φ(h)·Σ w) with h = c - r.
 fn state(x: Running) -> State {
+    let w = row_sum(x.w);
+    let d = row_sum(x.d);
+    let s = row_sum(x.s);
     if (SCORE != KL) {
-        return State(x.w, x.d, x.s, 0.0, 0.0);
+        return State(w, d, s, 0.0, 0.0);
     }
-    let h = select(x.d / x.w, 0.0, x.w == 0.0);
-    let lost = x.w * phi(vec4<f32>(h)).x * exp4(vec4<f32>(-x.g)).x;
-    return State(x.m, x.w, x.r + h, max(exp4(vec4<f32>(-h)).x * (x.s - lost), 0.0), x.g);
+    let h = select(d / w, 0.0, w == 0.0);
+    return State(x.m, w, x.r + h, max(exp4(vec4<f32>(-h)).x * (s - w * phi(vec4<f32>(h)).x), 0.0), x.g);
 }
 
-// The sums with a tile, and with m, r and g that suit both: what merge_states does, for a lane's part of a row.
-fn rebased(old: Running, part: Part, f: Channels) -> Running {
-    let x = state(old);
+// The sums with a tile for which their m and r are no good; the row's first lane then has them all.
+fn merged(x: Running, part: Part, f: Channels) -> Running {
     let a = max(widened(f.left) * temperature, vec4<f32>(LOWEST));
     let b = max(widened(f.right) * temperature, vec4<f32>(LOWEST));
     let u = left_product(part);
     let v = right_product(part);
-    let m = max(x.m, row_max(max4(max(a, b))));
-    let log_q = max(x.m - m, -200.0);
-    let q = exp4(vec4<f32>(log_q)).x;
-    let ea = exp4(a - m);
-    let eb = exp4(b - m);
-    let w = x.w * q + sum4(ea + eb);
-    let r = row_sum(x.w * q * x.c + sum4(fma(ea, u, eb * v))) / row_sum(w);
-    let d = u - r;
-    let e = v - r;
-    let h = x.c - r;
-    let log_s = log_q + h + x.g;
-    let top = max(select(LOWEST, log_s, x.w > 0.0), max4(max(a - m + d, b - m + e)));
-    let most = row_max(top);
-    let g = select(0.0, most, most > FAR);
-    let scale = exp4(vec4<f32>(-g)).x;
-    let moved = x.w * excess(vec4<f32>(q), vec4<f32>(log_q), vec4<f32>(h), g, scale).x;
-    let added = sum4(excess(ea, a - m, d, g, scale) + excess(eb, b - m, e, g, scale));
-    let linear = x.w * q * h + sum4(fma(ea, d, eb * e));
-    return Running(m, r, g, w, linear, x.s * exp4(vec4<f32>(log_s - g)).x + moved + added);
+    let m = row_max(max4(max(a, b)));
+    let log_a = a - m;
+    let log_b = b - m;
+    let ea = exp4(log_a);
+    let eb = exp4(log_b);
+    let w = row_sum(sum4(ea + eb));
+    let c = row_sum(sum4(fma(ea, u, eb * v))) / w;
+    let du = u - c;
+    let dv = v - c;
+    let g = max(0.0, row_max(max4(max(log_a + du, log_b + dv))));
+    let q = exp4(vec4<f32>(-g)).x;
+    let s = row_sum(sum4(excess(ea, log_a, du, g, q) + excess(eb, log_b, dv, g, q)));
+    let y = merge_states(state(x), State(m, w, c, s, g));
+    let first = lane % 8u == 0u;
+    let whole = select(y.s, y.s * exp4(vec4<f32>(y.g)).x, y.g <= LARGE);
+    let apart = select(y.g, 0.0, y.g <= LARGE);
+    return Running(y.m, y.c, apart, select(0.0, y.w, first), 0.0, select(0.0, whole, first));
 }
 
 fn finish(job: Job, work: vec3<u32>, row: u32, x: Running) {
-    let y = state(Running(x.m, x.r, x.g, row_sum(x.w), row_sum(x.d), row_sum(x.s)));
+    let y = state(x);
     let token = job.first + work.x * TOKENS + subgroup * 16u + lane / 8u + row;
     if (lane % 8u == 0u && token < job.first + job.count) {
         let place = ((work.z * job.branches + work.y) * job.tokens + token) * 2u;
@@ -214,10 +215,10 @@ fn main(
             x2 = plus(x2, y2);
             x3 = plus(x3, y3);
         } else {
-            x0 = rebased(x0, part0, tile0);
-            x1 = rebased(x1, part1, tile1);
-            x2 = rebased(x2, part2, tile2);
-            x3 = rebased(x3, part3, tile3);
+            x0 = merged(x0, part0, tile0);
+            x1 = merged(x1, part1, tile1);
+            x2 = merged(x2, part2, tile2);
+            x3 = merged(x3, part3, tile3);
         }
     }
     finish(job, work, 0u, x0);

@@ -95,16 +95,28 @@ impl<'a> RawMatrix<'a> {
         }
         match self.dtype {
             Dtype::F32 => each(self.bytes, out, |b| f32::from_le_bytes(b).into()),
-            Dtype::F16 => each(self.bytes, out, |b| half::f16::from_le_bytes(b).to_f32().into()),
-            // The upper half of an f32.
-            Dtype::Bf16 => each(self.bytes, out, |[low, high]| f32::from_le_bytes([0, 0, low, high]).into()),
+            Dtype::F16 => each(self.bytes, out, |b| from_f16(b).into()),
+            Dtype::Bf16 => each(self.bytes, out, |b| from_bf16(b).into()),
+        }
+    }
+
+    /// Appends the elements, widened exactly.
+    pub(crate) fn append_to<T: From<f32>>(self, out: &mut Vec<T>) {
+        fn all<T, const N: usize>(bytes: &[u8], out: &mut Vec<T>, widen: impl Fn([u8; N]) -> T) {
+            let (values, _) = bytes.as_chunks::<N>();
+            out.extend(values.iter().map(|b| widen(*b)));
+        }
+        match self.dtype {
+            Dtype::F32 => all(self.bytes, out, |b| f32::from_le_bytes(b).into()),
+            Dtype::F16 => all(self.bytes, out, |b| from_f16(b).into()),
+            Dtype::Bf16 => all(self.bytes, out, |b| from_bf16(b).into()),
         }
     }
 
     /// The elements, widened exactly.
-    pub fn to_vec<T: From<f32> + Clone + Default>(self) -> Vec<T> {
-        let mut out = vec![T::default(); self.rows * self.cols];
-        self.widen_into(&mut out);
+    pub fn to_vec<T: From<f32>>(self) -> Vec<T> {
+        let mut out = Vec::with_capacity(self.rows * self.cols);
+        self.append_to(&mut out);
         out
     }
 
@@ -117,6 +129,15 @@ impl<'a> RawMatrix<'a> {
             Dtype::Bf16 => first_with(self.bytes, 0x7f80, u16::from_le_bytes),
         }
     }
+}
+
+fn from_f16(bytes: [u8; 2]) -> f32 {
+    half::f16::from_le_bytes(bytes).to_f32()
+}
+
+/// The upper half of an f32.
+fn from_bf16([low, high]: [u8; 2]) -> f32 {
+    f32::from_le_bytes([0, 0, low, high])
 }
 
 /// Index of the first value that has all bits of `mask`.
@@ -168,7 +189,21 @@ impl<T: Copy + Default> Matrix<T> {
 
     /// The transpose.
     pub fn transposed(&self) -> Self {
-        Self::from_fn(self.cols, self.rows, |i, j| self[(j, i)])
+        // In blocks, so that lines of a cache that are read in part are still there for the rest.
+        const BLOCK: usize = 16;
+        let Self { rows, cols, data } = self;
+        let mut transposed = Self::zeros(*cols, *rows);
+        for first in (0..*cols).step_by(BLOCK) {
+            let columns = first..(first + BLOCK).min(*cols);
+            for start in (0..*rows).step_by(BLOCK) {
+                let end = (start + BLOCK).min(*rows);
+                for j in columns.clone() {
+                    let out = &mut transposed.data[j * rows + start..j * rows + end];
+                    out.iter_mut().zip(start..end).for_each(|(v, i)| *v = data[i * cols + j]);
+                }
+            }
+        }
+        transposed
     }
 }
 

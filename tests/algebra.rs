@@ -271,7 +271,7 @@ fn rows_of_every_type_are_scaled_and_stacked_exactly() {
     let mut random = Random(41);
     // Rows of very different size, a zero row, subnormal values.
     let sizes = [1.0, 1e-4, 1e4, 0.0, 1e-7];
-    for (rank, width) in [(1, 1), (5, 31), (33, 40), (40, 7), (64, 129)] {
+    for (rank, width) in [(1, 1), (4, 0), (5, 31), (33, 40), (40, 7), (64, 129), (3, 300), (300, 5)] {
         let values: Vec<f32> =
             (0..rank * width).map(|at| (random.normal() * sizes[at / width % 5]) as f32).collect();
         let f32s: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();

@@ -1,5 +1,6 @@
 //! Matrices of mixed shapes in one arena.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use rayon::prelude::*;
@@ -143,14 +144,18 @@ impl Batch {
     pub fn upload(device: &Device, element: Element, matrices: &[Matrix]) -> Result<Self> {
         let shapes: Vec<_> = matrices.iter().map(|m| Shape::new(m.rows, m.cols)).collect();
         let mut batch = Self::unwritten(device, element, &shapes)?;
-        let mut values = vec![0.0; batch.len];
-        for (matrix, &offset) in matrices.iter().zip(&batch.offsets) {
-            values[offset..offset + matrix.data.len()].copy_from_slice(&matrix.data);
-        }
         match &mut batch.storage {
-            Storage::Host(data) => *data = values,
+            Storage::Host(data) => apart(&shapes, data, 1)
+                .into_par_iter()
+                .zip(matrices)
+                .for_each(|(out, matrix)| out.copy_from_slice(&matrix.data)),
             Storage::Gpu { buffer, element } => {
-                let bytes = Self::encode(*element, &values);
+                let size = element.bytes() as usize;
+                let mut bytes = vec![0; batch.len * size];
+                apart(&shapes, &mut bytes, size)
+                    .into_par_iter()
+                    .zip(matrices)
+                    .for_each(|(out, matrix)| Self::encode(*element, &matrix.data, out));
                 device.gpu()?.write(buffer, 0, &bytes)?;
             }
         }
@@ -176,18 +181,15 @@ impl Batch {
 
     /// Copies all matrices to the host, widened to f64.
     pub fn download(&self, device: &Device) -> Result<Vec<Matrix>> {
-        let values = match &self.storage {
-            Storage::Host(data) => data.clone(),
+        match &self.storage {
+            Storage::Host(data) => Ok(self.each(|range| data[range].to_vec())),
             Storage::Gpu { buffer, element } => {
-                Self::decode(*element, &device.gpu()?.read(buffer, self.len as u64 * element.bytes())?)
+                let size = element.bytes() as usize;
+                device.gpu()?.read_with(buffer, (self.len * size) as u64, |bytes| {
+                    self.each(|range| Self::decode(*element, &bytes[range.start * size..range.end * size]))
+                })
             }
-        };
-        Ok(self
-            .shapes
-            .iter()
-            .zip(&self.offsets)
-            .map(|(s, &o)| Matrix { rows: s.rows, cols: s.cols, data: values[o..o + s.len()].to_vec() })
-            .collect())
+        }
     }
 
     /// Copies all matrices to the host as f32, to which wider ones are rounded.
@@ -201,13 +203,18 @@ impl Batch {
             return Ok(self.download(device)?.into_par_iter().map(narrow).collect());
         };
         device.gpu()?.read_with(buffer, self.len as u64 * 4, |bytes| {
-            let of = |(shape, &start): (&Shape, &usize)| Matrix {
-                rows: shape.rows,
-                cols: shape.cols,
-                data: bytemuck::pod_collect_to_vec(&bytes[4 * start..4 * (start + shape.len())]),
-            };
-            self.shapes.par_iter().zip(&self.offsets).map(of).collect()
+            self.each(|range| bytemuck::pod_collect_to_vec(&bytes[4 * range.start..4 * range.end]))
         })
+    }
+
+    /// A matrix of what `values` finds in each one's range of elements, on all threads.
+    fn each<T: Send>(&self, values: impl Fn(Range<usize>) -> Vec<T> + Sync) -> Vec<Matrix<T>> {
+        let of = |(shape, &start): (&Shape, &usize)| Matrix {
+            rows: shape.rows,
+            cols: shape.cols,
+            data: values(start..start + shape.len()),
+        };
+        self.shapes.par_iter().zip(&self.offsets).map(of).collect()
     }
 
     /// Some of the matrices, in this order: on a device in the same arena, on the host as copies.
@@ -266,18 +273,7 @@ impl Batch {
     /// The elements of every matrix of a host batch, apart, for parallel work.
     pub(crate) fn host_mut(&mut self) -> Option<Vec<&mut [f64]>> {
         let Storage::Host(data) = &mut self.storage else { return None };
-        let mut rest = data.as_mut_slice();
-        Some(
-            self.shapes
-                .iter()
-                .map(|shape| {
-                    let (matrix, tail) =
-                        std::mem::take(&mut rest).split_at_mut(shape.len().next_multiple_of(ALIGN));
-                    rest = tail;
-                    &mut matrix[..shape.len()]
-                })
-                .collect(),
-        )
+        Some(apart(&self.shapes, data, 1))
     }
 
     /// The wgpu buffer of a batch on a GPU, for a host's own kernels: matrices row-major, one after the
@@ -298,31 +294,45 @@ impl Batch {
         }
     }
 
-    /// The bytes of values, rounded to an element type.
-    pub(crate) fn encode(element: Element, values: &[f64]) -> Vec<u8> {
+    /// Writes the bytes of values, rounded to an element type.
+    pub(crate) fn encode(element: Element, values: &[f64], out: &mut [u8]) {
         match element {
-            Element::F32 => values.iter().flat_map(|&v| (v as f32).to_le_bytes()).collect(),
-            Element::F64 | Element::Host => bytemuck::cast_slice(values).to_vec(),
-            Element::DoubleSingle => values
-                .iter()
-                .flat_map(|&v| {
+            Element::F32 => {
+                let (out, _) = out.as_chunks_mut::<4>();
+                out.iter_mut().zip(values).for_each(|(out, v)| *out = (*v as f32).to_le_bytes());
+            }
+            Element::F64 | Element::Host => out.copy_from_slice(bytemuck::cast_slice(values)),
+            Element::DoubleSingle => {
+                let (out, _) = out.as_chunks_mut::<8>();
+                out.iter_mut().zip(values).for_each(|(out, &v)| {
                     let high = v as f32;
                     // Infinity minus infinity would be NaN: keep an overflow an infinity.
                     let low = if high.is_finite() { (v - f64::from(high)) as f32 } else { 0.0 };
-                    [high, low]
-                })
-                .flat_map(f32::to_le_bytes)
-                .collect(),
+                    *out = bytemuck::cast([high.to_le_bytes(), low.to_le_bytes()]);
+                });
+            }
         }
     }
 
     /// The values of bytes of an element type.
     pub(crate) fn decode(element: Element, bytes: &[u8]) -> Vec<f64> {
-        let f32_at = |b: &[u8]| f64::from(f32::from_le_bytes([b[0], b[1], b[2], b[3]]));
+        let wide = |b: [u8; 4]| f64::from(f32::from_le_bytes(b));
         match element {
-            Element::F32 => bytes.chunks_exact(4).map(f32_at).collect(),
+            Element::F32 => bytes.as_chunks().0.iter().map(|&b| wide(b)).collect(),
             Element::F64 | Element::Host => bytemuck::pod_collect_to_vec(bytes),
-            Element::DoubleSingle => bytes.chunks_exact(8).map(|b| f32_at(b) + f32_at(&b[4..])).collect(),
+            Element::DoubleSingle => {
+                let pair = |&[high, low]: &[[u8; 4]; 2]| wide(high) + wide(low);
+                bytes.as_chunks().0.as_chunks().0.iter().map(pair).collect()
+            }
         }
     }
+}
+
+/// The elements of each matrix of an arena, apart, for parallel work; `size`: items of an element.
+fn apart<'a, T>(shapes: &[Shape], mut arena: &'a mut [T], size: usize) -> Vec<&'a mut [T]> {
+    let of = |shape: &Shape| {
+        let len = shape.len().next_multiple_of(ALIGN) * size;
+        Some(&mut arena.split_off_mut(..len)?[..shape.len() * size])
+    };
+    shapes.iter().filter_map(of).collect()
 }

@@ -69,7 +69,9 @@ fn factorisation(gpu: &Gpu) -> Result<bool> {
     let hilbert = Matrix::from_fn(N, N, |i, j| 1.0 / (i + j + 1) as f64);
     let buffer = gpu.buffer("self-test matrix", (N * N * 8) as u64)?;
     let status = gpu.buffer("self-test status", 4)?;
-    gpu.write(&buffer, 0, &Batch::encode(Element::DoubleSingle, &hilbert.data))?;
+    let mut bytes = [0; N * N * 8];
+    Batch::encode(Element::DoubleSingle, &hilbert.data, &mut bytes);
+    gpu.write(&buffer, 0, &bytes)?;
     let mut commands = gpu.commands();
     let jobs = [CholeskyJob { matrix: 0, order: N as u32 }];
     commands.launch(

@@ -1,7 +1,8 @@
 //! Memory that uploads and downloads pass through, kept and used again: making it anew costs more than the copy.
 
+use std::collections::VecDeque;
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use rayon::prelude::*;
 
@@ -24,12 +25,14 @@ struct Ring {
     /// Mapped buffers come back here.
     mapped: Receiver<wgpu::Buffer>,
     made: usize,
+    /// The copies of those that are on their way, the oldest first.
+    copies: VecDeque<wgpu::SubmissionIndex>,
 }
 
 impl Default for Uploads {
     fn default() -> Self {
         let (done, mapped) = channel();
-        Self { state: Mutex::new(Ring { mapped, made: 0 }), done }
+        Self { state: Mutex::new(Ring { mapped, made: 0, copies: VecDeque::new() }), done }
     }
 }
 
@@ -61,7 +64,7 @@ impl Uploads {
             buffer.unmap();
             let mut encoder = device.create_command_encoder(&Default::default());
             encoder.copy_buffer_to_buffer(&buffer, 0, target, start as u64, len as u64);
-            queue.submit([encoder.finish()]);
+            let copied = queue.submit([encoder.finish()]);
             let (done, again) = (self.done.clone(), buffer.clone());
             buffer.map_async(wgpu::MapMode::Write, .., move |result| {
                 if result.is_ok() {
@@ -69,37 +72,46 @@ impl Uploads {
                     let _ = done.send(again);
                 }
             });
+            let mut ring = self.ring();
+            if ring.copies.len() == UPLOAD.1 {
+                // No more are on their way.
+                ring.copies.pop_front();
+            }
+            ring.copies.push_back(copied);
         }
         Ok(())
     }
 
-    /// A mapped buffer; waits for one if all are on their way.
+    /// A mapped buffer; waits for the one that comes back first if all are on their way.
     fn next(&self, device: &wgpu::Device) -> Result<wgpu::Buffer> {
-        let mut ring = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Ok(buffer) = ring.mapped.try_recv() {
-            return Ok(buffer);
-        }
-        if ring.made < UPLOAD.1 {
-            ring.made += 1;
-            return Ok(device.create_buffer(&wgpu::BufferDescriptor {
-                label: Some("upload"),
-                size: UPLOAD.0,
-                usage: wgpu::BufferUsages::MAP_WRITE | wgpu::BufferUsages::COPY_SRC,
-                mapped_at_creation: true,
-            }));
-        }
-        let lost = |e: String| Error::Device(format!("an upload did not end: {e}"));
-        device.poll(wgpu::PollType::wait_indefinitely()).map_err(|e| lost(e.to_string()))?;
-        // A buffer that another thread fills comes back with that thread's next submission.
         loop {
-            match ring.mapped.try_recv() {
-                Ok(buffer) => return Ok(buffer),
-                Err(_) => {
-                    device.poll(wgpu::PollType::wait_indefinitely()).map_err(|e| lost(e.to_string()))?;
-                    std::thread::yield_now();
-                }
+            let mut ring = self.ring();
+            if let Ok(buffer) = ring.mapped.try_recv() {
+                return Ok(buffer);
             }
+            if ring.made < UPLOAD.1 {
+                ring.made += 1;
+                return Ok(device.create_buffer(&wgpu::BufferDescriptor {
+                    label: Some("upload"),
+                    size: UPLOAD.0,
+                    usage: wgpu::BufferUsages::MAP_WRITE | wgpu::BufferUsages::COPY_SRC,
+                    mapped_at_creation: true,
+                }));
+            }
+            // If there is none, other threads are filling all of them.
+            let oldest = ring.copies.pop_front();
+            drop(ring);
+            let until = match oldest {
+                Some(copied) => wgpu::PollType::Wait { submission_index: Some(copied), timeout: None },
+                None => wgpu::PollType::Poll,
+            };
+            device.poll(until).map_err(|e| Error::Device(format!("an upload did not end: {e}")))?;
+            std::thread::yield_now();
         }
+    }
+
+    fn ring(&self) -> MutexGuard<'_, Ring> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError, channel};
 use std::time::{Duration, Instant};
 
 use super::truncate::{self, Cut, Cuts};
@@ -342,7 +342,7 @@ impl Merging<'_> {
 }
 
 /// Chunks that a GPU has at once: while one is downloaded, converted and written, another is uploaded and computed.
-const IN_FLIGHT: usize = 2;
+pub(super) const IN_FLIGHT: usize = 2;
 
 /// Runs tasks on the threads of rayon's pool, some at once and begun in order, and hands what they give to `done`, on the
 /// calling thread. Ends with the first error.
@@ -353,21 +353,10 @@ fn in_turn<T: Send>(
     task: &(dyn Fn(usize) -> Result<T> + Sync),
     mut done: impl FnMut(usize, T) -> Result<()>,
 ) -> Result<()> {
-    let (next, stop) = (AtomicUsize::new(0), AtomicBool::new(false));
-    let (next, stop) = (&next, &stop);
+    let turns = Turns { tasks, task, next: AtomicUsize::new(0), stop: AtomicBool::new(false) };
     let (send, receive) = channel();
     rayon::in_place_scope(|scope| {
-        for _ in 0..at_once.min(tasks) {
-            let send = send.clone();
-            scope.spawn(move |_| {
-                while !stop.load(Ordering::Relaxed) {
-                    let i = next.fetch_add(1, Ordering::Relaxed);
-                    if i >= tasks || send.send((i, task(i))).is_err() {
-                        break;
-                    }
-                }
-            });
-        }
+        (0..at_once.min(tasks)).for_each(|_| turns.spawn(scope, send.clone()));
         drop(send);
         let mut all = || {
             while let Some((i, result)) = wait(&receive, control)? {
@@ -376,9 +365,33 @@ fn in_turn<T: Send>(
             Ok(())
         };
         let result = all();
-        stop.store(true, Ordering::Relaxed);
+        turns.stop.store(true, Ordering::Relaxed);
         result
     })
+}
+
+struct Turns<'a, T> {
+    tasks: usize,
+    task: &'a (dyn Fn(usize) -> Result<T> + Sync),
+    next: AtomicUsize,
+    stop: AtomicBool,
+}
+
+impl<T: Send> Turns<'_, T> {
+    /// Has a thread run the next task, and then one run what follows. Each is a job of its own: a thread that waits for parts
+    /// of one may take up another meanwhile, and must not be kept from its own until the last is done.
+    fn spawn<'s>(&'s self, scope: &rayon::Scope<'s>, send: Sender<(usize, Result<T>)>)
+    where
+        T: 's,
+    {
+        scope.spawn(move |scope| {
+            let i = self.next.fetch_add(1, Ordering::Relaxed);
+            let goes_on = i < self.tasks && !self.stop.load(Ordering::Relaxed);
+            if goes_on && send.send((i, (self.task)(i))).is_ok() {
+                self.spawn(scope, send);
+            }
+        });
+    }
 }
 
 /// What comes next; `None` when nothing more will. A thread of rayon's works meanwhile, for the tasks may need it.

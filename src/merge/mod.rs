@@ -125,32 +125,28 @@ fn blocks(members: &[(&Layer, f64)]) -> Vec<std::ops::Range<usize>> {
 /// `A_cat = [A_1; …; A_K]`, exactly.
 fn joined_a(members: &[(&Layer, f64)]) -> Matrix<f32> {
     let rows = members.iter().map(|(layer, _)| layer.rank).sum();
-    let mut a = Matrix::zeros(rows, members.first().map_or(0, |(layer, _)| layer.input));
-    let mut start = 0;
-    for (layer, _) in members {
-        let end = start + layer.rank * layer.input;
-        layer.a().widen_into(&mut a.data[start..end]);
-        start = end;
-    }
-    a
+    let cols = members.first().map_or(0, |(layer, _)| layer.input);
+    let mut data = Vec::with_capacity(rows * cols);
+    members.iter().for_each(|(layer, _)| layer.a().append_to(&mut data));
+    Matrix { rows, cols, data }
 }
 
 /// `B_cat = [s_1·B_1 … s_K·B_K]`, rounded once to f32.
 fn joined_b(members: &[(&Layer, f64)]) -> Matrix<f32> {
-    let cols: usize = members.iter().map(|(layer, _)| layer.rank).sum();
-    let mut b = Matrix::zeros(members.first().map_or(0, |(layer, _)| layer.output), cols);
-    for (i, row) in b.data.chunks_exact_mut(cols.max(1)).enumerate() {
-        let mut rest = row;
-        for (layer, scale) in members {
-            let (own, tail) = rest.split_at_mut(layer.rank);
-            layer.b().rows(i, i + 1).widen_into(own);
+    let rows = members.first().map_or(0, |(layer, _)| layer.output);
+    let cols = members.iter().map(|(layer, _)| layer.rank).sum();
+    let parts: Vec<_> = members.iter().map(|(layer, scale)| (layer.b(), *scale)).collect();
+    let mut data = Vec::with_capacity(rows * cols);
+    for i in 0..rows {
+        for (part, scale) in &parts {
+            let start = data.len();
+            part.rows(i, i + 1).append_to(&mut data);
             if *scale != 1.0 {
-                own.iter_mut().for_each(|v| *v = (f64::from(*v) * scale) as f32);
+                data[start..].iter_mut().for_each(|v| *v = (f64::from(*v) * scale) as f32);
             }
-            rest = tail;
         }
     }
-    b
+    Matrix { rows, cols, data }
 }
 
 /// Looks at many values at a time, without an early way out.
@@ -181,9 +177,10 @@ fn joined_layer(members: &[(&Layer, f64)], a: Matrix<f32>, b: Matrix<f32>) -> Re
 /// Bytes of the factors, as f32, that one chunk leaves on the host before they are written: two stay in memory.
 const HOST_CHUNK: u64 = 112 << 20;
 
-/// Device memory for one chunk of two: what is left is for uploads and for what the queue has not yet given back.
+/// Device memory for one chunk of those [in flight](driver::IN_FLIGHT): a quarter is left for uploads and for what the
+/// queue has not yet given back.
 fn room(device: &Device) -> u64 {
-    device.memory() / 8 * 3
+    device.memory() / 4 * 3 / driver::IN_FLIGHT as u64
 }
 
 /// Layers in groups of which the device has room for [two](driver), and where each group is computed: on the CPU, what is

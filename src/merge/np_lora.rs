@@ -237,13 +237,12 @@ impl NpLora {
         let b = jobs.iter().flat_map(|job| job.members.iter().map(|(layer, _)| layer.b()));
         let b = lefts(device, &b.collect::<Vec<_>>())?;
 
-        let mut members: Vec<Member> = Vec::new();
-        for (i, job) in jobs.iter().enumerate() {
-            for (k, (_, scale)) in job.members.iter().enumerate() {
-                members.push(Member::new(&b[2 * i + k], *scale, &roots[i][k].left));
-            }
-        }
-        let entries: Vec<(usize, usize)> = (0..members.len()).map(|i| (i / 2, i % 2)).collect();
+        let entries: Vec<(usize, usize)> = (0..b.len()).map(|i| (i / 2, i % 2)).collect();
+        let members: Vec<Member> = entries
+            .par_iter()
+            .zip(&b)
+            .map(|(&(i, k), b)| Member::new(b, jobs[i].members[k].1, &roots[i][k].left))
+            .collect();
         let cores: Vec<Matrix> = members.iter().map(|member| member.core.clone()).collect();
         let svds = self.svds(device, &jobs, &entries, &cores)?;
         // Vᵀ = T·A of each member.
@@ -260,17 +259,17 @@ impl NpLora {
                 times(&kept, &roots[i / 2][i % 2].inverse)
             })
             .collect();
-        let parts: Vec<Projected> = (0..jobs.len())
+        let mut parts: Vec<Projected> = (0..jobs.len())
             .into_par_iter()
             .map(|i| {
                 let share = self.projection(&jobs[i].members).share();
                 Projected::new(&grams[good[i]], &bases[2 * i], &bases[2 * i + 1], share)
             })
             .collect();
-        let cosines: Vec<Matrix> = parts.iter().map(|part| square(&part.cosines)).collect();
+        let cosines: Vec<Matrix> = parts.par_iter().map(|part| square(&part.cosines)).collect();
         let cosines = ops::jacobi_svd(device, &cosines)?;
-        for (&i, part) in good.iter().zip(&parts) {
-            transforms[i] = part.transform.clone();
+        for (&i, part) in good.iter().zip(&mut parts) {
+            transforms[i] = std::mem::take(&mut part.transform);
         }
         let subjects = a.combined(device, &transforms)?;
         let merged: Vec<Done> = (&jobs, parts, cosines, &good)
@@ -292,7 +291,8 @@ impl NpLora {
     /// The layer of the style's A and the subjects'.
     fn done(&self, job: &Job<'_>, subjects: &[f32], projections: Vec<ProjectionReport>) -> Result<Done> {
         let (style, _) = job.members[0];
-        let mut data: Vec<f32> = style.a().to_vec();
+        let mut data = Vec::with_capacity(style.rank * style.input + subjects.len());
+        style.a().append_to(&mut data);
         data.extend_from_slice(subjects);
         let a = Matrix { rows: job.planned.rank, cols: style.input, data };
         let layer = super::joined_layer(&job.members, a, super::joined_b(&job.members))?;
@@ -350,18 +350,23 @@ impl NpLora {
             let after = ops::inner(device, &off.rows, &basis)?.download(device)?;
             let cosines = ops::inner(device, &v.select(&here), &basis)?.download(device)?;
             let bases = self.kept(device, &basis)?;
-            let cosines: Vec<Matrix> = cosines.iter().map(square).collect();
+            let cosines: Vec<Matrix> = cosines.par_iter().map(square).collect();
             let cosines = ops::jacobi_svd(device, &cosines)?;
-            for (k, mut result) in off.rows.download_f32(device)?.into_iter().enumerate() {
-                let (i, entry) = (active[k], here[k]);
-                let share = |m: &Matrix| members[entry].share(&rows.unscale(k, m.clone()));
-                let angles = &cosines[k].values[..bases[k].min(counts[entry])];
-                let (before, after) = (share(&off.coefficients[k]), share(&after[k]));
-                reports[i].push(report(jobs[i], step, shares[k], bases[k], angles, before, after));
+            let mut results = off.rows.download_f32(device)?;
+            let of = |(k, result): (usize, &mut Matrix<f32>)| {
                 for (row, &e) in result.data.chunks_exact_mut(result.cols.max(1)).zip(&rows.exponents[k]) {
-                    row.iter_mut().for_each(|v| *v *= pow2(e) as f32);
+                    let scale = pow2(e) as f32;
+                    row.iter_mut().for_each(|v| *v *= scale);
                 }
+                let share = |m: &Matrix| members[here[k]].share(&rows.unscale(k, m.clone()));
+                let angles = &cosines[k].values[..bases[k].min(counts[here[k]])];
+                let (before, after) = (share(&off.coefficients[k]), share(&after[k]));
+                report(jobs[active[k]], step, shares[k], bases[k], angles, before, after)
+            };
+            let found: Vec<ProjectionReport> = results.par_iter_mut().enumerate().map(of).collect();
+            for ((&i, result), report) in active.iter().zip(results).zip(found) {
                 projected[i].push(result);
+                reports[i].push(report);
             }
             let places: Vec<usize> =
                 (0..active.len()).filter(|&k| jobs[active[k]].members.len() > step + 1).collect();
@@ -549,7 +554,7 @@ fn square(m: &Matrix) -> Matrix {
 /// Vᵀ of each: the first right singular vectors of the core, in the coordinates that Q gives them; then zero rows.
 fn spanned(device: &Device, svds: &[Svd], counts: &[usize], q: &Batch) -> Result<Batch> {
     let rows: Vec<Matrix> = svds
-        .iter()
+        .par_iter()
         .zip(counts)
         .map(|(svd, &count)| {
             let mut rows = svd.right.clone();
@@ -565,10 +570,10 @@ fn extended(device: &Device, rows: &ScaledRows, basis: &Batch, members: &[&Membe
     let off = ops::project_off(device, &rows.rows, basis, &vec![1.0; members.len()])?;
     // What is left may be small in some rows.
     let left = off.rows.download(device)?;
-    let left = left.into_iter().enumerate().map(|(k, m)| rows.unscale(k, m)).collect();
+    let left = left.into_par_iter().enumerate().map(|(k, m)| rows.unscale(k, m)).collect();
     let left = ScaledRows::from_matrices(device, left)?;
     let factors = ops::qr(device, &left)?;
-    let cores: Vec<Matrix> = members.iter().zip(&factors.l).map(|(m, l)| times(&m.left, l)).collect();
+    let cores: Vec<Matrix> = members.par_iter().zip(&factors.l).map(|(m, l)| times(&m.left, l)).collect();
     let svds = ops::jacobi_svd(device, &cores)?;
     let counts: Vec<usize> =
         members.iter().zip(&svds).map(|(m, svd)| significant(&svd.values, LEFT_OVER * m.norm)).collect();
@@ -576,7 +581,7 @@ fn extended(device: &Device, rows: &ScaledRows, basis: &Batch, members: &[&Membe
     let old = basis.download(device)?;
     // New directions are orthogonal to old ones as far as f32 allowed for what was left: once more.
     let joined = old
-        .iter()
+        .par_iter()
         .zip(&new)
         .map(|(old, new)| {
             let rows = old.data.chunks_exact(old.cols).chain(new.data.chunks_exact(new.cols));

@@ -42,13 +42,13 @@ pub fn jacobi_svd(device: &Device, a: &[Matrix]) -> Result<Vec<Svd>> {
         return Ok(a.par_iter().map(jacobi_svd_cpu).collect());
     }
     // A group fills one arena at most.
-    let arena = (device.gpu()?.max_arena() / 16) as usize;
+    let arena = (device.gpu()?.max_arena() / 8) as usize;
     let mut all = Vec::with_capacity(a.len());
     let mut rest = a;
     while !rest.is_empty() {
         let mut used = 0;
         let fits = rest.iter().take_while(|a| {
-            used += a.data.len().next_multiple_of(4);
+            used += beside(a.rows).len().next_multiple_of(4);
             used <= arena
         });
         let (group, tail) = rest.split_at(fits.count().max(1));
@@ -66,7 +66,7 @@ const TARGET: i32 = 30;
 #[derive(Clone, Copy, NoUninit)]
 #[repr(C)]
 struct Job {
-    matrix: u32,
+    rows: u32,
     order: u32,
     rounds: u32,
     floor: f32,
@@ -80,61 +80,72 @@ fn jacobi_svd_gpu(device: &Device, a: &[Matrix]) -> Result<Vec<Svd>> {
         Element::DoubleSingle => (1e-13, 1e-20),
         _ => (f64::EPSILON, 1e-36),
     };
-    let scales: Vec<i32> = a.iter().map(|a| TARGET - exponent_of(largest(a))).collect();
-    let scaled: Vec<Matrix> = a.par_iter().zip(&scales).map(|(a, &e)| scaled(a, e)).collect();
-    let identity: Vec<Matrix> =
-        a.iter().map(|a| Matrix::from_fn(a.rows, a.rows, |i, j| f64::from(u8::from(i == j)))).collect();
-    let rotated = Batch::upload(device, element, &scaled)?;
-    let rotations = Batch::upload(device, element, &identity)?;
+    let scales: Vec<i32> = a.par_iter().map(|a| TARGET - exponent_of(largest(a))).collect();
+    let rows: Vec<Matrix> = a.par_iter().zip(&scales).map(|(a, &e)| with_rotations(&scaled(a, e))).collect();
+    let rows = Batch::upload(device, element, &rows)?;
     let table: Vec<_> = a
         .iter()
         .enumerate()
         .map(|(i, a)| Job {
-            matrix: rotated.offset(i) as u32,
+            rows: rows.offset(i) as u32,
             order: a.rows as u32,
             rounds: rounds(a.rows) as u32,
             floor,
             tolerance: (epsilon * (4.0 + (a.rows as f64).sqrt())) as f32,
         })
         .collect();
-    let ranges: Vec<_> = a.iter().map(|a| cut(step_costs(a.rows))).collect();
-    let bytes = a.len() as u64 * 8;
-    let status = gpu.buffer("jacobi_svd status", bytes)?;
+    let ranges: Vec<_> = a.par_iter().map(|a| cut(step_costs(a.rows))).collect();
     let mut commands = gpu.commands();
     for launch in 0..ranges.iter().map(Vec::len).max().unwrap_or(0) {
         let work: Vec<Work> = (0..)
             .zip(&ranges)
             .filter_map(|(i, ranges)| ranges.get(launch).map(|range| [i, range.start, range.end, 0]))
             .collect();
-        let buffers = [whole(rotated.buffer()?), whole(rotations.buffer()?), whole(&status)];
-        commands.launch(Kernel::JacobiSvd(element), &table, &work, &buffers);
+        commands.launch(Kernel::JacobiSvd(element), &table, &work, &[whole(rows.buffer()?)]);
     }
     commands.submit()?;
-    let status: Vec<[u32; 2]> = bytemuck::pod_collect_to_vec(&gpu.read(&status, bytes)?);
-    let (rows, left) = (rotated.download(device)?, rotations.download(device)?);
-    Ok((0..a.len())
-        .into_par_iter()
-        .map(|i| {
-            let mut right = rows[i].clone();
-            let n = right.rows;
-            let values = (0..n)
-                .map(|k| {
-                    let row = &mut right.data[k * n..(k + 1) * n];
-                    let square: f64 = row.iter().map(|v| v * v).sum();
-                    // Not orthogonal to the others, so no singular vector.
-                    if square <= f64::from(floor) {
-                        row.fill(0.0);
-                        return 0.0;
-                    }
-                    let norm = square.sqrt();
-                    row.iter_mut().for_each(|v| *v /= norm);
-                    scale(norm, -scales[i])
-                })
-                .collect();
-            // A matrix of order 0 has no steps.
-            sorted(left[i].clone(), values, right, n == 0 || status[i][0] == 1)
-        })
-        .collect())
+    let rows = rows.download(device)?;
+    Ok(rows.into_par_iter().zip(scales).map(|(rows, e)| found(rows, e, f64::from(floor))).collect())
+}
+
+/// The shape of `[A | J]` and of the row below it that tells how far it is.
+fn beside(order: usize) -> Shape {
+    Shape::new(order + 1, 2 * order)
+}
+
+fn with_rotations(a: &Matrix) -> Matrix {
+    let Shape { rows, cols } = beside(a.rows);
+    let mut both = Matrix::zeros(rows, cols);
+    for i in 0..a.rows {
+        let (left, right) = both.data[i * cols..(i + 1) * cols].split_at_mut(a.rows);
+        left.copy_from_slice(a.row(i));
+        right[i] = 1.0;
+    }
+    both
+}
+
+/// What the shader found of a matrix times 2^e.
+fn found(mut rows: Matrix, e: i32, floor: f64) -> Svd {
+    let n = rows.cols / 2;
+    let (matrix, status) = rows.data.split_at_mut(2 * n * n);
+    let normalised = |row: &mut [f64]| {
+        let square: f64 = row[..n].iter().map(|v| v * v).sum();
+        // Not orthogonal to the others, so no singular vector.
+        if square <= floor {
+            row[..n].fill(0.0);
+            return 0.0;
+        }
+        let norm = square.sqrt();
+        row[..n].iter_mut().for_each(|v| *v /= norm);
+        scale(norm, -e)
+    };
+    let values = matrix.chunks_exact_mut((2 * n).max(1)).map(normalised).collect();
+    // A matrix of order 0 has no steps.
+    let converged = status.first().is_none_or(|converged| *converged == 1.0);
+    sorted(values, converged, |i| {
+        let (right, left) = matrix[2 * n * i..2 * n * (i + 1)].split_at(n);
+        (left, right)
+    })
 }
 
 /// Rounds of a sweep, as the shader wants them: at least 1.
@@ -144,9 +155,9 @@ fn rounds(order: usize) -> usize {
 
 /// Loop iterations of an invocation for each step of all sweeps, as the shader makes them.
 fn step_costs(order: usize) -> impl Iterator<Item = usize> {
-    let pairs = rounds(order).div_ceil(2).div_ceil(16);
+    let groups = rounds(order).div_ceil(2).div_ceil(32);
     let steps = if order == 0 { 0 } else { rounds(order) * MAX_SWEEPS };
-    std::iter::repeat_n(1 + pairs * (18 + 2 * order.div_ceil(16)), steps)
+    std::iter::repeat_n(1 + groups * (10 + order.div_ceil(8) + (2 * order).div_ceil(32)), steps)
 }
 
 fn largest(a: &Matrix) -> f64 {
@@ -178,34 +189,27 @@ pub(super) fn jacobi_svd_cpu(a: &Matrix) -> Svd {
     let values = (0..n).map(|i| scale(s[i], e)).collect();
     let left = Matrix::from_fn(n, n, |i, k| u[(k, i)]);
     let right = Matrix::from_fn(n, n, |i, k| if s[i] == 0.0 { 0.0 } else { v[(k, i)] });
-    sorted(left, values, right, true)
+    sorted(values, true, |i| (left.row(i), right.row(i)))
 }
 
-/// Puts singular values in order and fixes the signs.
-fn sorted(left: Matrix, values: Vec<f64>, right: Matrix, converged: bool) -> Svd {
+/// Puts singular values in order, with what `vectors` gives as the left and right one of each, and fixes the signs.
+fn sorted<'a>(values: Vec<f64>, converged: bool, vectors: impl Fn(usize) -> (&'a [f64], &'a [f64])) -> Svd {
     let n = values.len();
     let mut order: Vec<usize> = (0..n).collect();
     // Stable, so that equal values keep one order.
     order.sort_by(|&i, &k| values[k].total_cmp(&values[i]));
-    let mut svd = Svd {
-        left: Matrix::zeros(n, n),
-        values: order.iter().map(|&i| values[i]).collect(),
-        right: Matrix::zeros(n, n),
-        converged: converged && values.iter().all(|v| v.is_finite()),
-    };
-    for (to, &from) in order.iter().enumerate() {
-        let row = left.row(from);
-        let mut top = 0.0f64;
-        for &v in row {
-            if v.abs() > top.abs() {
-                top = v;
-            }
-        }
+    let (mut u, mut v) = (Vec::with_capacity(n * n), Vec::with_capacity(n * n));
+    for &i in &order {
+        let (left, right) = vectors(i);
+        let top = left.iter().fold(0.0f64, |top, &v| if v.abs() > top.abs() { v } else { top });
         let sign = if top < 0.0 { -1.0 } else { 1.0 };
-        for k in 0..n {
-            svd.left[(to, k)] = sign * row[k];
-            svd.right[(to, k)] = sign * right[(from, k)];
-        }
+        u.extend(left.iter().map(|v| sign * v));
+        v.extend(right.iter().map(|v| sign * v));
     }
-    svd
+    Svd {
+        left: Matrix { rows: n, cols: n, data: u },
+        converged: converged && values.iter().all(|v| v.is_finite()),
+        values: order.into_iter().map(|i| values[i]).collect(),
+        right: Matrix { rows: n, cols: n, data: v },
+    }
 }

@@ -448,8 +448,8 @@ fn encode_real(
             .iter()
             .enumerate()
             .flat_map(|(i, job)| {
-                (0..job.tokens.div_ceil(16))
-                    .flat_map(move |row| (0..job.rank.div_ceil(16)).map(move |c| [i as u32, row, c, 0]))
+                (0..job.tokens.div_ceil(32))
+                    .flat_map(move |row| (0..job.rank.div_ceil(32)).map(move |c| [i as u32, row, c, 0]))
             })
             .collect();
         let buffers = [x.clone(), whole(a.buffer()?), z.clone()];

@@ -55,7 +55,7 @@ pub fn qr(device: &Device, a: &ScaledRows) -> Result<Qr> {
     let roots = roots(device, &a.rows)?;
     let transforms: Vec<Matrix> = roots.par_iter().map(|root| root.inverse.clone()).collect();
     let q = rank_update(device, None, &Batch::upload(device, device.sum(), &transforms)?, &a.rows)?;
-    let lefts = roots.iter().map(|root| root.left.clone());
+    let lefts = roots.par_iter().map(|root| root.left.clone());
     if roots.iter().all(|root| root.bend <= MAX_BEND) {
         return Ok(Qr { q, l: lefts.enumerate().map(|(i, l)| a.unscale(i, l)).collect() });
     }
@@ -65,21 +65,17 @@ pub fn qr(device: &Device, a: &ScaledRows) -> Result<Qr> {
     let spectra = jacobi_svd(device, &grams)?;
     let (transforms, l): (Vec<_>, Vec<_>) = spectra
         .par_iter()
-        .zip(lefts.collect::<Vec<_>>())
+        .zip(lefts)
         .enumerate()
         .map(|(i, (spectrum, left))| {
             let power = |p: f64| {
-                let n = spectrum.values.len();
-                let mut sum = Matrix::zeros(n, n);
-                for (k, value) in spectrum.values.iter().enumerate().filter(|(_, value)| **value > 0.25) {
-                    let (row, value) = (spectrum.left.row(k), value.powf(p));
-                    for r in 0..n {
-                        for c in 0..n {
-                            sum[(r, c)] += row[r] * value * row[c];
-                        }
-                    }
+                let mut powers = spectrum.left.clone();
+                for (row, value) in powers.data.chunks_exact_mut(powers.cols.max(1)).zip(&spectrum.values) {
+                    let power = if *value > 0.25 { value.powf(p) } else { 0.0 };
+                    row.iter_mut().for_each(|v| *v *= power);
                 }
-                sum
+                let shape = Shape::new(powers.rows, powers.cols);
+                product(&spectrum.left.transposed(), view(&powers.data, shape))
             };
             let half = power(0.5);
             let l = product(&left, view(&half.data, Shape::new(half.rows, half.cols)));
@@ -119,11 +115,17 @@ impl Root {
         let largest = spectrum.values.first().copied().unwrap_or(0.0);
         let error = n.max(16) as f64 * epsilon * largest;
         let kept = spectrum.values.iter().take_while(|v| **v > error && **v > 0.0).count();
-        let root = |k: usize| if k < kept { spectrum.values[k].sqrt() } else { 0.0 };
-        let inverse = |k: usize| if k < kept { 1.0 / root(k) } else { 0.0 };
+        let scaled = |scale: &dyn Fn(f64) -> f64| {
+            let mut rows = spectrum.left.clone();
+            for (k, row) in rows.data.chunks_exact_mut(n.max(1)).enumerate() {
+                let scale = if k < kept { scale(spectrum.values[k]) } else { 0.0 };
+                row.iter_mut().for_each(|v| *v *= scale);
+            }
+            rows
+        };
         Self {
-            left: Matrix::from_fn(n, n, |i, k| spectrum.left[(k, i)] * root(k)),
-            inverse: Matrix::from_fn(n, n, |k, i| spectrum.left[(k, i)] * inverse(k)),
+            left: scaled(&f64::sqrt).transposed(),
+            inverse: scaled(&|v| 1.0 / v.sqrt()),
             bend: if kept > 0 { error / spectrum.values[kept - 1] } else { 0.0 },
             whole: kept == n,
         }
@@ -156,7 +158,7 @@ pub fn qr_l(device: &Device, a: &ScaledRows) -> Result<Vec<Matrix>> {
         return qr_l(&Device::cpu(), &rows);
     }
     let roots = roots(device, &a.rows)?;
-    Ok(roots.into_iter().enumerate().map(|(i, root)| a.unscale(i, root.left)).collect())
+    Ok(roots.into_par_iter().enumerate().map(|(i, root)| a.unscale(i, root.left)).collect())
 }
 
 /// Rᵀ of the QR decomposition of Aᵀ, padded to a square.

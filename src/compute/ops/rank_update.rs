@@ -66,8 +66,8 @@ pub fn rank_update(device: &Device, a: Option<&Batch>, s: &Batch, m: &Batch) -> 
     let work: Vec<Work> = (0..)
         .zip(&table)
         .flat_map(|(i, job)| {
-            (0..job.rows.div_ceil(16))
-                .flat_map(move |row| (0..job.cols.div_ceil(16)).map(move |column| [i, row, column, 0]))
+            (0..job.rows.div_ceil(32))
+                .flat_map(move |row| (0..job.cols.div_ceil(64)).map(move |column| [i, row, column, 0]))
         })
         .collect();
     let gpu = device.gpu()?;

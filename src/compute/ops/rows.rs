@@ -41,19 +41,19 @@ impl ScaledRows {
     /// binds at once.
     pub fn new(device: &Device, side: Side, stacks: &[Vec<RawMatrix<'_>>]) -> Result<Self> {
         let shapes = stacks.iter().map(|parts| stacked_shape(side, parts)).collect::<Result<Vec<_>>>()?;
-        let exponents: Vec<Vec<i32>> = stacks
-            .par_iter()
-            .map(|parts| parts.iter().flat_map(|part| exponents(side, *part)).collect())
-            .collect();
         let mut rows = Batch::unwritten(device, device.factor(), &shapes)?;
-        match rows.host_mut() {
+        let exponents = match rows.host_mut() {
             Some(outputs) => outputs
                 .into_par_iter()
                 .zip(stacks)
-                .zip(&exponents)
-                .for_each(|((out, parts), exponents)| rows_cpu(side, parts, exponents, out)),
-            None => rows_gpu(device, side, stacks, &exponents, &rows)?,
-        }
+                .map(|(out, parts)| {
+                    let exponents: Vec<i32> = parts.iter().flat_map(|part| exponents(side, *part)).collect();
+                    rows_cpu(side, parts, &exponents, out);
+                    exponents
+                })
+                .collect(),
+            None => rows_gpu(device, side, stacks, &rows)?,
+        };
         Ok(Self { rows, exponents })
     }
 
@@ -130,18 +130,25 @@ where
     T: Copy + Ord + Default + std::ops::BitAnd<Output = T>,
 {
     let (values, _) = part.bytes.as_chunks::<N>();
-    let rows = values.chunks_exact(part.cols.max(1));
     let bits: Vec<T> = match side {
         Side::Input => {
-            rows.map(|row| row.iter().fold(T::default(), |max, &v| max.max(read(v) & mask))).collect()
+            let row = |row: &[[u8; N]]| row.iter().fold(T::default(), |max, &v| max.max(read(v) & mask));
+            (0..part.rows).map(|k| row(&values[k * part.cols..][..part.cols])).collect()
         }
         Side::Output => {
-            let mut all = vec![T::default(); part.cols];
-            for row in rows {
-                for (max, &v) in all.iter_mut().zip(row) {
+            // Rows of a low rank are looked at some together, many values at a time.
+            let cols = part.cols.max(1);
+            let mut all = vec![T::default(); cols * 256usize.div_ceil(cols)];
+            for rows in values.chunks(all.len()) {
+                for (max, &v) in all.iter_mut().zip(rows) {
                     *max = (*max).max(read(v) & mask);
                 }
             }
+            let (first, rest) = all.split_at_mut(cols);
+            for row in rest.chunks_exact(cols) {
+                first.iter_mut().zip(row).for_each(|(max, v)| *max = (*max).max(*v));
+            }
+            all.truncate(part.cols);
             all
         }
     };
@@ -194,38 +201,48 @@ struct Job {
 #[derive(Default)]
 struct Upload<'a> {
     /// With their places.
-    pieces: Vec<(usize, &'a [u8])>,
+    pieces: Vec<(usize, RawMatrix<'a>)>,
     jobs: Vec<Job>,
     bytes: usize,
 }
 
+/// Widens, transposes and scales on the device; gives the exponents.
 fn rows_gpu(
     device: &Device,
     side: Side,
     stacks: &[Vec<RawMatrix<'_>>],
-    exponents: &[Vec<i32>],
     rows: &Batch,
-) -> Result<()> {
+) -> Result<Vec<Vec<i32>>> {
     let gpu = device.gpu()?;
-    let scales: Vec<f32> = exponents.iter().flatten().map(|&e| pow2(-e) as f32).collect();
-    if scales.is_empty() {
-        return Ok(());
-    }
-    let scale_buffer = gpu.scratch(scales.len() as u64 * 4)?;
-    gpu.write(&scale_buffer, 0, bytemuck::cast_slice(&scales))?;
+    let ranks: usize = rows.shapes().iter().map(|shape| shape.rows).sum();
+    let scale_buffer = gpu.scratch(ranks as u64 * 4)?;
+    // Of all rows so far.
+    let mut all: Vec<i32> = Vec::with_capacity(ranks);
     // Factors go up in groups that one binding holds.
     let limit = (gpu.max_arena() as usize).min(UPLOAD);
     let mut upload = Upload::default();
-    let flush = |upload: &mut Upload<'_>| -> Result<()> {
+    let mut flush = |upload: &mut Upload<'_>| -> Result<()> {
         let Upload { pieces, jobs, bytes } = std::mem::take(upload);
         if jobs.is_empty() {
             return Ok(());
         }
         let source = gpu.scratch(bytes as u64)?;
-        gpu.write_pieces(&source, &pieces)?;
+        let places: Vec<_> = pieces.iter().map(|(place, piece)| (*place, piece.bytes)).collect();
+        // While one thread waits for the bus, the others find magnitudes.
+        let (written, found) = rayon::join(
+            || gpu.write_pieces(&source, &places),
+            || pieces.par_iter().map(|(_, piece)| exponents(side, *piece)).collect::<Vec<_>>(),
+        );
+        written?;
+        let start = all.len();
+        all.extend(found.into_iter().flatten());
+        let scales: Vec<f32> = all[start..].iter().map(|&e| pow2(-e) as f32).collect();
+        gpu.write(&scale_buffer, start as u64 * 4, bytemuck::cast_slice(&scales))?;
+        let [along_rows, along_cols] = if side == Side::Output { [128, 32] } else { [32, 128] };
         let tiles = |(i, job): (u32, &Job)| {
-            let cols = job.cols;
-            (0..job.rows).step_by(32).flat_map(move |row| (0..cols).step_by(32).map(move |c| [i, row, c, 0]))
+            let columns = (0..job.cols).step_by(along_cols);
+            let rows = (0..job.rows).step_by(along_rows);
+            rows.flat_map(move |row| columns.clone().map(move |column| [i, row, column, 0]))
         };
         let work: Vec<Work> = (0..).zip(jobs.iter()).flat_map(tiles).collect();
         let mut commands = gpu.commands();
@@ -239,7 +256,7 @@ fn rows_gpu(
         for part in parts {
             // What one binding does not hold goes in pieces: rows of A, or of B with all of its columns.
             let at_once = (limit / (part.cols * part.dtype.size()).max(1)).max(1);
-            for first in (0..part.rows).step_by(at_once) {
+            for first in (0..part.rows.max(1)).step_by(at_once) {
                 let piece = part.rows(first, (first + at_once).min(part.rows));
                 if upload.bytes > 0 && upload.bytes + piece.bytes.len() > limit {
                     flush(&mut upload)?;
@@ -257,14 +274,16 @@ fn rows_gpu(
                     cols: piece.cols as u32,
                     transposed: u32::from(side == Side::Output),
                     destination: (destination + first * part.cols) as u32,
-                    scales: (scale + if side == Side::Input { first } else { 0 }) as u32,
+                    scales: scale as u32,
                 });
-                upload.pieces.push((upload.bytes, piece.bytes));
+                scale += if side == Side::Input { piece.rows } else { piece.cols };
+                upload.pieces.push((upload.bytes, piece));
                 upload.bytes = (upload.bytes + piece.bytes.len()).next_multiple_of(4);
             }
-            scale += if side == Side::Input { part.rows } else { part.cols };
             destination += part.rows * part.cols;
         }
     }
-    flush(&mut upload)
+    flush(&mut upload)?;
+    let mut all = all.into_iter();
+    Ok(rows.shapes().iter().map(|shape| all.by_ref().take(shape.rows).collect()).collect())
 }

@@ -46,11 +46,12 @@ impl<'a> Stacks<'a> {
             return Ok((0..self.parts.len()).into_par_iter().map(|i| self.gram_cpu(i)).collect());
         };
         let mut grams = inner(device, rows, rows)?.download(device)?;
-        for (gram, e) in grams.iter_mut().zip(exponents) {
-            for (i, row) in gram.data.chunks_exact_mut(e.len().max(1)).enumerate() {
-                row.iter_mut().zip(e).for_each(|(v, k)| *v *= pow2(e[i]) * pow2(*k));
+        grams.par_iter_mut().zip(exponents).for_each(|(gram, e)| {
+            let scales: Vec<f64> = e.iter().map(|&e| pow2(e)).collect();
+            for (row, own) in gram.data.chunks_exact_mut(e.len().max(1)).zip(&scales) {
+                row.iter_mut().zip(&scales).for_each(|(v, scale)| *v *= own * scale);
             }
-        }
+        });
         Ok(grams)
     }
 
@@ -63,7 +64,7 @@ impl<'a> Stacks<'a> {
             return Ok(transforms.par_iter().enumerate().map(|(i, t)| self.combined_cpu(i, t)).collect());
         };
         let scaled: Vec<Matrix> = transforms
-            .iter()
+            .par_iter()
             .zip(exponents)
             .map(|(t, e)| Matrix::from_fn(t.rows, t.cols, |i, j| t[(i, j)] * pow2(e[j])))
             .collect();
