@@ -8,8 +8,8 @@ mod common;
 use std::hint::black_box;
 
 use common::{
-    Input, LayerShape, Rate, Target, Work, adapter, bench, criterion, flux_layers, submitted, targets, timed,
-    widths,
+    Input, LayerShape, Rate, Target, Work, adapter, adapter_file, bench, criterion, flux_layers, submitted,
+    targets, timed, widths,
 };
 use criterion::{Criterion, criterion_group, criterion_main};
 use loraweld::Dtype;
@@ -23,9 +23,10 @@ fn gpus() -> impl Iterator<Item = Target> {
     targets().into_iter().filter(|target| target.device.is_gpu())
 }
 
-/// A selector among two adapters. So weak that f0, which takes in every result, stays what it is.
+/// A selector among two adapters in bf16, as they come. So weak that f0, which takes in every result, stays what it is.
 fn selector(target: &Target, layers: &[LayerShape], rank: usize, options: SelectorOptions) -> Selector {
-    let adapters = [adapter("subject", layers, rank, 1), adapter("style", layers, rank, 5)];
+    let folder = tempfile::tempdir().expect("a folder");
+    let adapters = [1, 5].map(|seed| adapter_file(folder.path(), layers, rank, seed));
     let weighted = [adapters[0].at(1e-4), adapters[1].at(1e-4)];
     Selector::new(&target.device, &weighted, options).expect("a selector")
 }

@@ -25,6 +25,7 @@ struct Job {
 @group(0) @binding(4) var<storage, read_write> q: array<Real>;
 
 const ROWS: u32 = 64u;
+// A thread substitutes in one row, and fetches 16 values of all.
 const THREADS: u32 = ROWS;
 // Odd, so that neither a row nor a column of a tile meets in one bank.
 const SOLVED_STRIDE: u32 = PANEL + 1u;
@@ -37,37 +38,73 @@ var<workgroup> solved: array<Real, ROWS * SOLVED_STRIDE>;
 // [k][column] of U, or of U'
 var<workgroup> factor: array<Real, PANEL * FACTOR_STRIDE>;
 
-// The column that is counted as the c-th.
-fn counted(job: Job, c: u32, forward: bool) -> u32 {
-    return select(job.order - 1u - c, c, forward);
-}
+// Values that a thread copies to workgroup memory are fetched a Strip at a time and then stored: written as loops, each
+// fetch waits for the store before it, which takes three times as long.
+const ROWS_AT_ONCE: u32 = THREADS / PANEL;
 
 // U or U' for k <= c; zero outside.
 fn load_factor(job: Job, k: u32, c: u32, forward: bool) -> Real {
     if (k > c || c >= job.order) {
         return REAL_ZERO;
     }
-    let row = counted(job, select(c, k, forward), forward);
-    let column = counted(job, select(k, c, forward), forward);
-    return u[job.factor + row * job.order + column];
+    let n = job.order;
+    // U'_kc = U_(n-1-c)(n-1-k)
+    let e = select((n - 1u - c) * n + n - 1u - k, k * n + c, forward);
+    return u[job.factor + e];
 }
 
-// Copies rows k .. k + 16 and columns c .. c + 32 of U or U' to `factor`, along U's rows.
+// The place of element e in a block of 16 rows and so many columns, so that neighbours are neighbours in U.
+fn block_place(e: u32, columns: u32, forward: bool) -> vec2<u32> {
+    return select(vec2<u32>(e % PANEL, e / PANEL), vec2<u32>(e / columns, e % columns), forward);
+}
+
+fn load_block(job: Job, k: u32, c: u32, e: u32, columns: u32, forward: bool) -> Real {
+    let place = block_place(e, columns, forward);
+    return load_factor(job, k + place.x, c + place.y, forward);
+}
+
+// Four elements of a block, THREADS apart.
+fn block_quad(job: Job, k: u32, c: u32, e: u32, columns: u32, forward: bool) -> Quad {
+    return Quad(
+        load_block(job, k, c, e, columns, forward),
+        load_block(job, k, c, e + THREADS, columns, forward),
+        load_block(job, k, c, e + 2u * THREADS, columns, forward),
+        load_block(job, k, c, e + 3u * THREADS, columns, forward),
+    );
+}
+
+fn put_factor(e: u32, forward: bool, value: Real) {
+    let place = block_place(e, 2u * PANEL, forward);
+    factor[place.x * FACTOR_STRIDE + place.y] = value;
+}
+
+fn put_factor_quad(e: u32, forward: bool, values: Quad) {
+    put_factor(e, forward, values.x);
+    put_factor(e + THREADS, forward, values.y);
+    put_factor(e + 2u * THREADS, forward, values.z);
+    put_factor(e + 3u * THREADS, forward, values.w);
+}
+
+// Copies rows k .. k + 16 and columns c .. c + 32 of U or U' to `factor`.
 fn fetch_factor(job: Job, k: u32, c: u32, forward: bool, t: u32) {
-    for (var e = t; e < 2u * PANEL * PANEL; e += THREADS) {
-        let i = select(e % PANEL, e / (2u * PANEL), forward);
-        let j = select(e / PANEL, e % (2u * PANEL), forward);
-        factor[i * FACTOR_STRIDE + j] = load_factor(job, k + i, c + j, forward);
-    }
+    let a = block_quad(job, k, c, t, 2u * PANEL, forward);
+    let b = block_quad(job, k, c, t + 4u * THREADS, 2u * PANEL, forward);
+    put_factor_quad(t, forward, a);
+    put_factor_quad(t + 4u * THREADS, forward, b);
+}
+
+fn put_diagonal(e: u32, forward: bool, value: Real) {
+    let place = block_place(e, PANEL, forward);
+    diagonal[place.x * PANEL + place.y] = value;
 }
 
 // Prepares the block on the diagonal at c for substitution.
 fn fetch_diagonal(job: Job, c: u32, forward: bool, t: u32) {
-    for (var e = t; e < PANEL * PANEL; e += THREADS) {
-        let i = select(e % PANEL, e / PANEL, forward);
-        let j = select(e / PANEL, e % PANEL, forward);
-        diagonal[i * PANEL + j] = load_factor(job, c + i, c + j, forward);
-    }
+    let values = block_quad(job, c, c, t, PANEL, forward);
+    put_diagonal(t, forward, values.x);
+    put_diagonal(t + THREADS, forward, values.y);
+    put_diagonal(t + 2u * THREADS, forward, values.z);
+    put_diagonal(t + 3u * THREADS, forward, values.w);
     if (t < PANEL) {
         inverse[t] = REAL_ZERO;
         if (c + t < job.order) {
@@ -76,23 +113,55 @@ fn fetch_diagonal(job: Job, c: u32, forward: bool, t: u32) {
     }
 }
 
+// The element of Q at a row and the c-th column, counted from the first or the last.
+fn place(job: Job, row: u32, c: u32, forward: bool) -> u32 {
+    return job.right + row * job.order + select(job.order - 1u - c, c, forward);
+}
+
+fn load_row(job: Job, row: u32, c: u32, forward: bool) -> Real {
+    if (row >= job.rows || c >= job.order) {
+        return REAL_ZERO;
+    }
+    return q[place(job, row, c, forward)];
+}
+
+fn rows_quad(job: Job, row: u32, c: u32, forward: bool) -> Quad {
+    return Quad(
+        load_row(job, row, c, forward),
+        load_row(job, row + ROWS_AT_ONCE, c, forward),
+        load_row(job, row + 2u * ROWS_AT_ONCE, c, forward),
+        load_row(job, row + 3u * ROWS_AT_ONCE, c, forward),
+    );
+}
+
+fn put_rows_quad(row: u32, j: u32, values: Quad) {
+    let e = row * SOLVED_STRIDE + j;
+    let apart = ROWS_AT_ONCE * SOLVED_STRIDE;
+    solved[e] = values.x;
+    solved[e + apart] = values.y;
+    solved[e + 2u * apart] = values.z;
+    solved[e + 3u * apart] = values.w;
+}
+
 // Copies columns c .. c + 16 of the workgroup's rows to `solved`; zero outside.
 fn fetch_rows(job: Job, first: u32, c: u32, forward: bool, t: u32) {
     let j = t % PANEL;
-    for (var i = t / PANEL; i < ROWS; i += THREADS / PANEL) {
-        var value = REAL_ZERO;
-        if (first + i < job.rows && c + j < job.order) {
-            value = q[job.right + (first + i) * job.order + counted(job, c + j, forward)];
-        }
-        solved[i * SOLVED_STRIDE + j] = value;
-    }
+    let i = t / PANEL;
+    let a = rows_quad(job, first + i, c + j, forward);
+    let b = rows_quad(job, first + i + 4u * ROWS_AT_ONCE, c + j, forward);
+    let d = rows_quad(job, first + i + 8u * ROWS_AT_ONCE, c + j, forward);
+    let e = rows_quad(job, first + i + 12u * ROWS_AT_ONCE, c + j, forward);
+    put_rows_quad(i, j, a);
+    put_rows_quad(i + 4u * ROWS_AT_ONCE, j, b);
+    put_rows_quad(i + 8u * ROWS_AT_ONCE, j, d);
+    put_rows_quad(i + 12u * ROWS_AT_ONCE, j, e);
 }
 
 fn store_rows(job: Job, first: u32, c: u32, forward: bool, t: u32) {
     let j = t % PANEL;
-    for (var i = t / PANEL; i < ROWS; i += THREADS / PANEL) {
+    for (var i = t / PANEL; i < ROWS; i += ROWS_AT_ONCE) {
         if (first + i < job.rows && c + j < job.order) {
-            q[job.right + (first + i) * job.order + counted(job, c + j, forward)] = solved[i * SOLVED_STRIDE + j];
+            q[place(job, first + i, c + j, forward)] = solved[i * SOLVED_STRIDE + j];
         }
     }
 }

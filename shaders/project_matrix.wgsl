@@ -3,8 +3,8 @@
 //
 //   X: tokens × width, row-major, f32, f16 or bf16      A: rank × width, f32      width: a multiple of 8
 //
-// Rows of X are brought into f16's range by the powers of two of row_scale.wgsl; A comes ready from split_rows.wgsl, in
-// whole tiles. sum_parts.wgsl takes the powers out again.
+// Rows of X, but for f16, are brought into f16's range by the powers of two of row_scale.wgsl; A comes ready from
+// split_rows.wgsl, in whole tiles. sum_parts.wgsl takes the powers out again.
 // f16 and bf16 values are then exact in f16 (short of 2^-38 of the largest of their row); f32 values are split
 // by mask into a high and a low part of 11 bits each, and the products of two low parts left out. Where A came
 // from halves it has no low part, which halves the work. The unit's accumulator truncates, so it sums only
@@ -28,7 +28,7 @@ struct Job {
     stride: u32,
     part_width: u32,    // a multiple of DEPTH
     a_stride: u32,  // elements of a row of high and of low, a multiple of DEPTH
-    x_scales: u32,  // first element
+    x_scales: u32,  // first element; of f16 none
     a_scales: u32,  // first element
 }
 
@@ -85,6 +85,13 @@ fn put_x(place: u32, raw: vec4<u32>, scale: f32) {
     }
 }
 
+fn x_scale(job: Job, row: u32) -> f32 {
+    if (DTYPE == F16) {
+        return 1.0;
+    }
+    return scales[job.x_scales + row];
+}
+
 @compute @workgroup_size(THREADS)
 fn main(
     @builtin(workgroup_id) workgroup: vec3<u32>,
@@ -121,14 +128,14 @@ fn main(
     let a_at0 = (job.a + (first_column + a_slot) * job.a_stride + a_k) / 4u;
     let a_at1 = a_at0 + A_STEP * job.a_stride / 4u;
 
-    let x_scale0 = scales[job.x_scales + x_row0];
-    let x_scale1 = scales[job.x_scales + x_row1];
-    let x_scale2 = scales[job.x_scales + x_row2];
-    let x_scale3 = scales[job.x_scales + x_row3];
-    let x_scale4 = scales[job.x_scales + x_row4];
-    let x_scale5 = scales[job.x_scales + x_row5];
-    let x_scale6 = scales[job.x_scales + x_row6];
-    let x_scale7 = scales[job.x_scales + x_row7];
+    let x_scale0 = x_scale(job, x_row0);
+    let x_scale1 = x_scale(job, x_row1);
+    let x_scale2 = x_scale(job, x_row2);
+    let x_scale3 = x_scale(job, x_row3);
+    let x_scale4 = x_scale(job, x_row4);
+    let x_scale5 = x_scale(job, x_row5);
+    let x_scale6 = x_scale(job, x_row6);
+    let x_scale7 = x_scale(job, x_row7);
     let x_vectors = job.width / X_VALUES;
     let x_at0 = job.x / 4u + x_row0 * x_vectors;
     let x_at1 = job.x / 4u + x_row1 * x_vectors;

@@ -390,7 +390,8 @@ fn a_call_is_deterministic_and_strengths_are_live() {
     for Case { name, device } in gpus() {
         let mut selector = p.selector(&device);
         let how = Selection::default();
-        let [first, second] = [(); 2].map(|()| encode(&device, &mut selector, &p, [Dtype::F16; 2], &how, 304));
+        let [first, second] =
+            [(); 2].map(|()| encode(&device, &mut selector, &p, [Dtype::F16; 2], &how, 304));
         assert_eq!(first, second, "{name}");
 
         // Written after encoding, before submission.

@@ -343,13 +343,15 @@ impl Tables {
         };
         let (mut x_scales, mut a_scales, mut a_stride) = (NONE, NONE, 0);
         if cut.uses_matrix_units() {
-            // Layers that read the same input share its scales.
-            let key = [job.x, job.x_word, job.tokens, shape.cols];
-            x_scales = *self.scaled.entry(key).or_insert_with(|| {
-                let (table, rows) =
-                    (self.scales.entry(job.x).or_default(), Shape::new(job.tokens, shape.cols));
-                scale_rows(table, &mut self.scales_len, job.x_word, rows, job.dtype)
-            });
+            // Layers that read the same input share its scales. Values of f16 are in range.
+            if job.dtype != Dtype::F16 {
+                let key = [job.x, job.x_word, job.tokens, shape.cols];
+                x_scales = *self.scaled.entry(key).or_insert_with(|| {
+                    let (table, rows) =
+                        (self.scales.entry(job.x).or_default(), Shape::new(job.tokens, shape.cols));
+                    scale_rows(table, &mut self.scales_len, job.x_word, rows, job.dtype)
+                });
+            }
             let split = self.split(a, job.a, cut.columns);
             (entry.a, a_scales, a_stride) = (split.halves, split.scales, split.stride);
         }
