@@ -6,7 +6,8 @@ use std::sync::Arc;
 use rayon::prelude::*;
 
 use super::device::{Backend, Device};
-use super::gpu::{Gpu, Pooled};
+use super::gpu::{GRID_WIDTH, Gpu, Pooled, whole};
+use super::shaders::Kernel;
 use super::{Precision, Tier};
 use crate::{Error, Matrix, Result};
 
@@ -170,9 +171,13 @@ impl Batch {
                 let gpu = device.gpu()?;
                 let bytes = self.len as u64 * element.bytes();
                 let copy = gpu.scratch(bytes)?;
-                let mut encoder = gpu.device.create_command_encoder(&Default::default());
-                encoder.copy_buffer_to_buffer(buffer, 0, &copy, 0, bytes);
-                gpu.queue.submit([encoder.finish()]);
+                // Matrices are whole vectors long.
+                let vectors = (bytes / 16) as u32;
+                let groups = vectors.div_ceil(1024);
+                let grid = [groups.min(GRID_WIDTH), groups.div_ceil(GRID_WIDTH), 1];
+                let mut commands = gpu.commands();
+                commands.launch_grid(Kernel::Copy, &vectors, grid, &[whole(buffer), whole(&copy)]);
+                commands.submit()?;
                 Storage::Gpu { buffer: copy.into(), element: *element }
             }
         };

@@ -15,7 +15,7 @@ use super::staging::{Downloads, Uploads};
 use crate::{Error, Result};
 
 /// Workgroups in one row of a dispatch grid; WebGPU's default limit of a dimension.
-const GRID_WIDTH: u32 = 65535;
+pub(crate) const GRID_WIDTH: u32 = 65535;
 
 /// Uploads from this size on pass through memory of our own.
 const LARGE: usize = 1 << 20;

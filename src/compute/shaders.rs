@@ -12,6 +12,8 @@ use crate::Dtype;
 pub enum Kernel {
     /// `shaders/rank_concat.wgsl`
     RankConcat,
+    /// `shaders/copy.wgsl`
+    Copy,
     /// `shaders/project.wgsl`, with the columns (rank) of its tile, 32, 64 or 128, and the type of X.
     Project(u32, Dtype),
     /// `shaders/rows.wgsl`
@@ -140,6 +142,7 @@ impl Kernel {
     /// Every permutation.
     pub fn all() -> Vec<Self> {
         let mut all = vec![
+            Self::Copy,
             Self::RankConcat,
             Self::Rows,
             Self::RowScale,
@@ -202,6 +205,7 @@ impl Kernel {
         };
         match self {
             Self::RankConcat
+            | Self::Copy
             | Self::Rows
             | Self::RowScale
             | Self::SplitRows
@@ -239,6 +243,7 @@ impl Kernel {
 
     fn file(self) -> (&'static str, &'static str) {
         match self {
+            Self::Copy => ("copy", kernel!("copy")),
             Self::RankConcat => ("rank_concat", kernel!("rank_concat")),
             Self::Rows => ("rows", kernel!("rows")),
             Self::Project(..) => ("project", kernel!("project")),
@@ -279,6 +284,7 @@ impl Kernel {
     fn real(self) -> Option<Element> {
         match self {
             Self::RankConcat
+            | Self::Copy
             | Self::Rows
             | Self::RowScale
             | Self::SplitRows

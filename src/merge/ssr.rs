@@ -245,7 +245,7 @@ impl<'a> Ssr<'a> {
             })
             .collect();
         let routers = Batch::upload(device, device.product(), &routers)?;
-        let merged = ops::matmul(device, &b, &routers)?.download(device)?;
+        let merged = ops::matmul(device, &b, &routers)?.download_f32(device)?;
 
         let mut merges = Vec::new();
         for (i, (a, b)) in a.into_iter().zip(merged).enumerate() {
@@ -257,7 +257,6 @@ impl<'a> Ssr<'a> {
                     continue;
                 }
             };
-            let b = Matrix { rows: b.rows, cols: b.cols, data: b.data.iter().map(|&v| v as f32).collect() };
             let mut notes = Vec::new();
             if solved.raised {
                 notes.push("its statistics are singular at the ridge asked for, which was raised".to_owned());

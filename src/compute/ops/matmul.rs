@@ -50,8 +50,8 @@ pub fn matmul(device: &Device, b: &Batch, r: &Batch) -> Result<Batch> {
         .iter()
         .enumerate()
         .flat_map(|(i, job)| {
-            (0..job.rows.div_ceil(16))
-                .flat_map(move |row| (0..job.cols.div_ceil(16)).map(move |c| [i as u32, row, c, 0]))
+            (0..job.rows.div_ceil(TILE))
+                .flat_map(move |row| (0..job.cols.div_ceil(TILE)).map(move |c| [i as u32, row, c, 0]))
         })
         .collect();
     let buffers = [whole(b.buffer()?), whole(r.buffer()?), whole(c.buffer()?)];
@@ -60,6 +60,9 @@ pub fn matmul(device: &Device, b: &Batch, r: &Batch) -> Result<Batch> {
     commands.submit()?;
     Ok(c)
 }
+
+/// Side of a tile, as in the shader.
+const TILE: u32 = 64;
 
 #[derive(Clone, Copy, NoUninit)]
 #[repr(C)]
