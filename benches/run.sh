@@ -20,7 +20,7 @@ failed=()
 # Seconds that a part may take, here and in PyTorch; what of it is compared.
 limits() {
   case $1 in
-  ops) echo "150 100 accumulate|solve" ;;
+  ops) echo "150 100 accumulate/.*/bf16|solve" ;;
   ssr) echo "120 100 ssr" ;;
   merge) echo "90 90 projectors|np-lora" ;;
   fusion) echo "100 40 selection/.*/f16,|slider" ;;

@@ -14,6 +14,7 @@
 @group(0) @binding(6) var<storage, read_write> f0: array<Raw>;
 
 #import branch_tile_matrix
+#import multiply
 
 fn store(job: Job, first_token: u32, row: u32, part: Part, channel: u32, f: Channels) {
     let left = channel + lane % 8u * 4u;
@@ -36,9 +37,7 @@ fn main(
     @builtin(subgroup_id) subgroup_id: u32,
     @builtin(subgroup_invocation_id) subgroup_lane: u32,
 ) {
-    t = thread;
-    subgroup = subgroup_id;
-    lane = subgroup_lane;
+    locate(thread, subgroup_id, subgroup_lane);
     let job = jobs[0];
     let first_token = job.first + work.x * TOKENS;
     let start = work.y * job.part_width;

@@ -9,7 +9,7 @@
 // STEP_Z: each branch's part of a row of Z brought into f16's range.
 // STEP_WEIGHTED: the whole row, each branch times its factor and its weight on the token; where the weight is zero
 // it becomes zero, also where the branch overflowed.
-// For adapters with subgroups of 32. Grid: (32 channels, 8 quads of columns), (8 tokens, branch) or (8 tokens, 1).
+// Grid: (32 channels, 8 quads of columns), (8 tokens, branch) or (8 tokens, 1).
 // Bindings: 3 Z or B_catᵀ, 4 halves, and for Z 5 scales, weighted 6 weights, 7 controls. The permutation sets STEP.
 
 #import branch
@@ -26,6 +26,8 @@ const STEP_Z: u32 = 1u;
 const STEP_WEIGHTED: u32 = 2u;
 const TILE: u32 = 64u;
 const B_SCALE: f32 = 4096.0;
+
+var<workgroup> most: array<u32, 256>;
 
 fn put(place: u32, low: u32, value: vec4<f32>) {
     // f32(f16(v)) would be folded away.
@@ -68,7 +70,18 @@ fn split_b(job: Job, channel: u32, column: u32) {
     put((channel * job.columns + column) / 4u, rows * job.columns / 4u, value);
 }
 
-fn split_z(job: Job, token: u32, which: u32, lane: u32) {
+// The most of 32 threads.
+fn row_most(values: vec4<u32>, row: u32, lane: u32) -> u32 {
+    most[row * 32u + lane] = max(max(values.x, values.y), max(values.z, values.w));
+    workgroupBarrier();
+    var all = 0u;
+    for (var i = 0u; i < 32u; i++) {
+        all = max(all, most[row * 32u + i]);
+    }
+    return all;
+}
+
+fn split_z(job: Job, row: u32, token: u32, which: u32, lane: u32) {
     // A quad of columns each, of which there are 32 at most.
     let weighted = STEP == STEP_WEIGHTED;
     var column = lane * 4u;
@@ -89,8 +102,7 @@ fn split_z(job: Job, token: u32, which: u32, lane: u32) {
             value = select(value * (weight * factor), vec4<f32>(0.0), weight == 0.0);
         }
     }
-    let e = exponents(bitcast<vec4<u32>>(value));
-    let scale = scale_of(subgroupMax(max(max(e.x, e.y), max(e.z, e.w))));
+    let scale = scale_of(row_most(exponents(bitcast<vec4<u32>>(value)), row, lane));
     if (lane == 0u) {
         // 1 / s of a power of two, exactly.
         let inverse = bitcast<f32>((254u << 23u) - bitcast<u32>(scale));
@@ -102,14 +114,12 @@ fn split_z(job: Job, token: u32, which: u32, lane: u32) {
 }
 
 @compute @workgroup_size(256)
-fn main(
-    @builtin(workgroup_id) work: vec3<u32>,
-    @builtin(subgroup_id) subgroup: u32,
-    @builtin(subgroup_invocation_id) lane: u32,
-) {
+fn main(@builtin(workgroup_id) work: vec3<u32>, @builtin(local_invocation_index) t: u32) {
+    let row = t / 32u;
+    let lane = t % 32u;
     if (STEP == STEP_B) {
-        split_b(jobs[0], work.x * 32u + lane, (work.y * 8u + subgroup) * 4u);
+        split_b(jobs[0], work.x * 32u + lane, (work.y * 8u + row) * 4u);
     } else {
-        split_z(jobs[0], work.x * 8u + subgroup, work.y, lane);
+        split_z(jobs[0], row, work.x * 8u + row, work.y, lane);
     }
 }

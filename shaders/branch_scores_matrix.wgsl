@@ -21,6 +21,7 @@
 @group(0) @binding(8) var<storage, read_write> stats: array<vec4<f32>>;
 
 #import branch_tile_matrix
+#import multiply
 
 // What weights in relation to m, means in relation to r, and their φ may be, to keep their digits and f32's range.
 const HEAVY: f32 = 20.0;
@@ -172,9 +173,7 @@ fn main(
     @builtin(subgroup_id) subgroup_id: u32,
     @builtin(subgroup_invocation_id) subgroup_lane: u32,
 ) {
-    t = thread;
-    subgroup = subgroup_id;
-    lane = subgroup_lane;
+    locate(thread, subgroup_id, subgroup_lane);
     let job = jobs[0];
     let first_token = job.first + work.x * TOKENS;
     let start = work.z * job.part_width;

@@ -4,7 +4,7 @@ mod common;
 #[path = "common/fixtures.rs"]
 mod fixtures;
 
-use common::{Case, Random, devices, gpus, product, relative};
+use common::{Case, Random, product, relative};
 use loraweld::compute::ops::Activations;
 use loraweld::fusion::{Choice, Scope, Score, Selection, Selector, SelectorOptions};
 use loraweld::{Adapter, Device, Dtype, Error, Format, Layer, Matrix, RawMatrix, wgpu};
@@ -18,6 +18,15 @@ struct Problem {
     f0: Matrix,
 }
 
+/// All tiers of the GPU, and selection's kernels for matrix units, which need none.
+fn gpus() -> Vec<Case> {
+    common::gpus().into_iter().chain(common::software_units()).collect()
+}
+
+fn devices() -> Vec<Case> {
+    common::devices().into_iter().chain(common::software_units()).collect()
+}
+
 fn problem(tokens: usize, input: usize, output: usize, ranks: &[usize], size: f64, seed: u64) -> Problem {
     let mut random = Random(seed);
     let adapters = ranks
@@ -25,7 +34,11 @@ fn problem(tokens: usize, input: usize, output: usize, ranks: &[usize], size: f6
         .enumerate()
         .map(|(k, &rank)| {
             let a = narrow(&random.matrix(rank, input, 1.0 / (input as f64).sqrt()));
-            let b = narrow(&random.matrix(output, rank, size / (rank as f64).sqrt()));
+            let mut b = narrow(&random.matrix(output, rank, size / (rank as f64).sqrt()));
+            // As files in bf16 have it: one half holds it.
+            if seed % 2 == 1 {
+                b.data.iter_mut().for_each(|v| *v = half::bf16::from_f32(*v).to_f32());
+            }
             let layer = Layer::new(LAYER, a, b).unwrap().with_scale(if k == 0 { 1.0 } else { 0.75 });
             Adapter::new(format!("adapter {k}"), Format::Peft, vec![layer]).unwrap()
         })
@@ -159,7 +172,7 @@ fn how(score: Score, choice: Choice) -> Selection {
     Selection { score, choice, ..Default::default() }
 }
 
-const SHAPES: [(usize, usize, usize, &[usize]); 9] = [
+const SHAPES: [(usize, usize, usize, &[usize]); 13] = [
     (1, 1, 2, &[1, 1]),
     (3, 7, 6, &[2, 9]),
     (64, 128, 128, &[8, 8]),
@@ -169,6 +182,11 @@ const SHAPES: [(usize, usize, usize, &[usize]); 9] = [
     (31, 61, 122, &[40, 70]),
     (5, 16, 1030, &[33, 32]),
     (300, 12, 66, &[3, 2]),
+    // For matrix units: every depth of a tile, and more columns than one has; more than one part.
+    (33, 24, 100, &[40, 70]),
+    (70, 20, 196, &[20, 30, 60]),
+    (50, 16, 132, &[90, 60]),
+    (40, 40, 2052, &[33, 12]),
 ];
 
 #[test]
@@ -464,7 +482,7 @@ fn x_and_f0_may_share_a_buffer() {
 /// A binding of WebGPU's default limits holds 128 MiB; these matrices take 144.
 #[test]
 fn features_larger_than_a_binding_go_through_in_windows() {
-    let Some(Case { name, device }) = gpus().pop() else { return };
+    let Some(Case { name, device }) = common::gpus().pop() else { return };
     assert_eq!(device.capabilities().unwrap().max_binding, 128 << 20, "{name}");
     for (input, output) in [(4, 32768), (32768, 4)] {
         let p = problem(1100, input, output, &[1, 1], 0.5, 15);

@@ -38,6 +38,8 @@ pub struct Disable {
     pub subgroups: bool,
     /// No matrix units.
     pub cooperative_matrix: bool,
+    /// Where f16 and subgroups are there, the selection kernels for matrix units do without them: to test what is around.
+    pub software_units: bool,
     /// No more than WebGPU's default limits.
     pub limits: bool,
 }

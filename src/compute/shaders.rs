@@ -87,35 +87,45 @@ pub struct BranchTile {
     pub depth: u32,
     /// Whether B has low parts.
     pub low: bool,
+    /// Without matrix units, to test what is around them.
+    pub software: bool,
 }
 
 impl BranchTile {
     /// Of every depth.
     pub const DEPTHS: [u32; 3] = [32, 64, 128];
-    /// Bytes of workgroup memory that NVIDIA's driver can do with; it hangs at more.
-    const MEMORY: u32 = 48 << 10;
 
     fn all() -> impl Iterator<Item = Self> {
-        Self::DEPTHS.into_iter().flat_map(|depth| [false, true].map(|low| Self { depth, low }))
+        let of = |depth| [(false, false), (true, false), (false, true), (true, true)].map(|of| (depth, of));
+        let tiles = Self::DEPTHS.into_iter().flat_map(of);
+        tiles.map(|(depth, (low, software))| Self { depth, low, software }).filter(|tile| tile.room() > 0)
+    }
+
+    /// Subgroups whose tiles fit the workgroup memory.
+    pub(crate) fn room(self) -> u32 {
+        // More than 48 KB lets NVIDIA's driver hang; software adapters have 32.
+        let memory: u32 = if self.software { 32 << 10 } else { 48 << 10 };
+        let row = 2 * (self.depth + 8);
+        let b = 64 * row * (1 + u32::from(self.low));
+        memory.saturating_sub(b) / (16 * (2 * row + 4 * 72))
     }
 
     /// Subgroups of a workgroup, `most` if their tiles fit; each has 16 tokens.
     pub(crate) fn subgroups(self, most: u32) -> u32 {
-        let row = 2 * (self.depth + 8);
-        let b = 64 * row * (1 + u32::from(self.low));
-        let each = 16 * (2 * row + 4 * 72);
-        1 << ((Self::MEMORY - b) / each).clamp(1, most).ilog2()
+        1 << self.room().clamp(1, most).ilog2()
     }
 
     fn constants(self, most: u32) -> String {
-        let (Self { depth, low }, subgroups) = (self, self.subgroups(most));
+        let (Self { depth, low, .. }, subgroups) = (self, self.subgroups(most));
         format!(
             "const DEPTH: u32 = {depth}u;\nconst LOW: bool = {low};\nconst SUBGROUPS: u32 = {subgroups}u;\n"
         )
     }
 
     fn label(self) -> String {
-        format!("{}{}", self.depth, if self.low { "_low" } else { "" })
+        let [low, software] =
+            [(self.low, "_low"), (self.software, "_software")].map(|(is, name)| if is { name } else { "" });
+        format!("{}{low}{software}", self.depth)
     }
 }
 
@@ -369,7 +379,10 @@ impl Kernel {
         let (_, body) = self.file();
         let mut source = String::new();
         if self.uses_matrix_units() {
-            source.push_str("enable f16;\nenable wgpu_cooperative_matrix;\n");
+            source.push_str("enable f16;\n");
+        }
+        if self.uses_matrix_units() && !self.is_software() {
+            source.push_str("enable wgpu_cooperative_matrix;\n");
         }
         source.push_str(&self.constants());
         for line in body.lines() {
@@ -380,6 +393,16 @@ impl Kernel {
             source.push('\n');
         }
         source
+    }
+
+    /// Whether it stands in for matrix units.
+    fn is_software(self) -> bool {
+        match self {
+            Self::BranchScoresMatrix(_, _, tile) | Self::BranchApplyMatrix(_, tile) => tile.software,
+            // Of use without them.
+            Self::BranchHalves(_) => true,
+            _ => false,
+        }
     }
 
     fn import(self, name: &str) -> &'static str {
@@ -395,6 +418,8 @@ impl Kernel {
             ("branch_state", _) => shared!("branch_state"),
             ("branch_features", _) => shared!("branch_features"),
             ("branch_tile_matrix", _) => shared!("branch_tile_matrix"),
+            ("multiply", _) if self.is_software() => shared!("multiply_software"),
+            ("multiply", _) => shared!("multiply_units"),
             ("features", _) => match self {
                 Self::BranchScoresMatrix(_, Dtype::F32, _) | Self::BranchApplyMatrix(Dtype::F32, _) => {
                     shared!("features_f32")

@@ -49,6 +49,11 @@ pub fn gpus() -> Vec<Case> {
     .collect()
 }
 
+/// The GPU with selection kernels that are made for matrix units, which need none.
+pub fn software_units() -> Option<Case> {
+    open("auto, software units", Precision::Auto, Disable { software_units: true, ..Default::default() })
+}
+
 /// The CPU and all tiers of the GPU.
 pub fn devices() -> Vec<Case> {
     let mut all = vec![Case { name: "CPU", device: Device::cpu() }];

@@ -224,9 +224,12 @@ impl Units {
         let raw_words = if dtype == Dtype::F32 { 4 } else { 2 };
         let aligned = call.width.is_multiple_of(4)
             && windows.iter().all(|window| window.word.is_multiple_of(raw_words));
+        let caps = &gpu.capabilities;
+        let software =
+            gpu.disable.software_units && caps.f16 && caps.subgroups.is_some_and(|(min, _)| min >= 8);
         let tile = |columns: usize| {
             let depth = BranchTile::DEPTHS.into_iter().find(|&depth| columns <= depth as usize)?;
-            Some(BranchTile { depth, low: call.low })
+            Some(BranchTile { depth, low: call.low, software }).filter(|tile| tile.room() > 0)
         };
         let (mut columns, mut widest, mut column_starts) = (0, 0, [0; MAX_BRANCHES + 1]);
         for (k, block) in call.blocks.iter().enumerate() {
@@ -235,7 +238,7 @@ impl Units {
             widest = widest.max(own);
             column_starts[k + 1] = columns as u32;
         }
-        let usable = gpu.capabilities.matrix_units() && aligned && columns > 0;
+        let usable = (software || caps.matrix_units()) && aligned && columns > 0;
         let scores = usable.then(|| tile(widest)).flatten()?;
         let z_rows = (call.tokens + APPLY_SUBGROUPS as usize * UNIT_TOKENS).next_multiple_of(8);
         Some(Self { scores, apply: tile(columns), columns, column_starts, z_rows })
