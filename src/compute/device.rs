@@ -49,7 +49,7 @@ pub struct DeviceOptions {
     pub precision: Precision,
     /// Capabilities to do without.
     pub disable: Disable,
-    /// Device memory to stay within, in bytes. `None`: 2 GiB.
+    /// Device memory to stay within, in bytes. `None`: 2 GiB. Up to a quarter of it is kept in buffers for their next use.
     pub memory: Option<u64>,
     /// A folder to keep compiled pipelines in, where the driver allows it (Vulkan): programs start faster the next time.
     pub pipeline_cache: Option<PathBuf>,
