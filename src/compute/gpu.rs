@@ -165,11 +165,9 @@ impl Gpu {
         Ok(scratch)
     }
 
-    /// The smallest pooled buffer of at least `bytes`, unless it is far too large.
     fn reuse(&self, bytes: u64) -> Option<wgpu::Buffer> {
         let mut pool = lock(&self.pool);
-        let fits = |size: u64| size >= bytes && size / 2 <= bytes.max(1 << 20);
-        let best = (0..pool.len()).filter(|&i| fits(pool[i].size())).min_by_key(|&i| pool[i].size())?;
+        let best = best(pool.iter().map(wgpu::Buffer::size), bytes)?;
         Some(pool.swap_remove(best))
     }
 
@@ -273,7 +271,15 @@ impl Gpu {
 
     /// Starts recording.
     pub fn commands(&self) -> Commands<'_> {
-        Commands { gpu: self, launches: Vec::new(), phase: 0, tables: Vec::new(), kept: Vec::new() }
+        Commands {
+            gpu: self,
+            launches: Vec::new(),
+            phase: 0,
+            tables: Vec::new(),
+            kept: Vec::new(),
+            scratch: Vec::new(),
+            spare: Vec::new(),
+        }
     }
 }
 
@@ -299,6 +305,12 @@ fn shader_module(device: &wgpu::Device, label: &str, source: &str) -> wgpu::Shad
         // the same sources with all checks on.
         unsafe { device.create_shader_module_trusted(descriptor, wgpu::ShaderRuntimeChecks::unchecked()) }
     }
+}
+
+/// The smallest of these sizes that holds `bytes`, unless it is far too large.
+fn best(sizes: impl Iterator<Item = u64>, bytes: u64) -> Option<usize> {
+    let fits = |(_, size): &(usize, u64)| *size >= bytes && size / 2 <= bytes.max(1 << 20);
+    sizes.enumerate().filter(fits).min_by_key(|(_, size)| *size).map(|(i, _)| i)
 }
 
 /// A buffer that goes back to the pool: making one costs more than most launches, and freeing it too.
@@ -352,6 +364,9 @@ pub(crate) struct Commands<'a> {
     tables: Vec<u8>,
     /// What launches use must not go to another user before they are submitted.
     kept: Vec<Arc<Pooled>>,
+    /// Of these alone, and what may become so.
+    scratch: Vec<Arc<Pooled>>,
+    spare: Vec<Arc<Pooled>>,
 }
 
 struct Launch {
@@ -445,9 +460,25 @@ impl Commands<'_> {
         self.kept.push(buffer.into());
     }
 
+    /// A buffer of at least `bytes` for these commands alone, whatever is in it.
+    pub fn scratch(&mut self, gpu: &Arc<Gpu>, bytes: u64) -> Result<Arc<Pooled>> {
+        let spare = best(self.spare.iter().map(|buffer| buffer.size()), bytes);
+        let buffer = match spare {
+            Some(i) => self.spare.swap_remove(i),
+            None => Arc::new(gpu.scratch(bytes)?),
+        };
+        self.scratch.push(buffer.clone());
+        Ok(buffer)
+    }
+
+    /// Scratch buffers of commands that run before these.
+    pub fn reuse(&mut self, spare: Vec<Arc<Pooled>>) {
+        self.spare = spare;
+    }
+
     /// Bytes of the pooled buffers that are kept.
     pub fn kept_bytes(&self) -> u64 {
-        self.kept.iter().map(|buffer| buffer.size()).sum()
+        self.kept.iter().chain(&self.scratch).map(|buffer| buffer.size()).sum()
     }
 
     /// Submits what was recorded.
@@ -460,14 +491,14 @@ impl Commands<'_> {
         self.gpu.check()
     }
 
-    /// Records into an encoder of the host, which submits it.
-    pub fn encode(mut self, encoder: &mut wgpu::CommandEncoder) {
-        if self.launches.is_empty() {
-            return;
+    /// Records into an encoder of the host, which submits it. Gives the scratch buffers, for commands that run after these.
+    pub fn encode(mut self, encoder: &mut wgpu::CommandEncoder) -> Vec<Arc<Pooled>> {
+        if !self.launches.is_empty() {
+            self.record(encoder);
+            let held = (self.kept, self.scratch.clone());
+            encoder.on_submitted_work_done(move || drop(held));
         }
-        self.record(encoder);
-        let kept = self.kept;
-        encoder.on_submitted_work_done(move || drop(kept));
+        self.scratch.into_iter().chain(self.spare).collect()
     }
 
     fn record(&mut self, encoder: &mut wgpu::CommandEncoder) {

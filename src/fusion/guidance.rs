@@ -46,6 +46,7 @@ pub fn guide(
     if !shape.is_empty() {
         job.encode(&mut commands, dtype, [c, u]);
     }
+    // Without scratch buffers.
     commands.encode(encoder);
     Ok(())
 }

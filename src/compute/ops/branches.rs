@@ -4,7 +4,7 @@
 //! `branch_weigh.wgsl` and `branch_apply.wgsl`; below them stand their f64 twins.
 
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytemuck::NoUninit;
 use rayon::prelude::*;
@@ -12,7 +12,7 @@ use serde::Serialize;
 
 use super::project::{self, ProjectJob, project_cpu};
 use super::{Activations, ENOUGH_WORKGROUPS, view, view_mut};
-use crate::compute::gpu::{BIND_ALIGN, Gpu, whole};
+use crate::compute::gpu::{BIND_ALIGN, Gpu, Pooled, whole};
 use crate::compute::shaders::{APPLY_SUBGROUPS, BranchTile, Kernel, SCORES_SUBGROUPS};
 use crate::compute::{Batch, Element, Shape};
 use crate::{Dtype, Error, RawMatrix, Result};
@@ -164,6 +164,8 @@ pub(crate) struct Buffers {
     pub running: wgpu::Buffer,
     pub log: wgpu::Buffer,
     pub controls: wgpu::Buffer,
+    /// What the last call needed besides, for the next one.
+    spare: Mutex<Vec<Arc<Pooled>>>,
 }
 
 impl Buffers {
@@ -189,7 +191,12 @@ impl Buffers {
             running: buffer("running means of scores", layers * RUNNING)?,
             log: buffer("log of decisions", records * RECORD)?,
             controls: buffer("controls of branches", size_of::<Controls>() / 4)?,
+            spare: Mutex::default(),
         })
+    }
+
+    fn spare(&self) -> MutexGuard<'_, Vec<Arc<Pooled>>> {
+        self.spare.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Bytes of all of them.
@@ -350,6 +357,7 @@ pub(crate) fn encode(
     let limit = gpu.max_arena();
     let (x_windows, f0_windows) = (x.windows(limit)?, f0.windows(limit)?);
     let mut commands = gpu.commands();
+    commands.reuse(std::mem::take(&mut buffers.spare()));
     // The host may drop the selector before it submits.
     commands.keep(layer.buffer()?.clone());
 
@@ -379,9 +387,10 @@ pub(crate) fn encode(
         ..*job
     };
     let (columns, z_rows) = units.as_ref().map_or((0, 0), |units| (units.columns, units.z_rows));
-    let halves = |rows: usize| gpu.scratch((rows * columns * 4).max(4) as u64);
+    let mut halves = |rows: usize| commands.scratch(gpu, (rows * columns * 4).max(4) as u64);
     let b_halves = halves(call.width.next_multiple_of(UNIT_CHANNELS))?;
-    let (z_halves, z_scales) = (halves(z_rows)?, gpu.scratch((z_rows * branches * 4).max(4) as u64)?);
+    let z_halves = halves(z_rows)?;
+    let z_scales = commands.scratch(gpu, (z_rows * branches * 4).max(4) as u64)?;
     // Of each step, what it splits and where to.
     let to_halves = |values, to| [values, to, whole(&z_scales), weights.clone(), controls.clone()];
     let operands = [&b_halves, &z_halves, &z_scales].map(|buffer| whole(buffer));
@@ -495,11 +504,8 @@ pub(crate) fn encode(
             }
         }
     }
-    for scratch in [b_halves, z_halves, z_scales] {
-        commands.keep(scratch);
-    }
     encoder.clear_buffer(&buffers.log, (record * RECORD * 4) as u64, Some((RECORD * 4) as u64));
-    commands.encode(encoder);
+    *buffers.spare() = commands.encode(encoder);
     Ok(())
 }
 

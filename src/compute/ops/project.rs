@@ -406,10 +406,10 @@ fn encode_f32(
         tables.add(gpu, job, a);
     }
     let factor = whole(a.buffer()?);
-    let scales = gpu.scratch(tables.scales_len.max(1) as u64 * 4)?;
-    let [high, low] = [(); 2].map(|()| gpu.scratch(tables.halves_len.max(1) as u64 * 2));
+    let scales = commands.scratch(gpu, tables.scales_len.max(1) as u64 * 4)?;
+    let [high, low] = [(); 2].map(|()| commands.scratch(gpu, tables.halves_len.max(1) as u64 * 2));
     let (high, low) = (high?, low?);
-    let parts = gpu.scratch(tables.parts_len.max(1) as u64 * 4)?;
+    let parts = commands.scratch(gpu, tables.parts_len.max(1) as u64 * 4)?;
     commands.phase(0);
     for (i, (table, work)) in &tables.scales {
         commands.launch(Kernel::RowScale, table, work, &[x[*i].clone(), whole(&scales)]);
@@ -429,9 +429,6 @@ fn encode_f32(
     commands.phase(2);
     let (table, work) = &tables.sums;
     commands.launch(Kernel::SumParts, table, work, &[whole(&parts), z, whole(&scales)]);
-    for scratch in [scales, high, low, parts] {
-        commands.keep(scratch);
-    }
     Ok(())
 }
 
