@@ -56,7 +56,6 @@ fn run(work: vec3<u32>, t: u32) {
     let b1 = features(job, token + 1u, right, 0.0);
     let b2 = features(job, token + 2u, right, 0.0);
     let b3 = features(job, token + 3u, right, 0.0);
-    prepare(job, first_token, 0u, job.rank, t);
     tile_product(job, first_token, first_channel, 0u, job.rank, t);
     store(job, token, left, a0 + c0);
     store(job, token + 1u, left, a1 + c1);

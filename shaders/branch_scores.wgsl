@@ -91,7 +91,6 @@ fn run(work: vec3<u32>, t: u32) {
     var s1 = empty;
     var s2 = empty;
     var s3 = empty;
-    prepare(job, first_token, start_k, end_k, t);
     for (var channel = work.z * job.part_width; channel < end; channel += CHANNELS) {
         // Fetched before the product, which hides the wait.
         let left = channel + left_channel(t);

@@ -1,6 +1,6 @@
 // A tile of Z·B_catᵀ in registers: 64 tokens × 128 channels over 256 threads, each 4 tokens × 8 channels.
 // The kernel declares factors (vec4), gives the elements of Z, and has `run` for an entry point;
-// branch_tile_matrix.wgsl is the same on matrix units.
+// branch_tile_matrix.wgsl serves matrix units.
 
 const TOKENS: u32 = 64u;
 const CHANNELS: u32 = 128u;
@@ -44,9 +44,6 @@ fn left_channel(t: u32) -> u32 {
 fn right_channel(t: u32) -> u32 {
     return channel_quad(t) * 4u + CHANNELS / 2u;
 }
-
-// For branch_tile_matrix.wgsl.
-fn prepare(job: Job, first_token: u32, start: u32, end: u32, t: u32) {}
 
 // C = Z[tokens, start .. end]·B_cat[channels, start .. end]ᵀ. Every thread calls it.
 fn tile_product(job: Job, first_token: u32, first_channel: u32, start: u32, end: u32, t: u32) {

@@ -62,7 +62,7 @@ fn fetch_b(job: Job, columns: Columns, channel: u32) {
     let low = (job.width + CHANNELS - 1u) / CHANNELS * CHANNELS * job.columns / 4u;
     for (var i = 0u; i < FETCHES; i++) {
         let row = t / 8u + i % FETCHES_DOWN * ROWS;
-        let quad = min(t % 8u + i / FETCHES_DOWN * 8u, columns.count / 4u - 1u);
+        let quad = min(t % 8u + i / FETCHES_DOWN * 8u, max(columns.count / 4u, 1u) - 1u);
         let source = ((channel + row) * job.columns + columns.first) / 4u + quad;
         fetched_high[i] = b_halves[source];
         if (LOW) {

@@ -18,7 +18,7 @@ fn multiply(count: u32) {
                 let z = zh + vec4<f32>(halves[Z_LOW + z_at + k]);
                 sum[i] += dot(z, vec4<f32>(halves[B_HIGH + b_at + k]));
                 if (LOW) {
-                    sum[i] += dot(zh, vec4<f32>(halves[HALVES - CHANNELS * STRIDE + b_at + k]));
+                    sum[i] += dot(zh, vec4<f32>(halves[B_LOW + b_at + k]));
                 }
             }
         }

@@ -199,7 +199,8 @@ impl Group {
         let slots: Vec<usize> = self.sums.keys().copied().filter(|&slot| Some(slot) != keep).collect();
         for slot in slots {
             let Some(batch) = self.sums.get(&slot) else { continue };
-            let grams = batch.download(&self.device)?;
+            // The calibration is locked.
+            let grams = batch.download_alone(&self.device)?;
             // Checked before anything is taken over, so that every later reader fails as well.
             for ((key, _), gram) in self.layers.iter().zip(&grams) {
                 if gram.data.iter().any(|v| !v.is_finite()) {

@@ -144,6 +144,14 @@ impl Batch {
     /// Copies host matrices, rounded to `element`.
     pub fn upload(device: &Device, element: Element, matrices: &[Matrix]) -> Result<Self> {
         let shapes: Vec<_> = matrices.iter().map(|m| Shape::new(m.rows, m.cols)).collect();
+        if let Some((shape, m)) = shapes.iter().zip(matrices).find(|(shape, m)| shape.len() != m.data.len()) {
+            return Err(Error::Invalid(format!(
+                "a matrix of {} x {} has {} values",
+                shape.rows,
+                shape.cols,
+                m.data.len()
+            )));
+        }
         let mut batch = Self::unwritten(device, element, &shapes)?;
         match &mut batch.storage {
             Storage::Host(data) => apart(&shapes, data, 1)
@@ -186,15 +194,38 @@ impl Batch {
 
     /// Copies all matrices to the host, widened to f64.
     pub fn download(&self, device: &Device) -> Result<Vec<Matrix>> {
+        self.download_by(device, |values| self.each(values))
+    }
+
+    /// [`download`](Self::download) on this thread alone, for those who hold a lock: one that waits for other threads
+    /// may meanwhile take up work that wants the lock.
+    pub(crate) fn download_alone(&self, device: &Device) -> Result<Vec<Matrix>> {
+        let matrix =
+            |(shape, values): (&Shape, Vec<f64>)| Matrix { rows: shape.rows, cols: shape.cols, data: values };
+        self.download_by(device, |values| {
+            self.shapes.iter().zip(self.ranges().map(values)).map(matrix).collect()
+        })
+    }
+
+    fn download_by(
+        &self,
+        device: &Device,
+        all: impl FnOnce(&(dyn Fn(Range<usize>) -> Vec<f64> + Sync)) -> Vec<Matrix>,
+    ) -> Result<Vec<Matrix>> {
         match &self.storage {
-            Storage::Host(data) => Ok(self.each(|range| data[range].to_vec())),
+            Storage::Host(data) => Ok(all(&|range| data[range].to_vec())),
             Storage::Gpu { buffer, element } => {
                 let size = element.bytes() as usize;
                 device.gpu()?.read_with(buffer, (self.len * size) as u64, |bytes| {
-                    self.each(|range| Self::decode(*element, &bytes[range.start * size..range.end * size]))
+                    all(&|range| Self::decode(*element, &bytes[range.start * size..range.end * size]))
                 })
             }
         }
+    }
+
+    /// The elements of each matrix in the arena.
+    fn ranges(&self) -> impl Iterator<Item = Range<usize>> {
+        self.shapes.iter().zip(&self.offsets).map(|(shape, &start)| start..start + shape.len())
     }
 
     /// Copies all matrices to the host as f32, to which wider ones are rounded.
@@ -282,8 +313,8 @@ impl Batch {
     }
 
     /// The wgpu buffer of a batch on a GPU, for a host's own kernels: matrices row-major, one after the
-    /// other, each starting at a multiple of 4 elements. The batch must live until what uses it is submitted: then
-    /// its buffer goes to another.
+    /// other, each starting at a multiple of 4 elements. Drop the batch only after what uses it was submitted:
+    /// its buffer then goes to another.
     pub fn wgpu_buffer(&self) -> Option<&wgpu::Buffer> {
         match &self.storage {
             Storage::Gpu { buffer, .. } => Some(buffer),

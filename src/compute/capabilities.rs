@@ -110,7 +110,7 @@ impl Capabilities {
             && self.subgroups == Some((32, 32))
             && self.cooperative_matrix.iter().any(|config| config == "16x16x16 F16 to F32")
             // The kernels' tiles.
-            && self.workgroup_memory >= 44 << 10
+            && self.workgroup_memory >= 48 << 10
     }
 
     /// The tier that `precision` gets here; an error names the missing capability.

@@ -134,12 +134,21 @@ impl Gpu {
                 self.name
             )));
         }
-        Ok(self.device.create_buffer(&wgpu::BufferDescriptor {
+        // An error that came later would leave a buffer that nobody can use in the pool.
+        let scope = self.device.push_error_scope(wgpu::ErrorFilter::OutOfMemory);
+        let buffer = self.device.create_buffer(&wgpu::BufferDescriptor {
             label: Some(label),
             size: bytes.next_multiple_of(256).max(256),
             usage: wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_DST | wgpu::BufferUsages::COPY_SRC,
             mapped_at_creation: false,
-        }))
+        });
+        match pollster::block_on(scope.pop()) {
+            None => Ok(buffer),
+            Some(_) => Err(Error::Device(format!(
+                "{} has no memory for {label} of {bytes} bytes; other programs may hold it, or allow less (`memory`)",
+                self.name
+            ))),
+        }
     }
 
     /// A buffer of at least `bytes` whose content is whatever its last user left. It goes back to the pool when
@@ -152,6 +161,7 @@ impl Gpu {
         // Sizes in steps of an eighth find their next user more easily.
         let step = (bytes.next_power_of_two() / 8).max(256);
         let size = bytes.next_multiple_of(step).min(self.max_arena()).max(bytes);
+        self.make_room(size);
         Ok(pooled(self.buffer("pooled", size)?))
     }
 
@@ -163,6 +173,21 @@ impl Gpu {
         encoder.clear_buffer(&scratch, 0, None);
         self.queue.submit([encoder.finish()]);
         Ok(scratch)
+    }
+
+    /// Frees the oldest pooled buffers, so that the pool and what is added stay within what the pool may hold.
+    fn make_room(&self, added: u64) {
+        let mut pool = lock(&self.pool);
+        let mut bytes = added + pool.iter().map(wgpu::Buffer::size).sum::<u64>();
+        let mut freed = Vec::new();
+        while !pool.is_empty() && (bytes > self.pool_bytes || pool.len() > MAX_POOLED) {
+            let oldest = pool.remove(0);
+            bytes -= oldest.size();
+            freed.push(oldest);
+        }
+        // The driver takes its time to free them: others need not wait for it.
+        drop(pool);
+        drop(freed);
     }
 
     fn reuse(&self, bytes: u64) -> Option<wgpu::Buffer> {
@@ -309,7 +334,7 @@ fn shader_module(device: &wgpu::Device, label: &str, source: &str) -> wgpu::Shad
 
 /// The smallest of these sizes that holds `bytes`, unless it is far too large.
 fn best(sizes: impl Iterator<Item = u64>, bytes: u64) -> Option<usize> {
-    let fits = |(_, size): &(usize, u64)| *size >= bytes && size / 2 <= bytes.max(1 << 20);
+    let fits = |(_, size): &(usize, u64)| *size >= bytes && size / 5 <= bytes.max(1 << 20) / 4;
     sizes.enumerate().filter(fits).min_by_key(|(_, size)| *size).map(|(i, _)| i)
 }
 
@@ -335,19 +360,8 @@ impl std::ops::Deref for Pooled {
 impl Drop for Pooled {
     fn drop(&mut self) {
         let Some(buffer) = self.buffer.take() else { return };
-        let mut pool = lock(&self.gpu.pool);
-        pool.push(buffer);
-        let mut bytes: u64 = pool.iter().map(|buffer| buffer.size()).sum();
-        // The oldest go first.
-        let mut freed = Vec::new();
-        while pool.len() > MAX_POOLED || bytes > self.gpu.pool_bytes {
-            let oldest = pool.remove(0);
-            bytes -= oldest.size();
-            freed.push(oldest);
-        }
-        // The driver takes its time to free them: others need not wait for it.
-        drop(pool);
-        drop(freed);
+        lock(&self.gpu.pool).push(buffer);
+        self.gpu.make_room(0);
     }
 }
 
@@ -491,14 +505,15 @@ impl Commands<'_> {
         self.gpu.check()
     }
 
-    /// Records into an encoder of the host, which submits it. Gives the scratch buffers, for commands that run after these.
+    /// Records into an encoder of the host, which submits it. Gives the scratch buffers that were used, for commands that
+    /// run after these.
     pub fn encode(mut self, encoder: &mut wgpu::CommandEncoder) -> Vec<Arc<Pooled>> {
         if !self.launches.is_empty() {
             self.record(encoder);
             let held = (self.kept, self.scratch.clone());
             encoder.on_submitted_work_done(move || drop(held));
         }
-        self.scratch.into_iter().chain(self.spare).collect()
+        self.scratch
     }
 
     fn record(&mut self, encoder: &mut wgpu::CommandEncoder) {

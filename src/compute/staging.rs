@@ -8,7 +8,7 @@ use rayon::prelude::*;
 
 use crate::{Error, Result};
 
-/// Bytes of one upload buffer, and how many of them there are at most.
+/// Bytes of one upload buffer, and how many of them go round.
 const UPLOAD: (u64, usize) = (16 << 20, 4);
 /// Bytes that one thread copies at a time; a multiple of what mapped ranges are aligned to.
 const BLOCK: usize = 1 << 20;
@@ -89,7 +89,8 @@ impl Uploads {
             if let Ok(buffer) = ring.mapped.try_recv() {
                 return Ok(buffer);
             }
-            if ring.made < UPLOAD.1 {
+            // If no copy is on its way, others fill all of them, and may be waiting for this thread.
+            if ring.made < UPLOAD.1 || ring.copies.is_empty() {
                 ring.made += 1;
                 return Ok(device.create_buffer(&wgpu::BufferDescriptor {
                     label: Some("upload"),
@@ -98,13 +99,8 @@ impl Uploads {
                     mapped_at_creation: true,
                 }));
             }
-            // If there is none, other threads are filling all of them.
-            let oldest = ring.copies.pop_front();
+            let until = wgpu::PollType::Wait { submission_index: ring.copies.pop_front(), timeout: None };
             drop(ring);
-            let until = match oldest {
-                Some(copied) => wgpu::PollType::Wait { submission_index: Some(copied), timeout: None },
-                None => wgpu::PollType::Poll,
-            };
             device.poll(until).map_err(|e| Error::Device(format!("an upload did not end: {e}")))?;
             std::thread::yield_now();
         }

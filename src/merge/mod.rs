@@ -174,7 +174,7 @@ fn joined_layer(members: &[(&Layer, f64)], a: Matrix<f32>, b: Matrix<f32>) -> Re
     template.replaced(a, b)
 }
 
-/// Bytes of the factors, as f32, that one chunk leaves on the host before they are written: two stay in memory.
+/// Bytes of the factors, as f32, that one chunk leaves on the host before they are written; as many stay in memory as are in flight.
 const HOST_CHUNK: u64 = 112 << 20;
 
 /// Device memory for one chunk of those [in flight](driver::IN_FLIGHT): a quarter is left for uploads and for what the
@@ -183,7 +183,7 @@ fn room(device: &Device) -> u64 {
     device.memory() / 4 * 3 / driver::IN_FLIGHT as u64
 }
 
-/// Layers in groups of which the device has room for [two](driver), and where each group is computed: on the CPU, what is
+/// Layers in groups of which the device has room for [those in flight](driver), and where each group is computed: on the CPU, what is
 /// too large for the device. There, a group is of `at_once` layers.
 ///
 /// `size`: bytes of a layer's largest buffer, and in all; `host`: bytes of its factors.

@@ -1,7 +1,8 @@
 //! Branches: low-rank updates of the same features, of which each token keeps the one that changes it most.
 //!
-//! The kernels are `shaders/branch_scores.wgsl`, `branch_means.wgsl`, `branch_choose.wgsl`,
-//! `branch_weigh.wgsl` and `branch_apply.wgsl`; below them stand their f64 twins.
+//! The kernels are `shaders/branch_scores.wgsl`, `branch_means.wgsl`, `branch_choose.wgsl`, `branch_weigh.wgsl` and
+//! `branch_apply.wgsl`, on matrix units `branch_halves.wgsl`, `branch_scores_matrix.wgsl` and `branch_apply_matrix.wgsl`;
+//! below them stand their f64 twins.
 
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -147,7 +148,7 @@ const CHANNELS: usize = 128;
 /// Tokens of a subgroup and channels of a tile on matrix units.
 const UNIT_TOKENS: usize = 16;
 const UNIT_CHANNELS: usize = 64;
-/// Channels that a workgroup should have at least there, to make its start worth while.
+/// There, wider parts are split also where the GPU is full: fewer channels do not make a workgroup's start worth while.
 const UNIT_PART: usize = 1024;
 /// Tokens of a workgroup of `branch_weigh.wgsl`.
 const WEIGHED: usize = 16;
@@ -204,6 +205,7 @@ impl Buffers {
         [&self.z, &self.stats, &self.scores, &self.weights, &self.running, &self.log, &self.controls]
             .iter()
             .map(|buffer| buffer.size())
+            .chain(self.spare().iter().map(|buffer| buffer.size()))
             .sum()
     }
 }
@@ -232,8 +234,10 @@ impl Units {
         let aligned = call.width.is_multiple_of(4)
             && windows.iter().all(|window| window.word.is_multiple_of(raw_words));
         let caps = &gpu.capabilities;
-        let software =
-            gpu.disable.software_units && caps.f16 && caps.subgroups.is_some_and(|(min, _)| min >= 8);
+        let software = gpu.disable.software_units
+            && caps.f16
+            && caps.subgroups.is_some_and(|(min, _)| min >= 8)
+            && caps.workgroup_memory >= 32 << 10;
         let tile = |columns: usize| {
             let depth = BranchTile::DEPTHS.into_iter().find(|&depth| columns <= depth as usize)?;
             Some(BranchTile { depth, low: call.low, software }).filter(|tile| tile.room() > 0)
@@ -248,7 +252,14 @@ impl Units {
         let usable = (software || caps.matrix_units()) && aligned && columns > 0;
         let scores = usable.then(|| tile(widest)).flatten()?;
         let z_rows = (call.tokens + APPLY_SUBGROUPS as usize * UNIT_TOKENS).next_multiple_of(8);
-        Some(Self { scores, apply: tile(columns), columns, column_starts, z_rows })
+        // A grid's limit.
+        (z_rows / 8 < 1 << 16).then_some(Self {
+            scores,
+            apply: tile(columns),
+            columns,
+            column_starts,
+            z_rows,
+        })
     }
 }
 
@@ -374,7 +385,8 @@ pub(crate) fn encode(
         project::encode(&mut commands, gpu, &[window.binding], &[job], layer, z, Element::F32)?;
     }
 
-    let units = Units::new(gpu, call, f0.dtype, &f0_windows);
+    let scored = !matches!(call.rule, Rule::Fixed(_));
+    let units = Units::new(gpu, call, f0.dtype, &f0_windows).filter(|units| scored || units.apply.is_some());
     let mut job = job(call, layer, units.as_ref(), running, record);
     let factors = whole(layer.buffer()?);
     let (z, stats, scores) = (whole(&buffers.z), whole(&buffers.stats), whole(&buffers.scores));
@@ -410,7 +422,7 @@ pub(crate) fn encode(
     let token_grid = [tokens.div_ceil(256) as u32, 1, 1];
     let choose = [stats.clone(), scores.clone(), weights.clone(), means.clone(), log];
     let rule = job.flags;
-    if !matches!(call.rule, Rule::Fixed(_)) {
+    if scored {
         commands.phase(3);
         if units.is_some() {
             let grid = [(z_rows / 8) as u32, branches as u32, 1];

@@ -117,15 +117,15 @@ struct Cut {
 }
 
 impl Cut {
-    /// A pure function of the problem and of what the GPU can do.
-    fn new(gpu: &Gpu, job: &ProjectJob, a: Shape) -> Self {
+    /// A pure function of the problem and of what the GPU can do; `most`: parts at most.
+    fn new(gpu: &Gpu, job: &ProjectJob, a: Shape, most: usize) -> Self {
         let whole_vectors = a.cols.is_multiple_of(8) && (job.x_word * 4).is_multiple_of(X_ALIGN);
         // For few tokens, splitting A would cost more than it saves, and memory that nobody reckoned with.
         let worth_it = job.tokens >= 256 && a.rows >= 8 && a.cols > 0;
         if gpu.capabilities.matrix_units() && whole_vectors && worth_it {
             let columns = if a.rows <= 32 { 32 } else { 64 };
             let tiles = job.tokens.div_ceil(TILE_M) * a.rows.div_ceil(columns);
-            let most = (a.cols / LEAST_PART).clamp(1, MAX_PARTS);
+            let most = (a.cols / LEAST_PART).clamp(1, most);
             let parts = (ENOUGH_TILES / tiles.max(1)).clamp(1, most);
             let part_width = a.cols.div_ceil(parts).next_multiple_of(DEPTH).max(DEPTH);
             let stride = a.rows.next_multiple_of(columns);
@@ -144,7 +144,7 @@ impl Cut {
             _ => 128,
         };
         let tiles = job.tokens.div_ceil(TILE_M) * a.rows.div_ceil(columns);
-        let most = (a.cols / LEAST_PART).clamp(1, MAX_PARTS);
+        let most = (a.cols / LEAST_PART).clamp(1, most);
         let parts = (ENOUGH_TILES / tiles.max(1)).clamp(1, most);
         let part_width = a.cols.div_ceil(parts).next_multiple_of(DEPTH).max(DEPTH);
         let stride = if parts == 1 { a.rows } else { a.rows.next_multiple_of(4) };
@@ -168,7 +168,7 @@ impl Cut {
     }
 }
 
-/// Most bytes of parts that a product of `tokens` × `rank` may take on its way, if it is one of many.
+/// Most bytes of parts that a product of `tokens` × `rank` may take on its way.
 pub(super) fn parts_bytes(tokens: usize, rank: usize) -> usize {
     (tokens.next_multiple_of(TILE_M) * rank.next_multiple_of(64) * 4).saturating_mul(MAX_PARTS)
 }
@@ -325,12 +325,12 @@ impl Tables {
         job
     }
 
-    fn add(&mut self, gpu: &Gpu, job: &ProjectJob, a: &Batch) {
+    fn add(&mut self, gpu: &Gpu, job: &ProjectJob, a: &Batch, most_parts: usize) {
         let shape = a.shapes()[job.a];
         if job.tokens == 0 || shape.rows == 0 {
             return;
         }
-        let cut = Cut::new(gpu, job, shape);
+        let cut = Cut::new(gpu, job, shape, most_parts);
         let mut entry = Job {
             x: job.x_word as u32,
             a: a.offset(job.a) as u32,
@@ -401,10 +401,17 @@ fn encode_f32(
     a: &Batch,
     z: wgpu::BufferBinding<'_>,
 ) -> Result<()> {
-    let mut tables = Tables::default();
-    for job in jobs {
-        tables.add(gpu, job, a);
+    let tables = |most_parts: usize| {
+        let mut tables = Tables::default();
+        jobs.iter().for_each(|job| tables.add(gpu, job, a, most_parts));
+        tables
+    };
+    let mut all = tables(MAX_PARTS);
+    // Parts of very many products may be more than one buffer holds.
+    if all.parts_len as u64 * 4 > gpu.max_arena() {
+        all = tables(1);
     }
+    let tables = all;
     let factor = whole(a.buffer()?);
     let scales = commands.scratch(gpu, tables.scales_len.max(1) as u64 * 4)?;
     let [high, low] = [(); 2].map(|()| commands.scratch(gpu, tables.halves_len.max(1) as u64 * 2));
