@@ -200,11 +200,7 @@ impl Batch {
     /// [`download`](Self::download) on this thread alone, for those who hold a lock: one that waits for other threads
     /// may meanwhile take up work that wants the lock.
     pub(crate) fn download_alone(&self, device: &Device) -> Result<Vec<Matrix>> {
-        let matrix =
-            |(shape, values): (&Shape, Vec<f64>)| Matrix { rows: shape.rows, cols: shape.cols, data: values };
-        self.download_by(device, |values| {
-            self.shapes.iter().zip(self.ranges().map(values)).map(matrix).collect()
-        })
+        self.download_by(device, |values| (0..self.len()).map(|i| self.matrix(i, values)).collect())
     }
 
     fn download_by(
@@ -221,11 +217,6 @@ impl Batch {
                 })
             }
         }
-    }
-
-    /// The elements of each matrix in the arena.
-    fn ranges(&self) -> impl Iterator<Item = Range<usize>> {
-        self.shapes.iter().zip(&self.offsets).map(|(shape, &start)| start..start + shape.len())
     }
 
     /// Copies all matrices to the host as f32, to which wider ones are rounded.
@@ -245,12 +236,12 @@ impl Batch {
 
     /// A matrix of what `values` finds in each one's range of elements, on all threads.
     fn each<T: Send>(&self, values: impl Fn(Range<usize>) -> Vec<T> + Sync) -> Vec<Matrix<T>> {
-        let of = |(shape, &start): (&Shape, &usize)| Matrix {
-            rows: shape.rows,
-            cols: shape.cols,
-            data: values(start..start + shape.len()),
-        };
-        self.shapes.par_iter().zip(&self.offsets).map(of).collect()
+        (0..self.len()).into_par_iter().map(|i| self.matrix(i, &values)).collect()
+    }
+
+    fn matrix<T>(&self, i: usize, values: impl Fn(Range<usize>) -> Vec<T>) -> Matrix<T> {
+        let (shape, start) = (self.shapes[i], self.offsets[i]);
+        Matrix { rows: shape.rows, cols: shape.cols, data: values(start..start + shape.len()) }
     }
 
     /// Some of the matrices, in this order: on a device in the same arena, on the host as copies.

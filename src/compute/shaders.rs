@@ -56,8 +56,8 @@ pub enum Kernel {
     BranchChoose,
     /// `shaders/branch_weigh.wgsl`
     BranchWeigh,
-    /// `shaders/branch_halves.wgsl`, with its step: of B, of Z, of weighted Z.
-    BranchHalves(u32),
+    /// `shaders/branch_halves.wgsl`
+    BranchHalves(HalvesOf),
     /// `shaders/branch_apply.wgsl`, with the type of the features.
     BranchApply(Dtype),
     /// `shaders/branch_apply_matrix.wgsl`, with the type of the features and its tile.
@@ -78,6 +78,17 @@ pub enum Kernel {
     Magnitudes(Element),
     /// `shaders/self_test.wgsl`
     SelfTest,
+}
+
+/// What `shaders/branch_halves.wgsl` splits, as it numbers its steps.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum HalvesOf {
+    /// B_cat.
+    B,
+    /// Z.
+    Z,
+    /// Z times the weights of its branches.
+    Weighted,
 }
 
 /// The tile of `shaders/shared/branch_tile_matrix.wgsl`.
@@ -183,7 +194,7 @@ impl Kernel {
             all.extend(TILES.map(|tile| Self::Project(tile, dtype)));
             all.extend([32, 64].map(|tile| Self::ProjectMatrix(tile, dtype)));
         }
-        all.extend([0, 1, 2].map(Self::BranchHalves));
+        all.extend([HalvesOf::B, HalvesOf::Z, HalvesOf::Weighted].map(Self::BranchHalves));
         all.extend(TILES.map(Self::Gram));
         all.extend(WIDE.iter().flat_map(|&wide| {
             [
@@ -236,7 +247,8 @@ impl Kernel {
             }
             Self::BranchApplyMatrix(dtype, tile) => format!("{file}_{dtype}_{}", tile.label()),
             Self::BranchApply(dtype) | Self::Extrapolate(dtype) => format!("{file}_{dtype}"),
-            Self::Gram(number) | Self::BranchHalves(number) => format!("{file}_{number}"),
+            Self::Gram(tile) => format!("{file}_{tile}"),
+            Self::BranchHalves(of) => format!("{file}_{}", of as u32),
             Self::ProjectReal(e)
             | Self::Cholesky(e)
             | Self::CholeskySolve(e)
@@ -344,7 +356,7 @@ impl Kernel {
             }
             Self::BranchApply(dtype) | Self::Extrapolate(dtype) => dtype_constant(dtype),
             Self::BranchApplyMatrix(dtype, tile) => dtype_constant(dtype) + &tile.constants(APPLY_SUBGROUPS),
-            Self::BranchHalves(step) => format!("const STEP: u32 = {step}u;\n"),
+            Self::BranchHalves(of) => format!("const STEP: u32 = {}u;\n", of as u32),
             Self::BranchScores(score, dtype) => dtype_constant(dtype) + &score_constant(score),
             Self::BranchScoresMatrix(score, dtype, tile) => {
                 dtype_constant(dtype) + &score_constant(score) + &tile.constants(SCORES_SUBGROUPS)

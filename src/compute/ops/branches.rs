@@ -14,7 +14,7 @@ use serde::Serialize;
 use super::project::{self, ProjectJob, project_cpu};
 use super::{Activations, ENOUGH_WORKGROUPS, view, view_mut};
 use crate::compute::gpu::{BIND_ALIGN, Gpu, Pooled, whole};
-use crate::compute::shaders::{APPLY_SUBGROUPS, BranchTile, Kernel, SCORES_SUBGROUPS};
+use crate::compute::shaders::{APPLY_SUBGROUPS, BranchTile, HalvesOf, Kernel, SCORES_SUBGROUPS};
 use crate::compute::{Batch, Element, Shape};
 use crate::{Dtype, Error, RawMatrix, Result};
 
@@ -412,7 +412,7 @@ pub(crate) fn encode(
         let grid = [call.width.next_multiple_of(UNIT_CHANNELS) / 32, columns.div_ceil(32), 1];
         let grid = grid.map(|n| n as u32);
         commands.launch_grid(
-            Kernel::BranchHalves(0),
+            Kernel::BranchHalves(HalvesOf::B),
             &job,
             grid,
             &to_halves(factors.clone(), whole(&b_halves)),
@@ -427,7 +427,7 @@ pub(crate) fn encode(
         if units.is_some() {
             let grid = [(z_rows / 8) as u32, branches as u32, 1];
             commands.launch_grid(
-                Kernel::BranchHalves(1),
+                Kernel::BranchHalves(HalvesOf::Z),
                 &job,
                 grid,
                 &to_halves(z.clone(), whole(&z_halves)),
@@ -499,7 +499,7 @@ pub(crate) fn encode(
         Some(tile) => {
             let grid = [(z_rows / 8) as u32, 1, 1];
             commands.launch_grid(
-                Kernel::BranchHalves(2),
+                Kernel::BranchHalves(HalvesOf::Weighted),
                 &job,
                 grid,
                 &to_halves(z.clone(), whole(&z_halves)),
