@@ -3,20 +3,22 @@
 //
 //   X: tokens × width, row-major, f32, f16 or bf16      A: rank × width, f32      width: a multiple of 8
 //
-// Rows of X, but for f16, are brought into f16's range by the powers of two of row_scale.wgsl; A comes ready from
-// split_rows.wgsl, in whole tiles. sum_parts.wgsl takes the powers out again.
+// Rows of X, but for f16, are brought into f16's range by powers of two, each workgroup finding those of its rows in its
+// part of the width; A comes ready from split_rows.wgsl, in whole tiles. sum_parts.wgsl takes the powers out again.
 // f16 and bf16 values are then exact in f16 (short of 2^-38 of the largest of their row); f32 values are split
 // by mask into a high and a low part of 11 bits each, and the products of two low parts left out. Where A came
 // from halves it has no low part, which halves the work. The unit's accumulator truncates, so it sums only
 // DEPTH products before they are added in f32.
 //
 // Work: (job, token tile, rank tile, part). A workgroup makes one TILE_M × TILE_N tile of one part of the width and
-// leaves it, scaled as it is, in `parts`: for each part of the width a matrix of whole tiles, `stride` columns wide.
-// Bindings: 3 X as raw words, 4 high and 5 low parts of A, 6 parts, 7 scales of rows of X and A.
+// leaves it, scaled as it is, in `parts`: for each part of the width a matrix of whole tiles, `stride` columns wide. The
+// scales of X stand there too: a column for each part.
+// Bindings: 3 X as raw words, 4 high and 5 low parts of A, 6 parts, 7 scales of rows of A.
 // The permutation sets DTYPE and TILE_N, 32 or 64. A subgroup has 32 × 32 of the tile.
 
 #import params
 #import words
+#import exponents
 
 struct Job {
     x: u32,     // first word, a multiple of 4
@@ -28,7 +30,7 @@ struct Job {
     stride: u32,
     part_width: u32,    // a multiple of DEPTH
     a_stride: u32,  // elements of a row of high and of low, a multiple of DEPTH
-    x_scales: u32,  // first element; of f16 none
+    x_scales: u32,  // first element in parts; of f16 none
     a_scales: u32,  // first element
 }
 
@@ -45,12 +47,16 @@ const DEPTH: u32 = 32u;
 // In vectors of 4. Padded rows keep the loads of a matrix from meeting in a bank, and stay on 16 bytes.
 const STRIDE: u32 = DEPTH / 4u + 2u;
 
-// Values of X in 16 bytes, and how a tile of it is shared: each thread fetches X_LOADS times, X_STEP rows apart.
+// Values of X in 16 bytes, the threads of a row, and how a tile of it is shared: each thread fetches X_LOADS times, X_STEP
+// rows apart.
 const X_VALUES: u32 = select(8u, 4u, DTYPE == F32);
-const X_STEP: u32 = THREADS * X_VALUES / DEPTH;
+const X_LANES: u32 = DEPTH / X_VALUES;
+const X_STEP: u32 = THREADS / X_LANES;
 const X_LOADS: u32 = TILE_M / X_STEP;
-// Of A each thread fetches twice.
-const A_STEP: u32 = TILE_N / 2u;
+// Of A the threads of a row fetch 4 values each, A_LOADS times.
+const A_LANES: u32 = DEPTH / 4u;
+const A_STEP: u32 = THREADS / A_LANES;
+const A_LOADS: u32 = TILE_N / A_STEP;
 
 // One array, so that every part of it lies on 16 bytes, which loads of matrices need.
 const X_HIGH: u32 = 0u;
@@ -73,7 +79,20 @@ fn halves(low: u32, high: u32, scale: f32) -> vec4<f16> {
     return vec4<f16>(vec4<f32>(unpack_halves(low, DTYPE), unpack_halves(high, DTYPE)) * scale);
 }
 
-fn put_x(place: u32, raw: vec4<u32>, scale: f32) {
+// Where in a row of the tile its vectors of 4 lie: even ones, then odd ones. X and A agree, so that products do not
+// change, and 16 bytes of halves are stored where neighbours' stores do not meet in a bank.
+fn slot(vector: u32) -> u32 {
+    return vector % 2u * (DEPTH / 8u) + vector / 2u;
+}
+
+// Which row a group of threads stores, out of order for the same reason; `lanes`: threads of a row.
+fn row_of(group: u32, lanes: u32) -> u32 {
+    let i = group % 8u;
+    return group - i + select(i % 2u * 4u + i / 2u, i % 4u * 2u + i / 4u, lanes == 4u);
+}
+
+fn put_x(row: u32, vector: u32, raw: vec4<u32>, scale: f32) {
+    let place = row * STRIDE + slot(vector);
     if (DTYPE == F32) {
         let value = bitcast<vec4<f32>>(raw) * scale;
         let high = high_part(value);
@@ -81,15 +100,26 @@ fn put_x(place: u32, raw: vec4<u32>, scale: f32) {
         tile[X_LOW + place] = vec4<f16>(value - high);
     } else {
         tile[X_HIGH + place] = halves(raw.x, raw.y, scale);
-        tile[X_HIGH + place + 1u] = halves(raw.z, raw.w, scale);
+        tile[X_HIGH + place + slot(1u)] = halves(raw.z, raw.w, scale);
     }
 }
 
-fn x_scale(job: Job, row: u32) -> f32 {
-    if (DTYPE == F16) {
-        return 1.0;
+fn largest(raw: vec4<u32>) -> vec4<u32> {
+    if (DTYPE == F32) {
+        return exponents(raw);
     }
-    return scales[job.x_scales + row];
+    return max(exponents(raw), exponents(raw << vec4<u32>(16u)));
+}
+
+// Over the threads of a row.
+fn row_scale(most: vec4<u32>) -> f32 {
+    var all = max(max(most.x, most.y), max(most.z, most.w));
+    all = max(all, subgroupShuffleXor(all, 1u));
+    all = max(all, subgroupShuffleXor(all, 2u));
+    if (X_LANES == 8u) {
+        all = max(all, subgroupShuffleXor(all, 4u));
+    }
+    return scale_of(all);
 }
 
 @compute @workgroup_size(THREADS)
@@ -107,50 +137,47 @@ fn main(
     let start = work.w * job.part_width;
     let end = min(start + job.part_width, job.a_stride);
 
-    // Rows past the end repeat the last: nobody reads what becomes of them.
-    const X_QUADS = DEPTH / X_VALUES;
-    let x_slot = t / X_QUADS;
-    let x_k = t % X_QUADS * X_VALUES;
-    let x_place = x_slot * STRIDE + x_k / 4u;
-    let last_row = job.tokens - 1u;
-    let x_row0 = min(first_row + x_slot, last_row);
-    let x_row1 = min(first_row + x_slot + X_STEP, last_row);
-    let x_row2 = min(first_row + x_slot + X_STEP * 2u, last_row);
-    let x_row3 = min(first_row + x_slot + X_STEP * 3u, last_row);
-    let x_row4 = min(first_row + x_slot + X_STEP * 4u, last_row);
-    let x_row5 = min(first_row + x_slot + X_STEP * 5u, last_row);
-    let x_row6 = min(first_row + x_slot + X_STEP * 6u, last_row);
-    let x_row7 = min(first_row + x_slot + X_STEP * 7u, last_row);
-    const A_QUADS = DEPTH / 4u;
-    let a_slot = t / A_QUADS;
-    let a_k = t % A_QUADS * 4u;
-    let a_place = a_slot * STRIDE + a_k / 4u;
-    let a_at0 = (job.a + (first_column + a_slot) * job.a_stride + a_k) / 4u;
-    let a_at1 = a_at0 + A_STEP * job.a_stride / 4u;
-
-    let x_scale0 = x_scale(job, x_row0);
-    let x_scale1 = x_scale(job, x_row1);
-    let x_scale2 = x_scale(job, x_row2);
-    let x_scale3 = x_scale(job, x_row3);
-    let x_scale4 = x_scale(job, x_row4);
-    let x_scale5 = x_scale(job, x_row5);
-    let x_scale6 = x_scale(job, x_row6);
-    let x_scale7 = x_scale(job, x_row7);
+    // Rows past the end repeat the last, and vectors past the width the last there, where A is zero: nobody reads what
+    // becomes of them.
+    let x_row = row_of(t / X_LANES, X_LANES);
+    let x_vector = t % X_LANES;
     let x_vectors = job.width / X_VALUES;
-    let x_at0 = job.x / 4u + x_row0 * x_vectors;
-    let x_at1 = job.x / 4u + x_row1 * x_vectors;
-    let x_at2 = job.x / 4u + x_row2 * x_vectors;
-    let x_at3 = job.x / 4u + x_row3 * x_vectors;
-    let x_at4 = job.x / 4u + x_row4 * x_vectors;
-    let x_at5 = job.x / 4u + x_row5 * x_vectors;
-    let x_at6 = job.x / 4u + x_row6 * x_vectors;
-    let x_at7 = job.x / 4u + x_row7 * x_vectors;
-    // Every subgroup finds the same.
-    var low = false;
-    for (var c = lane; c < TILE_N; c += 32u) {
-        low = low || scales[job.a_scales + min(first_column + c, job.rank - 1u)] < 0.0;
+    var x_at: array<u32, X_LOADS>;
+    var x_scales: array<f32, X_LOADS>;
+    for (var i = 0u; i < X_LOADS; i++) {
+        let row = min(first_row + x_row + i * X_STEP, job.tokens - 1u);
+        x_at[i] = job.x / 4u + row * x_vectors;
+        x_scales[i] = 1.0;
     }
-    let any_low = subgroupAny(low);
+    if (DTYPE != F16) {
+        var most: array<vec4<u32>, X_LOADS>;
+        for (var k = start; k < end; k += 2u * DEPTH) {
+            let v = min(k / X_VALUES + x_vector, x_vectors - 1u);
+            let w = min(v + X_LANES, x_vectors - 1u);
+            for (var i = 0u; i < X_LOADS; i++) {
+                most[i] = max(most[i], max(largest(x_words[x_at[i] + v]), largest(x_words[x_at[i] + w])));
+            }
+        }
+        for (var i = 0u; i < X_LOADS; i++) {
+            x_scales[i] = row_scale(most[i]);
+            let row = first_row + x_row + i * X_STEP;
+            if (x_vector == 0u && work.z == 0u && row < job.tokens) {
+                parts[job.x_scales + work.w * job.tokens + row] = x_scales[i];
+            }
+        }
+    }
+    let a_row = row_of(t / A_LANES, A_LANES);
+    let a_vector = t % A_LANES;
+    let a_place = a_row * STRIDE + slot(a_vector);
+    let a_at = (job.a + (first_column + a_row) * job.a_stride) / 4u + a_vector;
+    let a_step = A_STEP * job.a_stride / 4u;
+
+    // Every subgroup finds the same.
+    var low_row = false;
+    for (var c = lane; c < TILE_N; c += 32u) {
+        low_row = low_row || scales[job.a_scales + min(first_column + c, job.rank - 1u)] < 0.0;
+    }
+    let any_low = subgroupAny(low_row);
     if (t == 0u) {
         low_rows = vec4<u32>(u32(any_low));
     }
@@ -167,52 +194,30 @@ fn main(
     var c01: coop_mat16x16<f32, C>;
     var c11: coop_mat16x16<f32, C>;
     for (var k = start; k < end; k += DEPTH) {
-        // Past the width anything will do, as A is zero there.
-        let x_vector = min((k + x_k) / X_VALUES, x_vectors - 1u);
-        let x0 = x_words[x_at0 + x_vector];
-        let x1 = x_words[x_at1 + x_vector];
-        var x2: vec4<u32>;
-        var x3: vec4<u32>;
-        var x4: vec4<u32>;
-        var x5: vec4<u32>;
-        var x6: vec4<u32>;
-        var x7: vec4<u32>;
-        if (X_LOADS > 2u) {
-            x2 = x_words[x_at2 + x_vector];
-            x3 = x_words[x_at3 + x_vector];
+        // All fetches before all stores, which they would wait for one by one.
+        var x: array<vec4<u32>, X_LOADS>;
+        var high: array<vec4<f16>, A_LOADS>;
+        var low: array<vec4<f16>, A_LOADS>;
+        let v = min(k / X_VALUES + x_vector, x_vectors - 1u);
+        for (var i = 0u; i < X_LOADS; i++) {
+            x[i] = x_words[x_at[i] + v];
         }
-        if (X_LOADS > 4u) {
-            x4 = x_words[x_at4 + x_vector];
-            x5 = x_words[x_at5 + x_vector];
-            x6 = x_words[x_at6 + x_vector];
-            x7 = x_words[x_at7 + x_vector];
-        }
-        let high0 = a_high[a_at0 + k / 4u];
-        let high1 = a_high[a_at1 + k / 4u];
-        var low0: vec4<f16>;
-        var low1: vec4<f16>;
-        if (has_low) {
-            low0 = a_low[a_at0 + k / 4u];
-            low1 = a_low[a_at1 + k / 4u];
+        for (var i = 0u; i < A_LOADS; i++) {
+            high[i] = a_high[a_at + i * a_step + k / 4u];
+            if (has_low) {
+                low[i] = a_low[a_at + i * a_step + k / 4u];
+            }
         }
         workgroupBarrier();
-        put_x(x_place, x0, x_scale0);
-        put_x(x_place + X_STEP * STRIDE, x1, x_scale1);
-        if (X_LOADS > 2u) {
-            put_x(x_place + X_STEP * 2u * STRIDE, x2, x_scale2);
-            put_x(x_place + X_STEP * 3u * STRIDE, x3, x_scale3);
+        for (var i = 0u; i < X_LOADS; i++) {
+            put_x(x_row + i * X_STEP, x_vector * X_VALUES / 4u, x[i], x_scales[i]);
         }
-        if (X_LOADS > 4u) {
-            put_x(x_place + X_STEP * 4u * STRIDE, x4, x_scale4);
-            put_x(x_place + X_STEP * 5u * STRIDE, x5, x_scale5);
-            put_x(x_place + X_STEP * 6u * STRIDE, x6, x_scale6);
-            put_x(x_place + X_STEP * 7u * STRIDE, x7, x_scale7);
-        }
-        tile[A_HIGH + a_place] = high0;
-        tile[A_HIGH + a_place + A_STEP * STRIDE] = high1;
-        if (has_low) {
-            tile[A_LOW + a_place] = low0;
-            tile[A_LOW + a_place + A_STEP * STRIDE] = low1;
+        for (var i = 0u; i < A_LOADS; i++) {
+            let place = a_place + i * A_STEP * STRIDE;
+            tile[A_HIGH + place] = high[i];
+            if (has_low) {
+                tile[A_LOW + place] = low[i];
+            }
         }
         workgroupBarrier();
         let stride = STRIDE;

@@ -1,10 +1,11 @@
 // Adds the parts that a product was split into, in their order, and takes out the powers of two by which its operands'
 // rows were scaled.
 //
-//   Z = 2^(…) · Σ_p part_p        parts: rows × stride each, one after the other; Z: tokens × rank, f32
+//   Z = Σ_p 2^(…) · part_p        parts: rows × stride each, one after the other; Z: tokens × rank, f32
 //
+// Scales of X are among the parts, tokens for each part; scales of A are what split_rows.wgsl left.
 // Work: (job, first quad). Each workgroup handles 256 times 4 columns, counted over rows of whole quads.
-// Bindings: 3 parts, 4 Z, 5 scales (see row_scale.wgsl).
+// Bindings: 3 parts, 4 Z, 5 scales of A.
 
 #import params
 
@@ -16,8 +17,8 @@ struct Job {
     stride: u32,    // a multiple of 4
     part_len: u32,  // elements of a part, a multiple of 4
     count: u32,     // of parts
-    x_scales: u32,  // first element, or NONE
-    a_scales: u32,
+    x_scales: u32,  // first element in parts, or NONE
+    a_scales: u32,  // first element, or NONE
 }
 
 @group(0) @binding(3) var<storage, read> parts: array<vec4<f32>>;
@@ -26,12 +27,24 @@ struct Job {
 
 const NONE: u32 = 0xffffffffu;
 
-// 1 / |s| of a power of two, exactly; 1 where there is none.
-fn inverse(first: u32, row: u32) -> f32 {
-    if (first == NONE) {
+// 1 / |s| of a power of two, exactly.
+fn inverse(scale: f32) -> f32 {
+    return bitcast<f32>((254u << 23u) - (bitcast<u32>(scale) & 0x7fffffffu));
+}
+
+fn x_inverse(job: Job, part: u32, row: u32) -> f32 {
+    if (job.x_scales == NONE) {
         return 1.0;
     }
-    return bitcast<f32>((254u << 23u) - (bitcast<u32>(scales[first + row]) & 0x7fffffffu));
+    let place = job.x_scales + part * job.tokens + row;
+    return inverse(parts[place / 4u][place % 4u]);
+}
+
+fn a_inverse(job: Job, row: u32) -> f32 {
+    if (job.a_scales == NONE) {
+        return 1.0;
+    }
+    return inverse(scales[job.a_scales + min(row, job.rank - 1u)]);
 }
 
 @compute @workgroup_size(256)
@@ -48,16 +61,20 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
     }
     let row = e / quads;
     let column = (e - row * quads) * 4u;
-    var place = (job.parts + row * job.stride + column) / 4u;
-    var sum = parts[place];
-    for (var part = 1u; part < job.count; part++) {
-        place += job.part_len / 4u;
-        sum += parts[place];
+    let a = vec4<f32>(
+        a_inverse(job, column),
+        a_inverse(job, column + 1u),
+        a_inverse(job, column + 2u),
+        a_inverse(job, column + 3u),
+    );
+    let first = (job.parts + row * job.stride + column) / 4u;
+    var sum = vec4<f32>(0.0);
+    for (var part = 0u; part < job.count; part++) {
+        sum += parts[first + part * job.part_len / 4u] * (a * x_inverse(job, part, row));
     }
-    let x = inverse(job.x_scales, row);
     let at = job.z + row * job.rank + column;
-    z[at] = sum.x * (x * inverse(job.a_scales, column));
-    if (column + 1u < job.rank) { z[at + 1u] = sum.y * (x * inverse(job.a_scales, column + 1u)); }
-    if (column + 2u < job.rank) { z[at + 2u] = sum.z * (x * inverse(job.a_scales, column + 2u)); }
-    if (column + 3u < job.rank) { z[at + 3u] = sum.w * (x * inverse(job.a_scales, column + 3u)); }
+    z[at] = sum.x;
+    if (column + 1u < job.rank) { z[at + 1u] = sum.y; }
+    if (column + 2u < job.rank) { z[at + 2u] = sum.z; }
+    if (column + 3u < job.rank) { z[at + 3u] = sum.w; }
 }

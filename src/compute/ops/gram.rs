@@ -1,12 +1,11 @@
 use bytemuck::NoUninit;
 use rayon::prelude::*;
 
-use super::project::{ScaleTable, scale_rows};
 use super::{ENOUGH_WORKGROUPS, mismatch, same_count, view, view_mut};
 use crate::compute::gpu::{Commands, Gpu, Pooled, Work, whole};
 use crate::compute::shaders::Kernel;
 use crate::compute::{Batch, Device, Element, Precision, Shape};
-use crate::{Dtype, Error, Result};
+use crate::{Error, Result};
 use std::sync::Arc;
 
 /// `S += ZᵀZ`: blocked Gram accumulation.
@@ -97,6 +96,15 @@ struct Job {
 struct MatrixJob {
     job: Job,
     scales: u32,
+}
+
+#[derive(Clone, Copy, NoUninit)]
+#[repr(C)]
+struct ScaleJob {
+    z: u32,
+    scales: u32,
+    rows: u32,
+    cols: u32,
 }
 
 fn job(job: &GramJob, reduce: &ReduceJob, jobs: usize) -> Job {
@@ -201,23 +209,19 @@ pub(super) fn encode(
     } else {
         let (fast, plain): (Vec<_>, Vec<_>) =
             jobs.iter().zip(&reduce).partition(|(job, _)| suits_matrix_units(gpu, job));
-        let (mut scale_table, mut len, mut table) = (ScaleTable::default(), 0, Vec::new());
-        let mut work: Vec<Work> = Vec::new();
+        let (mut table, mut work) = (Vec::new(), Vec::<Work>::new());
+        let (mut scales_len, mut scale_table, mut scale_work) = (0, Vec::new(), Vec::<Work>::new());
         for (job, r) in fast {
             work.extend(tiles(128, table.len() as u32, r));
-            let shape = Shape::new(job.tokens, job.rank);
-            table.push(MatrixJob {
-                job: self::job(job, r, jobs.len()),
-                scales: scale_rows(&mut scale_table, &mut len, job.z, shape, Dtype::F32),
-            });
+            scale_work.extend((0..job.tokens as u32).step_by(8).map(|row| [table.len() as u32, row, 0, 0]));
+            let matrix = MatrixJob { job: self::job(job, r, jobs.len()), scales: scales_len };
+            let Job { z, tokens: rows, rank: cols, .. } = matrix.job;
+            scale_table.push(ScaleJob { z, scales: scales_len, rows, cols });
+            scales_len += rows;
+            table.push(matrix);
         }
-        let scales = gpu.scratch(len.max(1) as u64 * 4)?;
-        commands.launch(
-            Kernel::RowScale,
-            &scale_table.0,
-            &scale_table.1,
-            &[buffers[0].clone(), whole(&scales)],
-        );
+        let scales = gpu.scratch(u64::from(scales_len).max(1) * 4)?;
+        commands.launch(Kernel::RowScale, &scale_table, &scale_work, &[buffers[0].clone(), whole(&scales)]);
         commands.phase(4);
         commands.launch(
             Kernel::GramMatrix,

@@ -168,9 +168,9 @@ impl Cut {
     }
 }
 
-/// Most bytes of parts that a product of `tokens` × `rank` may take on its way.
+/// Most bytes of parts, and of their scales, that a product of `tokens` × `rank` may take on its way.
 pub(super) fn parts_bytes(tokens: usize, rank: usize) -> usize {
-    (tokens.next_multiple_of(TILE_M) * rank.next_multiple_of(64) * 4).saturating_mul(MAX_PARTS)
+    (tokens.next_multiple_of(TILE_M) * (rank.next_multiple_of(64) + 1) * 4).saturating_mul(MAX_PARTS)
 }
 
 #[derive(Clone, Copy, NoUninit)]
@@ -204,16 +204,6 @@ struct SplitJob {
     rows: u32,
     cols: u32,
     stride: u32,
-}
-
-#[derive(Clone, Copy, NoUninit)]
-#[repr(C)]
-pub(super) struct ScaleJob {
-    matrix: u32,
-    scales: u32,
-    rows: u32,
-    cols: u32,
-    dtype: u32,
 }
 
 /// No scales, in the place of their first element.
@@ -264,41 +254,30 @@ pub(super) fn encode(
 /// The tables of the launches that one product takes part in.
 #[derive(Default)]
 struct Tables {
-    /// By binding of X.
-    scales: BTreeMap<usize, ScaleTable>,
     splits: Table<SplitJob>,
-    /// Where each split matrix of A is in `splits`, and the scales of each X, by binding, first word and shape.
+    /// Where each split matrix of A is in `splits`.
     split: BTreeMap<usize, usize>,
-    scaled: BTreeMap<[usize; 4], u32>,
-    /// One launch for each binding of X and permutation that occurs, and whether it writes Z itself.
-    products: BTreeMap<(usize, Kernel, bool), Table<Job>>,
-    matrix_products: BTreeMap<(usize, Kernel), Table<MatrixJob>>,
-    sums: Table<SumJob>,
-    /// Elements of scales, of high and of low halves of A, and of parts so far.
-    scales_len: usize,
+    /// Elements of high and of low halves of A so far, and of the scales of its rows.
     halves_len: usize,
+    scales_len: usize,
+    /// By binding of X.
+    inputs: BTreeMap<usize, Products>,
+}
+
+/// Those of one binding of X. Its parts have a buffer of their own: launches that write to one buffer wait for each
+/// other.
+#[derive(Default)]
+struct Products {
+    /// One launch for each permutation that occurs, and whether it writes Z itself.
+    plain: BTreeMap<(Kernel, bool), Table<Job>>,
+    matrix: BTreeMap<Kernel, Table<MatrixJob>>,
+    sums: Table<SumJob>,
+    /// Elements of parts so far.
     parts_len: usize,
 }
 
 /// The jobs of a launch, and their work.
 type Table<J> = (Vec<J>, Vec<Work>);
-pub(super) type ScaleTable = Table<ScaleJob>;
-
-/// Appends the job of scaling the rows of a matrix, of whole 16 bytes, and gives the place of the scales.
-pub(super) fn scale_rows(
-    table: &mut ScaleTable,
-    len: &mut usize,
-    matrix: usize,
-    shape: Shape,
-    dtype: Dtype,
-) -> u32 {
-    let scales = *len as u32;
-    *len += shape.rows;
-    let (index, rows, cols) = (table.0.len() as u32, shape.rows as u32, shape.cols as u32);
-    table.0.push(ScaleJob { matrix: matrix as u32, scales, rows, cols, dtype: dtype_code(dtype) });
-    table.1.extend((0..rows).step_by(8).map(|row| [index, row, 0, 0]));
-    scales
-}
 
 impl Tables {
     /// The job that splits matrix `index` of A in whole tiles of `columns` rows.
@@ -343,22 +322,20 @@ impl Tables {
         };
         let (mut x_scales, mut a_scales, mut a_stride) = (NONE, NONE, 0);
         if cut.uses_matrix_units() {
-            // Layers that read the same input share its scales. Values of f16 are in range.
-            if job.dtype != Dtype::F16 {
-                let key = [job.x, job.x_word, job.tokens, shape.cols];
-                x_scales = *self.scaled.entry(key).or_insert_with(|| {
-                    let (table, rows) =
-                        (self.scales.entry(job.x).or_default(), Shape::new(job.tokens, shape.cols));
-                    scale_rows(table, &mut self.scales_len, job.x_word, rows, job.dtype)
-                });
-            }
             let split = self.split(a, job.a, cut.columns);
             (entry.a, a_scales, a_stride) = (split.halves, split.scales, split.stride);
         }
+        let Products { plain, matrix, sums, parts_len } = self.inputs.entry(job.x).or_default();
         if cut.is_summed() {
-            entry.z = self.parts_len as u32;
-            let index = self.sums.0.len() as u32;
-            self.sums.0.push(SumJob {
+            entry.z = *parts_len as u32;
+            *parts_len += cut.parts * cut.part_len;
+            // Values of f16 are in range.
+            if cut.uses_matrix_units() && job.dtype != Dtype::F16 {
+                x_scales = *parts_len as u32;
+                *parts_len += (cut.parts * job.tokens).next_multiple_of(4);
+            }
+            let index = sums.0.len() as u32;
+            sums.0.push(SumJob {
                 parts: entry.z,
                 z: job.z as u32,
                 tokens: entry.tokens,
@@ -370,8 +347,7 @@ impl Tables {
                 a_scales,
             });
             let quads = entry.tokens * entry.rank.div_ceil(4);
-            self.sums.1.extend((0..quads).step_by(256).map(|first| [index, first, 0, 0]));
-            self.parts_len += cut.parts * cut.part_len;
+            sums.1.extend((0..quads).step_by(256).map(|first| [index, first, 0, 0]));
         }
         let [rows, columns] =
             [job.tokens.div_ceil(TILE_M), shape.rows.div_ceil(cut.columns)].map(|n| n as u32);
@@ -382,11 +358,11 @@ impl Tables {
             })
         };
         if cut.uses_matrix_units() {
-            let (table, work) = self.matrix_products.entry((job.x, cut.kernel)).or_default();
+            let (table, work) = matrix.entry(cut.kernel).or_default();
             work.extend(tiles(table.len()));
             table.push(MatrixJob { job: entry, a_stride, x_scales, a_scales });
         } else {
-            let (table, work) = self.products.entry((job.x, cut.kernel, !cut.is_summed())).or_default();
+            let (table, work) = plain.entry((cut.kernel, !cut.is_summed())).or_default();
             work.extend(tiles(table.len()));
             table.push(entry);
         }
@@ -408,34 +384,31 @@ fn encode_f32(
     };
     let mut all = tables(MAX_PARTS);
     // Parts of very many products may be more than one buffer holds.
-    if all.parts_len as u64 * 4 > gpu.max_arena() {
+    if all.inputs.values().any(|input| input.parts_len as u64 * 4 > gpu.max_arena()) {
         all = tables(1);
     }
-    let tables = all;
     let factor = whole(a.buffer()?);
-    let scales = commands.scratch(gpu, tables.scales_len.max(1) as u64 * 4)?;
-    let [high, low] = [(); 2].map(|()| commands.scratch(gpu, tables.halves_len.max(1) as u64 * 2));
+    let scales = commands.scratch(gpu, all.scales_len.max(1) as u64 * 4)?;
+    let [high, low] = [(); 2].map(|()| commands.scratch(gpu, all.halves_len.max(1) as u64 * 2));
     let (high, low) = (high?, low?);
-    let parts = commands.scratch(gpu, tables.parts_len.max(1) as u64 * 4)?;
     commands.phase(0);
-    for (i, (table, work)) in &tables.scales {
-        commands.launch(Kernel::RowScale, table, work, &[x[*i].clone(), whole(&scales)]);
-    }
-    let (table, work) = &tables.splits;
+    let (table, work) = &all.splits;
     let buffers = [factor.clone(), whole(&high), whole(&low), whole(&scales)];
     commands.launch(Kernel::SplitRows, table, work, &buffers);
-    commands.phase(1);
-    for ((i, kernel, direct), (table, work)) in &tables.products {
-        let out = if *direct { z.clone() } else { whole(&parts) };
-        commands.launch(*kernel, table, work, &[x[*i].clone(), factor.clone(), out]);
+    for (i, Products { plain, matrix, sums, parts_len }) in &all.inputs {
+        let parts = commands.scratch(gpu, (*parts_len).max(1) as u64 * 4)?;
+        commands.phase(1);
+        for ((kernel, direct), (table, work)) in plain {
+            let out = if *direct { z.clone() } else { whole(&parts) };
+            commands.launch(*kernel, table, work, &[x[*i].clone(), factor.clone(), out]);
+        }
+        for (kernel, (table, work)) in matrix {
+            let buffers = [x[*i].clone(), whole(&high), whole(&low), whole(&parts), whole(&scales)];
+            commands.launch(*kernel, table, work, &buffers);
+        }
+        commands.phase(2);
+        commands.launch(Kernel::SumParts, &sums.0, &sums.1, &[whole(&parts), z.clone(), whole(&scales)]);
     }
-    for ((i, kernel), (table, work)) in &tables.matrix_products {
-        let buffers = [x[*i].clone(), whole(&high), whole(&low), whole(&parts), whole(&scales)];
-        commands.launch(*kernel, table, work, &buffers);
-    }
-    commands.phase(2);
-    let (table, work) = &tables.sums;
-    commands.launch(Kernel::SumParts, table, work, &[whole(&parts), z, whole(&scales)]);
     Ok(())
 }
 
