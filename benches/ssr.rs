@@ -3,7 +3,7 @@
 //! The activations lie in the device's memory already, as they do where a model has just run. They take turns in a few
 //! buffers of each width (all of them would be 64 GB), more than any cache holds. What is timed:
 //!
-//! * `accumulate`: the statistics of all layers and tasks, the adapters' A on the device;
+//! * `accumulate`: the statistics of all layers and tasks, eight layers a call, the adapters' A on the device;
 //! * `solve and product`: the routers of all layers from statistics on the device, and B_cat times them, on the device;
 //! * `whole`: from adapters in files to merged factors on the host, with hashes, losses and report.
 //!
@@ -22,12 +22,14 @@ use common::{
 };
 use criterion::{Criterion, criterion_group, criterion_main};
 use loraweld::compute::Batch;
-use loraweld::compute::ops::matmul;
+use loraweld::compute::ops::{Activations, matmul};
 use loraweld::{Adapter, Calibration, Control, Device, Dtype, Matrix, Source, Ssr, Weighted};
 
 const ADAPTERS: usize = 4;
 const RANK: usize = 32;
 const ORDER: usize = ADAPTERS * RANK;
+/// Layers that come in one call: as many as a block has, whose inputs a model can keep.
+const BLOCK: usize = 8;
 
 /// Feeds a calibration with the activations of every task and layer.
 fn accumulate(
@@ -36,11 +38,14 @@ fn accumulate(
     layers: &[LayerShape],
     inputs: &BTreeMap<usize, Vec<Input>>,
 ) {
+    let views: Vec<(&str, Activations<'_>)> = layers
+        .iter()
+        .enumerate()
+        .map(|(i, (layer, width, _))| (layer.as_str(), inputs[width][i % inputs[width].len()].view()))
+        .collect();
     for task in 0..ADAPTERS {
-        for (i, (layer, width, _)) in layers.iter().enumerate() {
-            let inputs = &inputs[width];
-            let x = inputs[i % inputs.len()].view();
-            calibration.accumulate(&target.device, task, layer, x).expect("accumulate");
+        for block in views.chunks(BLOCK) {
+            calibration.accumulate_all(&target.device, Source::Task(task), block).expect("accumulate");
         }
     }
 }

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 
 use common::{Case, devices, relative};
 use fixtures::{POOL, Tensors, activations, adapter, calibrated, data, pool, stored};
+use loraweld::compute::ops::Activations;
 use loraweld::{
     Adapter, Calibration, Control, Device, DeviceOptions, Error, Matrix, Precision, RawMatrix, Select, Source,
 };
@@ -115,6 +116,43 @@ fn batches_in_any_order_add_up() {
         println!("{}: {worst:.1e}", case.name);
         // f64 and double-single by the order of sums alone; f32 by a few roundings.
         assert!(worst <= tolerance(&case, 1e-10, 1e-6), "{}: {worst:e}", case.name);
+    }
+}
+
+#[test]
+fn layers_in_one_call_are_those_apart() {
+    let adapters = pool();
+    let file = Tensors::open(activations("step1", POOL[1]));
+    let values: Vec<(String, Matrix<f32>)> = adapters[0]
+        .layers()
+        .iter()
+        .map(|layer| {
+            let Matrix { rows, cols, data } = file.get(&stored(&layer.module));
+            (layer.module.clone(), Matrix { rows, cols, data: data.iter().map(|&v| v as f32).collect() })
+        })
+        .collect();
+    let views: Vec<(&str, Activations<'_>)> = values
+        .iter()
+        .map(|(name, x)| (name.as_str(), RawMatrix::from_f32(x.rows, x.cols, &x.data).unwrap().into()))
+        .collect();
+    for case in devices() {
+        let (mut together, mut apart) =
+            (Calibration::new(&adapters).unwrap(), Calibration::new(&adapters).unwrap());
+        together.accumulate_all(&case.device, Source::Task(1), &views).unwrap();
+        for (name, x) in &views {
+            apart.accumulate(&case.device, 1, name, *x).unwrap();
+        }
+        let worst = difference(&together, &apart);
+        // f64 and double-single by the order of sums alone; f32 by a few roundings.
+        assert!(worst <= tolerance(&case, 1e-10, 1e-6), "{}: {worst:e}", case.name);
+
+        // One that is refused keeps the others out.
+        let narrow = RawMatrix::from_f32(1, 1, &[1.0]).unwrap();
+        let refused = [views[0], (views[1].0, narrow.into())];
+        let error = together.accumulate_all(&case.device, Source::Task(1), &refused).unwrap_err();
+        assert!(error.to_string().contains("width 1"), "{error}");
+        let again = difference(&together, &apart);
+        assert_eq!(worst, again, "{}: something was added", case.name);
     }
 }
 

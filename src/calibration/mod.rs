@@ -211,7 +211,7 @@ impl Calibration {
         layer: &str,
         x: impl Into<Activations<'x>>,
     ) -> Result<()> {
-        self.accumulate_from(device, Source::Task(task), layer, x.into())
+        self.accumulate_all(device, Source::Task(task), &[(layer, x.into())])
     }
 
     /// Adds one batch of inputs that `layer` of the base model gets on unrelated prompts, where a merge should
@@ -225,17 +225,35 @@ impl Calibration {
         layer: &str,
         x: impl Into<Activations<'x>>,
     ) -> Result<()> {
-        self.accumulate_from(device, Source::Neutral, layer, x.into())
+        self.accumulate_all(device, Source::Neutral, &[(layer, x.into())])
     }
 
-    fn accumulate_from(
+    /// [`accumulate`](Self::accumulate) of several layers in one call, of one task or neutral: as many as a model keeps at
+    /// once, those of a block for example. A GPU works on them side by side, which a layer alone does not fill.
+    ///
+    /// # Errors
+    /// As [`accumulate`](Self::accumulate); nothing is added if any of the inputs is refused.
+    pub fn accumulate_all(
         &mut self,
         device: &Device,
         source: Source,
-        layer: &str,
-        x: Activations<'_>,
+        inputs: &[(&str, Activations<'_>)],
     ) -> Result<()> {
         let slot = self.slot(source)?;
+        let mut checked = Vec::with_capacity(inputs.len());
+        for (layer, x) in inputs {
+            for key in self.checked(layer, x)? {
+                checked.push((key, *x));
+            }
+        }
+        match checked.is_empty() {
+            false => self.add_inputs(device, slot, &checked),
+            true => Ok(()),
+        }
+    }
+
+    /// The layers that several adapters share and that read these inputs.
+    fn checked(&self, layer: &str, x: &Activations<'_>) -> Result<Vec<LayerKey>> {
         let key = LayerKey::parse(layer);
         let targets = self.source()?.targets(&key);
         if targets.is_empty() {
@@ -260,12 +278,7 @@ impl Calibration {
                 format!("element [{}, {}] of its inputs is NaN or infinite", i / shape.cols, i % shape.cols);
             return Err(Error::layer(layer, reason));
         }
-        let shared = targets.into_iter().map(|(key, _)| key).filter(|key| self.layers.contains_key(key));
-        let inputs: Vec<_> = shared.map(|key| (key, x)).collect();
-        match inputs.is_empty() {
-            false => self.add_inputs(device, slot, &inputs),
-            true => Ok(()),
-        }
+        Ok(targets.into_iter().map(|(key, _)| key).filter(|key| self.layers.contains_key(key)).collect())
     }
 
     /// Adds the tensors of a safetensors file: `<layer>` [tokens, width] in f32, f16 or bf16. Metadata `alias`

@@ -14,7 +14,7 @@ use crate::calibration::{LayerStatistics, gram_parts};
 use crate::compute::ops::{self, Axis, Factor};
 use crate::compute::{Batch, Shape};
 use crate::power::{exponent, exponent_of, pow2};
-use crate::{Calibration, Control, Device, Error, Layer, LayerKey, Matrix, RawMatrix, Result, Weighted};
+use crate::{Calibration, Control, Device, Error, Layer, LayerKey, Matrix, Result, Weighted};
 
 /// How strongly the router is held to its prior R₀.
 #[derive(Clone, Copy, Debug, PartialEq, Deserialize, Serialize)]
@@ -222,8 +222,7 @@ impl<'a> Ssr<'a> {
         if jobs.is_empty() {
             return Ok(Vec::new());
         }
-        let a: Vec<Matrix<f32>> = jobs.par_iter().map(|job| super::joined_a(&job.members)).collect();
-        let proxies = self.proxies(device, jobs, &a)?;
+        let proxies = self.proxies(device, jobs)?;
         let (b, scales) = concatenated_b(device, jobs)?;
         let bb = output_grams(device, &b, &scales)?;
         let systems: Vec<_> = (0..jobs.len())
@@ -247,70 +246,62 @@ impl<'a> Ssr<'a> {
         let routers = Batch::upload(device, device.product(), &routers)?;
         let merged = ops::matmul(device, &b, &routers)?.download_f32(device)?;
 
-        let mut merges = Vec::new();
-        for (i, (a, b)) in a.into_iter().zip(merged).enumerate() {
-            let job = jobs[i];
-            let solved = match &solved[i] {
-                Ok(solved) => solved,
-                Err(why) => {
-                    merges.push(Merge::summed(job, why.clone())?);
-                    continue;
-                }
-            };
-            let mut notes = Vec::new();
-            if solved.raised {
-                notes.push("its statistics are singular at the ridge asked for, which was raised".to_owned());
-            }
-            if self.options.neutral_weight > 0.0 && job.neutral.is_none() {
-                notes.push("no neutral inputs came for it".to_owned());
-            }
-            merges.push(Merge {
-                layer: super::joined_layer(&job.members, a, b)?,
-                action: Action::Routed,
-                tokens: job.tokens(),
-                ridge: solved.ridge,
-                squares: self.calibration.map(|_| job.squares(&bb[i], &solved.router)),
-                notes,
-            });
+        let all = jobs.par_iter().zip(merged).zip(solved.par_iter().zip(&bb));
+        all.map(|((job, b), (solved, bb))| match solved {
+            Ok(solved) => self.routed(job, b, bb, solved),
+            Err(why) => Merge::summed(job, why.clone()),
+        })
+        .collect()
+    }
+
+    /// A layer whose B is `b`, the routed B_cat. `bb`: BᵀB.
+    fn routed(&self, job: &Job<'_>, b: Matrix<f32>, bb: &Matrix, solved: &Solved) -> Result<Merge> {
+        let mut notes = Vec::new();
+        if solved.raised {
+            notes.push("its statistics are singular at the ridge asked for, which was raised".to_owned());
         }
-        Ok(merges)
+        if self.options.neutral_weight > 0.0 && job.neutral.is_none() {
+            notes.push("no neutral inputs came for it".to_owned());
+        }
+        Ok(Merge {
+            layer: super::joined_layer(&job.members, super::joined_a(&job.members), b)?,
+            action: Action::Routed,
+            tokens: job.tokens(),
+            ridge: solved.ridge,
+            squares: self.calibration.map(|_| job.squares(bb, &solved.router)),
+            notes,
+        })
     }
 
     /// The data-free statistics G_f,k of each member of each layer, where the options ask for them.
-    fn proxies(&self, device: &Device, jobs: &[&Job<'_>], a: &[Matrix<f32>]) -> Result<Vec<Vec<Matrix>>> {
+    fn proxies(&self, device: &Device, jobs: &[&Job<'_>]) -> Result<Vec<Vec<Matrix>>> {
         let prior = self.options.prior == Prior::Adapters && self.options.prior_weight > 0.0;
         if self.calibration.is_some() && !prior {
             return Ok(Vec::new());
         }
         // Blocks are brought to size 1, exactly, so that f32 holds products of tiny and huge factors.
-        let scaled: Vec<(Matrix<f32>, Vec<f64>)> = jobs
+        let (factors, scales): (Vec<Vec<Factor<'_>>>, Vec<Vec<f64>>) = jobs
             .par_iter()
-            .zip(a)
-            .map(|(job, a)| {
-                let (mut a, mut rows) = (a.clone(), Vec::new());
+            .map(|job| {
+                let (mut factors, mut scales) = (Vec::new(), Vec::new());
                 for (layer, _) in &job.members {
                     let e = exponent(layer.a()).unwrap_or(0);
-                    let block = &mut a.data[rows.len() * a.cols..][..layer.rank * a.cols];
-                    block.iter_mut().for_each(|v| *v *= pow2(-e) as f32);
-                    rows.extend(std::iter::repeat_n(pow2(e), layer.rank));
+                    factors.push(Factor { matrix: layer.a(), scale: pow2(-e) as f32 });
+                    scales.extend(std::iter::repeat_n(pow2(e), layer.rank));
                 }
-                (a, rows)
+                (factors, scales)
             })
-            .collect();
-        let views = scaled
-            .iter()
-            .map(|(a, _)| RawMatrix::from_f32(a.rows, a.cols, &a.data))
-            .collect::<Result<Vec<_>>>()?;
-        let factors: Vec<[Factor<'_>; 1]> = views.iter().map(|&view| [Factor::new(view)]).collect();
-        let factors: Vec<&[Factor<'_>]> = factors.iter().map(|factor| &factor[..]).collect();
-        let joined = ops::rank_concat(device, Axis::Rows, &factors)?;
-        let products = ops::project(device, &views, &joined)?.download(device)?;
+            .unzip();
+        let factors: Vec<&[Factor<'_>]> = factors.iter().map(Vec::as_slice).collect();
+        let a = ops::rank_concat(device, Axis::Rows, &factors)?;
+        let products = ops::inner_as(device, &a, &a, device.product())?.download(device)?;
         Ok((0..jobs.len())
             .into_par_iter()
             .map(|i| {
-                let (c, rows) = (&products[i], &scaled[i].1);
-                let c =
-                    Matrix::from_fn(c.rows, c.cols, |i, j| 0.5 * (c[(i, j)] + c[(j, i)]) * rows[i] * rows[j]);
+                let (c, scales) = (&products[i], &scales[i]);
+                let c = Matrix::from_fn(c.rows, c.cols, |i, j| {
+                    0.5 * (c[(i, j)] + c[(j, i)]) * scales[i] * scales[j]
+                });
                 jobs[i].blocks.iter().map(|block| proxy(&c, block)).collect()
             })
             .collect())
@@ -430,10 +421,12 @@ impl Method for Ssr<'_> {
         // Sums are in the order of the keys, whichever layer is done first.
         let measured: Mutex<BTreeMap<LayerKey, Option<Squares>>> = Mutex::default();
         let merge = |on: &Device, jobs: &[driver::Job<'_>]| {
-            let mut ours = Vec::with_capacity(jobs.len());
-            for driver::Job { planned, members } in jobs {
-                ours.push(Job::new(planned, members.clone(), adapters, &active, statistics(planned)?));
-            }
+            let ours: Vec<Job<'_>> = jobs
+                .par_iter()
+                .map(|driver::Job { planned, members }| {
+                    Ok(Job::new(planned, members.clone(), adapters, &active, statistics(planned)?))
+                })
+                .collect::<Result<_>>()?;
             let merges = self.chunk(on, &ours)?;
             let mut measured = measured.lock().unwrap_or_else(PoisonError::into_inner);
             let done = jobs.iter().zip(merges).map(|(job, merge)| {

@@ -118,14 +118,15 @@ fn rank_concat_gpu(device: &Device, axis: Axis, jobs: &[&[Factor]], joined: &Bat
     let Storage::Gpu { buffer, .. } = &joined.storage else { return Ok(()) };
     // Factors go up in groups that one binding holds.
     let limit = gpu.max_arena().min(64 << 20) as usize;
-    let mut words: Vec<u8> = Vec::new();
+    let mut pieces: Vec<(usize, &[u8])> = Vec::new();
     let mut table: Vec<Job> = Vec::new();
-    let flush = |words: &mut Vec<u8>, table: &mut Vec<Job>| -> Result<()> {
+    let mut bytes = 0;
+    let flush = |bytes: usize, pieces: &mut Vec<(usize, &[u8])>, table: &mut Vec<Job>| -> Result<()> {
         if table.is_empty() {
             return Ok(());
         }
-        let source = gpu.scratch(words.len() as u64)?;
-        gpu.write(&source, 0, words)?;
+        let source = gpu.scratch(bytes as u64)?;
+        gpu.write_pieces(&source, pieces)?;
         let work: Vec<_> = table
             .iter()
             .enumerate()
@@ -137,7 +138,7 @@ fn rank_concat_gpu(device: &Device, axis: Axis, jobs: &[&[Factor]], joined: &Bat
         let mut commands = gpu.commands();
         commands.launch(Kernel::RankConcat, table, &work, &[whole(&source), whole(buffer)]);
         commands.submit()?;
-        words.clear();
+        pieces.clear();
         table.clear();
         Ok(())
     };
@@ -148,11 +149,12 @@ fn rank_concat_gpu(device: &Device, axis: Axis, jobs: &[&[Factor]], joined: &Bat
             for first in (0..factor.matrix.rows).step_by(rows_at_once) {
                 let last = (first + rows_at_once).min(factor.matrix.rows);
                 let piece = factor.matrix.rows(first, last);
-                if !words.is_empty() && words.len() + piece.bytes.len() > limit {
-                    flush(&mut words, &mut table)?;
+                if bytes > 0 && bytes + piece.bytes.len() > limit {
+                    flush(bytes, &mut pieces, &mut table)?;
+                    bytes = 0;
                 }
                 table.push(Job {
-                    source: (words.len() / 4) as u32,
+                    source: (bytes / 4) as u32,
                     dtype: dtype_code(piece.dtype),
                     rows: piece.rows as u32,
                     cols: piece.cols as u32,
@@ -160,10 +162,10 @@ fn rank_concat_gpu(device: &Device, axis: Axis, jobs: &[&[Factor]], joined: &Bat
                     stride: shape.cols as u32,
                     scale: factor.scale,
                 });
-                words.extend_from_slice(piece.bytes);
-                words.resize(words.len().next_multiple_of(4), 0);
+                pieces.push((bytes, piece.bytes));
+                bytes += piece.bytes.len().next_multiple_of(4);
             }
         }
     }
-    flush(&mut words, &mut table)
+    flush(bytes, &mut pieces, &mut table)
 }
