@@ -418,6 +418,7 @@ impl Method for Ssr<'_> {
             None => Vec::new(),
             Some(calibration) => {
                 let selected: Vec<_> = adapters.iter().map(|weighted| weighted.adapter).collect();
+                calibration.leave(run.device)?;
                 calibration.select(&selected)?
             }
         };
@@ -697,7 +698,10 @@ fn trace(m: &Matrix) -> f64 {
 fn size(layer: &PlannedLayer) -> (u64, u64) {
     let PlannedLayer { rank, input, output, .. } = layer;
     let partial = gram_parts(*output, *rank) * rank * rank;
-    let largest = 8 * (rank * rank.max(input).max(output)).max(partial);
-    let size = 4 * rank * (2 * input + 3 * output) + 8 * (6 * rank * rank + partial);
+    // A·Aᵀ comes in parts of whole tiles.
+    let parts = 4 * 8 * rank.next_multiple_of(128) * rank.next_multiple_of(64);
+    let largest = (8 * (rank * rank.max(input).max(output)).max(partial)).max(parts);
+    // A, as it comes and in halves; B, as it comes or merged.
+    let size = 4 * rank * (3 * input + 3 * output) + 8 * (6 * rank * rank + partial) + parts;
     (largest as u64, size as u64)
 }

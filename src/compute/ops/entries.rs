@@ -158,7 +158,7 @@ pub fn magnitudes(
     let tile = |k: u32| (0..tiles.0).flat_map(move |row| (0..tiles.1).map(move |c| [0, row, c, k]));
     let work: Vec<Work> = (0..members.len() as u32).flat_map(tile).collect();
     let bytes = (members.len() * BUCKETS * 4) as u64;
-    let histogram = gpu.buffer("magnitudes", bytes)?;
+    let histogram = gpu.zeros(bytes)?;
     let entries = gpu.scratch(members.len() as u64 * 32)?;
     gpu.write(&entries, 0, bytemuck::cast_slice(&table(members, prefixes.unwrap_or_default())))?;
     let mut commands = gpu.commands();

@@ -28,8 +28,8 @@ pub enum Side {
     Output,
 }
 
-/// Bytes that are uploaded at once.
-const UPLOAD: usize = 128 << 20;
+/// Bytes that are uploaded at once, at most.
+const UPLOAD: u64 = 128 << 20;
 
 impl ScaledRows {
     /// One matrix of each list of factors, stacked: `[A_1; …; A_K]`, or `[B_1 … B_K]ᵀ`.
@@ -218,8 +218,12 @@ fn rows_gpu(
     let scale_buffer = gpu.scratch(ranks as u64 * 4)?;
     // Of all rows so far.
     let mut all: Vec<i32> = Vec::with_capacity(ranks);
-    // Factors go up in groups that one binding holds.
-    let limit = (gpu.max_arena() as usize).min(UPLOAD);
+    // Factors go up in groups that one binding holds; one of B as a whole.
+    let largest = stacks.iter().flatten().map(|part| part.bytes.len()).max().unwrap_or(0);
+    let limit = match side {
+        Side::Input => gpu.source_limit(UPLOAD) as usize,
+        Side::Output => (gpu.source_limit(UPLOAD) as usize).max(largest).min(gpu.max_arena() as usize),
+    };
     let mut upload = Upload::default();
     let mut flush = |upload: &mut Upload<'_>| -> Result<()> {
         let Upload { pieces, jobs, bytes } = std::mem::take(upload);
