@@ -599,9 +599,8 @@ impl Commands<'_> {
         let Self { gpu, launches, tables: bytes, .. } = self;
         launches.sort_by_key(|launch| launch.phase);
         // Themselves, and what wgpu stages them in.
-        let (meter, size) = (gpu.meter.clone(), 2 * bytes.len() as u64);
-        meter.take(size);
-        encoder.on_submitted_work_done(move || meter.free(size));
+        let held = gpu.meter.hold(2 * bytes.len() as u64);
+        encoder.on_submitted_work_done(move || drop(held));
         let tables = gpu.device.create_buffer(&wgpu::BufferDescriptor {
             label: Some("job and work tables"),
             size: bytes.len().next_multiple_of(4) as u64,

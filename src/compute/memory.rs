@@ -54,6 +54,12 @@ impl Meter {
         }
     }
 
+    /// Counts bytes until what this gives is dropped.
+    pub fn hold(self: &Arc<Self>, bytes: u64) -> Held {
+        self.take(bytes);
+        Held { meter: self.clone(), bytes }
+    }
+
     /// These are free.
     pub fn free(&self, bytes: u64) {
         self.count().held -= bytes;
@@ -94,6 +100,18 @@ impl Meter {
 
     fn count(&self) -> MutexGuard<'_, Count> {
         self.count.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Bytes that are counted until it is dropped.
+pub(crate) struct Held {
+    meter: Arc<Meter>,
+    bytes: u64,
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        self.meter.free(self.bytes);
     }
 }
 
@@ -154,6 +172,9 @@ mod tests {
         meter.free(90);
         meter.reset_peak();
         assert_eq!(meter.peak(), 10);
+        let meter = Arc::new(meter);
+        drop(meter.hold(5));
+        assert_eq!((meter.peak(), meter.try_take(90)), (15, Ok(())));
     }
 
     #[test]

@@ -53,7 +53,7 @@ impl DeviceMemory {
 impl fmt::Display for DeviceMemory {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
-        write!(f, "{:.1} of {:.1} MiB", mib(self.peak), mib(self.budget))
+        write!(f, "{:.1} of {:.1} MiB at most", mib(self.peak), mib(self.budget))
     }
 }
 
@@ -188,7 +188,7 @@ impl fmt::Display for Report {
             self.seconds
         )?;
         if let Some(memory) = self.memory {
-            writeln!(f, "  device memory: at most {memory}")?;
+            writeln!(f, "  device memory: {memory}")?;
         }
         for input in &self.inputs {
             writeln!(f, "  {} at {}, {} layers", input.name, input.strength, input.layers)?;
