@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use self::resident::Resident;
-pub(crate) use self::resident::{arena, gram_parts};
+pub(crate) use self::resident::arena;
 use crate::adapter::dotted;
 pub use crate::compute::ops::Activations;
 use crate::safetensors_file::{FileDtype, SafetensorsFile, TensorRef};

@@ -53,14 +53,7 @@ pub(super) fn call_limit(device: &Device) -> u64 {
 
 /// Bytes that inputs take in a call: themselves, what A sees of them, and partial Gram matrices.
 pub(super) fn call_cost(x: RawMatrix<'_>, order: usize) -> u64 {
-    let partial = gram_parts(x.rows, order) * order * order;
-    x.bytes.len() as u64 + 8 * (x.rows * order + partial) as u64
-}
-
-/// At most so many partial Gram matrices are made of `tokens` rows.
-pub(crate) fn gram_parts(tokens: usize, order: usize) -> usize {
-    let tiles = order.div_ceil(64).max(1);
-    tokens.div_ceil(64).min((768 / (tiles * (tiles + 1) / 2)).max(tokens.div_ceil(512)) + 1)
+    (x.bytes.len() + 8 * x.rows * order + ops::gram_bytes(x.rows, order)) as u64
 }
 
 /// Bytes that one arena may have.

@@ -152,6 +152,8 @@ pub(super) fn run(run: &Run<'_>, spec: &Spec<'_>) -> Result<Merged> {
     });
     let layers: Vec<_> = layers.collect();
     notes.extend(cuts.note(layers.len()));
+    let memory = DeviceMemory::of(run.device);
+    notes.extend(memory.and_then(DeviceMemory::note));
     let report = Report {
         method: spec.method.to_owned(),
         device: run.device.describe(),
@@ -160,7 +162,7 @@ pub(super) fn run(run: &Run<'_>, spec: &Spec<'_>) -> Result<Merged> {
         layers,
         losses: None,
         notes,
-        memory: DeviceMemory::of(run.device),
+        memory,
         seconds: start.elapsed().as_secs_f64(),
         version: env!("CARGO_PKG_VERSION").to_owned(),
     };

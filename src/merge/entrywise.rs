@@ -101,9 +101,8 @@ impl EntryMerge {
         let (_, directions) = self.directions(layer);
         let rows = panel_rows(device, *input).min(*output);
         let panel = 4 * rows * input;
-        // W·panelᵀ: its partial sums, which are of whole tiles, and itself.
-        let products =
-            4 * 8 * directions.next_multiple_of(128) * rows.next_multiple_of(64) + 8 * directions * rows;
+        // W·panelᵀ: its partial sums, and itself.
+        let products = ops::product_bytes(directions, rows) + 8 * directions * rows;
         let largest = (4 * rank.max(&directions) * input.max(output)).max(panel).max(products);
         // A and B; W, and what is made orthonormal beside it, twice; its small matrices; a panel, the same in halves, and its
         // tables; histograms of magnitudes.

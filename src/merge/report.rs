@@ -48,6 +48,12 @@ impl DeviceMemory {
     pub(super) fn of(device: &Device) -> Option<Self> {
         device.is_gpu().then(|| Self { peak: device.memory_peak(), budget: device.memory() })
     }
+
+    /// Says so if it was exceeded, by what else the device holds.
+    pub(super) fn note(self) -> Option<String> {
+        (self.peak > self.budget)
+            .then(|| format!("more device memory was held than the merge should stay within: {self}"))
+    }
 }
 
 impl fmt::Display for DeviceMemory {

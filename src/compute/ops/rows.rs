@@ -28,6 +28,10 @@ pub enum Side {
     Output,
 }
 
+/// The side of a tile, and how many of them a workgroup copies: `TILE` and `TILES` of the shader.
+const TILE: usize = 32;
+const TILES: usize = 4;
+
 /// Bytes that are uploaded at once, at most.
 const UPLOAD: u64 = 128 << 20;
 
@@ -242,7 +246,9 @@ fn rows_gpu(
         all.extend(found.into_iter().flatten());
         let scales: Vec<f32> = all[start..].iter().map(|&e| pow2(-e) as f32).collect();
         gpu.write(&scale_buffer, start as u64 * 4, bytemuck::cast_slice(&scales))?;
-        let [along_rows, along_cols] = if side == Side::Output { [128, 32] } else { [32, 128] };
+        // Tiles follow each other along the rows of the target.
+        let [along_rows, along_cols] =
+            if side == Side::Output { [TILES * TILE, TILE] } else { [TILE, TILES * TILE] };
         let tiles = |(i, job): (u32, &Job)| {
             let columns = (0..job.cols).step_by(along_cols);
             let rows = (0..job.rows).step_by(along_rows);
