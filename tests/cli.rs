@@ -343,19 +343,43 @@ fn every_command_on_the_cpu() {
 
 #[test]
 fn every_command_on_a_gpu() {
+    if has_adapter() {
+        every_command("gpu");
+    }
+}
+
+/// Whether there is a GPU, software or not; to lack one must have been allowed.
+fn has_adapter() -> bool {
     let output = command().args(["devices", "--json"]).output().expect("the program starts");
     assert!(output.status.success());
-    if !parse(&streams(&output).0).iter().any(|event| event["event"] == "adapter") {
-        // Anything else would call a machine without a driver a success.
-        assert_eq!(
-            std::env::var("LORAWELD_ALLOW_NO_GPU").as_deref(),
-            Ok("1"),
-            "no GPU, not even a software one"
-        );
-        eprintln!("skipped: no GPU, and LORAWELD_ALLOW_NO_GPU=1");
+    if parse(&streams(&output).0).iter().any(|event| event["event"] == "adapter") {
+        return true;
+    }
+    // Anything else would call a machine without a driver a success.
+    assert_eq!(std::env::var("LORAWELD_ALLOW_NO_GPU").as_deref(), Ok("1"), "no GPU, not even a software one");
+    eprintln!("skipped: no GPU, and LORAWELD_ALLOW_NO_GPU=1");
+    false
+}
+
+#[test]
+fn reports_tell_the_memory_of_a_gpu() {
+    let sandbox = |device| Sandbox { device, ..Sandbox::new() };
+    let [style, subject] = ["style_shade", "concept_c3_mirror"].map(|name| text(lora(name)));
+    let words =
+        ["merge", "np-lora", "--style", &style, "--subject", &subject, "-o", "both", "--memory", "16"];
+    let (stdout, stderr) = sandbox("cpu").succeeds(&words);
+    assert!(!stdout.contains("memory") && !stderr.contains("memory"), "{stdout}{stderr}");
+    let events = sandbox("cpu").events(&args(&words));
+    assert_eq!(event(&events, "result")["report"]["memory"], Value::Null);
+    if !has_adapter() {
         return;
     }
-    every_command("gpu");
+    let (stdout, stderr) = sandbox("gpu").succeeds(&words);
+    assert!([stdout, stderr].concat().contains(" of 16.0 MiB at most"));
+    let events = sandbox("gpu").events(&args(&words));
+    let memory = &event(&events, "result")["report"]["memory"];
+    let peak = memory["peak"].as_u64().expect("a peak");
+    assert!(peak > 0 && peak <= 16 << 20 && memory["budget"] == 16 << 20, "{memory}");
 }
 
 #[test]

@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use self::resident::Resident;
-pub(crate) use self::resident::{arena, gram_parts};
+pub(crate) use self::resident::arena;
 use crate::adapter::dotted;
 pub use crate::compute::ops::Activations;
 use crate::safetensors_file::{FileDtype, SafetensorsFile, TensorRef};
@@ -52,7 +52,7 @@ pub struct FileSummary {
 
 /// Per-task Gram statistics of a pool of adapters.
 ///
-/// Sums stay on the device while they fit in half of [`Device::memory`]; methods that read them fetch them.
+/// Sums stay on the device while they fit in two fifths of [`Device::memory`]; methods that read them fetch them.
 /// The order of batches matters only to rounding.
 #[derive(Debug)]
 pub struct Calibration {
@@ -436,6 +436,14 @@ impl Calibration {
     /// [`Error::Layer`] if a sum is not finite, for activations overflow; [`Error::Device`].
     pub fn flush(&self) -> Result<()> {
         self.lock().flush(&self.tasks)
+    }
+
+    /// [`flush`](Self::flush), and leaves a device to others who want its memory.
+    pub(crate) fn leave(&self, device: &Device) -> Result<()> {
+        let mut state = self.lock();
+        state.flush(&self.tasks)?;
+        state.resident.take_if(|resident| device.is_gpu() && resident.is_on(device));
+        Ok(())
     }
 
     /// Adds what another calibration of the same pool counted. Tasks are matched by the hash of their A; their

@@ -8,7 +8,7 @@ use crate::compute::{Batch, Element, Shape};
 use crate::power::{self, pow2};
 use crate::{Adapter, Device, Error, LayerKey, Matrix, RawMatrix, Result};
 
-/// A_cat and the running sums of groups of layers, as many as fit in half of the device's memory.
+/// A_cat and the running sums of groups of layers, as many as [have room](held_limit).
 #[derive(Debug)]
 pub(super) struct Resident {
     device: Device,
@@ -41,6 +41,11 @@ struct Loaded {
     exponents: Vec<Vec<i32>>,
 }
 
+/// Bytes of A_cat and sums: buffers are up to a quarter larger, and as much is left for calls and for staging.
+fn held_limit(device: &Device) -> u64 {
+    device.memory() / 5 * 2
+}
+
 /// Bytes that one call of [`ops::accumulate`] should keep to.
 pub(super) fn call_limit(device: &Device) -> u64 {
     arena(device).min(device.memory() / 8)
@@ -48,14 +53,7 @@ pub(super) fn call_limit(device: &Device) -> u64 {
 
 /// Bytes that inputs take in a call: themselves, what A sees of them, and partial Gram matrices.
 pub(super) fn call_cost(x: RawMatrix<'_>, order: usize) -> u64 {
-    let partial = gram_parts(x.rows, order) * order * order;
-    x.bytes.len() as u64 + 8 * (x.rows * order + partial) as u64
-}
-
-/// At most so many partial Gram matrices are made of `tokens` rows.
-pub(crate) fn gram_parts(tokens: usize, order: usize) -> usize {
-    let tiles = order.div_ceil(64).max(1);
-    tokens.div_ceil(64).min((768 / (tiles * (tiles + 1) / 2)).max(tokens.div_ceil(512)) + 1)
+    (x.bytes.len() + 8 * x.rows * order + ops::gram_bytes(x.rows, order)) as u64
 }
 
 /// Bytes that one arena may have.
@@ -73,7 +71,7 @@ impl Resident {
             let width = pool.widths.get(key).copied().unwrap_or_default();
             let a_bytes = (order * width).next_multiple_of(4) as u64 * bytes(device.factor());
             let sum_bytes = (order * order).next_multiple_of(4) as u64 * 8;
-            let fits = a_bytes.max(sum_bytes) <= arena(device).min(device.memory() / 4);
+            let fits = a_bytes.max(sum_bytes) <= arena(device) && a_bytes + sum_bytes <= held_limit(device);
             let joins = |group: &&mut Group| {
                 (group.a_bytes + a_bytes).max(group.sum_bytes + sum_bytes) <= limit
                     && fits
@@ -138,7 +136,8 @@ impl Resident {
                     entry.insert(Batch::zeros(device, device.sum(), &shapes)?)
                 }
             };
-            ops::accumulate(device, &call, &a.batch, sum)?;
+            // It takes a quarter of what it may for each of inputs, products and partial sums.
+            ops::accumulate(&device.within(device.memory() / 4), &call, &a.batch, sum)?;
             for (place, x) in call {
                 let sums = host.entry(layers[place].0.clone());
                 sums.or_insert_with(|| vec![Sum::default(); tasks.len() + 1])[slot].tokens +=
@@ -161,7 +160,7 @@ impl Resident {
             let group = &self.groups[index];
             let more = if group.a.is_none() { group.a_bytes } else { 0 }
                 + if group.sums.contains_key(&slot) { 0 } else { group.sum_bytes };
-            if held + more <= self.device.memory() / 2 {
+            if held + more <= held_limit(&self.device) {
                 return Ok(());
             }
             let others = (0..self.groups.len()).filter(|&i| i != index && self.groups[i].held() > 0);

@@ -82,7 +82,7 @@ fn cache_folder() -> Option<PathBuf> {
 /// The device's budget.
 #[derive(Args, Debug, Default)]
 pub struct Memory {
-    /// Device memory to stay within, in MiB.
+    /// Device memory to stay within, in MiB; layers that need more are computed on the CPU.
     #[arg(
         long = "memory",
         value_name = "MIB",

@@ -77,7 +77,9 @@ impl Demo {
         let [adapters, activations, calibration_file, merged_file] =
             ["adapters", "activations", "calibration.safetensors", "merged.safetensors"].map(|n| dir.join(n));
         let device = global.open_device(&Memory::default(), out)?;
-        out.info(format_args!("           {}", why(&device, &global.device)))?;
+        if let Some(why) = why(&device, &global.device) {
+            out.info(format_args!("           {why}"))?;
+        }
         prepare(dir)?;
         for (folder, bytes) in
             [(&adapters, (|c| c.adapter) as fn(&Concept) -> &'static [u8]), (&activations, |c| c.activations)]
@@ -148,13 +150,12 @@ fn write(path: &Path, bytes: &[u8]) -> anyhow::Result<()> {
     Ok(write_atomic(path, true, &[], |file| std::io::Write::write_all(file, bytes))?)
 }
 
-fn why(device: &Device, select: &Select) -> String {
+/// Why this device, unless its own note has said so.
+fn why(device: &Device, select: &Select) -> Option<&'static str> {
     match select {
-        Select::Auto if device.is_gpu() => "a hardware GPU, which `--device auto` prefers".into(),
-        Select::Auto => {
-            "`--device auto` found no hardware GPU; `loraweld devices` lists what there is".into()
-        }
-        _ => "asked for by --device".into(),
+        Select::Auto if device.is_gpu() => Some("a hardware GPU, which `--device auto` prefers"),
+        Select::Auto => None,
+        _ => Some("asked for by --device"),
     }
 }
 

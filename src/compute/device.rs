@@ -50,6 +50,8 @@ pub struct DeviceOptions {
     /// Capabilities to do without.
     pub disable: Disable,
     /// Device memory to stay within, in bytes. `None`: 2 GiB. Up to a quarter of it is kept in buffers for their next use.
+    /// Merges and calibrations cut their work so that it holds, and compute layers that alone need more on the CPU;
+    /// [`Device::memory_peak`] tells what was taken.
     pub memory: Option<u64>,
     /// A folder to keep compiled pipelines in, where the driver allows it (Vulkan): programs start faster the next time.
     pub pipeline_cache: Option<PathBuf>,
@@ -156,10 +158,10 @@ impl Device {
             ..Default::default()
         }))
         .map_err(|e| Error::Device(format!("`{}` cannot be opened: {e}", adapter.get_info().name)))?;
-        let mut gpu = Gpu::new(adapter, device, queue, options.disable);
+        let mut gpu = Gpu::new(adapter, device, queue, options.disable, memory);
         gpu.instance = Some(instance);
         gpu.record_errors();
-        gpu.open_cache(adapter, options.pipeline_cache.as_deref());
+        gpu.open_cache(options.pipeline_cache.as_deref());
         Self::on_gpu(gpu, options.precision, memory)
     }
 
@@ -211,14 +213,13 @@ impl Device {
                 )));
             }
         }
-        let mut gpu = Gpu::new(adapter, device, queue, options.disable);
-        gpu.open_cache(adapter, options.pipeline_cache.as_deref());
-        Self::on_gpu(gpu, options.precision, options.memory.unwrap_or(DEFAULT_MEMORY))
+        let memory = options.memory.unwrap_or(DEFAULT_MEMORY);
+        let mut gpu = Gpu::new(adapter, device, queue, options.disable, memory);
+        gpu.open_cache(options.pipeline_cache.as_deref());
+        Self::on_gpu(gpu, options.precision, memory)
     }
 
     fn on_gpu(mut gpu: Gpu, precision: Precision, memory: u64) -> Result<Self> {
-        // Chunks of a merge take the rest of the budget.
-        gpu.pool_bytes = memory / 4;
         if precision == Precision::DoubleSingle || !gpu.capabilities.f64 {
             let works = !gpu.disable.double_single && self_test::double_single(&gpu)?;
             gpu.capabilities.double_single = Some(works);
@@ -291,6 +292,27 @@ impl Device {
     /// The device memory to stay within, in bytes.
     pub fn memory(&self) -> u64 {
         self.memory
+    }
+
+    /// The most device memory that was held at once, in bytes, since the device was opened or
+    /// [`reset_memory_peak`](Self::reset_memory_peak) was called; 0 on the CPU. Each merge starts it anew.
+    ///
+    /// Counted are all buffers of this crate until the GPU is done with them: those that wait for their next use, and what
+    /// uploads and downloads are staged in, as well; not a host's own buffers, nor what the driver takes for pipelines.
+    pub fn memory_peak(&self) -> u64 {
+        self.gpu().map_or(0, |gpu| gpu.meter.peak())
+    }
+
+    /// Starts [`memory_peak`](Self::memory_peak) anew, from what is held now.
+    pub fn reset_memory_peak(&self) {
+        if let Backend::Gpu(gpu) = &self.backend {
+            gpu.meter.reset_peak();
+        }
+    }
+
+    /// The same device for a task that should keep to a part of the budget.
+    pub(crate) fn within(&self, memory: u64) -> Self {
+        Self { memory, ..self.clone() }
     }
 
     /// Something the user should know: a fallback that was taken.

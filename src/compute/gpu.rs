@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use rayon::prelude::*;
 
 use super::capabilities::{Capabilities, Disable};
+use super::memory::{Buffer, Meter};
 use super::pipeline_cache::PipelineCache;
 use super::shaders::Kernel;
 use super::staging::{Downloads, Uploads};
@@ -18,13 +19,18 @@ use crate::{Error, Result};
 pub(crate) const GRID_WIDTH: u32 = 65535;
 
 /// Uploads from this size on pass through memory of our own.
-const LARGE: usize = 1 << 20;
+const LARGE: u64 = 1 << 20;
 
-/// Bytes of smaller ones that may be staged by wgpu before we wait for the queue.
+/// Bytes of smaller ones that may be staged by wgpu before we wait for the queue, and their part of the budget.
 const MAX_STAGED: u64 = 256 << 20;
+const STAGED_PART: u64 = 32;
 
-/// Buffers that wait for their next user.
+/// Bytes of factors that operations upload at once, beside their results: their part of the budget.
+const SOURCE_PART: u64 = 32;
+
+/// Buffers that wait for their next user, and their part of the budget.
 const MAX_POOLED: usize = 256;
+const POOL_PART: u64 = 4;
 
 /// A pipeline with the layout of its bind group, since asking for that each time makes a new one.
 #[derive(Clone)]
@@ -46,9 +52,8 @@ pub(crate) struct Gpu {
     /// Each is made by the first who needs it, while others are made beside it.
     pipelines: Mutex<HashMap<Kernel, Arc<OnceLock<Pipeline>>>>,
     cache: Option<PipelineCache>,
-    pool: Mutex<Vec<wgpu::Buffer>>,
-    /// Bytes of buffers in the pool.
-    pub pool_bytes: u64,
+    pool: Mutex<Vec<Buffer>>,
+    pub meter: Arc<Meter>,
     staged: AtomicU64,
     uploads: Uploads,
     downloads: Downloads,
@@ -67,7 +72,14 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Gpu {
-    pub fn new(adapter: &wgpu::Adapter, device: wgpu::Device, queue: wgpu::Queue, disable: Disable) -> Self {
+    /// `memory`: bytes of buffers to stay within.
+    pub fn new(
+        adapter: &wgpu::Adapter,
+        device: wgpu::Device,
+        queue: wgpu::Queue,
+        disable: Disable,
+        memory: u64,
+    ) -> Self {
         let info = adapter.get_info();
         let capabilities = Capabilities::read(adapter, device.features(), &device.limits(), disable);
         let params = device.create_buffer(&wgpu::BufferDescriptor {
@@ -78,6 +90,8 @@ impl Gpu {
         });
         // The first word is the zero that shaders hide sums behind: it must not be a compile-time constant.
         queue.write_buffer(&params, 0, bytemuck::cast_slice(&[0, GRID_WIDTH, 0, 0]));
+        let meter = Arc::new(Meter::new(memory));
+        meter.take(params.size());
         Self {
             name: format!("{} ({:?})", info.name, info.backend),
             instance: None,
@@ -90,17 +104,17 @@ impl Gpu {
             pipelines: Mutex::default(),
             cache: None,
             pool: Mutex::default(),
-            pool_bytes: 0,
             staged: AtomicU64::new(0),
-            uploads: Uploads::default(),
-            downloads: Downloads::default(),
+            uploads: Uploads::new(&meter),
+            downloads: Downloads::new(&meter),
+            meter,
             error: Arc::default(),
         }
     }
 
     /// Makes pipelines with what a folder has of them.
-    pub fn open_cache(&mut self, adapter: &wgpu::Adapter, folder: Option<&Path>) {
-        self.cache = folder.and_then(|folder| PipelineCache::open(adapter, &self.device, folder));
+    pub fn open_cache(&mut self, folder: Option<&Path>) {
+        self.cache = folder.and_then(|folder| PipelineCache::open(&self.adapter, &self.device, folder));
     }
 
     /// Turns wgpu's uncaptured errors, which would panic, into errors of the next download.
@@ -125,7 +139,25 @@ impl Gpu {
         limit.min(u64::from(u32::MAX)) & !255
     }
 
+    /// Bytes of factors that an operation should upload at once.
+    pub fn source_limit(&self, most: u64) -> u64 {
+        self.meter.share(SOURCE_PART, most).min(self.max_arena())
+    }
+
     /// A buffer of its own, whose content is zero.
+    pub fn allocate(&self, label: &str, bytes: u64) -> Result<Buffer> {
+        let size = bytes.next_multiple_of(256).max(256);
+        self.make_room(size)?;
+        match self.buffer(label, bytes) {
+            Ok(buffer) => Ok(Buffer::new(buffer, &self.meter)),
+            Err(error) => {
+                self.meter.free(size);
+                Err(error)
+            }
+        }
+    }
+
+    /// [`allocate`](Self::allocate) without counting: for those who count their bytes themselves.
     pub fn buffer(&self, label: &str, bytes: u64) -> Result<wgpu::Buffer> {
         if bytes > self.max_arena() {
             return Err(Error::Device(format!(
@@ -151,6 +183,20 @@ impl Gpu {
         }
     }
 
+    /// Counts bytes that are about to be allocated. Where the budget has no room for them, what the pool holds goes first,
+    /// and what the queue still uses is waited for; what is in use stays, so that they may exceed it.
+    fn make_room(&self, bytes: u64) -> Result<()> {
+        let Err(excess) = self.meter.try_take(bytes) else { return Ok(()) };
+        self.evict(bytes, excess.saturating_sub(self.meter.waiting()));
+        if self.meter.waiting() > 0 {
+            self.wait()?;
+        }
+        if self.meter.try_take(bytes).is_err() {
+            self.meter.take(bytes);
+        }
+        Ok(())
+    }
+
     /// A buffer of at least `bytes` whose content is whatever its last user left. It goes back to the pool when
     /// dropped; the queue's order keeps users apart, so what uses it must have been submitted by then.
     pub fn scratch(self: &Arc<Self>, bytes: u64) -> Result<Pooled> {
@@ -161,8 +207,8 @@ impl Gpu {
         // Sizes in steps of an eighth find their next user more easily.
         let step = (bytes.next_power_of_two() / 8).max(256);
         let size = bytes.next_multiple_of(step).min(self.max_arena()).max(bytes);
-        self.make_room(size);
-        Ok(pooled(self.buffer("pooled", size)?))
+        self.evict(size, 0);
+        Ok(pooled(self.allocate("pooled", size)?))
     }
 
     /// [`scratch`](Self::scratch), but all zeros.
@@ -175,14 +221,16 @@ impl Gpu {
         Ok(scratch)
     }
 
-    /// Frees the oldest pooled buffers, so that the pool and what is added stay within what the pool may hold.
-    fn make_room(&self, added: u64) {
+    /// Frees the oldest pooled buffers: `least` bytes of them, and until the pool and what is added stay within what the pool
+    /// may hold.
+    fn evict(&self, added: u64, least: u64) {
         let mut pool = lock(&self.pool);
-        let mut bytes = added + pool.iter().map(wgpu::Buffer::size).sum::<u64>();
-        let mut freed = Vec::new();
-        while !pool.is_empty() && (bytes > self.pool_bytes || pool.len() > MAX_POOLED) {
+        let most = self.meter.budget() / POOL_PART;
+        let held = pool.iter().map(|buffer| buffer.size()).sum::<u64>();
+        let (mut bytes, mut freed) = (0, Vec::new());
+        while !pool.is_empty() && (bytes < least || added + held - bytes > most || pool.len() > MAX_POOLED) {
             let oldest = pool.remove(0);
-            bytes -= oldest.size();
+            bytes += oldest.size();
             freed.push(oldest);
         }
         // The driver takes its time to free them: others need not wait for it.
@@ -190,22 +238,29 @@ impl Gpu {
         drop(freed);
     }
 
-    fn reuse(&self, bytes: u64) -> Option<wgpu::Buffer> {
+    fn reuse(&self, bytes: u64) -> Option<Buffer> {
         let mut pool = lock(&self.pool);
-        let best = best(pool.iter().map(wgpu::Buffer::size), bytes)?;
+        let best = best(pool.iter().map(|buffer| buffer.size()), bytes, self.least_waste())?;
         Some(pool.swap_remove(best))
+    }
+
+    /// Bytes below which buffers may be far larger than was asked for.
+    fn least_waste(&self) -> u64 {
+        self.meter.share(2048, 1 << 20)
     }
 
     /// Copies host bytes (a multiple of 4) into a buffer.
     pub fn write(&self, buffer: &wgpu::Buffer, offset: u64, bytes: &[u8]) -> Result<()> {
-        if bytes.len() >= LARGE {
+        let len = bytes.len() as u64;
+        if len >= LARGE.min(self.uploads.piece()) {
             return self.write_pieces(buffer, &[(offset as usize, bytes)]);
         }
-        let len = bytes.len() as u64;
-        if self.staged.fetch_add(len, Ordering::Relaxed) + len > MAX_STAGED {
+        if self.staged.fetch_add(len, Ordering::Relaxed) + len > self.meter.share(STAGED_PART, MAX_STAGED) {
             self.wait()?;
         }
+        self.meter.take(len);
         self.queue.write_buffer(buffer, offset, bytes);
+        self.meter.retire(len);
         Ok(())
     }
 
@@ -216,14 +271,17 @@ impl Gpu {
 
     /// Waits until everything is done, uploads too, and frees staging memory.
     pub fn wait(&self) -> Result<()> {
+        let retired = self.meter.retired();
         // An upload only starts with the next submission.
         self.queue.submit([]);
-        self.poll(wgpu::PollType::wait_indefinitely())
+        self.poll(wgpu::PollType::wait_indefinitely(), retired)
     }
 
-    fn poll(&self, until: wgpu::PollType) -> Result<()> {
+    /// Waits for a submission; `retired`: the point in time before it.
+    fn poll(&self, until: wgpu::PollType, retired: u64) -> Result<()> {
         self.staged.store(0, Ordering::Relaxed);
         self.device.poll(until).map_err(|e| Error::Device(format!("{}: {e}", self.name)))?;
+        self.meter.settle(retired);
         self.check()
     }
 
@@ -239,18 +297,39 @@ impl Gpu {
         bytes: u64,
         use_bytes: impl FnOnce(&[u8]) -> T,
     ) -> Result<T> {
-        if bytes == 0 {
-            return self.check().map(|()| use_bytes(&[]));
+        let piece = self.downloads.piece();
+        match bytes {
+            0 => self.check().map(|()| use_bytes(&[])),
+            _ if bytes <= piece => self.read_piece(buffer, 0..bytes, use_bytes),
+            _ => {
+                let mut all = Vec::with_capacity(bytes as usize);
+                for start in (0..bytes).step_by(piece as usize) {
+                    let end = (start + piece).min(bytes);
+                    self.read_piece(buffer, start..end, |piece| all.extend_from_slice(piece))?;
+                }
+                Ok(use_bytes(&all))
+            }
         }
-        let size = bytes.next_multiple_of(4);
+    }
+
+    /// Lets `use_bytes` see some bytes of a buffer, from a multiple of 4 on and no more than a download holds.
+    fn read_piece<T>(
+        &self,
+        buffer: &wgpu::Buffer,
+        bytes: Range<u64>,
+        use_bytes: impl FnOnce(&[u8]) -> T,
+    ) -> Result<T> {
+        let len = bytes.end - bytes.start;
+        let size = len.next_multiple_of(4);
         let staging = self.downloads.take(&self.device, size);
         let mut encoder = self.device.create_command_encoder(&Default::default());
-        encoder.copy_buffer_to_buffer(buffer, 0, &staging, 0, size);
+        encoder.copy_buffer_to_buffer(buffer, bytes.start, &staging, 0, size);
+        let retired = self.meter.retired();
         let copied = self.queue.submit([encoder.finish()]);
         let (send, receive) = std::sync::mpsc::channel();
         staging.map_async(wgpu::MapMode::Read, ..size, move |result| drop(send.send(result)));
         // Not for what other threads have submitted since.
-        self.poll(wgpu::PollType::Wait { submission_index: Some(copied), timeout: None })?;
+        self.poll(wgpu::PollType::Wait { submission_index: Some(copied), timeout: None }, retired)?;
         match receive.recv() {
             Ok(Ok(())) => {}
             Ok(Err(e)) => return Err(Error::Device(format!("{}: cannot read back: {e}", self.name))),
@@ -259,7 +338,7 @@ impl Gpu {
         let view = staging
             .get_mapped_range(..size)
             .map_err(|e| Error::Device(format!("{}: cannot read back: {e}", self.name)))?;
-        let result = use_bytes(&view[..bytes as usize]);
+        let result = use_bytes(&view[..len as usize]);
         drop(view);
         self.downloads.put(staging);
         Ok(result)
@@ -332,16 +411,16 @@ fn shader_module(device: &wgpu::Device, label: &str, source: &str) -> wgpu::Shad
     }
 }
 
-/// The smallest of these sizes that holds `bytes`, unless it is far too large.
-fn best(sizes: impl Iterator<Item = u64>, bytes: u64) -> Option<usize> {
-    let fits = |(_, size): &(usize, u64)| *size >= bytes && size / 5 <= bytes.max(1 << 20) / 4;
+/// The smallest of these sizes that holds `bytes`, unless it is far too large, which sizes up to `small` are not.
+fn best(sizes: impl Iterator<Item = u64>, bytes: u64, small: u64) -> Option<usize> {
+    let fits = |(_, size): &(usize, u64)| *size >= bytes && size / 5 <= bytes.max(small) / 4;
     sizes.enumerate().filter(fits).min_by_key(|(_, size)| *size).map(|(i, _)| i)
 }
 
 /// A buffer that goes back to the pool: making one costs more than most launches, and freeing it too.
 pub(crate) struct Pooled {
     gpu: Arc<Gpu>,
-    buffer: Option<wgpu::Buffer>,
+    buffer: Option<Buffer>,
 }
 
 impl std::fmt::Debug for Pooled {
@@ -361,7 +440,7 @@ impl Drop for Pooled {
     fn drop(&mut self) {
         let Some(buffer) = self.buffer.take() else { return };
         lock(&self.gpu.pool).push(buffer);
-        self.gpu.make_room(0);
+        self.gpu.evict(0, 0);
     }
 }
 
@@ -476,7 +555,7 @@ impl Commands<'_> {
 
     /// A buffer of at least `bytes` for these commands alone, whatever is in it.
     pub fn scratch(&mut self, gpu: &Arc<Gpu>, bytes: u64) -> Result<Arc<Pooled>> {
-        let spare = best(self.spare.iter().map(|buffer| buffer.size()), bytes);
+        let spare = best(self.spare.iter().map(|buffer| buffer.size()), bytes, gpu.least_waste());
         let buffer = match spare {
             Some(i) => self.spare.swap_remove(i),
             None => Arc::new(gpu.scratch(bytes)?),
@@ -519,6 +598,9 @@ impl Commands<'_> {
     fn record(&mut self, encoder: &mut wgpu::CommandEncoder) {
         let Self { gpu, launches, tables: bytes, .. } = self;
         launches.sort_by_key(|launch| launch.phase);
+        // Themselves, and what wgpu stages them in.
+        let held = gpu.meter.hold(2 * bytes.len() as u64);
+        encoder.on_submitted_work_done(move || drop(held));
         let tables = gpu.device.create_buffer(&wgpu::BufferDescriptor {
             label: Some("job and work tables"),
             size: bytes.len().next_multiple_of(4) as u64,

@@ -8,6 +8,7 @@ mod batch;
 mod capabilities;
 mod device;
 pub(crate) mod gpu;
+pub(crate) mod memory;
 pub mod ops;
 mod pipeline_cache;
 mod self_test;

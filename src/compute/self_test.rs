@@ -40,10 +40,10 @@ fn arithmetic(gpu: &Gpu) -> Result<bool> {
             [sign * next(), next() * scale]
         })
         .collect();
-    let input = gpu.buffer("self-test pairs", pairs.len() as u64 * 8)?;
+    let input = gpu.allocate("self-test pairs", pairs.len() as u64 * 8)?;
     gpu.write(&input, 0, bytemuck::cast_slice(&pairs))?;
     let bytes = pairs.len() as u64 * 48;
-    let output = gpu.buffer("self-test results", bytes)?;
+    let output = gpu.allocate("self-test results", bytes)?;
     let mut commands = gpu.commands();
     let jobs = [Job { pairs: pairs.len() as u32 }];
     commands.launch(Kernel::SelfTest, &jobs, &[[0; 4]], &[whole(&input), whole(&output)]);
@@ -67,8 +67,8 @@ fn factorisation(gpu: &Gpu) -> Result<bool> {
     // The Hilbert matrix of order 6, with condition number 1.5e7, fails in plain f32 by 1e-1.
     const N: usize = 6;
     let hilbert = Matrix::from_fn(N, N, |i, j| 1.0 / (i + j + 1) as f64);
-    let buffer = gpu.buffer("self-test matrix", (N * N * 8) as u64)?;
-    let status = gpu.buffer("self-test status", 4)?;
+    let buffer = gpu.allocate("self-test matrix", (N * N * 8) as u64)?;
+    let status = gpu.allocate("self-test status", 4)?;
     let mut bytes = [0; N * N * 8];
     Batch::encode(Element::DoubleSingle, &hilbert.data, &mut bytes);
     gpu.write(&buffer, 0, &bytes)?;

@@ -2,23 +2,29 @@
 
 use std::collections::VecDeque;
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rayon::prelude::*;
 
+use super::memory::Meter;
 use crate::{Error, Result};
 
-/// Bytes of one upload buffer, and how many of them go round.
-const UPLOAD: (u64, usize) = (16 << 20, 4);
+/// Upload buffers that go round; bytes of one at most, and its part of the budget.
+const UPLOADS: usize = 4;
+const UPLOAD: u64 = 16 << 20;
+const UPLOAD_PART: u64 = 64;
 /// Bytes that one thread copies at a time; a multiple of what mapped ranges are aligned to.
 const BLOCK: usize = 1 << 20;
-/// Download buffers that are kept.
-const DOWNLOADS: usize = 4;
+/// Download buffers that are kept; bytes of one at most, and its part of the budget.
+const DOWNLOADS: usize = 2;
+const DOWNLOAD: u64 = 1 << 30;
+const DOWNLOAD_PART: u64 = 32;
 
 /// Upload buffers that go round: filled, copied from, mapped again.
 pub(crate) struct Uploads {
     state: Mutex<Ring>,
     done: Sender<wgpu::Buffer>,
+    meter: Arc<Meter>,
 }
 
 struct Ring {
@@ -29,14 +35,18 @@ struct Ring {
     copies: VecDeque<wgpu::SubmissionIndex>,
 }
 
-impl Default for Uploads {
-    fn default() -> Self {
-        let (done, mapped) = channel();
-        Self { state: Mutex::new(Ring { mapped, made: 0, copies: VecDeque::new() }), done }
-    }
-}
-
 impl Uploads {
+    pub fn new(meter: &Arc<Meter>) -> Self {
+        let (done, mapped) = channel();
+        let ring = Ring { mapped, made: 0, copies: VecDeque::new() };
+        Self { state: Mutex::new(ring), done, meter: meter.clone() }
+    }
+
+    /// Bytes of one buffer.
+    pub fn piece(&self) -> u64 {
+        self.meter.share(UPLOAD_PART, UPLOAD)
+    }
+
     /// Copies pieces of host bytes to their offsets, which ascend in multiples of 4, on all threads; what lies between
     /// them is left undefined. Submits.
     pub fn write(
@@ -48,7 +58,7 @@ impl Uploads {
     ) -> Result<()> {
         let Some((last, bytes)) = pieces.last() else { return Ok(()) };
         let end = (last + bytes.len()).next_multiple_of(4);
-        let (step, first) = (UPLOAD.0 as usize, pieces[0].0);
+        let (step, first) = (self.piece() as usize, pieces[0].0);
         for start in (first..end).step_by(step) {
             let len = step.min(end - start);
             let buffer = self.next(device)?;
@@ -73,7 +83,7 @@ impl Uploads {
                 }
             });
             let mut ring = self.ring();
-            if ring.copies.len() == UPLOAD.1 {
+            if ring.copies.len() == UPLOADS {
                 // No more are on their way.
                 ring.copies.pop_front();
             }
@@ -90,11 +100,12 @@ impl Uploads {
                 return Ok(buffer);
             }
             // If no copy is on its way, others fill all of them, and may be waiting for this thread.
-            if ring.made < UPLOAD.1 || ring.copies.is_empty() {
+            if ring.made < UPLOADS || ring.copies.is_empty() {
                 ring.made += 1;
+                self.meter.take(self.piece());
                 return Ok(device.create_buffer(&wgpu::BufferDescriptor {
                     label: Some("upload"),
-                    size: UPLOAD.0,
+                    size: self.piece(),
                     usage: wgpu::BufferUsages::MAP_WRITE | wgpu::BufferUsages::COPY_SRC,
                     mapped_at_creation: true,
                 }));
@@ -124,34 +135,53 @@ fn fill(view: &mut wgpu::BufferViewMut, start: usize, pieces: &[(usize, &[u8])])
 }
 
 /// Download buffers.
-#[derive(Default)]
-pub(crate) struct Downloads(Mutex<Vec<wgpu::Buffer>>);
+pub(crate) struct Downloads {
+    kept: Mutex<Vec<wgpu::Buffer>>,
+    meter: Arc<Meter>,
+}
 
 impl Downloads {
-    /// An unmapped buffer of at least `bytes`.
+    pub fn new(meter: &Arc<Meter>) -> Self {
+        Self { kept: Mutex::default(), meter: meter.clone() }
+    }
+
+    /// Bytes that a buffer may have.
+    pub fn piece(&self) -> u64 {
+        self.meter.share(DOWNLOAD_PART, DOWNLOAD)
+    }
+
+    /// An unmapped buffer of at least `bytes`, which are no more than a [`piece`](Self::piece).
     pub fn take(&self, device: &wgpu::Device, bytes: u64) -> wgpu::Buffer {
-        let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut kept = self.kept();
         let fit = (0..kept.len()).filter(|&i| kept[i].size() >= bytes).min_by_key(|&i| kept[i].size());
-        match fit {
-            Some(i) => kept.swap_remove(i),
-            None => device.create_buffer(&wgpu::BufferDescriptor {
-                label: Some("download"),
-                size: bytes.next_power_of_two().max(1 << 16).min((bytes + (16 << 20)).next_multiple_of(16)),
-                usage: wgpu::BufferUsages::MAP_READ | wgpu::BufferUsages::COPY_DST,
-                mapped_at_creation: false,
-            }),
+        if let Some(i) = fit {
+            return kept.swap_remove(i);
         }
+        let size = bytes.next_power_of_two().max(1 << 16).min((bytes + (16 << 20)).next_multiple_of(16));
+        let size = size.min(self.piece());
+        self.meter.take(size);
+        device.create_buffer(&wgpu::BufferDescriptor {
+            label: Some("download"),
+            size,
+            usage: wgpu::BufferUsages::MAP_READ | wgpu::BufferUsages::COPY_DST,
+            mapped_at_creation: false,
+        })
     }
 
     /// Unmaps a buffer and keeps it.
     pub fn put(&self, buffer: wgpu::Buffer) {
         buffer.unmap();
-        let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut kept = self.kept();
         kept.push(buffer);
         if kept.len() > DOWNLOADS {
             // The smallest is the cheapest to make again.
             let least = (0..kept.len()).min_by_key(|&i| kept[i].size());
-            least.map(|i| kept.swap_remove(i));
+            let least = least.map(|i| kept.swap_remove(i));
+            self.meter.free(least.map_or(0, |buffer| buffer.size()));
         }
+    }
+
+    fn kept(&self) -> MutexGuard<'_, Vec<wgpu::Buffer>> {
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

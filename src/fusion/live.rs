@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use crate::compute::memory::Buffer;
 use crate::compute::ops::{Blend, BlendJob, blend_cpu};
 use crate::merge::Projection;
 use crate::{Device, Error, Layer, LayerKey, Matrix, NpLora, Result, Weighted};
@@ -17,7 +18,7 @@ pub struct LiveNpLora {
     device: Device,
     arenas: Vec<Arena>,
     layers: BTreeMap<LayerKey, Place>,
-    controls: Option<wgpu::Buffer>,
+    controls: Option<Buffer>,
     projection: Projection,
     strengths: [f64; 2],
 }
@@ -28,7 +29,7 @@ struct Arena {
     jobs: Vec<BlendJob>,
     /// What is blended: on the CPU here, else in `buffers`.
     host: [Vec<f32>; 3],
-    buffers: Option<[wgpu::Buffer; 3]>,
+    buffers: Option<[Buffer; 3]>,
 }
 
 const ENDS: usize = 0;
@@ -133,11 +134,11 @@ impl LiveNpLora {
                 )));
             }
             let gpu = device.gpu()?;
-            controls = Some(gpu.buffer("sliders", 16)?);
+            controls = Some(gpu.allocate("sliders", 16)?);
             for arena in &mut arenas {
                 let mut upload = |part: usize, label: &str| {
                     let values = std::mem::take(&mut arena.host[part]);
-                    let buffer = gpu.buffer(label, values.len() as u64 * 4)?;
+                    let buffer = gpu.allocate(label, values.len() as u64 * 4)?;
                     if part != A {
                         gpu.write(&buffer, 0, bytemuck::cast_slice(&values))?;
                     }

@@ -1,6 +1,7 @@
 //! Latent-level refinement (arXiv 2602.15539): latents follow the gradient of similarities to reference features.
 
 use crate::compute::gpu::{Gpu, whole};
+use crate::compute::memory::Buffer;
 use crate::compute::ops::{CosineJob, GradientJob, cosine_cpu, gradient_step_cpu};
 use crate::{Device, Error, Result};
 use std::sync::Arc;
@@ -211,14 +212,14 @@ enum Backend {
 #[derive(Debug)]
 struct Buffers {
     /// Of each objective: features, their gradient, the reference direction.
-    features: Vec<[wgpu::Buffer; 3]>,
+    features: Vec<[Buffer; 3]>,
     /// What a host writes, one objective's gradient of the latents.
-    gradient: wgpu::Buffer,
+    gradient: Buffer,
     /// All of them, objective by objective.
-    gradients: wgpu::Buffer,
-    norms: wgpu::Buffer,
-    losses: wgpu::Buffer,
-    rms: wgpu::Buffer,
+    gradients: Buffer,
+    norms: Buffer,
+    losses: Buffer,
+    rms: Buffer,
 }
 
 impl Refiner {
@@ -397,7 +398,7 @@ impl Refiner {
 
 impl Buffers {
     fn new(gpu: &Arc<Gpu>, objectives: &[Objective], samples: usize, len: usize) -> Result<Self> {
-        let buffer = |label: &str, values: usize| gpu.buffer(label, values as u64 * 4);
+        let buffer = |label: &str, values: usize| gpu.allocate(label, values as u64 * 4);
         let features = objectives
             .iter()
             .map(|objective| {

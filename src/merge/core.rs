@@ -6,7 +6,7 @@ use super::driver::{self, Done, Job, Method, Run, Spec};
 use super::loss::times;
 use super::rule::{self, Rule};
 use super::truncate::Truncation;
-use super::{Action, LayerReport, Merged};
+use super::{Action, LayerReport, Merged, PlannedLayer};
 use crate::compute::ops::{self, Qr, ScaledRows, Side, Svd};
 use crate::{Control, Device, Error, Layer, Matrix, RawMatrix, Result, Weighted};
 
@@ -138,6 +138,17 @@ impl CoreMerge {
             .collect())
     }
 
+    fn size(&self, device: &Device, layer: &PlannedLayer) -> (u64, u64) {
+        let PlannedLayer { rank, input, output, members, .. } = layer;
+        let (largest, all) = size(device, *rank, *input, *output);
+        // `Uᵀ·ΔW_k` of one layer.
+        let rows = match self.space == Space::Left && self.rule.is_entrywise() {
+            true => 4 * (members.len() * rank * input) as u64,
+            false => 0,
+        };
+        (largest.max(rows), all + rows)
+    }
+
     /// The rule on the entries of `Uᵀ·ΔW_k`, R × in, which becomes A; B is U.
     fn knots_entrywise(&self, device: &Device, jobs: &[Job<'_>], factored: Factored) -> Result<Vec<Done>> {
         let left = factored.left(device, jobs)?;
@@ -170,7 +181,7 @@ impl Method for CoreMerge {
             &Spec {
                 method: self.name,
                 options: self.rule.json(),
-                size: &|layer| size(run.device, layer.rank, layer.input, layer.output),
+                size: &|layer| self.size(run.device, layer),
                 rank: &|layer| layer.rank,
                 merge: &|on, jobs| self.chunk(on, jobs),
                 is_sum: false,
@@ -347,7 +358,7 @@ fn triangle(blocks: impl Iterator<Item = Matrix>) -> Matrix {
 /// (Bytes of the largest buffer, bytes in all) that a layer takes on the device.
 pub(super) fn size(device: &Device, rank: usize, input: usize, output: usize) -> (u64, u64) {
     let element = if device.is_gpu() { 4 } else { 8 };
-    // A, its two Q, V, the result and a spare; B and its two Q.
-    let all = element * rank * (6 * input + 3 * output) + 8 * 8 * rank * rank;
+    // A, its two Q, V, the result and a spare; B, its two Q, and B as it comes.
+    let all = element * rank * (6 * input + 4 * output) + 8 * 8 * rank * rank;
     ((element * rank * rank.max(input).max(output)) as u64, all as u64)
 }

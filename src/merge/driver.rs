@@ -7,7 +7,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError, channel}
 use std::time::{Duration, Instant};
 
 use super::truncate::{self, Cut, Cuts};
-use super::{Action, InputReport, LayerReport, Merged, Plan, PlannedLayer, Report, Truncation};
+use super::{Action, DeviceMemory, InputReport, LayerReport, Merged, Plan, PlannedLayer, Report, Truncation};
 use crate::adapter::{Draft, save_while};
 use crate::{Adapter, Control, Device, Layer, Result, SaveOptions, Weighted};
 
@@ -110,6 +110,7 @@ struct Kept {
 /// Merges the layers that several adapters have, in chunks that the device has room for, and passes the others through.
 pub(super) fn run(run: &Run<'_>, spec: &Spec<'_>) -> Result<Merged> {
     let start = Instant::now();
+    run.device.reset_memory_peak();
     run.truncation.check()?;
     let plan = Plan::new(run.adapters)?;
     let inputs: Vec<_> = run.adapters.iter().map(InputReport::new).collect();
@@ -151,6 +152,8 @@ pub(super) fn run(run: &Run<'_>, spec: &Spec<'_>) -> Result<Merged> {
     });
     let layers: Vec<_> = layers.collect();
     notes.extend(cuts.note(layers.len()));
+    let memory = DeviceMemory::of(run.device);
+    notes.extend(memory.and_then(DeviceMemory::note));
     let report = Report {
         method: spec.method.to_owned(),
         device: run.device.describe(),
@@ -159,6 +162,7 @@ pub(super) fn run(run: &Run<'_>, spec: &Spec<'_>) -> Result<Merged> {
         layers,
         losses: None,
         notes,
+        memory,
         seconds: start.elapsed().as_secs_f64(),
         version: env!("CARGO_PKG_VERSION").to_owned(),
     };

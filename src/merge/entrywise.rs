@@ -43,8 +43,12 @@ pub struct EntryMerge {
 const OVERSAMPLED: usize = 8;
 /// Steps of subspace iteration.
 const STEPS: usize = 2;
-/// Bytes of a panel on a GPU and on the CPU, where each thread has one.
-const PANEL: (usize, usize) = (64 << 20, 4 << 20);
+/// Bytes of a panel on a GPU, at most, and its part of the budget; and on the CPU, where each thread has one.
+const PANEL: u64 = 64 << 20;
+const PANEL_PART: u64 = 16;
+const CPU_PANEL: usize = 4 << 20;
+/// A kernel's loops run through the rows of a panel.
+const PANEL_ROWS: usize = 8192;
 
 impl EntryMerge {
     /// TIES.
@@ -92,11 +96,22 @@ impl EntryMerge {
         (rank, (rank + OVERSAMPLED).min(full))
     }
 
-    fn size(&self, layer: &PlannedLayer) -> (u64, u64) {
-        let PlannedLayer { rank, input, output, .. } = layer;
+    fn size(&self, device: &Device, layer: &PlannedLayer) -> (u64, u64) {
+        let PlannedLayer { rank, input, output, members, .. } = layer;
         let (_, directions) = self.directions(layer);
-        let largest = 4 * (rank.max(&directions) * input.max(output)).max(PANEL.0 / 4);
-        let all = 4 * (rank * (input + output) + 4 * directions * input + PANEL.0 / 2);
+        let rows = panel_rows(device, *input).min(*output);
+        let panel = 4 * rows * input;
+        // W·panelᵀ: its partial sums, and itself.
+        let products = ops::product_bytes(directions, rows) + 8 * directions * rows;
+        let largest = (4 * rank.max(&directions) * input.max(output)).max(panel).max(products);
+        // A and B; W, and what is made orthonormal beside it, twice; its small matrices; a panel, the same in halves, and its
+        // tables; histograms of magnitudes.
+        let all = 4 * rank * (input + output)
+            + 4 * directions * (input + 3 * input.max(output))
+            + 64 * directions * directions
+            + panel * (16 + members.len()) / 8
+            + products
+            + 4 * ops::BUCKETS * members.len();
         (largest as u64, all as u64)
     }
 
@@ -161,7 +176,7 @@ impl Method for EntryMerge {
             &Spec {
                 method: self.name,
                 options,
-                size: &|layer| self.size(layer),
+                size: &|layer| self.size(run.device, layer),
                 rank: &|layer| self.directions(layer).0,
                 // One layer fills a GPU.
                 merge: &|on, jobs| jobs.iter().map(|job| self.layer(on, job, &run.control)).collect(),
@@ -185,6 +200,15 @@ impl EntryMerge {
         }
         Ok(w)
     }
+}
+
+/// Rows of a panel.
+fn panel_rows(device: &Device, width: usize) -> usize {
+    let elements = match device.is_gpu() {
+        true => PANEL.min(device.memory() / PANEL_PART) as usize / 4,
+        false => CPU_PANEL / 8,
+    };
+    (elements / width.max(1)).clamp(1, PANEL_ROWS)
 }
 
 fn identity(order: usize) -> Matrix {
@@ -229,9 +253,7 @@ impl<'a> Sketch<'a> {
 
     /// Calls `each` with panels of rows, one after the other.
     fn panels(&self, mut each: impl FnMut(std::ops::Range<usize>) -> Result<()>) -> Result<()> {
-        let bytes = if self.device.is_gpu() { PANEL.0 / 4 } else { PANEL.1 / 8 };
-        // Not more than the loops of a kernel may run through.
-        let rows = (bytes / self.shape.cols.max(1)).clamp(1, 8192);
+        let rows = panel_rows(self.device, self.shape.cols);
         for first in (0..self.shape.rows).step_by(rows) {
             self.control.check()?;
             each(first..(first + rows).min(self.shape.rows))?;

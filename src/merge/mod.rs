@@ -24,7 +24,7 @@ pub use entrywise::EntryMerge;
 pub use linear::Linear;
 pub use np_lora::{Directions, NpLora, NpLoraOptions, Projection};
 pub use plan::{Plan, PlannedLayer};
-pub use report::{Action, InputReport, LayerReport, Losses, ProjectionReport, Report};
+pub use report::{Action, DeviceMemory, InputReport, LayerReport, Losses, ProjectionReport, Report};
 pub use rule::{Dare, Rule, Ties};
 pub use ssr::{Prior, Ridge, Ssr, SsrOptions};
 pub use svd::SvdMerge;
@@ -177,10 +177,15 @@ fn joined_layer(members: &[(&Layer, f64)], a: Matrix<f32>, b: Matrix<f32>) -> Re
 /// Bytes of the factors, as f32, that one chunk leaves on the host before they are written; as many stay in memory as are in flight.
 const HOST_CHUNK: u64 = 112 << 20;
 
-/// Device memory for one chunk of those [in flight](driver::IN_FLIGHT): a quarter is left for uploads and for what the
-/// queue has not yet given back.
+/// Device memory for a layer that has the device to itself: a quarter is left for what uploads and downloads are staged in,
+/// and buffers from the pool are up to a quarter larger than was asked for.
+fn whole_room(device: &Device) -> u64 {
+    device.memory() / 5 * 3
+}
+
+/// Device memory for one chunk of those [in flight](driver::IN_FLIGHT).
 fn room(device: &Device) -> u64 {
-    device.memory() / 4 * 3 / driver::IN_FLIGHT as u64
+    whole_room(device) / driver::IN_FLIGHT as u64
 }
 
 /// Layers in groups of which the device has room for [those in flight](driver), and where each group is computed: on the CPU, what is
@@ -201,7 +206,7 @@ fn chunks<L: Copy>(
     let (mut used, mut held) = (0, 0);
     for &layer in layers {
         let ((largest, size), host) = (size(layer), host(layer));
-        let fits = !device.is_gpu() || (largest <= arena && size <= device.memory());
+        let fits = !device.is_gpu() || (largest <= arena && size <= whole_room(device));
         match chunks.last_mut() {
             Some((chunk, on))
                 if used + size <= limit

@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use serde::Serialize;
 
 use super::PlannedLayer;
+use crate::Device;
 
 /// What a merge did.
 #[derive(Clone, Debug, Serialize)]
@@ -25,10 +26,41 @@ pub struct Report {
     pub losses: Option<Losses>,
     /// What the user should know about the whole merge.
     pub notes: Vec<String>,
+    /// How much memory of a GPU it took; `None` on the CPU.
+    pub memory: Option<DeviceMemory>,
     /// How long it took.
     pub seconds: f64,
     /// Version of this crate.
     pub version: String,
+}
+
+/// Memory of a GPU, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct DeviceMemory {
+    /// What was held at most ([`Device::memory_peak`]).
+    pub peak: u64,
+    /// What there was to stay within ([`Device::memory`]).
+    pub budget: u64,
+}
+
+impl DeviceMemory {
+    /// Since the device's peak was reset.
+    pub(super) fn of(device: &Device) -> Option<Self> {
+        device.is_gpu().then(|| Self { peak: device.memory_peak(), budget: device.memory() })
+    }
+
+    /// Says so if it was exceeded, by what else the device holds.
+    pub(super) fn note(self) -> Option<String> {
+        (self.peak > self.budget)
+            .then(|| format!("more device memory was held than the merge should stay within: {self}"))
+    }
+}
+
+impl fmt::Display for DeviceMemory {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
+        write!(f, "{:.1} of {:.1} MiB at most", mib(self.peak), mib(self.budget))
+    }
 }
 
 /// One adapter that went in.
@@ -161,6 +193,9 @@ impl fmt::Display for Report {
             self.layers.len(),
             self.seconds
         )?;
+        if let Some(memory) = self.memory {
+            writeln!(f, "  device memory: {memory}")?;
+        }
         for input in &self.inputs {
             writeln!(f, "  {} at {}, {} layers", input.name, input.strength, input.layers)?;
         }

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use super::driver::{self, Done, Method, Run, Spec};
 use super::loss::{Outputs, Squares, Statistics, add, dot, times};
 use super::{Action, LayerReport, Losses, Merged, PlannedLayer};
-use crate::calibration::{LayerStatistics, gram_parts};
+use crate::calibration::LayerStatistics;
 use crate::compute::ops::{self, Axis, Factor};
 use crate::compute::{Batch, Shape};
 use crate::power::{exponent, exponent_of, pow2};
@@ -409,6 +409,7 @@ impl Method for Ssr<'_> {
             None => Vec::new(),
             Some(calibration) => {
                 let selected: Vec<_> = adapters.iter().map(|weighted| weighted.adapter).collect();
+                calibration.leave(run.device)?;
                 calibration.select(&selected)?
             }
         };
@@ -689,8 +690,9 @@ fn trace(m: &Matrix) -> f64 {
 /// Bytes of the largest buffer that a layer takes, and in all.
 fn size(layer: &PlannedLayer) -> (u64, u64) {
     let PlannedLayer { rank, input, output, .. } = layer;
-    let partial = gram_parts(*output, *rank) * rank * rank;
-    let largest = 8 * (rank * rank.max(input).max(output)).max(partial);
-    let size = 4 * rank * (2 * input + 3 * output) + 8 * (6 * rank * rank + partial);
+    let (products, grams) = (ops::product_bytes(*rank, *rank), ops::gram_bytes(*output, *rank));
+    let largest = (8 * rank * rank.max(input).max(output)).max(products).max(grams);
+    // A, as it comes and in halves; B, as it comes and merged.
+    let size = 4 * rank * (3 * input + 3 * output) + 8 * 6 * rank * rank + products + grams;
     (largest as u64, size as u64)
 }

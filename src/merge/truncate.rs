@@ -5,10 +5,10 @@ use std::time::Instant;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
-use super::Merged;
 use super::core::{Factored, Lifted, NEGLIGIBLE, cores, finite, significant, size, unconverged};
 use super::driver::TOO_LARGE;
 use super::loss::times;
+use super::{DeviceMemory, Merged};
 use crate::compute::ops::{self, Root, Side, Stacks, Svd};
 use crate::{Adapter, Control, Device, Error, Layer, Matrix, RawMatrix, Result};
 
@@ -115,6 +115,7 @@ impl Merged {
     /// overflows f32; [`Error::Device`]; [`Error::Cancelled`].
     pub fn truncated(self, device: &Device, truncation: &Truncation, control: &Control<'_>) -> Result<Self> {
         let start = Instant::now();
+        device.reset_memory_peak();
         truncation.check()?;
         let Self { adapter, mut report } = self;
         let mut layers = adapter.layers().to_vec();
@@ -155,6 +156,7 @@ impl Merged {
             .spelled_like(&adapter)
             .with_metadata(metadata);
         report.seconds += start.elapsed().as_secs_f64();
+        report.memory = report.memory.into_iter().chain(DeviceMemory::of(device)).max_by_key(|m| m.peak);
         Ok(Self { adapter, report })
     }
 }

@@ -480,11 +480,15 @@ fn say_notes(report: &Report, plan: &Plan, out: &Output) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// How much was merged, and how fast.
+/// How much was merged, how fast, and what memory of a GPU it took.
 pub fn say_merged(report: &Report, out: &Output) -> anyhow::Result<()> {
-    let Report { method, layers, seconds, .. } = report;
+    let Report { method, layers, seconds, memory, .. } = report;
     let layers = count(layers.len(), "layer");
-    out.info(format_args!("merged     {layers} by {method} in {seconds:.2} s"))
+    out.info(format_args!("merged     {layers} by {method} in {seconds:.2} s"))?;
+    match memory {
+        Some(memory) => out.info(format_args!("memory     {memory}")),
+        None => Ok(()),
+    }
 }
 
 /// Layers that a table shows.

@@ -112,7 +112,7 @@ pub fn entries(
         elect: u32::from(rule.elect),
         scale: rule.scale as f32,
     };
-    let tiles = (panel.rows.div_ceil(16) as u32, panel.cols.div_ceil(16) as u32);
+    let tiles = (panel.rows.div_ceil(TILE) as u32, panel.cols.div_ceil(TILE) as u32);
     let work: Vec<Work> =
         (0..tiles.0).flat_map(|row| (0..tiles.1).map(move |c| [0, row, c, row * tiles.1 + c])).collect();
     let bytes = work.len() as u64 * 4;
@@ -127,6 +127,9 @@ pub fn entries(
     let squares: Vec<f32> = bytemuck::pod_collect_to_vec(&gpu.read(&squares, bytes)?);
     Ok(Entries { values, square: squares.iter().map(|&v| f64::from(v)).sum() })
 }
+
+/// The side of a tile of entries, of which a thread of the shaders makes one.
+const TILE: usize = 16;
 
 /// Buckets of a histogram of [`magnitudes`].
 pub const BUCKETS: usize = 1 << 16;
@@ -154,11 +157,11 @@ pub fn magnitudes(
     }
     let gpu = device.gpu()?;
     let job = MagnitudesJob { factors: factors(a, b, shape, &rows), upper: u32::from(prefixes.is_none()) };
-    let tiles = (rows.len().div_ceil(16) as u32, shape.cols.div_ceil(16) as u32);
+    let tiles = (rows.len().div_ceil(TILE) as u32, shape.cols.div_ceil(TILE) as u32);
     let tile = |k: u32| (0..tiles.0).flat_map(move |row| (0..tiles.1).map(move |c| [0, row, c, k]));
     let work: Vec<Work> = (0..members.len() as u32).flat_map(tile).collect();
     let bytes = (members.len() * BUCKETS * 4) as u64;
-    let histogram = gpu.buffer("magnitudes", bytes)?;
+    let histogram = gpu.zeros(bytes)?;
     let entries = gpu.scratch(members.len() as u64 * 32)?;
     gpu.write(&entries, 0, bytemuck::cast_slice(&table(members, prefixes.unwrap_or_default())))?;
     let mut commands = gpu.commands();

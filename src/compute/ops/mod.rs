@@ -83,6 +83,16 @@ fn dtype_code(dtype: crate::Dtype) -> u32 {
     }
 }
 
+/// Most bytes of scratch memory that [`project`] and [`inner_as`] take for `tokens` × `rank` sums in f32.
+pub(crate) fn product_bytes(tokens: usize, rank: usize) -> usize {
+    project::parts_bytes(tokens, rank)
+}
+
+/// Most bytes of scratch memory that [`gram`] takes.
+pub(crate) fn gram_bytes(tokens: usize, rank: usize) -> usize {
+    8 * gram::partial_len(tokens, rank, 1)
+}
+
 /// An error for shapes that do not fit, in the words of the operation.
 fn mismatch(what: &str, a: Shape, b: Shape) -> Error {
     Error::Invalid(format!("{what}: {} x {} does not go with {} x {}", a.rows, a.cols, b.rows, b.cols))

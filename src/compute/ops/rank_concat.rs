@@ -117,7 +117,7 @@ fn rank_concat_gpu(device: &Device, axis: Axis, jobs: &[&[Factor]], joined: &Bat
     let gpu = device.gpu()?;
     let Storage::Gpu { buffer, .. } = &joined.storage else { return Ok(()) };
     // Factors go up in groups that one binding holds.
-    let limit = gpu.max_arena().min(64 << 20) as usize;
+    let limit = gpu.source_limit(64 << 20) as usize;
     let mut pieces: Vec<(usize, &[u8])> = Vec::new();
     let mut table: Vec<Job> = Vec::new();
     let mut bytes = 0;

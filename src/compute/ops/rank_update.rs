@@ -66,8 +66,8 @@ pub fn rank_update(device: &Device, a: Option<&Batch>, s: &Batch, m: &Batch) -> 
     let work: Vec<Work> = (0..)
         .zip(&table)
         .flat_map(|(i, job)| {
-            (0..job.rows.div_ceil(32))
-                .flat_map(move |row| (0..job.cols.div_ceil(64)).map(move |column| [i, row, column, 0]))
+            (0..job.rows.div_ceil(ROWS))
+                .flat_map(move |row| (0..job.cols.div_ceil(COLUMNS)).map(move |column| [i, row, column, 0]))
         })
         .collect();
     let gpu = device.gpu()?;
@@ -78,6 +78,10 @@ pub fn rank_update(device: &Device, a: Option<&Batch>, s: &Batch, m: &Batch) -> 
     commands.submit()?;
     Ok(c)
 }
+
+/// A tile of C: `ROWS` and `COLUMNS` of the shader.
+const ROWS: u32 = 32;
+const COLUMNS: u32 = 64;
 
 #[derive(Clone, Copy, NoUninit)]
 #[repr(C)]

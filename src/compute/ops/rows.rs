@@ -28,8 +28,12 @@ pub enum Side {
     Output,
 }
 
-/// Bytes that are uploaded at once.
-const UPLOAD: usize = 128 << 20;
+/// The side of a tile, and how many of them a workgroup copies: `TILE` and `TILES` of the shader.
+const TILE: usize = 32;
+const TILES: usize = 4;
+
+/// Bytes that are uploaded at once, at most.
+const UPLOAD: u64 = 128 << 20;
 
 impl ScaledRows {
     /// One matrix of each list of factors, stacked: `[A_1; …; A_K]`, or `[B_1 … B_K]ᵀ`.
@@ -218,8 +222,12 @@ fn rows_gpu(
     let scale_buffer = gpu.scratch(ranks as u64 * 4)?;
     // Of all rows so far.
     let mut all: Vec<i32> = Vec::with_capacity(ranks);
-    // Factors go up in groups that one binding holds.
-    let limit = (gpu.max_arena() as usize).min(UPLOAD);
+    // Factors go up in groups that one binding holds; one of B as a whole.
+    let largest = stacks.iter().flatten().map(|part| part.bytes.len()).max().unwrap_or(0);
+    let limit = match side {
+        Side::Input => gpu.source_limit(UPLOAD) as usize,
+        Side::Output => (gpu.source_limit(UPLOAD) as usize).max(largest).min(gpu.max_arena() as usize),
+    };
     let mut upload = Upload::default();
     let mut flush = |upload: &mut Upload<'_>| -> Result<()> {
         let Upload { pieces, jobs, bytes } = std::mem::take(upload);
@@ -238,7 +246,9 @@ fn rows_gpu(
         all.extend(found.into_iter().flatten());
         let scales: Vec<f32> = all[start..].iter().map(|&e| pow2(-e) as f32).collect();
         gpu.write(&scale_buffer, start as u64 * 4, bytemuck::cast_slice(&scales))?;
-        let [along_rows, along_cols] = if side == Side::Output { [128, 32] } else { [32, 128] };
+        // Tiles follow each other along the rows of the target.
+        let [along_rows, along_cols] =
+            if side == Side::Output { [TILES * TILE, TILE] } else { [TILE, TILES * TILE] };
         let tiles = |(i, job): (u32, &Job)| {
             let columns = (0..job.cols).step_by(along_cols);
             let rows = (0..job.rows).step_by(along_rows);
