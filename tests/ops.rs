@@ -5,6 +5,7 @@ mod common;
 use common::{Case, Random, devices, gpus, product, relative};
 use loraweld::compute::ops::{
     Activations, Axis, Factor, accumulate, cholesky, cholesky_solve, gram, matmul, project, rank_concat,
+    solve,
 };
 use loraweld::compute::{Batch, Element, Shape};
 use loraweld::{Dtype, Matrix, RawMatrix};
@@ -373,8 +374,12 @@ fn check_systems(systems: &[(Matrix, Matrix)], cases: Vec<Case>) {
         let status = cholesky(device, &mut factors).unwrap();
         let mut x = Batch::upload(device, element, &q).unwrap();
         cholesky_solve(device, &factors, &mut x).unwrap();
-        let factors = factors.download(device).unwrap();
-        for (i, x) in x.download(device).unwrap().iter().enumerate() {
+        let (factors, x) = (factors.download(device).unwrap(), x.download(device).unwrap());
+        let mut grams = Batch::upload(device, element, &a).unwrap();
+        let mut at_once = Batch::upload(device, element, &q).unwrap();
+        assert_eq!(solve(device, &mut grams, &mut at_once).unwrap(), status, "{}", case.name);
+        assert!(at_once.download(device).unwrap() == x, "{}: in one submission it differs", case.name);
+        for (i, x) in x.iter().enumerate() {
             let n = a[i].rows;
             assert_eq!(status[i], Ok(()), "{}: order {n}", case.name);
             let u = &factors[i];
@@ -417,6 +422,15 @@ fn cholesky_reports_what_is_not_positive_definite() {
         assert_eq!(index(6), Ok(()), "{}: its neighbours must not matter", case.name);
         let factors = batch.download(device).unwrap();
         assert_eq!(factors[0], factors[6], "{}", case.name);
+
+        let mut batch = Batch::upload(device, device.sum(), &all).unwrap();
+        let right = all.each_ref().map(|a| Matrix::from_fn(3, a.cols, |i, j| f64::from(u8::from(i == j))));
+        let mut x = Batch::upload(device, device.sum(), &right).unwrap();
+        assert_eq!(solve(device, &mut batch, &mut x).unwrap(), status, "{}", case.name);
+        let x = x.download(device).unwrap();
+        let error = residual(&x[0], &good, &right[0]);
+        assert!(error <= solve_tolerance(device.sum()), "{}: beside failures: {error:.1e}", case.name);
+        assert_eq!(x[0], x[6], "{}", case.name);
     }
 }
 

@@ -1,6 +1,6 @@
 //! Operations that more than one bench times.
 
-use loraweld::compute::ops::{accumulate, cholesky, cholesky_solve};
+use loraweld::compute::ops::{accumulate, solve};
 use loraweld::compute::{Batch, Element, Shape};
 use loraweld::{Device, Matrix};
 use rayon::prelude::*;
@@ -95,9 +95,8 @@ impl<'a> Systems<'a> {
     pub fn solve(&self) -> Batch {
         let copy = |batch: &Batch| batch.duplicate(&self.target.device).expect("a copy");
         let (mut g, mut q) = (copy(&self.g), copy(&self.q));
-        let pivots = cholesky(&self.target.device, &mut g).expect("cholesky");
+        let pivots = solve(&self.target.device, &mut g, &mut q).expect("a solution");
         assert!(pivots.iter().all(Result::is_ok), "positive definite systems");
-        cholesky_solve(&self.target.device, &g, &mut q).expect("solve");
         q
     }
 

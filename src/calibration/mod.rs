@@ -14,6 +14,8 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use rayon::prelude::*;
+
 use self::resident::Resident;
 pub(crate) use self::resident::arena;
 use crate::adapter::dotted;
@@ -171,6 +173,8 @@ impl Calibration {
             }
         }
         let widths = first.into_iter().map(|(key, (layer, _))| (key, layer.input)).collect();
+        // They are kept, and long to find.
+        adapters.par_iter().for_each(|adapter| drop(adapter.a_sha256()));
         let mut tasks: Vec<Task> = Vec::new();
         for adapter in &adapters {
             let mut name = adapter.name().to_owned();

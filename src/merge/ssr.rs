@@ -622,10 +622,9 @@ fn solve(
         };
         let left: Vec<_> = open.par_iter().map(|(_, s, ridge)| shifted(&s.g, s, *ridge)).collect();
         let right: Vec<_> = open.par_iter().map(|(_, s, ridge)| shifted(&s.q, s, ridge * s.toward)).collect();
-        let mut factors = Batch::upload(device, device.sum(), &left)?;
-        let status = ops::cholesky(device, &mut factors)?;
+        let mut grams = Batch::upload(device, device.sum(), &left)?;
         let mut routers = Batch::upload(device, device.sum(), &right)?;
-        ops::cholesky_solve(device, &factors, &mut routers)?;
+        let status = ops::solve(device, &mut grams, &mut routers)?;
         let mut failed = Vec::new();
         for (((i, system, ridge), status), router) in
             open.into_iter().zip(status).zip(routers.download(device)?)

@@ -2,10 +2,12 @@ use bytemuck::NoUninit;
 use rayon::prelude::*;
 
 use super::{cut, mismatch, view_mut};
+use std::sync::Arc;
+
 use crate::Result;
-use crate::compute::gpu::{Work, whole};
+use crate::compute::gpu::{Commands, Gpu, Pooled, Work, whole};
 use crate::compute::shaders::Kernel;
-use crate::compute::{Batch, Device, Shape};
+use crate::compute::{Batch, Device, Element, Shape};
 
 /// A matrix that is not safely positive definite.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,16 +27,53 @@ pub struct PivotFailure {
 /// # Errors
 /// [`Error::Invalid`](crate::Error::Invalid) if a matrix is not square.
 pub fn cholesky(device: &Device, a: &mut Batch) -> Result<Vec<std::result::Result<(), PivotFailure>>> {
-    for shape in a.shapes() {
-        if shape.rows != shape.cols {
-            return Err(mismatch("cholesky", *shape, Shape::new(shape.rows, shape.rows)));
-        }
-    }
-    let orders: Vec<_> = a.shapes().iter().map(|s| s.rows).collect();
-    if let Some(matrices) = a.host_mut() {
-        return Ok(matrices.into_par_iter().zip(orders).map(|(a, n)| cholesky_cpu(a, n)).collect());
+    check(a)?;
+    if a.element() == Element::Host {
+        return Ok(factorise(a));
     }
     let gpu = device.gpu()?;
+    let mut commands = gpu.commands();
+    let status = encode(&mut commands, gpu, a)?;
+    commands.submit()?;
+    status.read(gpu)
+}
+
+/// Refuses matrices that are not square.
+pub(super) fn check(a: &Batch) -> Result<()> {
+    match a.shapes().iter().find(|shape| shape.rows != shape.cols) {
+        Some(shape) => Err(mismatch("cholesky", *shape, Shape::new(shape.rows, shape.rows))),
+        None => Ok(()),
+    }
+}
+
+/// A batch of the host's.
+pub(super) fn factorise(a: &mut Batch) -> Vec<std::result::Result<(), PivotFailure>> {
+    let orders: Vec<_> = a.shapes().iter().map(|s| s.rows).collect();
+    let matrices = a.host_mut().unwrap_or_default();
+    matrices.into_par_iter().zip(orders).map(|(a, n)| cholesky_cpu(a, n)).collect()
+}
+
+/// How each factorisation of a launch went, once it is submitted.
+pub(super) struct Status {
+    codes: Pooled,
+    bytes: u64,
+}
+
+impl Status {
+    /// Waits for it.
+    pub fn read(&self, gpu: &Gpu) -> Result<Vec<std::result::Result<(), PivotFailure>>> {
+        let codes: Vec<u32> = bytemuck::pod_collect_to_vec(&gpu.read(&self.codes, self.bytes)?);
+        let of = |code: u32| match code.checked_sub(1) {
+            None => Ok(()),
+            Some(index) => Err(PivotFailure { index: index as usize }),
+        };
+        Ok(codes.into_iter().map(of).collect())
+    }
+}
+
+/// Records the factorisation of a batch on a GPU.
+pub(super) fn encode(commands: &mut Commands<'_>, gpu: &Arc<Gpu>, a: &Batch) -> Result<Status> {
+    let orders: Vec<_> = a.shapes().iter().map(|s| s.rows).collect();
     let table: Vec<_> = orders
         .iter()
         .enumerate()
@@ -42,25 +81,16 @@ pub fn cholesky(device: &Device, a: &mut Batch) -> Result<Vec<std::result::Resul
         .collect();
     let ranges: Vec<_> = orders.iter().map(|&n| cut(panel_costs(n))).collect();
     let bytes = table.len() as u64 * 4;
-    let status = gpu.scratch(bytes)?;
-    let mut commands = gpu.commands();
+    let codes = gpu.scratch(bytes)?;
     for launch in 0..ranges.iter().map(Vec::len).max().unwrap_or(0) {
         let work: Vec<Work> = (0..)
             .zip(&ranges)
             .filter_map(|(i, ranges)| ranges.get(launch).map(|range| [i, range.start, range.end, 0]))
             .collect();
-        let buffers = [whole(a.buffer()?), whole(&status)];
+        let buffers = [whole(a.buffer()?), whole(&codes)];
         commands.launch(Kernel::Cholesky(a.element()), &table, &work, &buffers);
     }
-    commands.submit()?;
-    let status: Vec<u32> = bytemuck::pod_collect_to_vec(&gpu.read(&status, bytes)?);
-    Ok(status
-        .into_iter()
-        .map(|code| match code.checked_sub(1) {
-            None => Ok(()),
-            Some(index) => Err(PivotFailure { index: index as usize }),
-        })
-        .collect())
+    Ok(Status { codes, bytes })
 }
 
 /// Columns that a workgroup makes at a time, as in the shader.

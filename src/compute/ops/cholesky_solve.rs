@@ -1,10 +1,11 @@
 use bytemuck::NoUninit;
 use rayon::prelude::*;
 
+use super::cholesky::{self, PivotFailure};
 use super::{cut, mismatch, same_count, view, view_mut};
-use crate::compute::gpu::{Work, whole};
+use crate::compute::gpu::{Commands, Work, whole};
 use crate::compute::shaders::Kernel;
-use crate::compute::{Batch, Device, Shape};
+use crate::compute::{Batch, Device, Element, Shape};
 use crate::{Error, Result};
 
 /// Solves `X·UᵀU = Q` for X, in place of Q, with factors of [`cholesky`](super::cholesky).
@@ -15,6 +16,45 @@ use crate::{Error, Result};
 /// # Errors
 /// [`Error::Invalid`] if shapes or element types differ.
 pub fn cholesky_solve(device: &Device, factors: &Batch, q: &mut Batch) -> Result<()> {
+    check(factors, q)?;
+    if q.element() == Element::Host {
+        substitute(factors, q);
+        return Ok(());
+    }
+    let mut commands = device.gpu()?.commands();
+    encode(&mut commands, factors, q)?;
+    commands.submit()
+}
+
+/// Solves `X·A = Q` for X, in place of Q: [`cholesky`](super::cholesky) and [`cholesky_solve`] in one submission, without
+/// a wait between them.
+///
+/// `a[i]`: order × order, symmetric, which its factor takes the place of; `q[i]`: rows × order. The result has an entry for
+/// each matrix, as that of [`cholesky`](super::cholesky); where it is an `Err`, X must not be used.
+///
+/// # Errors
+/// As of the two.
+pub fn solve(
+    device: &Device,
+    a: &mut Batch,
+    q: &mut Batch,
+) -> Result<Vec<std::result::Result<(), PivotFailure>>> {
+    cholesky::check(a)?;
+    check(a, q)?;
+    if q.element() == Element::Host {
+        let status = cholesky::factorise(a);
+        substitute(a, q);
+        return Ok(status);
+    }
+    let gpu = device.gpu()?;
+    let mut commands = gpu.commands();
+    let status = cholesky::encode(&mut commands, gpu, a)?;
+    encode(&mut commands, a, q)?;
+    commands.submit()?;
+    status.read(gpu)
+}
+
+fn check(factors: &Batch, q: &Batch) -> Result<()> {
     same_count("cholesky_solve", factors, q)?;
     if factors.element() != q.element() {
         return Err(Error::Invalid(format!(
@@ -28,14 +68,21 @@ pub fn cholesky_solve(device: &Device, factors: &Batch, q: &mut Batch) -> Result
             return Err(mismatch("cholesky_solve", *factor, *q));
         }
     }
+    Ok(())
+}
+
+/// Batches of the host's.
+fn substitute(factors: &Batch, q: &mut Batch) {
     let shapes = q.shapes().to_vec();
-    if let Some(right) = q.host_mut() {
-        right.into_par_iter().zip(shapes).enumerate().for_each(|(i, (q, shape))| {
-            cholesky_solve_cpu(factors.host(i).unwrap_or_default(), q, shape);
-        });
-        return Ok(());
-    }
-    let gpu = device.gpu()?;
+    let right = q.host_mut().unwrap_or_default();
+    right.into_par_iter().zip(shapes).enumerate().for_each(|(i, (q, shape))| {
+        cholesky_solve_cpu(factors.host(i).unwrap_or_default(), q, shape);
+    });
+}
+
+/// Records the solution of a batch on a GPU.
+fn encode(commands: &mut Commands<'_>, factors: &Batch, q: &Batch) -> Result<()> {
+    let shapes = q.shapes();
     let table: Vec<_> = (0..q.len())
         .map(|i| Job {
             factor: factors.offset(i) as u32,
@@ -45,7 +92,6 @@ pub fn cholesky_solve(device: &Device, factors: &Batch, q: &mut Batch) -> Result
         })
         .collect();
     let ranges: Vec<_> = shapes.iter().map(|shape| cut(step_costs(shape.cols))).collect();
-    let mut commands = gpu.commands();
     for launch in 0..ranges.iter().map(Vec::len).max().unwrap_or(0) {
         let work: Vec<Work> = (0..)
             .zip(&ranges)
@@ -58,7 +104,7 @@ pub fn cholesky_solve(device: &Device, factors: &Batch, q: &mut Batch) -> Result
         let buffers = [whole(factors.buffer()?), whole(q.buffer()?)];
         commands.launch(Kernel::CholeskySolve(q.element()), &table, &work, &buffers);
     }
-    commands.submit()
+    Ok(())
 }
 
 /// Right-hand sides of a workgroup, as in the shader.

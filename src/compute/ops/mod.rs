@@ -28,7 +28,7 @@ pub use accumulate::{Activations, accumulate};
 pub(crate) use blend::{Blend, BlendJob, blend_cpu};
 pub use branches::Score;
 pub use cholesky::{PivotFailure, cholesky};
-pub use cholesky_solve::cholesky_solve;
+pub use cholesky_solve::{cholesky_solve, solve};
 pub(crate) use cosine::{CosineJob, cosine_cpu};
 pub use entries::{BUCKETS, Entries, EntryMember, EntryRule, entries, magnitudes};
 pub(crate) use extrapolate::{ExtrapolateJob, extrapolate_cpu};
