@@ -136,8 +136,7 @@ impl Resident {
                     entry.insert(Batch::zeros(device, device.sum(), &shapes)?)
                 }
             };
-            // It takes a quarter of what it may for each of inputs, products and partial sums.
-            ops::accumulate(&device.within(device.memory() / 4), &call, &a.batch, sum)?;
+            ops::accumulate(device, &call, &a.batch, sum)?;
             for (place, x) in call {
                 let sums = host.entry(layers[place].0.clone());
                 sums.or_insert_with(|| vec![Sum::default(); tasks.len() + 1])[slot].tokens +=

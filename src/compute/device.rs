@@ -310,11 +310,6 @@ impl Device {
         }
     }
 
-    /// The same device for a task that should keep to a part of the budget.
-    pub(crate) fn within(&self, memory: u64) -> Self {
-        Self { memory, ..self.clone() }
-    }
-
     /// Something the user should know: a fallback that was taken.
     pub fn note(&self) -> Option<&str> {
         self.note.as_deref()

@@ -136,7 +136,8 @@ fn accumulate_gpu(
     a: &Batch,
     sums: &mut Batch,
 ) -> Result<()> {
-    let limit = device.gpu()?.max_arena().min(device.memory() / 4);
+    // For each of inputs, products and partial sums.
+    let limit = device.gpu()?.max_arena().min(device.memory() / 12);
     let mut windows = Vec::new();
     for &(index, input) in inputs {
         let shape = input.shape();
