@@ -13,6 +13,7 @@
 // Bindings: 3 Z, 4 partial G, 5 scales of the tokens.
 
 #import params
+#import exponents
 
 struct Job {
     z: u32,     // first element, a multiple of 4
@@ -55,7 +56,7 @@ fn fetch(job: Job, token: u32, end: u32, column: u32) -> vec4<f32> {
 }
 
 fn put(high_at: u32, low_at: u32, value: vec4<f32>) {
-    let high = bitcast<vec4<f32>>(bitcast<vec4<u32>>(value) & vec4<u32>(0xffffe000u));
+    let high = high_part(value);
     tile[high_at] = vec4<f16>(high);
     tile[low_at] = vec4<f16>(value - high);
 }
@@ -97,8 +98,7 @@ fn main(
         atomicMin(&least[0], bitcast<u32>(scales[job.scales + token]) & 0x7fffffffu);
     }
     workgroupBarrier();
-    let scale_bits = atomicLoad(&least[0]);
-    let scale = bitcast<f32>(scale_bits);
+    let scale = bitcast<f32>(atomicLoad(&least[0]));
 
     let token_at = t / QUADS;
     let quad = t % QUADS;
@@ -260,8 +260,7 @@ fn main(
     let patch_stride = 16u;
     let out_row = first_row + tile_row;
     let out_column = first_column + tile_column;
-    // 1 / s of a power of two, exactly.
-    let inverse = bitcast<f32>((254u << 23u) - scale_bits);
+    let inverse = inverse_of(scale);
     coopStoreT(c00, &patches[patch_at], patch_stride);
     store_patch(job, work.w, out_row, out_column, subgroup, lane, inverse);
     coopStoreT(c10, &patches[patch_at], patch_stride);

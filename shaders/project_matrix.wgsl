@@ -70,11 +70,6 @@ var<workgroup> tile: array<vec4<f16>, TILE_LEN>;
 // that the tile stays on them.
 var<workgroup> low_rows: vec4<u32>;
 
-// The upper 11 bits of the mantissa, which f16 holds. By mask: f32(f16(v)) is folded away.
-fn high_part(value: vec4<f32>) -> vec4<f32> {
-    return bitcast<vec4<f32>>(bitcast<vec4<u32>>(value) & vec4<u32>(0xffffe000u));
-}
-
 fn halves(low: u32, high: u32, scale: f32) -> vec4<f16> {
     return vec4<f16>(vec4<f32>(unpack_halves(low, DTYPE), unpack_halves(high, DTYPE)) * scale);
 }

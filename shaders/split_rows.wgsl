@@ -56,8 +56,7 @@ fn main(
         if (e < vectors) {
             value = a[first + e] * scale;
         }
-        // f32(f16(v)) would be folded away.
-        let upper = bitcast<vec4<f32>>(bitcast<vec4<u32>>(value) & vec4<u32>(0xffffe000u));
+        let upper = high_part(value);
         high[out + e] = vec4<f16>(upper);
         low[out + e] = vec4<f16>(value - upper);
     }

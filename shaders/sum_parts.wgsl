@@ -8,6 +8,7 @@
 // Bindings: 3 parts, 4 Z, 5 scales of A.
 
 #import params
+#import exponents
 
 struct Job {
     parts: u32, // first element, a multiple of 4
@@ -27,24 +28,19 @@ struct Job {
 
 const NONE: u32 = 0xffffffffu;
 
-// 1 / |s| of a power of two, exactly.
-fn inverse(scale: f32) -> f32 {
-    return bitcast<f32>((254u << 23u) - (bitcast<u32>(scale) & 0x7fffffffu));
-}
-
 fn x_inverse(job: Job, part: u32, row: u32) -> f32 {
     if (job.x_scales == NONE) {
         return 1.0;
     }
     let place = job.x_scales + part * job.tokens + row;
-    return inverse(parts[place / 4u][place % 4u]);
+    return inverse_of(parts[place / 4u][place % 4u]);
 }
 
 fn a_inverse(job: Job, row: u32) -> f32 {
     if (job.a_scales == NONE) {
         return 1.0;
     }
-    return inverse(scales[job.a_scales + min(row, job.rank - 1u)]);
+    return inverse_of(scales[job.a_scales + min(row, job.rank - 1u)]);
 }
 
 @compute @workgroup_size(256)
