@@ -45,6 +45,8 @@ const NORMALISE: u32 = 8u;
 const FIXED: u32 = 16u;
 // branch_means.wgsl: update the running means instead of writing those of groups.
 const RUNNING: u32 = 32u;
+// branch_split_b.wgsl: B_cat has more bits than one half holds.
+const HAS_LOW: u32 = 64u;
 
 // What the host changes between calls, with no need to encode anew.
 struct Controls {

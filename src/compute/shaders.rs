@@ -56,6 +56,8 @@ pub enum Kernel {
     BranchChoose,
     /// `shaders/branch_weigh.wgsl`
     BranchWeigh,
+    /// `shaders/branch_split_b.wgsl`
+    BranchSplitB,
     /// `shaders/branch_halves.wgsl`
     BranchHalves(HalvesOf),
     /// `shaders/branch_apply.wgsl`, with the type of the features.
@@ -83,8 +85,6 @@ pub enum Kernel {
 /// What `shaders/branch_halves.wgsl` splits, as it numbers its steps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum HalvesOf {
-    /// B_cat.
-    B,
     /// Z.
     Z,
     /// Z times the weights of its branches.
@@ -175,6 +175,7 @@ impl Kernel {
             Self::BranchMeans,
             Self::BranchChoose,
             Self::BranchWeigh,
+            Self::BranchSplitB,
             Self::Blend,
             Self::Cosine,
             Self::GradientNorm,
@@ -194,7 +195,7 @@ impl Kernel {
             all.extend(TILES.map(|tile| Self::Project(tile, dtype)));
             all.extend([32, 64].map(|tile| Self::ProjectMatrix(tile, dtype)));
         }
-        all.extend([HalvesOf::B, HalvesOf::Z, HalvesOf::Weighted].map(Self::BranchHalves));
+        all.extend([HalvesOf::Z, HalvesOf::Weighted].map(Self::BranchHalves));
         all.extend(TILES.map(Self::Gram));
         all.extend(WIDE.iter().flat_map(|&wide| {
             [
@@ -236,6 +237,7 @@ impl Kernel {
             | Self::BranchMeans
             | Self::BranchChoose
             | Self::BranchWeigh
+            | Self::BranchSplitB
             | Self::Blend
             | Self::Cosine
             | Self::GradientNorm
@@ -285,6 +287,7 @@ impl Kernel {
             Self::RankUpdate(_) => ("rank_update", kernel!("rank_update")),
             Self::BranchScores(..) => ("branch_scores", kernel!("branch_scores")),
             Self::BranchScoresMatrix(..) => ("branch_scores_matrix", kernel!("branch_scores_matrix")),
+            Self::BranchSplitB => ("branch_split_b", kernel!("branch_split_b")),
             Self::BranchHalves(_) => ("branch_halves", kernel!("branch_halves")),
             Self::BranchMeans => ("branch_means", kernel!("branch_means")),
             Self::BranchChoose => ("branch_choose", kernel!("branch_choose")),
@@ -317,6 +320,7 @@ impl Kernel {
             | Self::GramMatrix
             | Self::BranchScores(..)
             | Self::BranchScoresMatrix(..)
+            | Self::BranchSplitB
             | Self::BranchHalves(_)
             | Self::BranchMeans
             | Self::BranchChoose
@@ -381,6 +385,7 @@ impl Kernel {
                 | Self::SplitRows
                 | Self::GramMatrix
                 | Self::BranchScoresMatrix(..)
+                | Self::BranchSplitB
                 | Self::BranchHalves(_)
                 | Self::BranchApplyMatrix(..)
         )
@@ -412,7 +417,7 @@ impl Kernel {
         match self {
             Self::BranchScoresMatrix(_, _, tile) | Self::BranchApplyMatrix(_, tile) => tile.software,
             // Of use without them.
-            Self::BranchHalves(_) => true,
+            Self::BranchSplitB | Self::BranchHalves(_) => true,
             _ => false,
         }
     }
@@ -428,6 +433,7 @@ impl Kernel {
             ("exp_log", _) => shared!("exp_log"),
             ("branch", _) => shared!("branch"),
             ("branch_state", _) => shared!("branch_state"),
+            ("branch_split", _) => shared!("branch_split"),
             ("branch_features", _) => shared!("branch_features"),
             ("branch_tile_matrix", _) => shared!("branch_tile_matrix"),
             ("multiply", _) if self.is_software() => shared!("multiply_software"),

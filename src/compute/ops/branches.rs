@@ -1,8 +1,10 @@
 //! Branches: low-rank updates of the same features, of which each token keeps the one that changes it most.
 //!
 //! The kernels are `shaders/branch_scores.wgsl`, `branch_means.wgsl`, `branch_choose.wgsl`, `branch_weigh.wgsl` and
-//! `branch_apply.wgsl`, on matrix units `branch_halves.wgsl`, `branch_scores_matrix.wgsl` and `branch_apply_matrix.wgsl`;
-//! below them stand their f64 twins.
+//! `branch_apply.wgsl`, on matrix units `branch_halves.wgsl`, `branch_scores_matrix.wgsl` and `branch_apply_matrix.wgsl`,
+//! for which [`Halves`] are made of a layer's factors; below them stand their f64 twins.
+
+mod halves;
 
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -11,11 +13,13 @@ use bytemuck::NoUninit;
 use rayon::prelude::*;
 use serde::Serialize;
 
+pub(crate) use self::halves::Halves;
+use self::halves::SplitB;
 use super::project::{self, ProjectJob, project_cpu};
 use super::{Activations, ENOUGH_WORKGROUPS, view, view_mut};
-use crate::compute::gpu::{BIND_ALIGN, Gpu, Pooled, whole};
-use crate::compute::shaders::{APPLY_SUBGROUPS, BranchTile, HalvesOf, Kernel, SCORES_SUBGROUPS};
-use crate::compute::{Batch, Element, Shape};
+use crate::compute::gpu::{BIND_ALIGN, Commands, Gpu, Pooled, whole};
+use crate::compute::shaders::{APPLY_SUBGROUPS, HalvesOf, Kernel, SCORES_SUBGROUPS};
+use crate::compute::{Batch, Shape};
 use crate::{Dtype, Error, RawMatrix, Result};
 
 /// How much a branch changes a token's features, f0 to f.
@@ -74,8 +78,8 @@ pub(crate) struct Call<'a> {
     pub adapters: &'a [usize],
     /// Factor of each branch, but for the adapter's strength.
     pub factors: &'a [f32],
-    /// Whether B_cat has more bits than one half holds.
-    pub low: bool,
+    /// Of the layer's factors.
+    pub halves: &'a Halves,
     pub score: Score,
     pub rule: Rule,
     /// Tokens that choose together; 0: each for itself.
@@ -106,7 +110,7 @@ const WINDOW: f64 = 1_048_576.0;
 /// Words of a record of the log: tokens that each branch won.
 pub(crate) const RECORD: usize = MAX_BRANCHES;
 
-#[derive(Clone, Copy, NoUninit)]
+#[derive(Clone, Copy, Default, NoUninit)]
 #[repr(C)]
 struct Job {
     tokens: u32,
@@ -141,6 +145,7 @@ const SOFT: u32 = 4;
 const NORMALISE: u32 = 8;
 const FIXED: u32 = 16;
 const UPDATE_RUNNING: u32 = 32;
+const HAS_LOW: u32 = 64;
 
 /// Tile of the kernels without matrix units.
 const TOKENS: usize = 64;
@@ -217,49 +222,41 @@ fn parts(tokens: usize, tile: [usize; 2], width: usize) -> usize {
 }
 
 /// What a call does on matrix units.
-struct Units {
-    scores: BranchTile,
-    /// Without, if all columns together are too many.
-    apply: Option<BranchTile>,
-    /// Columns of the halves, where each branch has its own, and rows of Z's.
-    columns: usize,
-    column_starts: [u32; MAX_BRANCHES + 1],
+struct Units<'a> {
+    b: &'a SplitB,
+    /// Halves of Z, their rows, and what undoes the powers of two.
+    z: Arc<Pooled>,
     z_rows: usize,
+    z_scales: Arc<Pooled>,
 }
 
-impl Units {
-    /// What of the call fits the tiles there. They read 4 channels at a time.
-    fn new(gpu: &Gpu, call: &Call<'_>, dtype: Dtype, windows: &[Window<'_>]) -> Option<Self> {
+impl<'a> Units<'a> {
+    /// If the call can be done there. They read 4 channels at a time.
+    fn new(
+        gpu: &Arc<Gpu>,
+        commands: &mut Commands<'_>,
+        call: &Call<'a>,
+        dtype: Dtype,
+        windows: &[Window<'_>],
+    ) -> Result<Option<Self>> {
+        let Some(b) = &call.halves.b else { return Ok(None) };
         let raw_words = if dtype == Dtype::F32 { 4 } else { 2 };
-        let aligned = call.width.is_multiple_of(4)
-            && windows.iter().all(|window| window.word.is_multiple_of(raw_words));
-        let caps = &gpu.capabilities;
-        let software = gpu.disable.software_units
-            && caps.f16
-            && caps.subgroups.is_some_and(|(min, _)| min >= 8)
-            && caps.workgroup_memory >= 32 << 10;
-        let tile = |columns: usize| {
-            let depth = BranchTile::DEPTHS.into_iter().find(|&depth| columns <= depth as usize)?;
-            Some(BranchTile { depth, low: call.low, software }).filter(|tile| tile.room() > 0)
-        };
-        let (mut columns, mut widest, mut column_starts) = (0, 0, [0; MAX_BRANCHES + 1]);
-        for (k, block) in call.blocks.iter().enumerate() {
-            let own = block.len().next_multiple_of(16);
-            columns += own;
-            widest = widest.max(own);
-            column_starts[k + 1] = columns as u32;
-        }
-        let usable = (software || caps.matrix_units()) && aligned && columns > 0;
-        let scores = usable.then(|| tile(widest)).flatten()?;
+        let aligned = windows.iter().all(|window| window.word.is_multiple_of(raw_words));
+        let scored = !matches!(call.rule, Rule::Fixed(_));
         let z_rows = (call.tokens + APPLY_SUBGROUPS as usize * UNIT_TOKENS).next_multiple_of(8);
         // A grid's limit.
-        (z_rows / 8 < 1 << 16).then_some(Self {
-            scores,
-            apply: tile(columns),
-            columns,
-            column_starts,
-            z_rows,
-        })
+        if !aligned || (!scored && b.tiles.apply.is_none()) || z_rows / 8 >= 1 << 16 {
+            return Ok(None);
+        }
+        let mut scratch = |elements: usize| commands.scratch(gpu, (elements * 4) as u64);
+        let (z, z_scales) = (scratch(z_rows * b.tiles.columns)?, scratch(z_rows * call.blocks.len())?);
+        commands.keep(b.buffer.clone());
+        Ok(Some(Self { b, z, z_rows, z_scales }))
+    }
+
+    /// What products read.
+    fn operands(&self) -> [wgpu::BufferBinding<'_>; 3] {
+        [&self.b.buffer, &self.z, &self.z_scales].map(|buffer| whole(buffer))
     }
 }
 
@@ -382,11 +379,12 @@ pub(crate) fn encode(
             z: window.first * rank,
         };
         let z = whole(&buffers.z);
-        project::encode(&mut commands, gpu, &[window.binding], &[job], layer, z, Element::F32)?;
+        let a = call.halves.a.as_ref();
+        project::encode_f32(&mut commands, gpu, &[window.binding], &[job], layer, z, a)?;
     }
 
     let scored = !matches!(call.rule, Rule::Fixed(_));
-    let units = Units::new(gpu, call, f0.dtype, &f0_windows).filter(|units| scored || units.apply.is_some());
+    let units = Units::new(gpu, &mut commands, call, f0.dtype, &f0_windows)?;
     let mut job = job(call, layer, units.as_ref(), running, record);
     let factors = whole(layer.buffer()?);
     let (z, stats, scores) = (whole(&buffers.z), whole(&buffers.stats), whole(&buffers.scores));
@@ -398,47 +396,24 @@ pub(crate) fn encode(
         f0: window.word as u32,
         ..*job
     };
-    let (columns, z_rows) = units.as_ref().map_or((0, 0), |units| (units.columns, units.z_rows));
-    let mut halves = |rows: usize| commands.scratch(gpu, (rows * columns * 4).max(4) as u64);
-    let b_halves = halves(call.width.next_multiple_of(UNIT_CHANNELS))?;
-    let z_halves = halves(z_rows)?;
-    let z_scales = commands.scratch(gpu, (z_rows * branches * 4).max(4) as u64)?;
-    // Of each step, what it splits and where to.
-    let to_halves = |values, to| [values, to, whole(&z_scales), weights.clone(), controls.clone()];
-    let operands = [&b_halves, &z_halves, &z_scales].map(|buffer| whole(buffer));
-    if units.is_some() {
-        // Beside the first steps of the product.
-        commands.phase(0);
-        let grid = [call.width.next_multiple_of(UNIT_CHANNELS) / 32, columns.div_ceil(32), 1];
-        let grid = grid.map(|n| n as u32);
-        commands.launch_grid(
-            Kernel::BranchHalves(HalvesOf::B),
-            &job,
-            grid,
-            &to_halves(factors.clone(), whole(&b_halves)),
-        );
-    }
-
     let token_grid = [tokens.div_ceil(256) as u32, 1, 1];
     let choose = [stats.clone(), scores.clone(), weights.clone(), means.clone(), log];
     let rule = job.flags;
     if scored {
         commands.phase(3);
-        if units.is_some() {
-            let grid = [(z_rows / 8) as u32, branches as u32, 1];
-            commands.launch_grid(
-                Kernel::BranchHalves(HalvesOf::Z),
-                &job,
-                grid,
-                &to_halves(z.clone(), whole(&z_halves)),
-            );
+        if let Some(units) = &units {
+            let grid = [(units.z_rows / 8) as u32, branches as u32, 1];
+            let [_, halves, scales] = units.operands();
+            let bindings = [z.clone(), halves, scales, weights.clone(), controls.clone()];
+            commands.launch_grid(Kernel::BranchHalves(HalvesOf::Z), &job, grid, &bindings);
         }
         commands.phase(4);
         let (kernel, tile) = match &units {
             None => (Kernel::BranchScores(call.score, f0.dtype), [TOKENS, CHANNELS]),
             Some(units) => {
-                let tokens = units.scores.subgroups(SCORES_SUBGROUPS) as usize * UNIT_TOKENS;
-                (Kernel::BranchScoresMatrix(call.score, f0.dtype, units.scores), [tokens, UNIT_CHANNELS])
+                let tile = units.b.tiles.scores;
+                let tokens = tile.subgroups(SCORES_SUBGROUPS) as usize * UNIT_TOKENS;
+                (Kernel::BranchScoresMatrix(call.score, f0.dtype, tile), [tokens, UNIT_CHANNELS])
             }
         };
         let wanted = parts(tokens * branches, tile, call.width);
@@ -450,7 +425,7 @@ pub(crate) fn encode(
             let [f0, controls, stats] = [window.binding.clone(), controls.clone(), stats.clone()];
             let bindings = match &units {
                 None => vec![factors.clone(), z.clone(), f0, controls, stats],
-                Some(_) => operands.iter().cloned().chain([f0, controls, stats]).collect(),
+                Some(units) => units.operands().into_iter().chain([f0, controls, stats]).collect(),
             };
             commands.launch_grid(kernel, &for_window(&job, window), grid, &bindings);
         }
@@ -479,7 +454,7 @@ pub(crate) fn encode(
     commands.phase(7);
     commands.launch_grid(Kernel::BranchChoose, &job, token_grid, &choose);
     commands.phase(8);
-    match units.as_ref().and_then(|units| units.apply) {
+    match units.as_ref().and_then(|units| Some((units, units.b.tiles.apply?))) {
         None => {
             let grid = [tokens.div_ceil(WEIGHED) as u32, 1, 1];
             commands.launch_grid(
@@ -496,21 +471,18 @@ pub(crate) fn encode(
                 commands.launch_grid(kernel, &for_window(&job, window), grid, &bindings);
             }
         }
-        Some(tile) => {
-            let grid = [(z_rows / 8) as u32, 1, 1];
-            commands.launch_grid(
-                Kernel::BranchHalves(HalvesOf::Weighted),
-                &job,
-                grid,
-                &to_halves(z.clone(), whole(&z_halves)),
-            );
+        Some((units, tile)) => {
+            let grid = [(units.z_rows / 8) as u32, 1, 1];
+            let [_, halves, scales] = units.operands();
+            let bindings = [z.clone(), halves, scales, weights.clone(), controls.clone()];
+            commands.launch_grid(Kernel::BranchHalves(HalvesOf::Weighted), &job, grid, &bindings);
             commands.phase(9);
             let tile_tokens = tile.subgroups(APPLY_SUBGROUPS) as usize * UNIT_TOKENS;
             let wanted = parts(tokens, [tile_tokens, UNIT_CHANNELS], call.width).max(call.width / UNIT_PART);
             (job.parts, job.part_width) = split(call.width, UNIT_CHANNELS, wanted);
             for window in &f0_windows {
                 let grid = [window.count.div_ceil(tile_tokens) as u32, job.parts, 1];
-                let bindings: Vec<_> = operands.iter().cloned().chain([window.binding.clone()]).collect();
+                let bindings: Vec<_> = units.operands().into_iter().chain([window.binding.clone()]).collect();
                 let kernel = Kernel::BranchApplyMatrix(f0.dtype, tile);
                 commands.launch_grid(kernel, &for_window(&job, window), grid, &bindings);
             }
@@ -527,36 +499,45 @@ fn split(width: usize, tile: usize, parts: usize) -> (u32, u32) {
     (width.div_ceil(part) as u32, part as u32)
 }
 
+/// Where the branches begin, and the end.
+fn starts(blocks: &[Range<usize>]) -> [u32; MAX_BRANCHES + 1] {
+    let mut starts = [0; MAX_BRANCHES + 1];
+    starts[1..].iter_mut().zip(blocks).for_each(|(start, block)| *start = block.end as u32);
+    starts
+}
+
+impl Job {
+    /// On a layer's factors.
+    fn of(layer: &Batch) -> Self {
+        let stride = layer.shapes()[1].cols / 4;
+        Self { b: (layer.offset(1) / 4) as u32, stride: stride as u32, ..Self::default() }
+    }
+}
+
 fn job(call: &Call<'_>, layer: &Batch, units: Option<&Units>, running: usize, record: usize) -> Job {
     let mut job = Job {
         tokens: call.tokens as u32,
-        first: 0,
         count: call.tokens as u32,
         width: call.width as u32,
-        f0: 0,
-        b: (layer.offset(1) / 4) as u32,
-        stride: (layer.shapes()[1].cols / 4) as u32,
         rank: call.rank() as u32,
         branches: call.blocks.len() as u32,
         score: call.score.code(),
         parts: 1,
-        part_width: 0,
         group: call.group as u32,
         means: (call.tokens * call.blocks.len()) as u32,
         running: (running * RUNNING) as u32,
         record: (record * RECORD) as u32,
         flags: if call.normalise { NORMALISE } else { 0 },
-        starts: [0; MAX_BRANCHES + 1],
-        columns: units.map_or(0, |units| units.columns as u32),
-        column_starts: units.map_or([0; MAX_BRANCHES + 1], |units| units.column_starts),
-        z_rows: units.map_or(0, |units| units.z_rows as u32),
-        adapters: [0; MAX_BRANCHES],
-        factors: [0.0; MAX_BRANCHES],
-        fixed: [0.0; MAX_BRANCHES],
+        starts: starts(call.blocks),
+        ..Job::of(layer)
     };
-    for (k, block) in call.blocks.iter().enumerate() {
-        job.starts[k + 1] = block.end as u32;
-        job.adapters[k] = call.adapters[k] as u32;
+    if let Some(units) = units {
+        job.columns = units.b.tiles.columns as u32;
+        job.column_starts = units.b.tiles.column_starts;
+        job.z_rows = units.z_rows as u32;
+    }
+    for (k, adapter) in call.adapters.iter().enumerate() {
+        job.adapters[k] = *adapter as u32;
         job.factors[k] = call.factors[k];
     }
     match call.rule {
