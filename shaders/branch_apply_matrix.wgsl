@@ -1,5 +1,5 @@
-// branch_apply.wgsl on matrix units: F0 += Z·B_catᵀ, in place, rounded once to the type of F0; branch_halves.wgsl has
-// weighed Z.
+// branch_apply.wgsl on matrix units: F0 += Z·B_catᵀ, in place, rounded once to the type of F0;
+// branch_weigh_matrix.wgsl has weighed Z.
 //
 //   F0: tokens × width in f32, f16 or bf16; width a multiple of 4
 //

@@ -37,7 +37,7 @@ struct Job {
     fixed: array<f32, 8>,       // weights that are chosen by the host
 }
 
-// Steps of branch_choose.wgsl, and how it decides.
+// Steps of branch_decide.wgsl, and how it decides.
 const FINISH: u32 = 1u;
 const DECIDE: u32 = 2u;
 const SOFT: u32 = 4u;

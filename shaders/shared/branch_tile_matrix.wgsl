@@ -1,6 +1,6 @@
 // A tile of Z·B_catᵀ on matrix units, for adapters with 16×16×16 f16 to f32 matrices and subgroups of 32: 16 tokens ×
-// 64 channels for each subgroup of a workgroup. Z and B_cat come as halves from branch_halves.wgsl and branch_split_b.wgsl;
-// Z stays in workgroup memory, B_cat's rows are fetched a tile ahead. The products of two low parts are left out. The unit's accumulator
+// 64 channels for each subgroup of a workgroup. Z and B_cat come as halves, see branch_split.wgsl; Z stays in workgroup
+// memory, B_cat's rows are fetched a tile ahead. The products of two low parts are left out. The unit's accumulator
 // truncates, which over 128 columns stays within f32's accuracy.
 //
 // Each 8 lanes share a row: lane i has channels 4·i .. + 4 and 32 + 4·i .. + 4 of rows i / 8, + 4, + 8 and + 12, so

@@ -58,8 +58,10 @@ pub enum Kernel {
     BranchWeigh,
     /// `shaders/branch_split_b.wgsl`
     BranchSplitB,
-    /// `shaders/branch_halves.wgsl`
-    BranchHalves(HalvesOf),
+    /// `shaders/branch_split_z.wgsl`
+    BranchSplitZ,
+    /// `shaders/branch_weigh_matrix.wgsl`
+    BranchWeighMatrix,
     /// `shaders/branch_apply.wgsl`, with the type of the features.
     BranchApply(Dtype),
     /// `shaders/branch_apply_matrix.wgsl`, with the type of the features and its tile.
@@ -80,15 +82,6 @@ pub enum Kernel {
     Magnitudes(Element),
     /// `shaders/self_test.wgsl`
     SelfTest,
-}
-
-/// What `shaders/branch_halves.wgsl` splits, as it numbers its steps.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum HalvesOf {
-    /// Z.
-    Z,
-    /// Z times the weights of its branches.
-    Weighted,
 }
 
 /// The tile of `shaders/shared/branch_tile_matrix.wgsl`.
@@ -176,6 +169,8 @@ impl Kernel {
             Self::BranchChoose,
             Self::BranchWeigh,
             Self::BranchSplitB,
+            Self::BranchSplitZ,
+            Self::BranchWeighMatrix,
             Self::Blend,
             Self::Cosine,
             Self::GradientNorm,
@@ -195,7 +190,6 @@ impl Kernel {
             all.extend(TILES.map(|tile| Self::Project(tile, dtype)));
             all.extend([32, 64].map(|tile| Self::ProjectMatrix(tile, dtype)));
         }
-        all.extend([HalvesOf::Z, HalvesOf::Weighted].map(Self::BranchHalves));
         all.extend(TILES.map(Self::Gram));
         all.extend(WIDE.iter().flat_map(|&wide| {
             [
@@ -238,6 +232,8 @@ impl Kernel {
             | Self::BranchChoose
             | Self::BranchWeigh
             | Self::BranchSplitB
+            | Self::BranchSplitZ
+            | Self::BranchWeighMatrix
             | Self::Blend
             | Self::Cosine
             | Self::GradientNorm
@@ -250,7 +246,6 @@ impl Kernel {
             Self::BranchApplyMatrix(dtype, tile) => format!("{file}_{dtype}_{}", tile.label()),
             Self::BranchApply(dtype) | Self::Extrapolate(dtype) => format!("{file}_{dtype}"),
             Self::Gram(tile) => format!("{file}_{tile}"),
-            Self::BranchHalves(of) => format!("{file}_{}", of as u32),
             Self::ProjectReal(e)
             | Self::Cholesky(e)
             | Self::CholeskySolve(e)
@@ -288,7 +283,8 @@ impl Kernel {
             Self::BranchScores(..) => ("branch_scores", kernel!("branch_scores")),
             Self::BranchScoresMatrix(..) => ("branch_scores_matrix", kernel!("branch_scores_matrix")),
             Self::BranchSplitB => ("branch_split_b", kernel!("branch_split_b")),
-            Self::BranchHalves(_) => ("branch_halves", kernel!("branch_halves")),
+            Self::BranchSplitZ => ("branch_split_z", kernel!("branch_split_z")),
+            Self::BranchWeighMatrix => ("branch_weigh_matrix", kernel!("branch_weigh_matrix")),
             Self::BranchMeans => ("branch_means", kernel!("branch_means")),
             Self::BranchChoose => ("branch_choose", kernel!("branch_choose")),
             Self::BranchWeigh => ("branch_weigh", kernel!("branch_weigh")),
@@ -321,7 +317,8 @@ impl Kernel {
             | Self::BranchScores(..)
             | Self::BranchScoresMatrix(..)
             | Self::BranchSplitB
-            | Self::BranchHalves(_)
+            | Self::BranchSplitZ
+            | Self::BranchWeighMatrix
             | Self::BranchMeans
             | Self::BranchChoose
             | Self::BranchWeigh
@@ -360,7 +357,6 @@ impl Kernel {
             }
             Self::BranchApply(dtype) | Self::Extrapolate(dtype) => dtype_constant(dtype),
             Self::BranchApplyMatrix(dtype, tile) => dtype_constant(dtype) + &tile.constants(APPLY_SUBGROUPS),
-            Self::BranchHalves(of) => format!("const STEP: u32 = {}u;\n", of as u32),
             Self::BranchScores(score, dtype) => dtype_constant(dtype) + &score_constant(score),
             Self::BranchScoresMatrix(score, dtype, tile) => {
                 dtype_constant(dtype) + &score_constant(score) + &tile.constants(SCORES_SUBGROUPS)
@@ -386,7 +382,8 @@ impl Kernel {
                 | Self::GramMatrix
                 | Self::BranchScoresMatrix(..)
                 | Self::BranchSplitB
-                | Self::BranchHalves(_)
+                | Self::BranchSplitZ
+                | Self::BranchWeighMatrix
                 | Self::BranchApplyMatrix(..)
         )
     }
@@ -417,7 +414,7 @@ impl Kernel {
         match self {
             Self::BranchScoresMatrix(_, _, tile) | Self::BranchApplyMatrix(_, tile) => tile.software,
             // Of use without them.
-            Self::BranchSplitB | Self::BranchHalves(_) => true,
+            Self::BranchSplitB | Self::BranchSplitZ | Self::BranchWeighMatrix => true,
             _ => false,
         }
     }
@@ -433,7 +430,9 @@ impl Kernel {
             ("exp_log", _) => shared!("exp_log"),
             ("branch", _) => shared!("branch"),
             ("branch_state", _) => shared!("branch_state"),
+            ("branch_decide", _) => shared!("branch_decide"),
             ("branch_split", _) => shared!("branch_split"),
+            ("branch_split_row", _) => shared!("branch_split_row"),
             ("branch_features", _) => shared!("branch_features"),
             ("branch_tile_matrix", _) => shared!("branch_tile_matrix"),
             ("multiply", _) if self.is_software() => shared!("multiply_software"),

@@ -1,8 +1,8 @@
 //! Branches: low-rank updates of the same features, of which each token keeps the one that changes it most.
 //!
 //! The kernels are `shaders/branch_scores.wgsl`, `branch_means.wgsl`, `branch_choose.wgsl`, `branch_weigh.wgsl` and
-//! `branch_apply.wgsl`, on matrix units `branch_halves.wgsl`, `branch_scores_matrix.wgsl` and `branch_apply_matrix.wgsl`,
-//! for which [`Halves`] are made of a layer's factors; below them stand their f64 twins.
+//! `branch_apply.wgsl`, on matrix units `branch_split_z.wgsl`, `branch_scores_matrix.wgsl`, `branch_weigh_matrix.wgsl`
+//! and `branch_apply_matrix.wgsl`, for which [`Halves`] are made of a layer's factors; below them stand their f64 twins.
 
 mod halves;
 
@@ -18,7 +18,7 @@ use self::halves::SplitB;
 use super::project::{self, ProjectJob, project_cpu};
 use super::{Activations, ENOUGH_WORKGROUPS, view, view_mut};
 use crate::compute::gpu::{BIND_ALIGN, Commands, Gpu, Pooled, whole};
-use crate::compute::shaders::{APPLY_SUBGROUPS, HalvesOf, Kernel, SCORES_SUBGROUPS};
+use crate::compute::shaders::{APPLY_SUBGROUPS, Kernel, SCORES_SUBGROUPS};
 use crate::compute::{Batch, Shape};
 use crate::{Dtype, Error, RawMatrix, Result};
 
@@ -155,7 +155,8 @@ const UNIT_TOKENS: usize = 16;
 const UNIT_CHANNELS: usize = 64;
 /// There, wider parts are split also where the GPU is full: fewer channels do not make a workgroup's start worth while.
 const UNIT_PART: usize = 1024;
-/// Tokens of a workgroup of `branch_weigh.wgsl`.
+/// Tokens of a workgroup of `branch_choose.wgsl`, and of `branch_weigh.wgsl`.
+const CHOSEN: usize = 32;
 const WEIGHED: usize = 16;
 /// Most parts that the channels are split into.
 const MAX_PARTS: usize = 8;
@@ -396,7 +397,7 @@ pub(crate) fn encode(
         f0: window.word as u32,
         ..*job
     };
-    let token_grid = [tokens.div_ceil(256) as u32, 1, 1];
+    let token_grid = [tokens.div_ceil(CHOSEN) as u32, 1, 1];
     let choose = [stats.clone(), scores.clone(), weights.clone(), means.clone(), log];
     let rule = job.flags;
     if scored {
@@ -404,8 +405,7 @@ pub(crate) fn encode(
         if let Some(units) = &units {
             let grid = [(units.z_rows / 8) as u32, branches as u32, 1];
             let [_, halves, scales] = units.operands();
-            let bindings = [z.clone(), halves, scales, weights.clone(), controls.clone()];
-            commands.launch_grid(Kernel::BranchHalves(HalvesOf::Z), &job, grid, &bindings);
+            commands.launch_grid(Kernel::BranchSplitZ, &job, grid, &[z.clone(), halves, scales]);
         }
         commands.phase(4);
         let (kernel, tile) = match &units {
@@ -452,10 +452,10 @@ pub(crate) fn encode(
         job.flags = rule | DECIDE;
     }
     commands.phase(7);
-    commands.launch_grid(Kernel::BranchChoose, &job, token_grid, &choose);
-    commands.phase(8);
     match units.as_ref().and_then(|units| Some((units, units.b.tiles.apply?))) {
         None => {
+            commands.launch_grid(Kernel::BranchChoose, &job, token_grid, &choose);
+            commands.phase(8);
             let grid = [tokens.div_ceil(WEIGHED) as u32, 1, 1];
             commands.launch_grid(
                 Kernel::BranchWeigh,
@@ -474,9 +474,9 @@ pub(crate) fn encode(
         Some((units, tile)) => {
             let grid = [(units.z_rows / 8) as u32, 1, 1];
             let [_, halves, scales] = units.operands();
-            let bindings = [z.clone(), halves, scales, weights.clone(), controls.clone()];
-            commands.launch_grid(Kernel::BranchHalves(HalvesOf::Weighted), &job, grid, &bindings);
-            commands.phase(9);
+            let bindings: Vec<_> = [z, halves, scales, controls].into_iter().chain(choose).collect();
+            commands.launch_grid(Kernel::BranchWeighMatrix, &job, grid, &bindings);
+            commands.phase(8);
             let tile_tokens = tile.subgroups(APPLY_SUBGROUPS) as usize * UNIT_TOKENS;
             let wanted = parts(tokens, [tile_tokens, UNIT_CHANNELS], call.width).max(call.width / UNIT_PART);
             (job.parts, job.part_width) = split(call.width, UNIT_CHANNELS, wanted);
