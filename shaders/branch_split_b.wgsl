@@ -1,6 +1,8 @@
 // B_cat as halves for matrix units, times B_SCALE; see branch_split.wgsl. Once for a layer.
 //
-//   B_catᵀ: rank × width (padded), f32      halves: whole tiles of 64 channels × columns, f16, low parts with HAS_LOW
+//   B_catᵀ: rank × width (padded), f32      halves: whole tiles of 64 channels × columns, f16
+//
+// High parts of all rows, then with HAS_LOW low ones.
 //
 // Grid: (32 channels, 8 quads of columns). Bindings: 3 B_catᵀ, 4 halves.
 

@@ -1,6 +1,5 @@
 // Halves of Z and B_cat for matrix units: cut by mask into high and low parts of 11 bits; row by row, each branch's
-// columns padded with zeros to a multiple of 16. High parts of all rows, then low ones.
-// After branch.wgsl; the kernel declares `values`, which are split.
+// columns padded with zeros to a multiple of 16. The kernel declares `values`, which are split.
 
 // B_cat's largest value is in [1, 2): this keeps it out of f16's subnormal numbers.
 const B_SCALE: f32 = 4096.0;

@@ -50,18 +50,14 @@ pub enum Kernel {
     BranchScores(Score, Dtype),
     /// `shaders/branch_scores_matrix.wgsl`: the same, and its tile.
     BranchScoresMatrix(Score, Dtype, BranchTile),
+    /// `shaders/branch_split_b.wgsl`
+    BranchSplitB,
+    /// `shaders/branch_finish.wgsl`
+    BranchFinish,
     /// `shaders/branch_means.wgsl`
     BranchMeans,
     /// `shaders/branch_choose.wgsl`
     BranchChoose,
-    /// `shaders/branch_weigh.wgsl`
-    BranchWeigh,
-    /// `shaders/branch_split_b.wgsl`
-    BranchSplitB,
-    /// `shaders/branch_split_z.wgsl`
-    BranchSplitZ,
-    /// `shaders/branch_weigh_matrix.wgsl`
-    BranchWeighMatrix,
     /// `shaders/branch_apply.wgsl`, with the type of the features.
     BranchApply(Dtype),
     /// `shaders/branch_apply_matrix.wgsl`, with the type of the features and its tile.
@@ -165,12 +161,10 @@ impl Kernel {
             Self::GramMatrix,
             Self::SelfTest,
             Self::Matmul(Element::F32),
+            Self::BranchSplitB,
+            Self::BranchFinish,
             Self::BranchMeans,
             Self::BranchChoose,
-            Self::BranchWeigh,
-            Self::BranchSplitB,
-            Self::BranchSplitZ,
-            Self::BranchWeighMatrix,
             Self::Blend,
             Self::Cosine,
             Self::GradientNorm,
@@ -228,12 +222,10 @@ impl Kernel {
             | Self::SumParts
             | Self::GramMatrix
             | Self::SelfTest
+            | Self::BranchSplitB
+            | Self::BranchFinish
             | Self::BranchMeans
             | Self::BranchChoose
-            | Self::BranchWeigh
-            | Self::BranchSplitB
-            | Self::BranchSplitZ
-            | Self::BranchWeighMatrix
             | Self::Blend
             | Self::Cosine
             | Self::GradientNorm
@@ -283,11 +275,9 @@ impl Kernel {
             Self::BranchScores(..) => ("branch_scores", kernel!("branch_scores")),
             Self::BranchScoresMatrix(..) => ("branch_scores_matrix", kernel!("branch_scores_matrix")),
             Self::BranchSplitB => ("branch_split_b", kernel!("branch_split_b")),
-            Self::BranchSplitZ => ("branch_split_z", kernel!("branch_split_z")),
-            Self::BranchWeighMatrix => ("branch_weigh_matrix", kernel!("branch_weigh_matrix")),
+            Self::BranchFinish => ("branch_finish", kernel!("branch_finish")),
             Self::BranchMeans => ("branch_means", kernel!("branch_means")),
             Self::BranchChoose => ("branch_choose", kernel!("branch_choose")),
-            Self::BranchWeigh => ("branch_weigh", kernel!("branch_weigh")),
             Self::BranchApply(_) => ("branch_apply", kernel!("branch_apply")),
             Self::BranchApplyMatrix(..) => ("branch_apply_matrix", kernel!("branch_apply_matrix")),
             Self::Blend => ("blend", kernel!("blend")),
@@ -317,11 +307,9 @@ impl Kernel {
             | Self::BranchScores(..)
             | Self::BranchScoresMatrix(..)
             | Self::BranchSplitB
-            | Self::BranchSplitZ
-            | Self::BranchWeighMatrix
+            | Self::BranchFinish
             | Self::BranchMeans
             | Self::BranchChoose
-            | Self::BranchWeigh
             | Self::BranchApply(_)
             | Self::BranchApplyMatrix(..)
             | Self::Blend
@@ -382,8 +370,6 @@ impl Kernel {
                 | Self::GramMatrix
                 | Self::BranchScoresMatrix(..)
                 | Self::BranchSplitB
-                | Self::BranchSplitZ
-                | Self::BranchWeighMatrix
                 | Self::BranchApplyMatrix(..)
         )
     }
@@ -414,7 +400,7 @@ impl Kernel {
         match self {
             Self::BranchScoresMatrix(_, _, tile) | Self::BranchApplyMatrix(_, tile) => tile.software,
             // Of use without them.
-            Self::BranchSplitB | Self::BranchSplitZ | Self::BranchWeighMatrix => true,
+            Self::BranchSplitB => true,
             _ => false,
         }
     }
@@ -430,9 +416,8 @@ impl Kernel {
             ("exp_log", _) => shared!("exp_log"),
             ("branch", _) => shared!("branch"),
             ("branch_state", _) => shared!("branch_state"),
-            ("branch_decide", _) => shared!("branch_decide"),
+            ("branch_finish", _) => shared!("branch_finish"),
             ("branch_split", _) => shared!("branch_split"),
-            ("branch_split_row", _) => shared!("branch_split_row"),
             ("branch_features", _) => shared!("branch_features"),
             ("branch_tile_matrix", _) => shared!("branch_tile_matrix"),
             ("multiply", _) if self.is_software() => shared!("multiply_software"),

@@ -1,8 +1,8 @@
 //! Branches: low-rank updates of the same features, of which each token keeps the one that changes it most.
 //!
-//! The kernels are `shaders/branch_scores.wgsl`, `branch_means.wgsl`, `branch_choose.wgsl`, `branch_weigh.wgsl` and
-//! `branch_apply.wgsl`, on matrix units `branch_split_z.wgsl`, `branch_scores_matrix.wgsl`, `branch_weigh_matrix.wgsl`
-//! and `branch_apply_matrix.wgsl`, for which [`Halves`] are made of a layer's factors; below them stand their f64 twins.
+//! The kernels are, in their order, `shaders/branch_scores.wgsl`, where tokens decide by means `branch_finish.wgsl` and
+//! `branch_means.wgsl`, then `branch_choose.wgsl` and `branch_apply.wgsl`. Matrix units have `branch_scores_matrix.wgsl` and
+//! `branch_apply_matrix.wgsl`, for which [`Halves`] are made of a layer's factors. Below stand the f64 twins.
 
 mod halves;
 
@@ -14,10 +14,10 @@ use rayon::prelude::*;
 use serde::Serialize;
 
 pub(crate) use self::halves::Halves;
-use self::halves::SplitB;
+use self::halves::{SplitB, Tiles};
 use super::project::{self, ProjectJob, project_cpu};
 use super::{Activations, ENOUGH_WORKGROUPS, view, view_mut};
-use crate::compute::gpu::{BIND_ALIGN, Commands, Gpu, Pooled, whole};
+use crate::compute::gpu::{BIND_ALIGN, Gpu, Pooled, whole};
 use crate::compute::shaders::{APPLY_SUBGROUPS, Kernel, SCORES_SUBGROUPS};
 use crate::compute::{Batch, Shape};
 use crate::{Dtype, Error, RawMatrix, Result};
@@ -133,19 +133,17 @@ struct Job {
     starts: [u32; MAX_BRANCHES + 1],
     columns: u32,
     column_starts: [u32; MAX_BRANCHES + 1],
-    z_rows: u32,
     adapters: [u32; MAX_BRANCHES],
     factors: [f32; MAX_BRANCHES],
     fixed: [f32; MAX_BRANCHES],
 }
 
 const FINISH: u32 = 1;
-const DECIDE: u32 = 2;
-const SOFT: u32 = 4;
-const NORMALISE: u32 = 8;
-const FIXED: u32 = 16;
-const UPDATE_RUNNING: u32 = 32;
-const HAS_LOW: u32 = 64;
+const SOFT: u32 = 2;
+const NORMALISE: u32 = 4;
+const FIXED: u32 = 8;
+const UPDATE_RUNNING: u32 = 16;
+const HAS_LOW: u32 = 32;
 
 /// Tile of the kernels without matrix units.
 const TOKENS: usize = 64;
@@ -155,9 +153,9 @@ const UNIT_TOKENS: usize = 16;
 const UNIT_CHANNELS: usize = 64;
 /// There, wider parts are split also where the GPU is full: fewer channels do not make a workgroup's start worth while.
 const UNIT_PART: usize = 1024;
-/// Tokens of a workgroup of `branch_choose.wgsl`, and of `branch_weigh.wgsl`.
-const CHOSEN: usize = 32;
-const WEIGHED: usize = 16;
+/// Tokens of a workgroup of `branch_finish.wgsl` and of `branch_choose.wgsl`.
+const FINISHED: usize = 32;
+const CHOSEN: usize = 16;
 /// Most parts that the channels are split into.
 const MAX_PARTS: usize = 8;
 
@@ -222,43 +220,11 @@ fn parts(tokens: usize, tile: [usize; 2], width: usize) -> usize {
     (ENOUGH_WORKGROUPS / tiles).clamp(1, width.div_ceil(tile[1]).max(1))
 }
 
-/// What a call does on matrix units.
-struct Units<'a> {
-    b: &'a SplitB,
-    /// Halves of Z, their rows, and what undoes the powers of two.
-    z: Arc<Pooled>,
-    z_rows: usize,
-    z_scales: Arc<Pooled>,
-}
-
-impl<'a> Units<'a> {
-    /// If the call can be done there. They read 4 channels at a time.
-    fn new(
-        gpu: &Arc<Gpu>,
-        commands: &mut Commands<'_>,
-        call: &Call<'a>,
-        dtype: Dtype,
-        windows: &[Window<'_>],
-    ) -> Result<Option<Self>> {
-        let Some(b) = &call.halves.b else { return Ok(None) };
-        let raw_words = if dtype == Dtype::F32 { 4 } else { 2 };
-        let aligned = windows.iter().all(|window| window.word.is_multiple_of(raw_words));
-        let scored = !matches!(call.rule, Rule::Fixed(_));
-        let z_rows = (call.tokens + APPLY_SUBGROUPS as usize * UNIT_TOKENS).next_multiple_of(8);
-        // A grid's limit.
-        if !aligned || (!scored && b.tiles.apply.is_none()) || z_rows / 8 >= 1 << 16 {
-            return Ok(None);
-        }
-        let mut scratch = |elements: usize| commands.scratch(gpu, (elements * 4) as u64);
-        let (z, z_scales) = (scratch(z_rows * b.tiles.columns)?, scratch(z_rows * call.blocks.len())?);
-        commands.keep(b.buffer.clone());
-        Ok(Some(Self { b, z, z_rows, z_scales }))
-    }
-
-    /// What products read.
-    fn operands(&self) -> [wgpu::BufferBinding<'_>; 3] {
-        [&self.b.buffer, &self.z, &self.z_scales].map(|buffer| whole(buffer))
-    }
+/// B's halves, if f0 lies so that kernels for matrix units can read 4 channels at a time.
+fn units<'a>(call: &Call<'a>, dtype: Dtype, windows: &[Window<'_>]) -> Option<&'a SplitB> {
+    let words = if dtype == Dtype::F32 { 4 } else { 2 };
+    let aligned = windows.iter().all(|window| window.word.is_multiple_of(words));
+    call.halves.b.as_ref().filter(|_| aligned)
 }
 
 /// A matrix of the host's in a buffer.
@@ -384,9 +350,8 @@ pub(crate) fn encode(
         project::encode_f32(&mut commands, gpu, &[window.binding], &[job], layer, z, a)?;
     }
 
-    let scored = !matches!(call.rule, Rule::Fixed(_));
-    let units = Units::new(gpu, &mut commands, call, f0.dtype, &f0_windows)?;
-    let mut job = job(call, layer, units.as_ref(), running, record);
+    let units = units(call, f0.dtype, &f0_windows);
+    let mut job = job(call, layer, units, running, record);
     let factors = whole(layer.buffer()?);
     let (z, stats, scores) = (whole(&buffers.z), whole(&buffers.stats), whole(&buffers.scores));
     let (weights, means) = (whole(&buffers.weights), whole(&buffers.running));
@@ -397,23 +362,18 @@ pub(crate) fn encode(
         f0: window.word as u32,
         ..*job
     };
-    let token_grid = [tokens.div_ceil(CHOSEN) as u32, 1, 1];
-    let choose = [stats.clone(), scores.clone(), weights.clone(), means.clone(), log];
-    let rule = job.flags;
-    if scored {
+    if let Some(units) = units {
+        commands.keep(units.buffer.clone());
+    }
+
+    if !matches!(call.rule, Rule::Fixed(_)) {
         commands.phase(3);
-        if let Some(units) = &units {
-            let grid = [(units.z_rows / 8) as u32, branches as u32, 1];
-            let [_, halves, scales] = units.operands();
-            commands.launch_grid(Kernel::BranchSplitZ, &job, grid, &[z.clone(), halves, scales]);
-        }
-        commands.phase(4);
-        let (kernel, tile) = match &units {
-            None => (Kernel::BranchScores(call.score, f0.dtype), [TOKENS, CHANNELS]),
-            Some(units) => {
-                let tile = units.b.tiles.scores;
+        let (kernel, tile, b) = match units {
+            None => (Kernel::BranchScores(call.score, f0.dtype), [TOKENS, CHANNELS], factors.clone()),
+            Some(SplitB { tiles: Tiles { scores: tile, .. }, buffer }) => {
                 let tokens = tile.subgroups(SCORES_SUBGROUPS) as usize * UNIT_TOKENS;
-                (Kernel::BranchScoresMatrix(call.score, f0.dtype, tile), [tokens, UNIT_CHANNELS])
+                let kernel = Kernel::BranchScoresMatrix(call.score, f0.dtype, *tile);
+                (kernel, [tokens, UNIT_CHANNELS], whole(buffer))
             }
         };
         let wanted = parts(tokens * branches, tile, call.width);
@@ -422,71 +382,51 @@ pub(crate) fn encode(
         (job.parts, job.part_width) = split(call.width, tile[1], wanted.min(most).min(MAX_PARTS));
         for window in &f0_windows {
             let grid = [window.count.div_ceil(tile[0]) as u32, branches as u32, job.parts];
-            let [f0, controls, stats] = [window.binding.clone(), controls.clone(), stats.clone()];
-            let bindings = match &units {
-                None => vec![factors.clone(), z.clone(), f0, controls, stats],
-                Some(units) => units.operands().into_iter().chain([f0, controls, stats]).collect(),
-            };
+            let f0 = window.binding.clone();
+            let bindings = [b.clone(), z.clone(), f0, controls.clone(), stats.clone()];
             commands.launch_grid(kernel, &for_window(&job, window), grid, &bindings);
         }
         if call.normalise || call.group > 0 {
+            commands.phase(4);
+            let grid = [tokens.div_ceil(FINISHED) as u32, 1, 1];
+            commands.launch_grid(Kernel::BranchFinish, &job, grid, &[stats.clone(), scores.clone()]);
             commands.phase(5);
-            job.flags = FINISH;
-            commands.launch_grid(Kernel::BranchChoose, &job, token_grid, &choose);
-            commands.phase(6);
-            let bindings = [scores, means];
+            let bindings = [scores.clone(), means.clone()];
             if call.normalise {
-                job.flags = UPDATE_RUNNING;
+                let job = Job { flags: UPDATE_RUNNING, ..job };
                 commands.launch_grid(Kernel::BranchMeans, &job, [1, 1, 1], &bindings);
             }
             if call.group > 0 {
-                job.flags = 0;
                 let groups = tokens.div_ceil(call.group) as u32;
                 commands.launch_grid(Kernel::BranchMeans, &job, [groups, 1, 1], &bindings);
             }
-            job.flags = rule | DECIDE;
         } else {
-            job.flags = rule | FINISH | DECIDE;
+            job.flags |= FINISH;
         }
-    } else {
-        job.flags = rule | DECIDE;
     }
+    commands.phase(6);
+    let grid = [tokens.div_ceil(CHOSEN) as u32, 1, 1];
+    let bindings = [stats, scores, weights, means, log, z.clone(), controls];
+    commands.launch_grid(Kernel::BranchChoose, &job, grid, &bindings);
     commands.phase(7);
-    match units.as_ref().and_then(|units| Some((units, units.b.tiles.apply?))) {
-        None => {
-            commands.launch_grid(Kernel::BranchChoose, &job, token_grid, &choose);
-            commands.phase(8);
-            let grid = [tokens.div_ceil(WEIGHED) as u32, 1, 1];
-            commands.launch_grid(
-                Kernel::BranchWeigh,
-                &job,
-                grid,
-                &[z.clone(), weights.clone(), controls.clone()],
-            );
-            commands.phase(9);
-            for window in &f0_windows {
-                let grid = [call.width.div_ceil(CHANNELS) as u32, window.count.div_ceil(TOKENS) as u32, 1];
-                let bindings = [factors.clone(), z.clone(), window.binding.clone()];
-                let kernel = Kernel::BranchApply(f0.dtype);
-                commands.launch_grid(kernel, &for_window(&job, window), grid, &bindings);
-            }
-        }
-        Some((units, tile)) => {
-            let grid = [(units.z_rows / 8) as u32, 1, 1];
-            let [_, halves, scales] = units.operands();
-            let bindings: Vec<_> = [z, halves, scales, controls].into_iter().chain(choose).collect();
-            commands.launch_grid(Kernel::BranchWeighMatrix, &job, grid, &bindings);
-            commands.phase(8);
+    let apply = units.and_then(|units| Some((units.tiles.apply?, &units.buffer)));
+    let (kernel, tile, b) = match apply {
+        None => (Kernel::BranchApply(f0.dtype), TOKENS, factors),
+        Some((tile, b)) => {
             let tile_tokens = tile.subgroups(APPLY_SUBGROUPS) as usize * UNIT_TOKENS;
             let wanted = parts(tokens, [tile_tokens, UNIT_CHANNELS], call.width).max(call.width / UNIT_PART);
             (job.parts, job.part_width) = split(call.width, UNIT_CHANNELS, wanted);
-            for window in &f0_windows {
-                let grid = [window.count.div_ceil(tile_tokens) as u32, job.parts, 1];
-                let bindings: Vec<_> = units.operands().into_iter().chain([window.binding.clone()]).collect();
-                let kernel = Kernel::BranchApplyMatrix(f0.dtype, tile);
-                commands.launch_grid(kernel, &for_window(&job, window), grid, &bindings);
-            }
+            (Kernel::BranchApplyMatrix(f0.dtype, tile), tile_tokens, whole(b))
         }
+    };
+    for window in &f0_windows {
+        let tiles = window.count.div_ceil(tile) as u32;
+        let grid = match apply {
+            None => [call.width.div_ceil(CHANNELS) as u32, tiles, 1],
+            Some(_) => [tiles, job.parts, 1],
+        };
+        let bindings = [b.clone(), z.clone(), window.binding.clone()];
+        commands.launch_grid(kernel, &for_window(&job, window), grid, &bindings);
     }
     encoder.clear_buffer(&buffers.log, (record * RECORD * 4) as u64, Some((RECORD * 4) as u64));
     *buffers.spare() = commands.encode(encoder);
@@ -514,7 +454,7 @@ impl Job {
     }
 }
 
-fn job(call: &Call<'_>, layer: &Batch, units: Option<&Units>, running: usize, record: usize) -> Job {
+fn job(call: &Call<'_>, layer: &Batch, units: Option<&SplitB>, running: usize, record: usize) -> Job {
     let mut job = Job {
         tokens: call.tokens as u32,
         count: call.tokens as u32,
@@ -532,9 +472,8 @@ fn job(call: &Call<'_>, layer: &Batch, units: Option<&Units>, running: usize, re
         ..Job::of(layer)
     };
     if let Some(units) = units {
-        job.columns = units.b.tiles.columns as u32;
-        job.column_starts = units.b.tiles.column_starts;
-        job.z_rows = units.z_rows as u32;
+        job.columns = units.tiles.columns as u32;
+        job.column_starts = units.tiles.column_starts;
     }
     for (k, adapter) in call.adapters.iter().enumerate() {
         job.adapters[k] = *adapter as u32;
@@ -671,7 +610,7 @@ fn excess(w: f64, log_w: f64, d: f64, g: f64) -> f64 {
     w * (-g).exp() * series * d
 }
 
-/// The twin of `branch_means.wgsl` and `branch_choose.wgsl`.
+/// The twin of `branch_means.wgsl` and of what `branch_choose.wgsl` decides.
 fn decide_cpu(call: &Call<'_>, scores: &[f64], weights: &mut [f64], running: &mut [f64]) {
     let branches = call.blocks.len();
     let mean = |tokens: &[f64], k: usize| {

@@ -26,9 +26,6 @@ pub(super) struct SplitB {
     pub buffer: Arc<Pooled>,
 }
 
-/// Of storage buffers, in `branch_weigh_matrix.wgsl`; more than a device may have by default.
-const MOST_BINDINGS: u32 = 10;
-
 /// How a layer is cut on matrix units.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Tiles {
@@ -48,7 +45,6 @@ impl Tiles {
             && caps.f16
             && caps.subgroups.is_some_and(|(min, _)| min >= 8)
             && caps.workgroup_memory >= 32 << 10;
-        let bindings = gpu.device.limits().max_storage_buffers_per_shader_stage;
         let tile = |columns: usize| {
             let depth = BranchTile::DEPTHS.into_iter().find(|&depth| columns <= depth as usize)?;
             Some(BranchTile { depth, low, software }).filter(|tile| tile.room() > 0)
@@ -60,8 +56,7 @@ impl Tiles {
             widest = widest.max(own);
             *end = columns as u32;
         }
-        let usable = (software || caps.matrix_units()) && bindings >= MOST_BINDINGS;
-        let usable = usable && width.is_multiple_of(4) && columns > 0;
+        let usable = (software || caps.matrix_units()) && width.is_multiple_of(4) && columns > 0;
         let scores = usable.then(|| tile(widest)).flatten()?;
         Some(Self { scores, apply: tile(columns), columns, column_starts })
     }
