@@ -494,6 +494,11 @@ fn memory_counts_what_is_kept_for_matrix_units() {
         Device::open(&options).ok()
     };
     let (Some(plain), Some(units)) = (open(false, None), open(true, None)) else { return };
+    let caps = units.capabilities().unwrap();
+    let subgroups = caps.subgroups.is_some_and(|(min, _)| min >= 8);
+    if !caps.f16 || !subgroups || caps.workgroup_memory < 32 << 10 {
+        return;
+    }
     for (seed, bytes) in [(15, 2), (16, 4)] {
         let p = problem(1, 4, 8192, &[32, 32], 0.5, seed);
         let [without, with] = [&plain, &units].map(|device| p.selector(device).bytes());

@@ -104,8 +104,9 @@ pub struct Tokens {
 /// the token as the default scope, which composed far better than the published choice for a whole layer, and the
 /// normalisation. An adapter that lacks a layer takes no part in it; a layer that only one has is that one's.
 ///
-/// Factors stay on the device, in f32 and, where it has matrix units, also as the halves that those multiply. A call adds dispatches to the host's encoder, and reads nothing back: one product
-/// `Z = X·A_catᵀ`, one pass over f0 for the scores, one that decides, one over f0 in place for the result.
+/// Factors stay on the device, in f32 and, where it has matrix units, also as the halves that those multiply. A call
+/// adds dispatches to the host's encoder, and reads nothing back: one product `Z = X·A_catᵀ`, one pass over f0 for the
+/// scores, one that decides, one over f0 in place for the result.
 /// The divergence is summed as `ln(1 + Σ p·φ(u − ū))`, `φ(d) = e^d − 1 − d`, whose terms are all positive:
 /// it keeps 1e-5 of itself, however small, for features up to ±80 τ, and is finite for ±1e4. Decisions equal those of
 /// the f64 twin unless the two largest scores are within 1e-4 of each other.
