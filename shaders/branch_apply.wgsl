@@ -1,4 +1,4 @@
-// F0 += Z·B_catᵀ, in place, rounded once to the type of F0; branch_weigh.wgsl has weighed Z.
+// F0 += Z·B_catᵀ, in place, rounded once to the type of F0; branch_choose.wgsl has weighed Z.
 //
 //   F0: tokens × width in f32, f16 or bf16    Z: tokens × rank, f32    B_catᵀ: rank × width (padded), f32
 //

@@ -1,17 +1,19 @@
-// branch_apply.wgsl on matrix units: F0 += Z·B_catᵀ, in place, rounded once to the type of F0; branch_halves.wgsl has
+// branch_apply.wgsl on matrix units: F0 += Z·B_catᵀ, in place, rounded once to the type of F0; branch_choose.wgsl has
 // weighed Z.
 //
 //   F0: tokens × width in f32, f16 or bf16; width a multiple of 4
 //
-// Grid: (token tile, part of the channels). Bindings: 6 F0; see branch_tile_matrix.wgsl.
+// Grid: (token tile, part of the channels). Bindings: 5 F0; see branch_tile_matrix.wgsl.
 // The permutation sets DTYPE and the tile.
 
 #import words
 #import pack
+#import exponents
 #import features
 #import branch
+#import branch_split
 
-@group(0) @binding(6) var<storage, read_write> f0: array<Raw>;
+@group(0) @binding(5) var<storage, read_write> f0: array<Raw>;
 
 #import branch_tile_matrix
 #import multiply
@@ -43,11 +45,11 @@ fn main(
     let start = work.y * job.part_width;
     let end = min(start + job.part_width, job.width);
     let columns = Columns(0u, job.columns);
-    stage_z(job, first_token, columns);
-    let part0 = part(job, first_token, 0u, 0u, 1.0);
-    let part1 = part(job, first_token, 4u, 0u, 1.0);
-    let part2 = part(job, first_token, 8u, 0u, 1.0);
-    let part3 = part(job, first_token, 12u, 0u, 1.0);
+    let factors = stage_z(job, columns, first_token);
+    let part0 = part(job, first_token, 0u, factors.x);
+    let part1 = part(job, first_token, 4u, factors.y);
+    let part2 = part(job, first_token, 8u, factors.z);
+    let part3 = part(job, first_token, 12u, factors.w);
     fetch_b(job, columns, start);
     for (var channel = start; channel < end; channel += CHANNELS) {
         let tile0 = features(job, part0, channel);

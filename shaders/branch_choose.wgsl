@@ -1,12 +1,13 @@
-// From partial scores to the weight of each branch on each token.
+// From scores to the weight of each branch on each token, and Z weighted by them, in place.
 //
-//   FINISH: scores[token, k] from the parts of stats
-//   DECIDE: weights[token, k]: 1 for the largest score (the first of equals), or with SOFT its share of the sum
+//   weights[token, k]: 1 for the largest score (the first of equals), or with SOFT its share of the sum
+//   Z *= weight of its branch on its token, and the branch's factor: what branch_apply.wgsl multiplies
 //
-// With NORMALISE a score counts in relation to the branch's running mean. Groups decide by their mean scores.
-// FIXED: weights as the host says. A workgroup of 256 does one token each; where it decides, it adds to the
-// log's record how many tokens each branch won.
-// Bindings: 3 stats, 4 scores, 5 weights, 6 running means, 7 log.
+// FINISH: scores first, from the parts of stats. With NORMALISE a score counts in relation to the branch's running mean.
+// Groups decide by their mean scores. FIXED: weights as the host says.
+// It adds to the log's record how many tokens each branch won. Where the weight is zero Z becomes zero, also where the
+// branch overflowed.
+// Grid: a workgroup for 16 tokens. Bindings: 3 stats, 4 scores, 5 weights, 6 running means, 7 log, 8 Z, 9 controls.
 
 #import branch
 #import exp_log
@@ -17,49 +18,17 @@
 @group(0) @binding(5) var<storage, read_write> weights: array<f32>;
 @group(0) @binding(6) var<storage, read> running: array<f32>;
 @group(0) @binding(7) var<storage, read_write> log_words: array<atomic<u32>>;
+@group(0) @binding(8) var<storage, read_write> z: array<f32>;
+@group(0) @binding(9) var<storage, read> controls: Controls;
 
-var<workgroup> wins: array<atomic<u32>, 8>;
+#import branch_finish
 
-fn part_of(job: Job, part: u32, branch: u32, token: u32) -> State {
-    let place = ((part * job.branches + branch) * job.tokens + token) * 2u;
-    let v = stats[place];
-    return State(v.x, v.y, v.z, v.w, stats[place + 1u].x);
-}
+const THREADS: u32 = 256u;
+const TOKENS: u32 = 16u;
 
-// 1 - cos(f0, f0 + u) without cancellation, from a = f0², b = f0·u, q = u².
-fn one_minus_cosine(a: f32, b: f32, q: f32) -> f32 {
-    let f = max(a + 2.0 * b + q, 0.0);
-    if (a == 0.0 || f == 0.0) {
-        return select(1.0, 0.0, q == 0.0);
-    }
-    let norms = sqrt(a) * sqrt(f);
-    let dot = a + b;
-    if (dot < 0.0) {
-        return 1.0 - dot / norms;
-    }
-    // (|f0||f|)² - (f0·f)² = a·q - b²
-    let ratio = b / sqrt(a);
-    return max(q - ratio * ratio, 0.0) * (a / norms) / (norms + dot);
-}
-
-fn finish(job: Job, branch: u32, token: u32) -> f32 {
-    var x = part_of(job, 0u, branch, token);
-    for (var part = 1u; part < job.parts; part++) {
-        let y = part_of(job, part, branch, token);
-        if (job.score == KL) {
-            x = merge_states(x, y);
-        } else {
-            x = State(x.m + y.m, x.w + y.w, x.c + y.c, 0.0, 0.0);
-        }
-    }
-    if (job.score == KL) {
-        return divergence(x);
-    }
-    if (job.score == DOT) {
-        return one_minus_cosine(x.m, x.w, x.c);
-    }
-    return x.c;
-}
+// Of the workgroup's tokens: the scores by which they decide, then weights.
+var<workgroup> shares: array<f32, TOKENS * MAX_BRANCHES>;
+var<workgroup> wins: array<atomic<u32>, MAX_BRANCHES>;
 
 // The score by which a token decides.
 fn decisive(job: Job, branch: u32, token: u32) -> f32 {
@@ -78,46 +47,78 @@ fn decisive(job: Job, branch: u32, token: u32) -> f32 {
     return select(0.0, score / mean, mean > 0.0);
 }
 
-@compute @workgroup_size(256)
-fn main(@builtin(global_invocation_id) id: vec3<u32>, @builtin(local_invocation_index) t: u32) {
+// Of one branch, with the scores of all in `shares` from `first` on; counts the token for its winner.
+fn weight_of(job: Job, first: u32, branch: u32) -> f32 {
+    var best = 0u;
+    var most = shares[first];
+    var sum = most;
+    for (var k = 1u; k < job.branches; k++) {
+        let value = shares[first + k];
+        sum += value;
+        if (value > most) {
+            most = value;
+            best = k;
+        }
+    }
+    if (branch == 0u) {
+        atomicAdd(&wins[best], 1u);
+    }
+    if ((job.flags & FIXED) != 0u) {
+        return job.fixed[branch];
+    }
+    if ((job.flags & SOFT) != 0u) {
+        return select(1.0 / f32(job.branches), shares[first + branch] / sum, sum > 0.0);
+    }
+    return select(0.0, 1.0, branch == best);
+}
+
+fn weigh(job: Job, first_token: u32, t: u32) {
+    let end = min(first_token + TOKENS, job.tokens) * job.rank;
+    for (var e = first_token * job.rank + t; e < end; e += THREADS) {
+        let token = e / job.rank;
+        let k = e % job.rank;
+        var branch = 0u;
+        while (k >= job.starts[branch + 1u]) {
+            branch++;
+        }
+        let weight = shares[(token - first_token) * MAX_BRANCHES + branch];
+        let factor = job.factors[branch] * controls.strengths[job.adapters[branch]];
+        z[e] = select(z[e] * (weight * factor), 0.0, weight == 0.0);
+    }
+}
+
+@compute @workgroup_size(THREADS)
+fn main(@builtin(workgroup_id) work: vec3<u32>, @builtin(local_invocation_index) t: u32) {
     let job = jobs[0];
-    let token = id.x;
-    let inside = token < job.tokens;
+    let first_token = work.x * TOKENS;
+    // A branch of a token each.
+    let slot = t / MAX_BRANCHES;
+    let branch = t % MAX_BRANCHES;
+    let token = first_token + slot;
+    let place = token * job.branches + branch;
+    let inside = slot < TOKENS && token < job.tokens && branch < job.branches;
     if (t < MAX_BRANCHES) {
         atomicStore(&wins[t], 0u);
     }
-    workgroupBarrier();
-    if (inside && (job.flags & FINISH) != 0u) {
-        for (var k = 0u; k < job.branches; k++) {
-            scores[token * job.branches + k] = finish(job, k, token);
+    if (inside) {
+        if ((job.flags & FINISH) != 0u) {
+            scores[place] = finish(job, branch, token);
         }
-    }
-    if (inside && (job.flags & DECIDE) != 0u) {
-        var best = 0u;
-        var most = decisive(job, 0u, token);
-        var sum = most;
-        for (var k = 1u; k < job.branches; k++) {
-            let value = decisive(job, k, token);
-            sum += value;
-            if (value > most) {
-                most = value;
-                best = k;
-            }
-        }
-        for (var k = 0u; k < job.branches; k++) {
-            var weight = select(0.0, 1.0, k == best);
-            if ((job.flags & FIXED) != 0u) {
-                weight = job.fixed[k];
-            } else if ((job.flags & SOFT) != 0u) {
-                let value = decisive(job, k, token);
-                weight = select(1.0 / f32(job.branches), value / sum, sum > 0.0);
-            }
-            weights[token * job.branches + k] = weight;
-        }
-        atomicAdd(&wins[best], 1u);
+        shares[t] = decisive(job, branch, token);
     }
     workgroupBarrier();
-    if (t < job.branches && (job.flags & DECIDE) != 0u) {
+    var weight = 0.0;
+    if (inside) {
+        weight = weight_of(job, slot * MAX_BRANCHES, branch);
+        weights[place] = weight;
+    }
+    workgroupBarrier();
+    if (inside) {
+        shares[t] = weight;
+    }
+    if (t < job.branches) {
         atomicAdd(&log_words[job.record + t], atomicLoad(&wins[t]));
     }
+    workgroupBarrier();
+    weigh(job, first_token, t);
 }

@@ -6,19 +6,21 @@
 // lanes have in common: at first the first tile's largest a and mean u. An r near the mean loses no digits: only the
 // last step to the mean itself subtracts. A tile for which m and r are no good is merged as branch_state.wgsl does it.
 //
-// Grid: (token tile, branch, part of the channels). Bindings: 6 F0, 7 controls, 8 stats; see branch_tile_matrix.wgsl.
+// Grid: (token tile, branch, part of the channels). Bindings: 5 F0, 6 controls, 7 stats; see branch_tile_matrix.wgsl.
 // The permutation sets SCORE, DTYPE and the tile.
 
 #import words
 #import pack
+#import exponents
 #import features
 #import branch
+#import branch_split
 #import exp_log
 #import branch_state
 
-@group(0) @binding(6) var<storage, read> f0: array<Raw>;
-@group(0) @binding(7) var<storage, read> controls: Controls;
-@group(0) @binding(8) var<storage, read_write> stats: array<vec4<f32>>;
+@group(0) @binding(5) var<storage, read> f0: array<Raw>;
+@group(0) @binding(6) var<storage, read> controls: Controls;
+@group(0) @binding(7) var<storage, read_write> stats: array<vec4<f32>>;
 
 #import branch_tile_matrix
 #import multiply
@@ -182,11 +184,11 @@ fn main(
     let columns = Columns(first_column, jobs[0].column_starts[work.y + 1u] - first_column);
     temperature = select(1.0, controls.inverse_temperature, SCORE == KL);
     let factor = jobs[0].factors[work.y] * controls.strengths[jobs[0].adapters[work.y]] * temperature;
-    stage_z(job, first_token, columns);
-    let part0 = part(job, first_token, 0u, work.y * job.z_rows, factor);
-    let part1 = part(job, first_token, 4u, work.y * job.z_rows, factor);
-    let part2 = part(job, first_token, 8u, work.y * job.z_rows, factor);
-    let part3 = part(job, first_token, 12u, work.y * job.z_rows, factor);
+    let factors = stage_z(job, columns, first_token) * factor;
+    let part0 = part(job, first_token, 0u, factors.x);
+    let part1 = part(job, first_token, 4u, factors.y);
+    let part2 = part(job, first_token, 8u, factors.z);
+    let part3 = part(job, first_token, 12u, factors.w);
     var x0: Running;
     var x1: Running;
     var x2: Running;

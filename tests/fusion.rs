@@ -5,9 +5,12 @@ mod common;
 mod fixtures;
 
 use common::{Case, Random, product, relative};
+use loraweld::compute::Disable;
 use loraweld::compute::ops::Activations;
 use loraweld::fusion::{Choice, Scope, Score, Selection, Selector, SelectorOptions};
-use loraweld::{Adapter, Device, Dtype, Error, Format, Layer, Matrix, RawMatrix, wgpu};
+use loraweld::{
+    Adapter, Device, DeviceOptions, Dtype, Error, Format, Layer, Matrix, RawMatrix, Select, wgpu,
+};
 
 const LAYER: &str = "transformer.blocks.0.proj";
 
@@ -172,7 +175,7 @@ fn how(score: Score, choice: Choice) -> Selection {
     Selection { score, choice, ..Default::default() }
 }
 
-const SHAPES: [(usize, usize, usize, &[usize]); 13] = [
+const SHAPES: [(usize, usize, usize, &[usize]); 14] = [
     (1, 1, 2, &[1, 1]),
     (3, 7, 6, &[2, 9]),
     (64, 128, 128, &[8, 8]),
@@ -187,6 +190,8 @@ const SHAPES: [(usize, usize, usize, &[usize]); 13] = [
     (70, 20, 196, &[20, 30, 60]),
     (50, 16, 132, &[90, 60]),
     (40, 40, 2052, &[33, 12]),
+    // Enough tokens for the projection there too.
+    (300, 64, 132, &[16, 20]),
 ];
 
 #[test]
@@ -451,6 +456,65 @@ fn a_call_is_deterministic_and_strengths_are_live() {
     }
 }
 
+/// What one call leaves in shared buffers does not come into the next, be it of more or fewer tokens or of infinity.
+#[test]
+fn calls_leave_nothing_behind() {
+    // The same adapters: they are drawn first.
+    let [many, few] = [300, 37].map(|tokens| problem(tokens, 48, 320, &[8, 16], 0.5, 9));
+    let mut infinite = problem(300, 48, 320, &[8, 16], 0.5, 9);
+    infinite.x.data.fill(f64::INFINITY);
+    let choices = [
+        how(Score::Kl, Choice::Hard),
+        how(Score::Dot, Choice::Soft),
+        how(Score::Kl, Choice::Fixed(vec![0.5, 0.25])),
+        Selection { scope: Scope::Group(16), ..Default::default() },
+    ];
+    for Case { name, device } in gpus() {
+        for how in &choices {
+            let call = |selector: &mut Selector, p: &Problem| {
+                let f0 = encode(&device, selector, p, [Dtype::F16; 2], how, OFFSETS[0]);
+                (f0, selector.tokens().unwrap())
+            };
+            let [want_many, want_few] = [&many, &few].map(|p| call(&mut p.selector(&device), p));
+            let mut selector = many.selector(&device);
+            for (p, want) in [(&many, &want_many), (&few, &want_few), (&many, &want_many)] {
+                assert_eq!(call(&mut selector, p), *want, "{name} {how:?} {} tokens", p.x.rows);
+                call(&mut selector, &infinite);
+            }
+        }
+    }
+}
+
+/// Halves for matrix units are made once, and stay: of B that files have in 16 bits, one for each value, else two.
+#[test]
+fn memory_counts_what_is_kept_for_matrix_units() {
+    let open = |software_units, memory| {
+        let disable = Disable { software_units, cooperative_matrix: true, ..Default::default() };
+        let options = DeviceOptions { select: Select::Gpu, disable, memory, ..Default::default() };
+        Device::open(&options).ok()
+    };
+    let (Some(plain), Some(units)) = (open(false, None), open(true, None)) else { return };
+    let caps = units.capabilities().unwrap();
+    let subgroups = caps.subgroups.is_some_and(|(min, _)| min >= 8);
+    if !caps.f16 || !subgroups || caps.workgroup_memory < 32 << 10 {
+        return;
+    }
+    for (seed, bytes) in [(15, 2), (16, 4)] {
+        let p = problem(1, 4, 8192, &[32, 32], 0.5, seed);
+        let [without, with] = [&plain, &units].map(|device| p.selector(device).bytes());
+        let halves = 8192 * 64 * bytes;
+        assert_eq!(with, without + halves);
+        let select = |memory| {
+            let device = open(true, Some(memory)).unwrap();
+            let weighted: Vec<_> = p.adapters.iter().map(|adapter| adapter.at(1.0)).collect();
+            Selector::new(&device, &weighted, SelectorOptions { tokens: 1, records: 8 })
+        };
+        assert!(select(with).is_ok());
+        let error = select(without + halves / 2).unwrap_err().to_string();
+        assert!(error.contains("MiB of device memory"), "{error}");
+    }
+}
+
 /// Frameworks keep many tensors in one buffer.
 #[test]
 fn x_and_f0_may_share_a_buffer() {
@@ -606,7 +670,6 @@ fn one_adapter_acts_alone() {
 /// A device that was opened here can be handed on, with the features that others want as well.
 #[test]
 fn others_may_share_a_device_of_our_own() {
-    use loraweld::{DeviceOptions, Select};
     let features = wgpu::Features::all() - wgpu::Features::MAPPABLE_PRIMARY_BUFFERS;
     let options = DeviceOptions { select: Select::Gpu, features, ..Default::default() };
     if gpus().is_empty() {

@@ -28,23 +28,23 @@ struct Job {
     record: u32,        // first word of this call's record in the log
     flags: u32,
     starts: array<u32, 9>,
-    // For matrix units: columns of the halves of Z and B_cat, where each branch has its own, and rows of Z's halves.
+    // For matrix units: columns of the halves of Z and B_cat, where each branch has its own.
     columns: u32,
     column_starts: array<u32, 9>,
-    z_rows: u32,
     adapters: array<u32, 8>,    // of each branch
     factors: array<f32, 8>,     // of each branch, without the adapter's strength
     fixed: array<f32, 8>,       // weights that are chosen by the host
 }
 
-// Steps of branch_choose.wgsl, and how it decides.
+// How branch_choose.wgsl decides, and whether it finishes scores itself.
 const FINISH: u32 = 1u;
-const DECIDE: u32 = 2u;
-const SOFT: u32 = 4u;
-const NORMALISE: u32 = 8u;
-const FIXED: u32 = 16u;
+const SOFT: u32 = 2u;
+const NORMALISE: u32 = 4u;
+const FIXED: u32 = 8u;
 // branch_means.wgsl: update the running means instead of writing those of groups.
-const RUNNING: u32 = 32u;
+const RUNNING: u32 = 16u;
+// branch_split_b.wgsl: B_cat has more bits than one half holds.
+const HAS_LOW: u32 = 32u;
 
 // What the host changes between calls, with no need to encode anew.
 struct Controls {

@@ -1,18 +1,17 @@
 // A tile of Z·B_catᵀ on matrix units, for adapters with 16×16×16 f16 to f32 matrices and subgroups of 32: 16 tokens ×
-// 64 channels for each subgroup of a workgroup. Z and B_cat come as halves from branch_halves.wgsl; Z stays in workgroup
-// memory, B_cat's rows are fetched a tile ahead. The products of two low parts are left out. The unit's accumulator
-// truncates, which over 128 columns stays within f32's accuracy.
+// 64 channels for each subgroup of a workgroup. Z becomes halves that stay in workgroup memory, each row brought into
+// f16's range; B_cat's come from branch_split_b.wgsl, a tile ahead. The products of two low parts are left out. The unit's
+// accumulator truncates, which over 128 columns stays within f32's accuracy.
 //
 // Each 8 lanes share a row: lane i has channels 4·i .. + 4 and 32 + 4·i .. + 4 of rows i / 8, + 4, + 8 and + 12, so
 // that neighbours read neighbouring memory and meet in no bank.
-// Bindings: 3 B_cat, 4 Z, 5 the scales of Z. The permutation sets DEPTH, the most columns that a product has (32, 64 or
-// 128), LOW, whether B_cat has low parts, and SUBGROUPS. The kernel imports features, the type of F0, and multiply, on
-// units or in software.
+// Bindings: 3 B_cat, 4 Z. The permutation sets DEPTH, the most columns that a product has (32, 64 or 128), LOW, whether
+// B_cat has low parts, and SUBGROUPS. The kernel imports exponents, branch_split, features, the type of F0, and
+// multiply, on units or in software.
 
 // High parts of all rows, then low ones.
 @group(0) @binding(3) var<storage, read> b_halves: array<vec4<f16>>;
-@group(0) @binding(4) var<storage, read> z_halves: array<vec4<f16>>;
-@group(0) @binding(5) var<storage, read> z_scales: array<f32>;
+@group(0) @binding(4) var<storage, read> values: array<f32>;
 
 const THREADS: u32 = SUBGROUPS * 32u;
 const TOKENS: u32 = SUBGROUPS * 16u;
@@ -34,6 +33,9 @@ const ROWS: u32 = THREADS / 8u;
 const FETCHES_DOWN: u32 = CHANNELS / ROWS;
 const FETCHES: u32 = FETCHES_DOWN * (DEPTH / 32u);
 
+// Of each of its rows of Z, a lane has so many vectors.
+const QUADS: u32 = DEPTH / 32u;
+
 var<private> t: u32;
 var<private> subgroup: u32;
 var<private> lane: u32;
@@ -46,15 +48,50 @@ struct Columns {
     count: u32,
 }
 
-fn stage_z(job: Job, first_token: u32, columns: Columns) {
-    let low = job.z_rows * job.columns / 4u;
-    for (var row = t / 8u; row < TOKENS; row += ROWS) {
-        let source = ((first_token + row) * job.columns + columns.first) / 4u;
-        for (var quad = t % 8u; quad < columns.count / 4u; quad += 8u) {
-            halves[row * STRIDE + quad] = z_halves[source + quad];
-            halves[Z_LOW + row * STRIDE + quad] = z_halves[low + source + quad];
+// The most of the 8 lanes of a row.
+fn row_most(v: vec4<u32>) -> u32 {
+    var x = max(max(v.x, v.y), max(v.z, v.w));
+    x = max(x, subgroupShuffleXor(x, 1u));
+    x = max(x, subgroupShuffleXor(x, 2u));
+    return max(x, subgroupShuffleXor(x, 4u));
+}
+
+// Puts Z's columns into `halves`; gives what undoes the powers of two of the lane's rows, and B_cat's.
+fn stage_z(job: Job, columns: Columns, first_token: u32) -> vec4<f32> {
+    let slot = subgroup * 16u + lane / 8u;
+    var z: array<vec4<f32>, 4u * QUADS>;
+    for (var i = 0u; i < QUADS; i++) {
+        let column = columns.first + lane % 8u * 4u + i * 32u;
+        if (column < columns.first + columns.count) {
+            let branch = branch_of(column);
+            let k = column - jobs[0].column_starts[branch];
+            let first = jobs[0].starts[branch];
+            let rank = jobs[0].starts[branch + 1u] - first;
+            for (var row = 0u; row < 4u; row++) {
+                // Beyond the last token anything will do.
+                let token = min(first_token + slot + row * 4u, job.first + job.count - 1u);
+                z[i * 4u + row] = quad(token * job.rank + first, 1u, k, rank);
+            }
         }
     }
+    var inverse: vec4<f32>;
+    for (var row = 0u; row < 4u; row++) {
+        var most = vec4<u32>(0u);
+        for (var i = 0u; i < QUADS; i++) {
+            most = max(most, exponents(bitcast<vec4<u32>>(z[i * 4u + row])));
+        }
+        let scale = scale_of(row_most(most));
+        for (var i = 0u; i < QUADS; i++) {
+            let place = (slot + row * 4u) * STRIDE + lane % 8u + i * 8u;
+            let value = z[i * 4u + row] * scale;
+            let high = high_part(value);
+            halves[place] = vec4<f16>(high);
+            halves[Z_LOW + place] = vec4<f16>(value - high);
+        }
+        // 1 / s of a power of two, exactly.
+        inverse[row] = bitcast<f32>((254u << 23u) - bitcast<u32>(scale)) / B_SCALE;
+    }
+    return inverse;
 }
 
 // Fetches the rows of B_cat of CHANNELS channels. Beyond the last column anything will do: it is not multiplied.
@@ -101,12 +138,11 @@ struct Channels {
     right: Raw,
 }
 
-// `scales`: where those of Z's rows begin.
-fn part(job: Job, first_token: u32, row: u32, scales: u32, factor: f32) -> Part {
+fn part(job: Job, first_token: u32, row: u32, factor: f32) -> Part {
     let slot = subgroup * 16u + lane / 8u + row;
     let token = min(first_token + slot, job.first + job.count - 1u);
     let place = job.f0 / RAW_WORDS + (token - job.first) * job.width / 4u + lane % 8u;
-    return Part(place, slot * OUT_STRIDE + lane % 8u, factor * z_scales[scales + first_token + slot]);
+    return Part(place, slot * OUT_STRIDE + lane % 8u, factor);
 }
 
 fn features(job: Job, part: Part, channel: u32) -> Channels {

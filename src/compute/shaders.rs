@@ -50,14 +50,14 @@ pub enum Kernel {
     BranchScores(Score, Dtype),
     /// `shaders/branch_scores_matrix.wgsl`: the same, and its tile.
     BranchScoresMatrix(Score, Dtype, BranchTile),
+    /// `shaders/branch_split_b.wgsl`
+    BranchSplitB,
+    /// `shaders/branch_finish.wgsl`
+    BranchFinish,
     /// `shaders/branch_means.wgsl`
     BranchMeans,
     /// `shaders/branch_choose.wgsl`
     BranchChoose,
-    /// `shaders/branch_weigh.wgsl`
-    BranchWeigh,
-    /// `shaders/branch_halves.wgsl`
-    BranchHalves(HalvesOf),
     /// `shaders/branch_apply.wgsl`, with the type of the features.
     BranchApply(Dtype),
     /// `shaders/branch_apply_matrix.wgsl`, with the type of the features and its tile.
@@ -78,17 +78,6 @@ pub enum Kernel {
     Magnitudes(Element),
     /// `shaders/self_test.wgsl`
     SelfTest,
-}
-
-/// What `shaders/branch_halves.wgsl` splits, as it numbers its steps.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum HalvesOf {
-    /// B_cat.
-    B,
-    /// Z.
-    Z,
-    /// Z times the weights of its branches.
-    Weighted,
 }
 
 /// The tile of `shaders/shared/branch_tile_matrix.wgsl`.
@@ -172,9 +161,10 @@ impl Kernel {
             Self::GramMatrix,
             Self::SelfTest,
             Self::Matmul(Element::F32),
+            Self::BranchSplitB,
+            Self::BranchFinish,
             Self::BranchMeans,
             Self::BranchChoose,
-            Self::BranchWeigh,
             Self::Blend,
             Self::Cosine,
             Self::GradientNorm,
@@ -194,7 +184,6 @@ impl Kernel {
             all.extend(TILES.map(|tile| Self::Project(tile, dtype)));
             all.extend([32, 64].map(|tile| Self::ProjectMatrix(tile, dtype)));
         }
-        all.extend([HalvesOf::B, HalvesOf::Z, HalvesOf::Weighted].map(Self::BranchHalves));
         all.extend(TILES.map(Self::Gram));
         all.extend(WIDE.iter().flat_map(|&wide| {
             [
@@ -233,9 +222,10 @@ impl Kernel {
             | Self::SumParts
             | Self::GramMatrix
             | Self::SelfTest
+            | Self::BranchSplitB
+            | Self::BranchFinish
             | Self::BranchMeans
             | Self::BranchChoose
-            | Self::BranchWeigh
             | Self::Blend
             | Self::Cosine
             | Self::GradientNorm
@@ -248,7 +238,6 @@ impl Kernel {
             Self::BranchApplyMatrix(dtype, tile) => format!("{file}_{dtype}_{}", tile.label()),
             Self::BranchApply(dtype) | Self::Extrapolate(dtype) => format!("{file}_{dtype}"),
             Self::Gram(tile) => format!("{file}_{tile}"),
-            Self::BranchHalves(of) => format!("{file}_{}", of as u32),
             Self::ProjectReal(e)
             | Self::Cholesky(e)
             | Self::CholeskySolve(e)
@@ -285,10 +274,10 @@ impl Kernel {
             Self::RankUpdate(_) => ("rank_update", kernel!("rank_update")),
             Self::BranchScores(..) => ("branch_scores", kernel!("branch_scores")),
             Self::BranchScoresMatrix(..) => ("branch_scores_matrix", kernel!("branch_scores_matrix")),
-            Self::BranchHalves(_) => ("branch_halves", kernel!("branch_halves")),
+            Self::BranchSplitB => ("branch_split_b", kernel!("branch_split_b")),
+            Self::BranchFinish => ("branch_finish", kernel!("branch_finish")),
             Self::BranchMeans => ("branch_means", kernel!("branch_means")),
             Self::BranchChoose => ("branch_choose", kernel!("branch_choose")),
-            Self::BranchWeigh => ("branch_weigh", kernel!("branch_weigh")),
             Self::BranchApply(_) => ("branch_apply", kernel!("branch_apply")),
             Self::BranchApplyMatrix(..) => ("branch_apply_matrix", kernel!("branch_apply_matrix")),
             Self::Blend => ("blend", kernel!("blend")),
@@ -317,10 +306,10 @@ impl Kernel {
             | Self::GramMatrix
             | Self::BranchScores(..)
             | Self::BranchScoresMatrix(..)
-            | Self::BranchHalves(_)
+            | Self::BranchSplitB
+            | Self::BranchFinish
             | Self::BranchMeans
             | Self::BranchChoose
-            | Self::BranchWeigh
             | Self::BranchApply(_)
             | Self::BranchApplyMatrix(..)
             | Self::Blend
@@ -356,7 +345,6 @@ impl Kernel {
             }
             Self::BranchApply(dtype) | Self::Extrapolate(dtype) => dtype_constant(dtype),
             Self::BranchApplyMatrix(dtype, tile) => dtype_constant(dtype) + &tile.constants(APPLY_SUBGROUPS),
-            Self::BranchHalves(of) => format!("const STEP: u32 = {}u;\n", of as u32),
             Self::BranchScores(score, dtype) => dtype_constant(dtype) + &score_constant(score),
             Self::BranchScoresMatrix(score, dtype, tile) => {
                 dtype_constant(dtype) + &score_constant(score) + &tile.constants(SCORES_SUBGROUPS)
@@ -381,7 +369,7 @@ impl Kernel {
                 | Self::SplitRows
                 | Self::GramMatrix
                 | Self::BranchScoresMatrix(..)
-                | Self::BranchHalves(_)
+                | Self::BranchSplitB
                 | Self::BranchApplyMatrix(..)
         )
     }
@@ -412,7 +400,7 @@ impl Kernel {
         match self {
             Self::BranchScoresMatrix(_, _, tile) | Self::BranchApplyMatrix(_, tile) => tile.software,
             // Of use without them.
-            Self::BranchHalves(_) => true,
+            Self::BranchSplitB => true,
             _ => false,
         }
     }
@@ -428,6 +416,8 @@ impl Kernel {
             ("exp_log", _) => shared!("exp_log"),
             ("branch", _) => shared!("branch"),
             ("branch_state", _) => shared!("branch_state"),
+            ("branch_finish", _) => shared!("branch_finish"),
+            ("branch_split", _) => shared!("branch_split"),
             ("branch_features", _) => shared!("branch_features"),
             ("branch_tile_matrix", _) => shared!("branch_tile_matrix"),
             ("multiply", _) if self.is_software() => shared!("multiply_software"),

@@ -5,9 +5,12 @@ use std::collections::{BTreeMap, VecDeque};
 use std::ops::Range;
 
 use crate::adapter::dotted;
+use crate::compute::gpu::Gpu;
 use crate::compute::ops::Activations;
 use crate::compute::ops::Score;
-use crate::compute::ops::branches::{self, Buffers, Call, Controls, MAX_BRANCHES, RECORD, RUNNING, Rule};
+use crate::compute::ops::branches::{
+    self, Buffers, Call, Controls, Halves, MAX_BRANCHES, RECORD, RUNNING, Rule,
+};
 use crate::compute::{Batch, Element, Shape};
 use crate::power::{self, pow2};
 use crate::{Device, Dtype, Error, Layer, LayerKey, Matrix, RawMatrix, Result, Weighted};
@@ -101,8 +104,9 @@ pub struct Tokens {
 /// the token as the default scope, which composed far better than the published choice for a whole layer, and the
 /// normalisation. An adapter that lacks a layer takes no part in it; a layer that only one has is that one's.
 ///
-/// Factors stay on the device, in f32. A call adds dispatches to the host's encoder, and reads nothing back: one product
-/// `Z = X·A_catᵀ`, one pass over f0 for the scores, one that decides, one over f0 in place for the result.
+/// Factors stay on the device, in f32 and, where it has matrix units, also as the halves that those multiply. A call
+/// adds dispatches to the host's encoder, and reads nothing back: one product `Z = X·A_catᵀ`, one pass over f0 for the
+/// scores, one that decides, one over f0 in place for the result.
 /// The divergence is summed as `ln(1 + Σ p·φ(u − ū))`, `φ(d) = e^d − 1 − d`, whose terms are all positive:
 /// it keeps 1e-5 of itself, however small, for features up to ±80 τ, and is finite for ±1e4. Decisions equal those of
 /// the f64 twin unless the two largest scores are within 1e-4 of each other.
@@ -159,8 +163,8 @@ struct Resident {
     factors: Vec<f32>,
     /// On a GPU: A_cat and B_catᵀ, at powers of two that the factors undo.
     batch: Batch,
-    /// Whether B_cat there has more bits than one half holds.
-    low: bool,
+    /// Of these, for matrix units.
+    halves: Halves,
     /// On the CPU: B of each branch, without its strength.
     b: Vec<Vec<f64>>,
 }
@@ -200,7 +204,7 @@ impl Selector {
                 let gpu = device.gpu()?;
                 let buffers =
                     Buffers::new(gpu, options.tokens, rank, adapters.len(), all.len(), options.records)?;
-                let factors: u64 = all.values().map(|of| bytes(of)).sum();
+                let factors: u64 = all.values().map(|of| bytes(gpu, of)).sum();
                 if factors + buffers.bytes() > device.memory() {
                     return Err(Error::Device(format!(
                         "selection takes {} MiB of device memory, of which {} for factors, but {} may be used; \
@@ -249,7 +253,9 @@ impl Selector {
         match &self.backend {
             Backend::Cpu(_) => 0,
             Backend::Gpu(buffers) => {
-                let of = |layer: &Resident| layer.batch.wgpu_buffer().map_or(0, wgpu::Buffer::size);
+                let of = |layer: &Resident| {
+                    layer.batch.wgpu_buffer().map_or(0, wgpu::Buffer::size) + layer.halves.bytes()
+                };
                 buffers.bytes() + self.layers.values().map(of).sum::<u64>()
             }
         }
@@ -515,7 +521,7 @@ impl Selector {
             blocks: &layer.blocks,
             adapters: &layer.members,
             factors: &layer.factors,
-            low: layer.low,
+            halves: &layer.halves,
             score: selection.score,
             rule,
             group,
@@ -595,10 +601,20 @@ fn members<'a>(adapters: &[Weighted<'a>]) -> Result<BTreeMap<&'a LayerKey, Vec<(
     Ok(all)
 }
 
+/// Whether B has more bits than the 11 that a half holds; of 16-bit values it has not.
+fn has_low(of: &[(usize, &Layer)]) -> bool {
+    let b = of.iter().map(|(_, layer)| layer.b()).filter(|b| b.dtype == Dtype::F32);
+    b.flat_map(|b| b.bytes.as_chunks().0).any(|v| u32::from_le_bytes(*v) & 0x1fff != 0)
+}
+
 /// Device memory of a layer's factors.
-fn bytes(of: &[(usize, &Layer)]) -> u64 {
-    let row = |layer: &Layer| layer.input.next_multiple_of(4) + layer.output.next_multiple_of(4);
-    of.iter().map(|(_, layer)| (layer.rank * row(layer) * 4) as u64).sum()
+fn bytes(gpu: &Gpu, of: &[(usize, &Layer)]) -> u64 {
+    let (_, Layer { input, output, .. }) = of[0];
+    let rank = || of.iter().map(|(_, layer)| layer.rank);
+    let all: usize = rank().sum();
+    let row = input.next_multiple_of(4) + output.next_multiple_of(4);
+    let halves = Halves::bytes_for(gpu, Shape::new(all, *input), *output, rank(), has_low(of));
+    (all * row * 4) as u64 + halves
 }
 
 impl Resident {
@@ -625,7 +641,7 @@ impl Resident {
                 device.factor(),
                 &[Shape::new(rank, input), Shape::new(rank, stride)],
             )?,
-            low: false,
+            halves: Halves::default(),
             b: Vec::new(),
         };
         if !device.is_gpu() {
@@ -656,11 +672,11 @@ impl Resident {
             factors.push(factor);
         }
         resident.factors = factors;
-        resident.low = b.iter().any(|v| v.to_bits() & 0x1fff != 0);
         let gpu = device.gpu()?;
         let buffer = resident.batch.buffer()?;
         gpu.write(buffer, 0, bytemuck::cast_slice(&a))?;
         gpu.write(buffer, resident.batch.offset(1) as u64 * 4, bytemuck::cast_slice(&b))?;
+        resident.halves = Halves::new(gpu, &resident.batch, output, &resident.blocks, has_low(of))?;
         Ok(resident)
     }
 }

@@ -1,8 +1,10 @@
 //! Branches: low-rank updates of the same features, of which each token keeps the one that changes it most.
 //!
-//! The kernels are `shaders/branch_scores.wgsl`, `branch_means.wgsl`, `branch_choose.wgsl`, `branch_weigh.wgsl` and
-//! `branch_apply.wgsl`, on matrix units `branch_halves.wgsl`, `branch_scores_matrix.wgsl` and `branch_apply_matrix.wgsl`;
-//! below them stand their f64 twins.
+//! The kernels are, in their order, `shaders/branch_scores.wgsl`, where tokens decide by means `branch_finish.wgsl` and
+//! `branch_means.wgsl`, then `branch_choose.wgsl` and `branch_apply.wgsl`. Matrix units have `branch_scores_matrix.wgsl` and
+//! `branch_apply_matrix.wgsl`, for which [`Halves`] are made of a layer's factors. Below stand the f64 twins.
+
+mod halves;
 
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -11,11 +13,13 @@ use bytemuck::NoUninit;
 use rayon::prelude::*;
 use serde::Serialize;
 
+pub(crate) use self::halves::Halves;
+use self::halves::{SplitB, Tiles};
 use super::project::{self, ProjectJob, project_cpu};
 use super::{Activations, ENOUGH_WORKGROUPS, view, view_mut};
 use crate::compute::gpu::{BIND_ALIGN, Gpu, Pooled, whole};
-use crate::compute::shaders::{APPLY_SUBGROUPS, BranchTile, HalvesOf, Kernel, SCORES_SUBGROUPS};
-use crate::compute::{Batch, Element, Shape};
+use crate::compute::shaders::{APPLY_SUBGROUPS, Kernel, SCORES_SUBGROUPS};
+use crate::compute::{Batch, Shape};
 use crate::{Dtype, Error, RawMatrix, Result};
 
 /// How much a branch changes a token's features, f0 to f.
@@ -74,8 +78,8 @@ pub(crate) struct Call<'a> {
     pub adapters: &'a [usize],
     /// Factor of each branch, but for the adapter's strength.
     pub factors: &'a [f32],
-    /// Whether B_cat has more bits than one half holds.
-    pub low: bool,
+    /// Of the layer's factors.
+    pub halves: &'a Halves,
     pub score: Score,
     pub rule: Rule,
     /// Tokens that choose together; 0: each for itself.
@@ -106,7 +110,7 @@ const WINDOW: f64 = 1_048_576.0;
 /// Words of a record of the log: tokens that each branch won.
 pub(crate) const RECORD: usize = MAX_BRANCHES;
 
-#[derive(Clone, Copy, NoUninit)]
+#[derive(Clone, Copy, Default, NoUninit)]
 #[repr(C)]
 struct Job {
     tokens: u32,
@@ -129,18 +133,17 @@ struct Job {
     starts: [u32; MAX_BRANCHES + 1],
     columns: u32,
     column_starts: [u32; MAX_BRANCHES + 1],
-    z_rows: u32,
     adapters: [u32; MAX_BRANCHES],
     factors: [f32; MAX_BRANCHES],
     fixed: [f32; MAX_BRANCHES],
 }
 
 const FINISH: u32 = 1;
-const DECIDE: u32 = 2;
-const SOFT: u32 = 4;
-const NORMALISE: u32 = 8;
-const FIXED: u32 = 16;
-const UPDATE_RUNNING: u32 = 32;
+const SOFT: u32 = 2;
+const NORMALISE: u32 = 4;
+const FIXED: u32 = 8;
+const UPDATE_RUNNING: u32 = 16;
+const HAS_LOW: u32 = 32;
 
 /// Tile of the kernels without matrix units.
 const TOKENS: usize = 64;
@@ -150,8 +153,9 @@ const UNIT_TOKENS: usize = 16;
 const UNIT_CHANNELS: usize = 64;
 /// There, wider parts are split also where the GPU is full: fewer channels do not make a workgroup's start worth while.
 const UNIT_PART: usize = 1024;
-/// Tokens of a workgroup of `branch_weigh.wgsl`.
-const WEIGHED: usize = 16;
+/// Tokens of a workgroup of `branch_finish.wgsl` and of `branch_choose.wgsl`.
+const FINISHED: usize = 32;
+const CHOSEN: usize = 16;
 /// Most parts that the channels are split into.
 const MAX_PARTS: usize = 8;
 
@@ -216,51 +220,11 @@ fn parts(tokens: usize, tile: [usize; 2], width: usize) -> usize {
     (ENOUGH_WORKGROUPS / tiles).clamp(1, width.div_ceil(tile[1]).max(1))
 }
 
-/// What a call does on matrix units.
-struct Units {
-    scores: BranchTile,
-    /// Without, if all columns together are too many.
-    apply: Option<BranchTile>,
-    /// Columns of the halves, where each branch has its own, and rows of Z's.
-    columns: usize,
-    column_starts: [u32; MAX_BRANCHES + 1],
-    z_rows: usize,
-}
-
-impl Units {
-    /// What of the call fits the tiles there. They read 4 channels at a time.
-    fn new(gpu: &Gpu, call: &Call<'_>, dtype: Dtype, windows: &[Window<'_>]) -> Option<Self> {
-        let raw_words = if dtype == Dtype::F32 { 4 } else { 2 };
-        let aligned = call.width.is_multiple_of(4)
-            && windows.iter().all(|window| window.word.is_multiple_of(raw_words));
-        let caps = &gpu.capabilities;
-        let software = gpu.disable.software_units
-            && caps.f16
-            && caps.subgroups.is_some_and(|(min, _)| min >= 8)
-            && caps.workgroup_memory >= 32 << 10;
-        let tile = |columns: usize| {
-            let depth = BranchTile::DEPTHS.into_iter().find(|&depth| columns <= depth as usize)?;
-            Some(BranchTile { depth, low: call.low, software }).filter(|tile| tile.room() > 0)
-        };
-        let (mut columns, mut widest, mut column_starts) = (0, 0, [0; MAX_BRANCHES + 1]);
-        for (k, block) in call.blocks.iter().enumerate() {
-            let own = block.len().next_multiple_of(16);
-            columns += own;
-            widest = widest.max(own);
-            column_starts[k + 1] = columns as u32;
-        }
-        let usable = (software || caps.matrix_units()) && aligned && columns > 0;
-        let scores = usable.then(|| tile(widest)).flatten()?;
-        let z_rows = (call.tokens + APPLY_SUBGROUPS as usize * UNIT_TOKENS).next_multiple_of(8);
-        // A grid's limit.
-        (z_rows / 8 < 1 << 16).then_some(Self {
-            scores,
-            apply: tile(columns),
-            columns,
-            column_starts,
-            z_rows,
-        })
-    }
+/// B's halves, if f0 lies so that kernels for matrix units can read 4 channels at a time.
+fn units<'a>(call: &Call<'a>, dtype: Dtype, windows: &[Window<'_>]) -> Option<&'a SplitB> {
+    let words = if dtype == Dtype::F32 { 4 } else { 2 };
+    let aligned = windows.iter().all(|window| window.word.is_multiple_of(words));
+    call.halves.b.as_ref().filter(|_| aligned)
 }
 
 /// A matrix of the host's in a buffer.
@@ -382,12 +346,12 @@ pub(crate) fn encode(
             z: window.first * rank,
         };
         let z = whole(&buffers.z);
-        project::encode(&mut commands, gpu, &[window.binding], &[job], layer, z, Element::F32)?;
+        let a = call.halves.a.as_ref();
+        project::encode_f32(&mut commands, gpu, &[window.binding], &[job], layer, z, a)?;
     }
 
-    let scored = !matches!(call.rule, Rule::Fixed(_));
-    let units = Units::new(gpu, call, f0.dtype, &f0_windows).filter(|units| scored || units.apply.is_some());
-    let mut job = job(call, layer, units.as_ref(), running, record);
+    let units = units(call, f0.dtype, &f0_windows);
+    let mut job = job(call, layer, units, running, record);
     let factors = whole(layer.buffer()?);
     let (z, stats, scores) = (whole(&buffers.z), whole(&buffers.stats), whole(&buffers.scores));
     let (weights, means) = (whole(&buffers.weights), whole(&buffers.running));
@@ -398,47 +362,18 @@ pub(crate) fn encode(
         f0: window.word as u32,
         ..*job
     };
-    let (columns, z_rows) = units.as_ref().map_or((0, 0), |units| (units.columns, units.z_rows));
-    let mut halves = |rows: usize| commands.scratch(gpu, (rows * columns * 4).max(4) as u64);
-    let b_halves = halves(call.width.next_multiple_of(UNIT_CHANNELS))?;
-    let z_halves = halves(z_rows)?;
-    let z_scales = commands.scratch(gpu, (z_rows * branches * 4).max(4) as u64)?;
-    // Of each step, what it splits and where to.
-    let to_halves = |values, to| [values, to, whole(&z_scales), weights.clone(), controls.clone()];
-    let operands = [&b_halves, &z_halves, &z_scales].map(|buffer| whole(buffer));
-    if units.is_some() {
-        // Beside the first steps of the product.
-        commands.phase(0);
-        let grid = [call.width.next_multiple_of(UNIT_CHANNELS) / 32, columns.div_ceil(32), 1];
-        let grid = grid.map(|n| n as u32);
-        commands.launch_grid(
-            Kernel::BranchHalves(HalvesOf::B),
-            &job,
-            grid,
-            &to_halves(factors.clone(), whole(&b_halves)),
-        );
+    if let Some(units) = units {
+        commands.keep(units.buffer.clone());
     }
 
-    let token_grid = [tokens.div_ceil(256) as u32, 1, 1];
-    let choose = [stats.clone(), scores.clone(), weights.clone(), means.clone(), log];
-    let rule = job.flags;
-    if scored {
+    if !matches!(call.rule, Rule::Fixed(_)) {
         commands.phase(3);
-        if units.is_some() {
-            let grid = [(z_rows / 8) as u32, branches as u32, 1];
-            commands.launch_grid(
-                Kernel::BranchHalves(HalvesOf::Z),
-                &job,
-                grid,
-                &to_halves(z.clone(), whole(&z_halves)),
-            );
-        }
-        commands.phase(4);
-        let (kernel, tile) = match &units {
-            None => (Kernel::BranchScores(call.score, f0.dtype), [TOKENS, CHANNELS]),
-            Some(units) => {
-                let tokens = units.scores.subgroups(SCORES_SUBGROUPS) as usize * UNIT_TOKENS;
-                (Kernel::BranchScoresMatrix(call.score, f0.dtype, units.scores), [tokens, UNIT_CHANNELS])
+        let (kernel, tile, b) = match units {
+            None => (Kernel::BranchScores(call.score, f0.dtype), [TOKENS, CHANNELS], factors.clone()),
+            Some(SplitB { tiles: Tiles { scores: tile, .. }, buffer }) => {
+                let tokens = tile.subgroups(SCORES_SUBGROUPS) as usize * UNIT_TOKENS;
+                let kernel = Kernel::BranchScoresMatrix(call.score, f0.dtype, *tile);
+                (kernel, [tokens, UNIT_CHANNELS], whole(buffer))
             }
         };
         let wanted = parts(tokens * branches, tile, call.width);
@@ -447,74 +382,51 @@ pub(crate) fn encode(
         (job.parts, job.part_width) = split(call.width, tile[1], wanted.min(most).min(MAX_PARTS));
         for window in &f0_windows {
             let grid = [window.count.div_ceil(tile[0]) as u32, branches as u32, job.parts];
-            let [f0, controls, stats] = [window.binding.clone(), controls.clone(), stats.clone()];
-            let bindings = match &units {
-                None => vec![factors.clone(), z.clone(), f0, controls, stats],
-                Some(_) => operands.iter().cloned().chain([f0, controls, stats]).collect(),
-            };
+            let f0 = window.binding.clone();
+            let bindings = [b.clone(), z.clone(), f0, controls.clone(), stats.clone()];
             commands.launch_grid(kernel, &for_window(&job, window), grid, &bindings);
         }
         if call.normalise || call.group > 0 {
+            commands.phase(4);
+            let grid = [tokens.div_ceil(FINISHED) as u32, 1, 1];
+            commands.launch_grid(Kernel::BranchFinish, &job, grid, &[stats.clone(), scores.clone()]);
             commands.phase(5);
-            job.flags = FINISH;
-            commands.launch_grid(Kernel::BranchChoose, &job, token_grid, &choose);
-            commands.phase(6);
-            let bindings = [scores, means];
+            let bindings = [scores.clone(), means.clone()];
             if call.normalise {
-                job.flags = UPDATE_RUNNING;
+                let job = Job { flags: UPDATE_RUNNING, ..job };
                 commands.launch_grid(Kernel::BranchMeans, &job, [1, 1, 1], &bindings);
             }
             if call.group > 0 {
-                job.flags = 0;
                 let groups = tokens.div_ceil(call.group) as u32;
                 commands.launch_grid(Kernel::BranchMeans, &job, [groups, 1, 1], &bindings);
             }
-            job.flags = rule | DECIDE;
         } else {
-            job.flags = rule | FINISH | DECIDE;
+            job.flags |= FINISH;
         }
-    } else {
-        job.flags = rule | DECIDE;
     }
+    commands.phase(6);
+    let grid = [tokens.div_ceil(CHOSEN) as u32, 1, 1];
+    let bindings = [stats, scores, weights, means, log, z.clone(), controls];
+    commands.launch_grid(Kernel::BranchChoose, &job, grid, &bindings);
     commands.phase(7);
-    commands.launch_grid(Kernel::BranchChoose, &job, token_grid, &choose);
-    commands.phase(8);
-    match units.as_ref().and_then(|units| units.apply) {
-        None => {
-            let grid = [tokens.div_ceil(WEIGHED) as u32, 1, 1];
-            commands.launch_grid(
-                Kernel::BranchWeigh,
-                &job,
-                grid,
-                &[z.clone(), weights.clone(), controls.clone()],
-            );
-            commands.phase(9);
-            for window in &f0_windows {
-                let grid = [call.width.div_ceil(CHANNELS) as u32, window.count.div_ceil(TOKENS) as u32, 1];
-                let bindings = [factors.clone(), z.clone(), window.binding.clone()];
-                let kernel = Kernel::BranchApply(f0.dtype);
-                commands.launch_grid(kernel, &for_window(&job, window), grid, &bindings);
-            }
-        }
-        Some(tile) => {
-            let grid = [(z_rows / 8) as u32, 1, 1];
-            commands.launch_grid(
-                Kernel::BranchHalves(HalvesOf::Weighted),
-                &job,
-                grid,
-                &to_halves(z.clone(), whole(&z_halves)),
-            );
-            commands.phase(9);
+    let apply = units.and_then(|units| Some((units.tiles.apply?, &units.buffer)));
+    let (kernel, tile, b) = match apply {
+        None => (Kernel::BranchApply(f0.dtype), TOKENS, factors),
+        Some((tile, b)) => {
             let tile_tokens = tile.subgroups(APPLY_SUBGROUPS) as usize * UNIT_TOKENS;
             let wanted = parts(tokens, [tile_tokens, UNIT_CHANNELS], call.width).max(call.width / UNIT_PART);
             (job.parts, job.part_width) = split(call.width, UNIT_CHANNELS, wanted);
-            for window in &f0_windows {
-                let grid = [window.count.div_ceil(tile_tokens) as u32, job.parts, 1];
-                let bindings: Vec<_> = operands.iter().cloned().chain([window.binding.clone()]).collect();
-                let kernel = Kernel::BranchApplyMatrix(f0.dtype, tile);
-                commands.launch_grid(kernel, &for_window(&job, window), grid, &bindings);
-            }
+            (Kernel::BranchApplyMatrix(f0.dtype, tile), tile_tokens, whole(b))
         }
+    };
+    for window in &f0_windows {
+        let tiles = window.count.div_ceil(tile) as u32;
+        let grid = match apply {
+            None => [call.width.div_ceil(CHANNELS) as u32, tiles, 1],
+            Some(_) => [tiles, job.parts, 1],
+        };
+        let bindings = [b.clone(), z.clone(), window.binding.clone()];
+        commands.launch_grid(kernel, &for_window(&job, window), grid, &bindings);
     }
     encoder.clear_buffer(&buffers.log, (record * RECORD * 4) as u64, Some((RECORD * 4) as u64));
     *buffers.spare() = commands.encode(encoder);
@@ -527,36 +439,44 @@ fn split(width: usize, tile: usize, parts: usize) -> (u32, u32) {
     (width.div_ceil(part) as u32, part as u32)
 }
 
-fn job(call: &Call<'_>, layer: &Batch, units: Option<&Units>, running: usize, record: usize) -> Job {
+/// Where the branches begin, and the end.
+fn starts(blocks: &[Range<usize>]) -> [u32; MAX_BRANCHES + 1] {
+    let mut starts = [0; MAX_BRANCHES + 1];
+    starts[1..].iter_mut().zip(blocks).for_each(|(start, block)| *start = block.end as u32);
+    starts
+}
+
+impl Job {
+    /// On a layer's factors.
+    fn of(layer: &Batch) -> Self {
+        let stride = layer.shapes()[1].cols / 4;
+        Self { b: (layer.offset(1) / 4) as u32, stride: stride as u32, ..Self::default() }
+    }
+}
+
+fn job(call: &Call<'_>, layer: &Batch, units: Option<&SplitB>, running: usize, record: usize) -> Job {
     let mut job = Job {
         tokens: call.tokens as u32,
-        first: 0,
         count: call.tokens as u32,
         width: call.width as u32,
-        f0: 0,
-        b: (layer.offset(1) / 4) as u32,
-        stride: (layer.shapes()[1].cols / 4) as u32,
         rank: call.rank() as u32,
         branches: call.blocks.len() as u32,
         score: call.score.code(),
         parts: 1,
-        part_width: 0,
         group: call.group as u32,
         means: (call.tokens * call.blocks.len()) as u32,
         running: (running * RUNNING) as u32,
         record: (record * RECORD) as u32,
         flags: if call.normalise { NORMALISE } else { 0 },
-        starts: [0; MAX_BRANCHES + 1],
-        columns: units.map_or(0, |units| units.columns as u32),
-        column_starts: units.map_or([0; MAX_BRANCHES + 1], |units| units.column_starts),
-        z_rows: units.map_or(0, |units| units.z_rows as u32),
-        adapters: [0; MAX_BRANCHES],
-        factors: [0.0; MAX_BRANCHES],
-        fixed: [0.0; MAX_BRANCHES],
+        starts: starts(call.blocks),
+        ..Job::of(layer)
     };
-    for (k, block) in call.blocks.iter().enumerate() {
-        job.starts[k + 1] = block.end as u32;
-        job.adapters[k] = call.adapters[k] as u32;
+    if let Some(units) = units {
+        job.columns = units.tiles.columns as u32;
+        job.column_starts = units.tiles.column_starts;
+    }
+    for (k, adapter) in call.adapters.iter().enumerate() {
+        job.adapters[k] = *adapter as u32;
         job.factors[k] = call.factors[k];
     }
     match call.rule {
@@ -690,7 +610,7 @@ fn excess(w: f64, log_w: f64, d: f64, g: f64) -> f64 {
     w * (-g).exp() * series * d
 }
 
-/// The twin of `branch_means.wgsl` and `branch_choose.wgsl`.
+/// The twin of `branch_means.wgsl` and of what `branch_choose.wgsl` decides.
 fn decide_cpu(call: &Call<'_>, scores: &[f64], weights: &mut [f64], running: &mut [f64]) {
     let branches = call.blocks.len();
     let mean = |tokens: &[f64], k: usize| {

@@ -5,7 +5,7 @@ use bytemuck::NoUninit;
 use rayon::prelude::*;
 
 use super::{ENOUGH_WORKGROUPS, dtype_code, mismatch, view, view_mut};
-use crate::compute::gpu::{Commands, Gpu, Work, whole};
+use crate::compute::gpu::{Commands, Gpu, Pooled, Work, whole};
 use crate::compute::shaders::Kernel;
 use crate::compute::{Batch, Device, Element, Shape};
 use crate::{Dtype, Error, RawMatrix, Result};
@@ -103,6 +103,9 @@ const LEAST_PART: usize = 256;
 /// count, as one at a time has its X in the cache.
 const ENOUGH_TILES: usize = 4 * ENOUGH_WORKGROUPS;
 
+/// From so many on matrix units are used.
+const ENOUGH_TOKENS: usize = 256;
+
 /// How a product is cut: a kernel, its tile, and parts of the width.
 #[derive(Clone, Copy, Debug)]
 struct Cut {
@@ -121,7 +124,7 @@ impl Cut {
     fn new(gpu: &Gpu, job: &ProjectJob, a: Shape, most: usize) -> Self {
         let whole_vectors = a.cols.is_multiple_of(8) && (job.x_word * 4).is_multiple_of(X_ALIGN);
         // For few tokens, splitting A would cost more than it saves, and memory that nobody reckoned with.
-        let worth_it = job.tokens >= 256 && a.rows >= 8 && a.cols > 0;
+        let worth_it = job.tokens >= ENOUGH_TOKENS && a.rows >= 8 && a.cols > 0;
         if gpu.capabilities.matrix_units() && whole_vectors && worth_it {
             let columns = if a.rows <= 32 { 32 } else { 64 };
             let tiles = job.tokens.div_ceil(TILE_M) * a.rows.div_ceil(columns);
@@ -195,7 +198,7 @@ struct MatrixJob {
     a_scales: u32,
 }
 
-#[derive(Clone, Copy, NoUninit)]
+#[derive(Clone, Copy, Debug, NoUninit)]
 #[repr(C)]
 struct SplitJob {
     a: u32,
@@ -246,14 +249,55 @@ pub(super) fn encode(
     element: Element,
 ) -> Result<()> {
     match element {
-        Element::F32 => encode_f32(commands, gpu, x, jobs, a, z),
+        Element::F32 => encode_f32(commands, gpu, x, jobs, a, z, None),
         _ => encode_real(commands, x, jobs, a, z, element),
+    }
+}
+
+/// A matrix of A as halves, made once for many products.
+#[derive(Debug)]
+pub(super) struct SplitA {
+    job: SplitJob,
+    /// High and low parts, and scales.
+    buffers: [Arc<Pooled>; 3],
+}
+
+impl SplitA {
+    /// The rows of a tile that matrix units have for this A, if they serve it where tokens are enough.
+    fn columns(gpu: &Gpu, a: Shape) -> Option<usize> {
+        let job = ProjectJob { x: 0, x_word: 0, tokens: ENOUGH_TOKENS, dtype: Dtype::F16, a: 0, z: 0 };
+        let cut = Cut::new(gpu, &job, a, 1);
+        cut.uses_matrix_units().then_some(cut.columns)
+    }
+
+    /// Splits matrix `index` of A, if matrix units serve it.
+    pub(super) fn new(gpu: &Arc<Gpu>, a: &Batch, index: usize) -> Result<Option<Self>> {
+        let Some(columns) = Self::columns(gpu, a.shapes()[index]) else { return Ok(None) };
+        let mut tables = Tables::default();
+        let job = tables.split(a, index, columns);
+        let mut commands = gpu.commands();
+        let buffers = tables.halves(&mut commands, gpu)?;
+        tables.launch_splits(&mut commands, a, &buffers)?;
+        commands.submit()?;
+        Ok(Some(Self { job, buffers }))
+    }
+
+    /// Bytes that this takes for an A of this shape.
+    pub(super) fn bytes_for(gpu: &Gpu, a: Shape) -> u64 {
+        let halves = |columns| a.rows.next_multiple_of(columns) * a.cols.next_multiple_of(DEPTH);
+        Self::columns(gpu, a).map_or(0, |columns| 4 * (halves(columns) + a.rows) as u64)
+    }
+
+    pub(super) fn bytes(&self) -> u64 {
+        self.buffers.iter().map(|buffer| buffer.size()).sum()
     }
 }
 
 /// The tables of the launches that one product takes part in.
 #[derive(Default)]
 struct Tables {
+    /// Where A comes as halves already.
+    ready: Option<SplitJob>,
     splits: Table<SplitJob>,
     /// Where each split matrix of A is in `splits`.
     split: BTreeMap<usize, usize>,
@@ -304,6 +348,24 @@ impl Tables {
         job
     }
 
+    /// High and low parts of A, and scales, to be written.
+    fn halves(&self, commands: &mut Commands<'_>, gpu: &Arc<Gpu>) -> Result<[Arc<Pooled>; 3]> {
+        let mut scratch = |elements: usize, size| commands.scratch(gpu, (elements.max(1) * size) as u64);
+        Ok([scratch(self.halves_len, 2)?, scratch(self.halves_len, 2)?, scratch(self.scales_len, 4)?])
+    }
+
+    fn launch_splits(
+        &self,
+        commands: &mut Commands<'_>,
+        a: &Batch,
+        buffers: &[Arc<Pooled>; 3],
+    ) -> Result<()> {
+        let (table, work) = &self.splits;
+        let [high, low, scales] = buffers.each_ref().map(|buffer| whole(buffer));
+        commands.launch(Kernel::SplitRows, table, work, &[whole(a.buffer()?), high, low, scales]);
+        Ok(())
+    }
+
     fn add(&mut self, gpu: &Gpu, job: &ProjectJob, a: &Batch, most_parts: usize) {
         let shape = a.shapes()[job.a];
         if job.tokens == 0 || shape.rows == 0 {
@@ -322,7 +384,10 @@ impl Tables {
         };
         let (mut x_scales, mut a_scales, mut a_stride) = (NONE, NONE, 0);
         if cut.uses_matrix_units() {
-            let split = self.split(a, job.a, cut.columns);
+            let split = match self.ready {
+                Some(ready) => ready,
+                None => self.split(a, job.a, cut.columns),
+            };
             (entry.a, a_scales, a_stride) = (split.halves, split.scales, split.stride);
         }
         let Products { plain, matrix, sums, parts_len } = self.inputs.entry(job.x).or_default();
@@ -369,16 +434,18 @@ impl Tables {
     }
 }
 
-fn encode_f32(
+/// [`encode`] in f32. `ready`: the matrix of A that all jobs multiply by.
+pub(super) fn encode_f32(
     commands: &mut Commands<'_>,
     gpu: &Arc<Gpu>,
     x: &[wgpu::BufferBinding<'_>],
     jobs: &[ProjectJob],
     a: &Batch,
     z: wgpu::BufferBinding<'_>,
+    ready: Option<&SplitA>,
 ) -> Result<()> {
     let tables = |most_parts: usize| {
-        let mut tables = Tables::default();
+        let mut tables = Tables { ready: ready.map(|ready| ready.job), ..Default::default() };
         jobs.iter().for_each(|job| tables.add(gpu, job, a, most_parts));
         tables
     };
@@ -388,13 +455,17 @@ fn encode_f32(
         all = tables(1);
     }
     let factor = whole(a.buffer()?);
-    let scales = commands.scratch(gpu, all.scales_len.max(1) as u64 * 4)?;
-    let [high, low] = [(); 2].map(|()| commands.scratch(gpu, all.halves_len.max(1) as u64 * 2));
-    let (high, low) = (high?, low?);
+    let buffers = match ready {
+        Some(ready) => {
+            // Their owner may drop them before this is submitted.
+            ready.buffers.iter().for_each(|buffer| commands.keep(buffer.clone()));
+            ready.buffers.clone()
+        }
+        None => all.halves(commands, gpu)?,
+    };
+    let [high, low, scales] = &buffers;
     commands.phase(0);
-    let (table, work) = &all.splits;
-    let buffers = [factor.clone(), whole(&high), whole(&low), whole(&scales)];
-    commands.launch(Kernel::SplitRows, table, work, &buffers);
+    all.launch_splits(commands, a, &buffers)?;
     for (i, Products { plain, matrix, sums, parts_len }) in &all.inputs {
         let parts = commands.scratch(gpu, (*parts_len).max(1) as u64 * 4)?;
         commands.phase(1);
@@ -403,11 +474,11 @@ fn encode_f32(
             commands.launch(*kernel, table, work, &[x[*i].clone(), factor.clone(), out]);
         }
         for (kernel, (table, work)) in matrix {
-            let buffers = [x[*i].clone(), whole(&high), whole(&low), whole(&parts), whole(&scales)];
+            let buffers = [x[*i].clone(), whole(high), whole(low), whole(&parts), whole(scales)];
             commands.launch(*kernel, table, work, &buffers);
         }
         commands.phase(2);
-        commands.launch(Kernel::SumParts, &sums.0, &sums.1, &[whole(&parts), z.clone(), whole(&scales)]);
+        commands.launch(Kernel::SumParts, &sums.0, &sums.1, &[whole(&parts), z.clone(), whole(scales)]);
     }
     Ok(())
 }

@@ -1,0 +1,41 @@
+// B_cat as halves for matrix units, times B_SCALE; see branch_split.wgsl. Once for a layer.
+//
+//   B_catᵀ: rank × width (padded), f32      halves: whole tiles of 64 channels × columns, f16
+//
+// High parts of all rows, then with HAS_LOW low ones.
+//
+// Grid: (32 channels, 8 quads of columns). Bindings: 3 B_catᵀ, 4 halves.
+
+#import branch
+
+@group(0) @binding(3) var<storage, read> values: array<f32>;
+@group(0) @binding(4) var<storage, read_write> halves: array<vec4<f16>>;
+
+#import branch_split
+
+const TILE: u32 = 64u;
+
+@compute @workgroup_size(256)
+fn main(@builtin(workgroup_id) work: vec3<u32>, @builtin(local_invocation_index) t: u32) {
+    let job = jobs[0];
+    let rows = (job.width + TILE - 1u) / TILE * TILE;
+    let channel = work.x * 32u + t % 32u;
+    let column = (work.y * 8u + t / 32u) * 4u;
+    if (channel >= rows || column >= job.columns) {
+        return;
+    }
+    var value = vec4<f32>(0.0);
+    if (channel < job.width) {
+        let branch = branch_of(column);
+        let rank = jobs[0].starts[branch + 1u] - jobs[0].starts[branch];
+        let stride = job.stride * 4u;
+        let first = job.b * 4u + jobs[0].starts[branch] * stride + channel;
+        value = quad(first, stride, column - jobs[0].column_starts[branch], rank) * B_SCALE;
+    }
+    let place = (channel * job.columns + column) / 4u;
+    let high = high_part(value);
+    halves[place] = vec4<f16>(high);
+    if ((job.flags & HAS_LOW) != 0u) {
+        halves[rows * job.columns / 4u + place] = vec4<f16>(value - high);
+    }
+}

@@ -1,0 +1,118 @@
+//! A layer's factors as halves, which matrix units multiply: made once, as factors do not change.
+//!
+//! The kernels are `shaders/branch_split_b.wgsl` for B_cat and `split_rows.wgsl` for A_cat.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use super::project::SplitA;
+use super::{HAS_LOW, Job, MAX_BRANCHES, UNIT_CHANNELS, starts};
+use crate::Result;
+use crate::compute::gpu::{Gpu, Pooled, whole};
+use crate::compute::shaders::{BranchTile, Kernel};
+use crate::compute::{Batch, Shape};
+
+/// The halves of a layer's factors, of those that matrix units serve.
+#[derive(Debug, Default)]
+pub(crate) struct Halves {
+    pub(super) a: Option<SplitA>,
+    pub(super) b: Option<SplitB>,
+}
+
+/// Those of B_cat: whole tiles of channels × columns.
+#[derive(Debug)]
+pub(super) struct SplitB {
+    pub tiles: Tiles,
+    pub buffer: Arc<Pooled>,
+}
+
+/// How a layer is cut on matrix units.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Tiles {
+    pub scores: BranchTile,
+    /// Without, if all columns together are too many.
+    pub apply: Option<BranchTile>,
+    /// Columns of the halves, where each branch has its own.
+    pub columns: usize,
+    pub column_starts: [u32; MAX_BRANCHES + 1],
+}
+
+impl Tiles {
+    /// If they fit. Kernels read 4 channels at a time.
+    fn new(gpu: &Gpu, width: usize, ranks: impl Iterator<Item = usize>, low: bool) -> Option<Self> {
+        let caps = &gpu.capabilities;
+        let software = gpu.disable.software_units
+            && caps.f16
+            && caps.subgroups.is_some_and(|(min, _)| min >= 8)
+            && caps.workgroup_memory >= 32 << 10;
+        let tile = |columns: usize| {
+            let depth = BranchTile::DEPTHS.into_iter().find(|&depth| columns <= depth as usize)?;
+            Some(BranchTile { depth, low, software }).filter(|tile| tile.room() > 0)
+        };
+        let (mut columns, mut widest, mut column_starts) = (0, 0, [0; MAX_BRANCHES + 1]);
+        for (end, rank) in column_starts[1..].iter_mut().zip(ranks) {
+            let own = rank.next_multiple_of(16);
+            columns += own;
+            widest = widest.max(own);
+            *end = columns as u32;
+        }
+        let usable = (software || caps.matrix_units()) && width.is_multiple_of(4) && columns > 0;
+        let scores = usable.then(|| tile(widest)).flatten()?;
+        Some(Self { scores, apply: tile(columns), columns, column_starts })
+    }
+
+    /// Bytes of B_cat's halves. Without low parts there is no room for them.
+    fn bytes(&self, width: usize) -> u64 {
+        let parts = 1 + u64::from(self.scores.low);
+        (width.next_multiple_of(UNIT_CHANNELS) * self.columns * 2) as u64 * parts
+    }
+}
+
+impl Halves {
+    /// Of A_cat (rank × in) and B_catᵀ (rank × width, its columns padded to a multiple of 4), which have been written;
+    /// `low`: whether B_cat has more bits than one half holds.
+    pub fn new(
+        gpu: &Arc<Gpu>,
+        layer: &Batch,
+        width: usize,
+        blocks: &[Range<usize>],
+        low: bool,
+    ) -> Result<Self> {
+        let ranks = blocks.iter().map(ExactSizeIterator::len);
+        let a = SplitA::new(gpu, layer, 0)?;
+        let Some(tiles) = Tiles::new(gpu, width, ranks, low) else { return Ok(Self { a, b: None }) };
+        let mut commands = gpu.commands();
+        let buffer = commands.scratch(gpu, tiles.bytes(width))?;
+        let job = Job {
+            width: width as u32,
+            flags: if low { HAS_LOW } else { 0 },
+            starts: starts(blocks),
+            columns: tiles.columns as u32,
+            column_starts: tiles.column_starts,
+            ..Job::of(layer)
+        };
+        let grid = [width.next_multiple_of(UNIT_CHANNELS) / 32, tiles.columns.div_ceil(32), 1];
+        let buffers = [whole(layer.buffer()?), whole(&buffer)];
+        commands.launch_grid(Kernel::BranchSplitB, &job, grid.map(|n| n as u32), &buffers);
+        commands.submit()?;
+        Ok(Self { a, b: Some(SplitB { tiles, buffer }) })
+    }
+
+    /// Bytes that they would take: of A_cat of this shape, and B_cat of this width and of branches of these ranks.
+    pub fn bytes_for(
+        gpu: &Gpu,
+        a: Shape,
+        width: usize,
+        ranks: impl Iterator<Item = usize>,
+        low: bool,
+    ) -> u64 {
+        let b = Tiles::new(gpu, width, ranks, low).map_or(0, |tiles| tiles.bytes(width));
+        SplitA::bytes_for(gpu, a) + b
+    }
+
+    /// Bytes that they take.
+    pub fn bytes(&self) -> u64 {
+        let a = self.a.as_ref().map_or(0, SplitA::bytes);
+        a + self.b.as_ref().map_or(0, |b| b.buffer.size())
+    }
+}
