@@ -7,6 +7,7 @@
 // Grid: (32 channels, 8 quads of columns). Bindings: 3 B_catᵀ, 4 halves.
 
 #import branch
+#import exponents
 
 @group(0) @binding(3) var<storage, read> values: array<f32>;
 @group(0) @binding(4) var<storage, read_write> halves: array<vec4<f16>>;

@@ -378,7 +378,7 @@ fn check_systems(systems: &[(Matrix, Matrix)], cases: Vec<Case>) {
         let mut grams = Batch::upload(device, element, &a).unwrap();
         let mut at_once = Batch::upload(device, element, &q).unwrap();
         assert_eq!(solve(device, &mut grams, &mut at_once).unwrap(), status, "{}", case.name);
-        assert!(at_once.download(device).unwrap() == x, "{}: in one submission it differs", case.name);
+        assert!(at_once.download(device).unwrap() == x, "{}: without a wait it differs", case.name);
         for (i, x) in x.iter().enumerate() {
             let n = a[i].rows;
             assert_eq!(status[i], Ok(()), "{}: order {n}", case.name);

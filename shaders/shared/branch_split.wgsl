@@ -4,11 +4,6 @@
 // B_cat's largest value is in [1, 2): this keeps it out of f16's subnormal numbers.
 const B_SCALE: f32 = 4096.0;
 
-fn high_part(value: vec4<f32>) -> vec4<f32> {
-    // f32(f16(v)) would be folded away.
-    return bitcast<vec4<f32>>(bitcast<vec4<u32>>(value) & vec4<u32>(0xffffe000u));
-}
-
 fn branch_of(column: u32) -> u32 {
     var branch = 0u;
     while (column >= jobs[0].column_starts[branch + 1u]) {

@@ -88,8 +88,7 @@ fn stage_z(job: Job, columns: Columns, first_token: u32) -> vec4<f32> {
             halves[place] = vec4<f16>(high);
             halves[Z_LOW + place] = vec4<f16>(value - high);
         }
-        // 1 / s of a power of two, exactly.
-        inverse[row] = bitcast<f32>((254u << 23u) - bitcast<u32>(scale)) / B_SCALE;
+        inverse[row] = inverse_of(scale) / B_SCALE;
     }
     return inverse;
 }

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::ops::Range;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::Receiver;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use rayon::prelude::*;
@@ -319,6 +320,12 @@ impl Gpu {
         bytes: Range<u64>,
         use_bytes: impl FnOnce(&[u8]) -> T,
     ) -> Result<T> {
+        self.start_read(buffer, bytes).finish(self, use_bytes)
+    }
+
+    /// Begins to read some bytes of a buffer, which launches that follow need not wait for; as
+    /// [`read_piece`](Self::read_piece).
+    pub fn start_read(&self, buffer: &wgpu::Buffer, bytes: Range<u64>) -> Download {
         let len = bytes.end - bytes.start;
         let size = len.next_multiple_of(4);
         let staging = self.downloads.take(&self.device, size);
@@ -326,22 +333,9 @@ impl Gpu {
         encoder.copy_buffer_to_buffer(buffer, bytes.start, &staging, 0, size);
         let retired = self.meter.retired();
         let copied = self.queue.submit([encoder.finish()]);
-        let (send, receive) = std::sync::mpsc::channel();
+        let (send, mapped) = std::sync::mpsc::channel();
         staging.map_async(wgpu::MapMode::Read, ..size, move |result| drop(send.send(result)));
-        // Not for what other threads have submitted since.
-        self.poll(wgpu::PollType::Wait { submission_index: Some(copied), timeout: None }, retired)?;
-        match receive.recv() {
-            Ok(Ok(())) => {}
-            Ok(Err(e)) => return Err(Error::Device(format!("{}: cannot read back: {e}", self.name))),
-            Err(_) => return Err(Error::Device(format!("{}: the device was lost", self.name))),
-        }
-        let view = staging
-            .get_mapped_range(..size)
-            .map_err(|e| Error::Device(format!("{}: cannot read back: {e}", self.name)))?;
-        let result = use_bytes(&view[..len as usize]);
-        drop(view);
-        self.downloads.put(staging);
-        Ok(result)
+        Download { staging, len, copied, mapped, retired }
     }
 
     /// Makes the pipelines that will be needed, on all threads.
@@ -384,6 +378,38 @@ impl Gpu {
             scratch: Vec::new(),
             spare: Vec::new(),
         }
+    }
+}
+
+/// Bytes on their way to the host.
+pub(crate) struct Download {
+    staging: wgpu::Buffer,
+    len: u64,
+    copied: wgpu::SubmissionIndex,
+    mapped: Receiver<std::result::Result<(), wgpu::BufferAsyncError>>,
+    /// The point in time before it.
+    retired: u64,
+}
+
+impl Download {
+    /// Waits for them.
+    pub fn finish<T>(self, gpu: &Gpu, use_bytes: impl FnOnce(&[u8]) -> T) -> Result<T> {
+        // Not for what has been submitted since.
+        let until = wgpu::PollType::Wait { submission_index: Some(self.copied), timeout: None };
+        gpu.poll(until, self.retired)?;
+        match self.mapped.recv() {
+            Ok(Ok(())) => {}
+            Ok(Err(e)) => return Err(Error::Device(format!("{}: cannot read back: {e}", gpu.name))),
+            Err(_) => return Err(Error::Device(format!("{}: the device was lost", gpu.name))),
+        }
+        let view = self
+            .staging
+            .get_mapped_range(..self.len.next_multiple_of(4))
+            .map_err(|e| Error::Device(format!("{}: cannot read back: {e}", gpu.name)))?;
+        let result = use_bytes(&view[..self.len as usize]);
+        drop(view);
+        gpu.downloads.put(self.staging);
+        Ok(result)
     }
 }
 

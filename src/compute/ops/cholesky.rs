@@ -5,7 +5,7 @@ use super::{cut, mismatch, view_mut};
 use std::sync::Arc;
 
 use crate::Result;
-use crate::compute::gpu::{Commands, Gpu, Pooled, Work, whole};
+use crate::compute::gpu::{Download, Gpu, Work, whole};
 use crate::compute::shaders::Kernel;
 use crate::compute::{Batch, Device, Element, Shape};
 
@@ -32,10 +32,7 @@ pub fn cholesky(device: &Device, a: &mut Batch) -> Result<Vec<std::result::Resul
         return Ok(factorise(a));
     }
     let gpu = device.gpu()?;
-    let mut commands = gpu.commands();
-    let status = encode(&mut commands, gpu, a)?;
-    commands.submit()?;
-    status.read(gpu)
+    submit(gpu, a)?.finish(gpu)
 }
 
 /// Refuses matrices that are not square.
@@ -53,16 +50,14 @@ pub(super) fn factorise(a: &mut Batch) -> Vec<std::result::Result<(), PivotFailu
     matrices.into_par_iter().zip(orders).map(|(a, n)| cholesky_cpu(a, n)).collect()
 }
 
-/// How each factorisation of a launch went, once it is submitted.
-pub(super) struct Status {
-    codes: Pooled,
-    bytes: u64,
-}
+/// How each factorisation of a launch went, on its way to the host.
+pub(super) struct Status(Option<Download>);
 
 impl Status {
     /// Waits for it.
-    pub fn read(&self, gpu: &Gpu) -> Result<Vec<std::result::Result<(), PivotFailure>>> {
-        let codes: Vec<u32> = bytemuck::pod_collect_to_vec(&gpu.read(&self.codes, self.bytes)?);
+    pub fn finish(self, gpu: &Gpu) -> Result<Vec<std::result::Result<(), PivotFailure>>> {
+        let Some(download) = self.0 else { return Ok(Vec::new()) };
+        let codes: Vec<u32> = download.finish(gpu, bytemuck::pod_collect_to_vec)?;
         let of = |code: u32| match code.checked_sub(1) {
             None => Ok(()),
             Some(index) => Err(PivotFailure { index: index as usize }),
@@ -71,8 +66,8 @@ impl Status {
     }
 }
 
-/// Records the factorisation of a batch on a GPU.
-pub(super) fn encode(commands: &mut Commands<'_>, gpu: &Arc<Gpu>, a: &Batch) -> Result<Status> {
+/// Submits the factorisation of a batch on a GPU.
+pub(super) fn submit(gpu: &Arc<Gpu>, a: &Batch) -> Result<Status> {
     let orders: Vec<_> = a.shapes().iter().map(|s| s.rows).collect();
     let table: Vec<_> = orders
         .iter()
@@ -81,7 +76,11 @@ pub(super) fn encode(commands: &mut Commands<'_>, gpu: &Arc<Gpu>, a: &Batch) -> 
         .collect();
     let ranges: Vec<_> = orders.iter().map(|&n| cut(panel_costs(n))).collect();
     let bytes = table.len() as u64 * 4;
+    if table.is_empty() {
+        return Ok(Status(None));
+    }
     let codes = gpu.scratch(bytes)?;
+    let mut commands = gpu.commands();
     for launch in 0..ranges.iter().map(Vec::len).max().unwrap_or(0) {
         let work: Vec<Work> = (0..)
             .zip(&ranges)
@@ -90,7 +89,8 @@ pub(super) fn encode(commands: &mut Commands<'_>, gpu: &Arc<Gpu>, a: &Batch) -> 
         let buffers = [whole(a.buffer()?), whole(&codes)];
         commands.launch(Kernel::Cholesky(a.element()), &table, &work, &buffers);
     }
-    Ok(Status { codes, bytes })
+    commands.submit()?;
+    Ok(Status(Some(gpu.start_read(&codes, 0..bytes))))
 }
 
 /// Columns that a workgroup makes at a time, as in the shader.

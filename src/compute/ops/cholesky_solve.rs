@@ -3,7 +3,7 @@ use rayon::prelude::*;
 
 use super::cholesky::{self, PivotFailure};
 use super::{cut, mismatch, same_count, view, view_mut};
-use crate::compute::gpu::{Commands, Work, whole};
+use crate::compute::gpu::{Gpu, Work, whole};
 use crate::compute::shaders::Kernel;
 use crate::compute::{Batch, Device, Element, Shape};
 use crate::{Error, Result};
@@ -21,13 +21,11 @@ pub fn cholesky_solve(device: &Device, factors: &Batch, q: &mut Batch) -> Result
         substitute(factors, q);
         return Ok(());
     }
-    let mut commands = device.gpu()?.commands();
-    encode(&mut commands, factors, q)?;
-    commands.submit()
+    submit(device.gpu()?, factors, q)
 }
 
-/// Solves `X·A = Q` for X, in place of Q: [`cholesky`](super::cholesky) and [`cholesky_solve`] in one submission, without
-/// a wait between them.
+/// Solves `X·A = Q` for X, in place of Q: [`cholesky`](super::cholesky) and [`cholesky_solve`], without a wait between
+/// them.
 ///
 /// `a[i]`: order × order, symmetric, which its factor takes the place of; `q[i]`: rows × order. The result has an entry for
 /// each matrix, as that of [`cholesky`](super::cholesky); where it is an `Err`, X must not be used.
@@ -47,11 +45,9 @@ pub fn solve(
         return Ok(status);
     }
     let gpu = device.gpu()?;
-    let mut commands = gpu.commands();
-    let status = cholesky::encode(&mut commands, gpu, a)?;
-    encode(&mut commands, a, q)?;
-    commands.submit()?;
-    status.read(gpu)
+    let status = cholesky::submit(gpu, a)?;
+    submit(gpu, a, q)?;
+    status.finish(gpu)
 }
 
 fn check(factors: &Batch, q: &Batch) -> Result<()> {
@@ -80,8 +76,8 @@ fn substitute(factors: &Batch, q: &mut Batch) {
     });
 }
 
-/// Records the solution of a batch on a GPU.
-fn encode(commands: &mut Commands<'_>, factors: &Batch, q: &Batch) -> Result<()> {
+/// Submits the solution of a batch on a GPU.
+fn submit(gpu: &Gpu, factors: &Batch, q: &Batch) -> Result<()> {
     let shapes = q.shapes();
     let table: Vec<_> = (0..q.len())
         .map(|i| Job {
@@ -92,6 +88,7 @@ fn encode(commands: &mut Commands<'_>, factors: &Batch, q: &Batch) -> Result<()>
         })
         .collect();
     let ranges: Vec<_> = shapes.iter().map(|shape| cut(step_costs(shape.cols))).collect();
+    let mut commands = gpu.commands();
     for launch in 0..ranges.iter().map(Vec::len).max().unwrap_or(0) {
         let work: Vec<Work> = (0..)
             .zip(&ranges)
@@ -104,7 +101,7 @@ fn encode(commands: &mut Commands<'_>, factors: &Batch, q: &Batch) -> Result<()>
         let buffers = [whole(factors.buffer()?), whole(q.buffer()?)];
         commands.launch(Kernel::CholeskySolve(q.element()), &table, &work, &buffers);
     }
-    Ok(())
+    commands.submit()
 }
 
 /// Right-hand sides of a workgroup, as in the shader.

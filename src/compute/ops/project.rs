@@ -99,9 +99,8 @@ const MAX_PARTS: usize = 8;
 const DEPTH: usize = 32;
 /// A part of the width is not worth its sum if it is narrower.
 const LEAST_PART: usize = 256;
-/// Workgroups of one product: many to a multiprocessor, to hide the wait for its inputs. Products beside it do not
-/// count, as one at a time has its X in the cache.
-const ENOUGH_TILES: usize = 4 * ENOUGH_WORKGROUPS;
+/// A wider part of rows of X may have left the cache when it is read again, once its powers of two are found.
+const CACHED_PART: usize = 1536;
 
 /// From so many on matrix units are used.
 const ENOUGH_TOKENS: usize = 256;
@@ -129,7 +128,7 @@ impl Cut {
             let columns = if a.rows <= 32 { 32 } else { 64 };
             let tiles = job.tokens.div_ceil(TILE_M) * a.rows.div_ceil(columns);
             let most = (a.cols / LEAST_PART).clamp(1, most);
-            let parts = (ENOUGH_TILES / tiles.max(1)).clamp(1, most);
+            let parts = (ENOUGH_WORKGROUPS / tiles.max(1)).max(a.cols / CACHED_PART).clamp(1, most);
             let part_width = a.cols.div_ceil(parts).next_multiple_of(DEPTH).max(DEPTH);
             let stride = a.rows.next_multiple_of(columns);
             return Self {
@@ -148,7 +147,7 @@ impl Cut {
         };
         let tiles = job.tokens.div_ceil(TILE_M) * a.rows.div_ceil(columns);
         let most = (a.cols / LEAST_PART).clamp(1, most);
-        let parts = (ENOUGH_TILES / tiles.max(1)).clamp(1, most);
+        let parts = (ENOUGH_WORKGROUPS / tiles.max(1)).clamp(1, most);
         let part_width = a.cols.div_ceil(parts).next_multiple_of(DEPTH).max(DEPTH);
         let stride = if parts == 1 { a.rows } else { a.rows.next_multiple_of(4) };
         Self {
