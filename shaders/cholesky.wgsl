@@ -131,7 +131,7 @@ fn factor(job: Job, p: u32, t: u32) {
             if (i > k && i <= j && j < height) {
                 // Not by 1 / pivot, which leaves the range of double-single far sooner.
                 let scaled = real_div(diagonal[k * PANEL + i], pivot);
-                diagonal[e] = real_sub(diagonal[e], real_mul(scaled, diagonal[k * PANEL + j]));
+                diagonal[e] = real_mul_sub(scaled, diagonal[k * PANEL + j], diagonal[e]);
             }
         }
         workgroupBarrier();

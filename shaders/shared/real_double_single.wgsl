@@ -3,7 +3,8 @@
 //
 // Shader compilers take a - (a + b - b) for zero. Every sum and product that is used again is hidden
 // behind an XOR with a zero that only the run time knows; nothing less was found to work on all drivers.
-// Algorithms: Dekker 1971 (products, by splitting), Knuth (two_sum), Hida, Li and Bailey 2001 (the rest).
+// Algorithms: Dekker 1971 (products, by splitting), Knuth (two_sum), Hida, Li and Bailey 2001 (the rest; add_term is
+// their sloppy addition).
 
 alias Real = vec2<f32>;
 
@@ -69,14 +70,26 @@ fn real_mul(a: Real, b: Real) -> Real {
     return fast_two_sum(p.x, p.y + hide(hide(a.x * b.y) + hide(a.y * b.x)));
 }
 
-// c + a·b
+// c + p and a little more, with an error in relation to |c| + |p|, also where they cancel: what a sum of many terms has
+// anyway, in half the operations of real_add.
+fn add_term(c: Real, p: Real, more: f32) -> Real {
+    let s = two_sum(c.x, p.x);
+    return fast_two_sum(s.x, s.y + hide(hide(c.y + p.y) + more));
+}
+
+// c + a·b, with an error in relation to |c| + |a·b|
 fn real_mul_add(a: Real, b: Real, c: Real) -> Real {
-    return real_add(c, real_mul(a, b));
+    return add_term(c, two_product(a.x, b.x), hide(a.x * b.y) + hide(a.y * b.x));
+}
+
+// c - a·b
+fn real_mul_sub(a: Real, b: Real, c: Real) -> Real {
+    return real_mul_add(-a, b, c);
 }
 
 // c + a·b for factors that are f32
 fn real_mul_add_f32(a: f32, b: f32, c: Real) -> Real {
-    return real_add(c, two_product(a, b));
+    return add_term(c, two_product(a, b), 0.0);
 }
 
 fn real_div(a: Real, b: Real) -> Real {

@@ -31,6 +31,11 @@ fn real_mul_add(a: Real, b: Real, c: Real) -> Real {
     return c + a * b;
 }
 
+// c - a·b
+fn real_mul_sub(a: Real, b: Real, c: Real) -> Real {
+    return c - a * b;
+}
+
 // c + a·b for factors that are f32
 fn real_mul_add_f32(a: f32, b: f32, c: Real) -> Real {
     return c + f64(a) * f64(b);

@@ -26,10 +26,10 @@ var<workgroup> inverse: array<Real, PANEL>;
 // c - s·f
 fn quad_sub(c: Quad, s: Real, f: Quad) -> Quad {
     return Quad(
-        real_sub(c.x, real_mul(s, f.x)),
-        real_sub(c.y, real_mul(s, f.y)),
-        real_sub(c.z, real_mul(s, f.z)),
-        real_sub(c.w, real_mul(s, f.w)),
+        real_mul_sub(s, f.x, c.x),
+        real_mul_sub(s, f.y, c.y),
+        real_mul_sub(s, f.z, c.z),
+        real_mul_sub(s, f.w, c.w),
     );
 }
 
@@ -69,12 +69,12 @@ fn eliminate(c: Quad, x: Quad, k: u32, column: u32) -> Quad {
 fn quad_solve(c: Quad, k: u32) -> Quad {
     let e = k * (PANEL + 1u);
     let x = real_mul(c.x, inverse[k]);
-    let y = real_mul(real_sub(c.y, real_mul(x, diagonal[e + 1u])), inverse[k + 1u]);
-    var z = real_sub(c.z, real_mul(x, diagonal[e + 2u]));
-    z = real_mul(real_sub(z, real_mul(y, diagonal[e + PANEL + 2u])), inverse[k + 2u]);
-    var w = real_sub(c.w, real_mul(x, diagonal[e + 3u]));
-    w = real_sub(w, real_mul(y, diagonal[e + PANEL + 3u]));
-    w = real_mul(real_sub(w, real_mul(z, diagonal[e + 2u * PANEL + 3u])), inverse[k + 3u]);
+    let y = real_mul(real_mul_sub(x, diagonal[e + 1u], c.y), inverse[k + 1u]);
+    var z = real_mul_sub(x, diagonal[e + 2u], c.z);
+    z = real_mul(real_mul_sub(y, diagonal[e + PANEL + 2u], z), inverse[k + 2u]);
+    var w = real_mul_sub(x, diagonal[e + 3u], c.w);
+    w = real_mul_sub(y, diagonal[e + PANEL + 3u], w);
+    w = real_mul(real_mul_sub(z, diagonal[e + 2u * PANEL + 3u], w), inverse[k + 3u]);
     return Quad(x, y, z, w);
 }
 
