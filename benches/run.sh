@@ -45,6 +45,9 @@ run() {
 rust() {
   local part=$1 limit=$2 filter=$3
   [ -n "${LORAWELD_BENCH_ALL:-}" ] && filter=
+  # Results of whole merges are gigabytes of fresh memory: glibc would hand small ones out again and map large ones
+  # anew, page by page, and the curves would show that.
+  [ "$part" = scaling ] && export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=34359738368
   # What criterion itself prints is in the lines that the benches print.
   if [ -n "${LORAWELD_BENCH_BIN:-}" ]; then
     local binary

@@ -97,10 +97,10 @@ fn accumulate(scale: &Scale<'_>) {
             rank,
         );
     }
-    for tokens in scale.points(512, 65536) {
+    for tokens in scale.points(512, 262_144) {
         point("tokens", &format!("{width} wide, rank {rank}"), tokens, 1, tokens, width, rank);
     }
-    for width in scale.points(384, 24576) {
+    for width in scale.points(384, 98304) {
         point("width", &format!("8 layers, rank {rank}, {tokens} tokens"), width, 8, tokens, width, rank);
     }
     for rank in scale.points(16, 512) {
@@ -122,7 +122,7 @@ fn solve(scale: &Scale<'_>) {
         });
     };
     let (count, order) = (scale.sized(128, 2), scale.sized(128, 16));
-    for layers in scale.points(8, 1024) {
+    for layers in scale.points(8, 8192) {
         point("layers", &format!("order {order}"), layers, layers, order);
     }
     for order in scale.points(16, 512) {
@@ -157,10 +157,10 @@ fn np_lora(scale: &Scale<'_>) {
             })
         });
     };
-    for count in scale.points(4, 256) {
+    for count in scale.points(4, 512) {
         point("layers", &format!("{width} wide, rank {rank}"), count, count, width, rank);
     }
-    for width in scale.points(384, 12288) {
+    for width in scale.points(384, 24576) {
         point("width", &format!("{count} layers, rank {rank}"), width, count, width, rank);
     }
     for rank in scale.points(4, 64) {
@@ -190,10 +190,10 @@ fn ssr(scale: &Scale<'_>) {
             })
         });
     };
-    for count in scale.points(4, 256) {
+    for count in scale.points(4, 512) {
         point("layers", &format!("2 adapters, {width} wide, rank {rank}"), count, count, width, rank, 2);
     }
-    for width in scale.points(384, 12288) {
+    for width in scale.points(384, 24576) {
         point("width", &format!("{count} layers, 2 adapters, rank {rank}"), width, count, width, rank, 2);
     }
     // Statistics are of each adapter, and as large as all ranks together.
