@@ -100,7 +100,7 @@ fn accumulate(scale: &Scale<'_>) {
     for tokens in scale.points(512, 262_144) {
         point("tokens", &format!("{width} wide, rank {rank}"), tokens, 1, tokens, width, rank);
     }
-    for width in scale.points(384, 98304) {
+    for width in scale.points(384, 49152) {
         point("width", &format!("8 layers, rank {rank}, {tokens} tokens"), width, 8, tokens, width, rank);
     }
     for rank in scale.points(16, 512) {
