@@ -47,15 +47,16 @@ rust() {
   [ -n "${LORAWELD_BENCH_ALL:-}" ] && filter=
   # Results of whole merges are gigabytes of fresh memory: glibc would hand small ones out again and map large ones
   # anew, page by page, and the curves would show that.
-  [ "$part" = scaling ] && export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=34359738368
+  local memory=()
+  [ "$part" = scaling ] && memory=(env MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=34359738368)
   # What criterion itself prints is in the lines that the benches print.
   if [ -n "${LORAWELD_BENCH_BIN:-}" ]; then
     local binary
     binary=$(binary "$part")
     [ -n "$binary" ] || { failed+=("$part (no binary in $LORAWELD_BENCH_BIN)") && return; }
-    CRITERION_HOME=$(mktemp -d) run "$limit" "$part" "$binary" --bench ${filter:+"$filter"} >&2
+    CRITERION_HOME=$(mktemp -d) run "$limit" "$part" "${memory[@]}" "$binary" --bench ${filter:+"$filter"} >&2
   else
-    cargo bench --bench "$part" --no-run && run "$limit" "$part" cargo bench --bench "$part" -- ${filter:+"$filter"}
+    cargo bench --bench "$part" --no-run && run "$limit" "$part" "${memory[@]}" cargo bench --bench "$part" -- ${filter:+"$filter"}
   fi
 }
 

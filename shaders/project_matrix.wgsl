@@ -120,10 +120,11 @@ fn row_scale(most: vec4<u32>) -> f32 {
 @compute @workgroup_size(THREADS)
 fn main(
     @builtin(workgroup_id) workgroup: vec3<u32>,
-    @builtin(local_invocation_index) t: u32,
     @builtin(subgroup_id) subgroup: u32,
     @builtin(subgroup_invocation_id) lane: u32,
 ) {
+    // What shares a row must share a subgroup.
+    let t = subgroup * 32u + lane;
     // Matrix operations allow no early return: workgroups past the end repeat the last one's work.
     let work = work_table[min(work_index(workgroup), arrayLength(&work_table) - 1u)];
     let job = jobs[work.x];

@@ -11,7 +11,8 @@ use common::{Case, devices, relative};
 use fixtures::{POOL, Tensors, activations, adapter, calibrated, data, pool, stored};
 use loraweld::compute::ops::Activations;
 use loraweld::{
-    Adapter, Calibration, Control, Device, DeviceOptions, Error, Matrix, Precision, RawMatrix, Select, Source,
+    Adapter, Calibration, Control, Device, DeviceOptions, Dtype, Error, Matrix, Precision, RawMatrix, Select,
+    Source,
 };
 
 /// Statistics in f64 or double-single, or f32.
@@ -151,6 +152,19 @@ fn layers_in_one_call_are_those_apart() {
         let refused = [views[0], (views[1].0, narrow.into())];
         let error = together.accumulate_all(&case.device, Source::Task(1), &refused).unwrap_err();
         assert!(error.to_string().contains("width 1"), "{error}");
+        if let Some((gpu, _)) = case.device.wgpu() {
+            let buffer = gpu.create_buffer(&wgpu::BufferDescriptor {
+                label: None,
+                size: 4096,
+                usage: wgpu::BufferUsages::STORAGE,
+                mapped_at_creation: false,
+            });
+            let (dtype, width) = (Dtype::F32, values[1].1.cols);
+            let between = Activations::Buffer { buffer: &buffer, offset: 2, dtype, tokens: 1, width };
+            let refused = [views[0], (views[1].0, between)];
+            let error = together.accumulate_all(&case.device, Source::Task(1), &refused).unwrap_err();
+            assert!(error.to_string().contains("multiple of 4"), "{error}");
+        }
         let again = difference(&together, &apart);
         assert_eq!(worst, again, "{}: something was added", case.name);
     }

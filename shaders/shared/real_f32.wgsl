@@ -32,7 +32,7 @@ fn real_mul_add(a: Real, b: Real, c: Real) -> Real {
 
 // c - a·b
 fn real_mul_sub(a: Real, b: Real, c: Real) -> Real {
-    return c - a * b;
+    return fma(-a, b, c);
 }
 
 // c + a·b for factors that are f32

@@ -232,8 +232,9 @@ impl Calibration {
         self.accumulate_all(device, Source::Neutral, &[(layer, x.into())])
     }
 
-    /// [`accumulate`](Self::accumulate) of several layers in one call, of one task or neutral: as many as a model keeps at
-    /// once, those of a block for example. A GPU works on them side by side, which a layer alone does not fill.
+    /// [`accumulate`](Self::accumulate) of several layers in one call, all of one task or neutral: as many as a model keeps
+    /// at once, those of a block for example. A GPU works on them side by side, which a layer alone does not fill. A layer
+    /// may occur more than once.
     ///
     /// # Errors
     /// As [`accumulate`](Self::accumulate); nothing is added if any of the inputs is refused.
@@ -275,6 +276,7 @@ impl Calibration {
         if shape.rows == 0 {
             return Err(Error::layer(layer, "a batch without tokens; at least one is needed"));
         }
+        x.check("its input").map_err(|e| Error::layer(layer, e.to_string()))?;
         if let Activations::Host(matrix) = x
             && let Some(i) = matrix.first_non_finite()
         {

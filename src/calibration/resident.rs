@@ -83,15 +83,20 @@ impl Resident {
                     group.sum_bytes += sum_bytes;
                     group.layers.push((key.clone(), order));
                 }
-                _ => groups.push(Group {
-                    layers: vec![(key.clone(), order)],
-                    device: if fits { device.clone() } else { Device::cpu() },
-                    a_bytes,
-                    sum_bytes,
-                    a: None,
-                    sums: BTreeMap::new(),
-                    used: 0,
-                }),
+                _ => {
+                    if !fits && device.is_gpu() {
+                        tracing::warn!(layer = key.as_str(), "too large for the device; summed on the CPU");
+                    }
+                    groups.push(Group {
+                        layers: vec![(key.clone(), order)],
+                        device: if fits { device.clone() } else { Device::cpu() },
+                        a_bytes,
+                        sum_bytes,
+                        a: None,
+                        sums: BTreeMap::new(),
+                        used: 0,
+                    })
+                }
             }
             places.insert(key.clone(), (groups.len() - 1, groups[groups.len() - 1].layers.len() - 1));
         }
@@ -118,6 +123,20 @@ impl Resident {
         for (key, x) in inputs {
             let Some(&(group, place)) = self.places.get(key) else { continue };
             calls.entry(group).or_default().push((place, *x));
+        }
+        // Before anything is added.
+        for (index, call) in &calls {
+            let group = &self.groups[*index];
+            let in_buffer = call.iter().find(|(_, x)| matches!(x, Activations::Buffer { .. }));
+            if let Some((place, _)) = in_buffer.filter(|_| !group.device.is_gpu() && self.device.is_gpu()) {
+                let reason = format!(
+                    "its statistics take {} MiB of device memory, of which {} may be kept; allow more, or give its inputs \
+                     on the host, where the CPU can sum them",
+                    (group.a_bytes + group.sum_bytes).div_ceil(1 << 20),
+                    held_limit(&self.device) >> 20
+                );
+                return Err(Error::layer(group.layers[*place].0.as_str(), reason));
+            }
         }
         for (index, call) in calls {
             self.make_room(index, slot, tasks, host)?;

@@ -13,7 +13,7 @@ use super::capabilities::{Capabilities, Disable};
 use super::memory::{Buffer, Meter};
 use super::pipeline_cache::PipelineCache;
 use super::shaders::Kernel;
-use super::staging::{Downloads, Uploads};
+use super::staging::{Downloads, Staging, Uploads};
 use crate::{Error, Result};
 
 /// Workgroups in one row of a dispatch grid; WebGPU's default limit of a dimension.
@@ -158,8 +158,8 @@ impl Gpu {
         }
     }
 
-    /// [`allocate`](Self::allocate) without counting: for those who count their bytes themselves.
-    pub fn buffer(&self, label: &str, bytes: u64) -> Result<wgpu::Buffer> {
+    /// [`allocate`](Self::allocate) without counting.
+    fn buffer(&self, label: &str, bytes: u64) -> Result<wgpu::Buffer> {
         if bytes > self.max_arena() {
             return Err(Error::Device(format!(
                 "{label} of {bytes} bytes exceeds the {} bytes that {} can bind at once",
@@ -188,7 +188,7 @@ impl Gpu {
     /// and what the queue still uses is waited for; what is in use stays, so that they may exceed it.
     fn make_room(&self, bytes: u64) -> Result<()> {
         let Err(excess) = self.meter.try_take(bytes) else { return Ok(()) };
-        self.evict(bytes, excess.saturating_sub(self.meter.waiting()));
+        self.evict(0, excess.saturating_sub(self.meter.waiting()));
         if self.meter.waiting() > 0 {
             self.wait()?;
         }
@@ -273,6 +273,7 @@ impl Gpu {
     /// Waits until everything is done, uploads too, and frees staging memory.
     pub fn wait(&self) -> Result<()> {
         let retired = self.meter.retired();
+        self.staged.store(0, Ordering::Relaxed);
         // An upload only starts with the next submission.
         self.queue.submit([]);
         self.poll(wgpu::PollType::wait_indefinitely(), retired)
@@ -280,7 +281,6 @@ impl Gpu {
 
     /// Waits for a submission; `retired`: the point in time before it.
     fn poll(&self, until: wgpu::PollType, retired: u64) -> Result<()> {
-        self.staged.store(0, Ordering::Relaxed);
         self.device.poll(until).map_err(|e| Error::Device(format!("{}: {e}", self.name)))?;
         self.meter.settle(retired);
         self.check()
@@ -330,11 +330,11 @@ impl Gpu {
         let size = len.next_multiple_of(4);
         let staging = self.downloads.take(&self.device, size);
         let mut encoder = self.device.create_command_encoder(&Default::default());
-        encoder.copy_buffer_to_buffer(buffer, bytes.start, &staging, 0, size);
+        encoder.copy_buffer_to_buffer(buffer, bytes.start, &staging.buffer, 0, size);
         let retired = self.meter.retired();
         let copied = self.queue.submit([encoder.finish()]);
         let (send, mapped) = std::sync::mpsc::channel();
-        staging.map_async(wgpu::MapMode::Read, ..size, move |result| drop(send.send(result)));
+        staging.buffer.map_async(wgpu::MapMode::Read, ..size, move |result| drop(send.send(result)));
         Download { staging, len, copied, mapped, retired }
     }
 
@@ -383,7 +383,7 @@ impl Gpu {
 
 /// Bytes on their way to the host.
 pub(crate) struct Download {
-    staging: wgpu::Buffer,
+    staging: Staging,
     len: u64,
     copied: wgpu::SubmissionIndex,
     mapped: Receiver<std::result::Result<(), wgpu::BufferAsyncError>>,
@@ -404,6 +404,7 @@ impl Download {
         }
         let view = self
             .staging
+            .buffer
             .get_mapped_range(..self.len.next_multiple_of(4))
             .map_err(|e| Error::Device(format!("{}: cannot read back: {e}", gpu.name)))?;
         let result = use_bytes(&view[..self.len as usize]);

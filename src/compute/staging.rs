@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rayon::prelude::*;
 
-use super::memory::Meter;
+use super::memory::{Held, Meter};
 use crate::{Error, Result};
 
 /// Upload buffers that go round; bytes of one at most, and its part of the budget.
@@ -134,9 +134,15 @@ fn fill(view: &mut wgpu::BufferViewMut, start: usize, pieces: &[(usize, &[u8])])
     }
 }
 
+/// A download buffer, whose bytes are counted until it is dropped.
+pub(crate) struct Staging {
+    pub buffer: wgpu::Buffer,
+    _held: Held,
+}
+
 /// Download buffers.
 pub(crate) struct Downloads {
-    kept: Mutex<Vec<wgpu::Buffer>>,
+    kept: Mutex<Vec<Staging>>,
     meter: Arc<Meter>,
 }
 
@@ -151,37 +157,38 @@ impl Downloads {
     }
 
     /// An unmapped buffer of at least `bytes`, which are no more than a [`piece`](Self::piece).
-    pub fn take(&self, device: &wgpu::Device, bytes: u64) -> wgpu::Buffer {
+    pub fn take(&self, device: &wgpu::Device, bytes: u64) -> Staging {
         let mut kept = self.kept();
-        let fit = (0..kept.len()).filter(|&i| kept[i].size() >= bytes).min_by_key(|&i| kept[i].size());
+        let size = |i: &usize| kept[*i].buffer.size();
+        let fit = (0..kept.len()).filter(|i| size(i) >= bytes).min_by_key(size);
         if let Some(i) = fit {
             return kept.swap_remove(i);
         }
         let size = bytes.next_power_of_two().max(1 << 16).min((bytes + (16 << 20)).next_multiple_of(16));
         let size = size.min(self.piece());
-        self.meter.take(size);
-        device.create_buffer(&wgpu::BufferDescriptor {
+        let _held = self.meter.hold(size);
+        let buffer = device.create_buffer(&wgpu::BufferDescriptor {
             label: Some("download"),
             size,
             usage: wgpu::BufferUsages::MAP_READ | wgpu::BufferUsages::COPY_DST,
             mapped_at_creation: false,
-        })
+        });
+        Staging { buffer, _held }
     }
 
     /// Unmaps a buffer and keeps it.
-    pub fn put(&self, buffer: wgpu::Buffer) {
-        buffer.unmap();
+    pub fn put(&self, staging: Staging) {
+        staging.buffer.unmap();
         let mut kept = self.kept();
-        kept.push(buffer);
+        kept.push(staging);
         if kept.len() > DOWNLOADS {
             // The smallest is the cheapest to make again.
-            let least = (0..kept.len()).min_by_key(|&i| kept[i].size());
-            let least = least.map(|i| kept.swap_remove(i));
-            self.meter.free(least.map_or(0, |buffer| buffer.size()));
+            let least = (0..kept.len()).min_by_key(|&i| kept[i].buffer.size());
+            least.map(|i| kept.swap_remove(i));
         }
     }
 
-    fn kept(&self) -> MutexGuard<'_, Vec<wgpu::Buffer>> {
+    fn kept(&self) -> MutexGuard<'_, Vec<Staging>> {
         self.kept.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -391,7 +391,7 @@ impl Selector {
     ) -> Result<()> {
         let gpu = self.device.gpu()?.clone();
         let upload = |bytes: &[u8]| {
-            let buffer = gpu.buffer("features", bytes.len().max(1) as u64)?;
+            let buffer = gpu.allocate("features", bytes.len().max(1) as u64)?;
             let mut padded = bytes.to_vec();
             padded.resize(bytes.len().next_multiple_of(4), 0);
             gpu.write(&buffer, 0, &padded).map(|()| buffer)

@@ -156,7 +156,9 @@ impl Merged {
             .spelled_like(&adapter)
             .with_metadata(metadata);
         report.seconds += start.elapsed().as_secs_f64();
-        report.memory = report.memory.into_iter().chain(DeviceMemory::of(device)).max_by_key(|m| m.peak);
+        let memory = DeviceMemory::of(device);
+        report.notes.extend(memory.and_then(DeviceMemory::note));
+        report.memory = report.memory.into_iter().chain(memory).max_by_key(|m| m.peak);
         Ok(Self { adapter, report })
     }
 }

@@ -51,6 +51,23 @@ impl Activations<'_> {
             Self::Buffer { dtype, .. } => *dtype,
         }
     }
+
+    /// Refuses what does not lie in its buffer, or where kernels cannot read it.
+    pub(crate) fn check(&self, what: &str) -> Result<()> {
+        let Self::Buffer { buffer, offset, dtype, tokens, width } = *self else { return Ok(()) };
+        let bytes = (tokens * width * dtype.size()) as u64;
+        if !offset.is_multiple_of(4) || offset + bytes.next_multiple_of(4) > buffer.size().next_multiple_of(4)
+        {
+            return Err(Error::Invalid(format!(
+                "{what} of {bytes} bytes at byte {offset} does not lie in its buffer of {} bytes on a multiple of 4",
+                buffer.size()
+            )));
+        }
+        match buffer.usage().contains(wgpu::BufferUsages::STORAGE) {
+            true => Ok(()),
+            false => Err(Error::Invalid(format!("the buffer of {what} needs usage STORAGE"))),
+        }
+    }
 }
 
 /// `S += (X·Aᵀ)ᵀ(X·Aᵀ)`: [`project`](super::project) and [`gram`](super::gram) in one, with Z never at full
@@ -80,6 +97,12 @@ pub fn accumulate(
             return Err(mismatch("accumulate", *shape, sums.shapes()[*i]));
         }
     }
+    for (_, x) in inputs {
+        x.check("an input")?;
+        if !device.is_gpu() && matches!(x, Activations::Buffer { .. }) {
+            return Err(Error::Device("activations in a GPU's buffer were given to the CPU".into()));
+        }
+    }
     match device.is_gpu() {
         true => accumulate_gpu(device, inputs, a, sums),
         false => accumulate_cpu(inputs, a, sums),
@@ -91,9 +114,7 @@ const CPU_ROWS: usize = 256;
 
 fn accumulate_cpu(inputs: &[(usize, Activations)], a: &Batch, sums: &mut Batch) -> Result<()> {
     for (i, x) in inputs {
-        let Activations::Host(x) = x else {
-            return Err(Error::Device("activations in a GPU's buffer were given to the CPU".into()));
-        };
+        let Activations::Host(x) = x else { continue };
         let (a, shape) = (a.host(*i).unwrap_or_default(), a.shapes()[*i]);
         let n = shape.rows;
         let sum = &mut sums.host_mut().unwrap_or_default()[*i];
@@ -215,7 +236,7 @@ fn record(
     let mut z_len = 0;
     for window in group {
         let shape = a.shapes()[window.index];
-        let (x, x_word) = inputs.place(window)?;
+        let (x, x_word) = inputs.place(window);
         project_jobs.push(ProjectJob {
             x,
             x_word,
@@ -253,7 +274,7 @@ struct Inputs<'a> {
 
 impl<'a> Inputs<'a> {
     /// The binding of a window, and its first word there.
-    fn place(&mut self, window: &Window<'a>) -> Result<(usize, usize)> {
+    fn place(&mut self, window: &Window<'a>) -> (usize, usize) {
         match window.input {
             Activations::Host(matrix) => {
                 let bytes = matrix.rows(window.first, window.first + window.tokens).bytes;
@@ -263,18 +284,11 @@ impl<'a> Inputs<'a> {
                     self.pieces.push((place, bytes));
                     self.bytes += x_bytes(window);
                 }
-                Ok((0, place / 4))
+                (0, place / 4)
             }
             Activations::Buffer { buffer, offset, dtype, width, .. } => {
                 let start = offset + (window.first * width * dtype.size()) as u64;
                 let bytes = (window.tokens * width * dtype.size()).next_multiple_of(4) as u64;
-                if !start.is_multiple_of(4) || start + bytes > buffer.size().next_multiple_of(4) {
-                    return Err(Error::Invalid(format!(
-                        "activations of {bytes} bytes at byte {start} do not lie in their buffer of {} bytes on a \
-                         multiple of 4",
-                        buffer.size()
-                    )));
-                }
                 let aligned = start - start % BIND_ALIGN as u64;
                 let size = (start - aligned + bytes).next_multiple_of(16).min(buffer.size() - aligned);
                 let binding =
@@ -286,7 +300,7 @@ impl<'a> Inputs<'a> {
                     self.buffers.push(binding);
                     self.buffers.len() - 1
                 });
-                Ok((x, ((start - aligned) / 4) as usize))
+                (x, ((start - aligned) / 4) as usize)
             }
         }
     }

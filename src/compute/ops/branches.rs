@@ -18,6 +18,7 @@ use self::halves::{SplitB, Tiles};
 use super::project::{self, ProjectJob, project_cpu};
 use super::{Activations, ENOUGH_WORKGROUPS, view, view_mut};
 use crate::compute::gpu::{BIND_ALIGN, Gpu, Pooled, whole};
+use crate::compute::memory::Buffer;
 use crate::compute::shaders::{APPLY_SUBGROUPS, Kernel, SCORES_SUBGROUPS};
 use crate::compute::{Batch, Shape};
 use crate::{Dtype, Error, RawMatrix, Result};
@@ -162,13 +163,13 @@ const MAX_PARTS: usize = 8;
 /// The buffers that calls share.
 #[derive(Debug)]
 pub(crate) struct Buffers {
-    z: wgpu::Buffer,
-    stats: wgpu::Buffer,
-    pub scores: wgpu::Buffer,
-    pub weights: wgpu::Buffer,
-    pub running: wgpu::Buffer,
-    pub log: wgpu::Buffer,
-    pub controls: wgpu::Buffer,
+    z: Buffer,
+    stats: Buffer,
+    pub scores: Buffer,
+    pub weights: Buffer,
+    pub running: Buffer,
+    pub log: Buffer,
+    pub controls: Buffer,
     /// What the last call needed besides, for the next one.
     spare: Mutex<Vec<Arc<Pooled>>>,
 }
@@ -186,10 +187,10 @@ impl Buffers {
         let z = (tokens * rank * 4) as u64;
         let stats = (MAX_PARTS * branches * tokens * 32) as u64;
         let stats = if stats > gpu.max_arena() { (branches * tokens * 32) as u64 } else { stats };
-        let buffer = |label: &str, elements: usize| gpu.buffer(label, elements as u64 * 4);
+        let buffer = |label: &str, elements: usize| gpu.allocate(label, elements as u64 * 4);
         Ok(Self {
-            z: gpu.buffer("projected tokens", z)?,
-            stats: gpu.buffer("partial scores", stats)?,
+            z: gpu.allocate("projected tokens", z)?,
+            stats: gpu.allocate("partial scores", stats)?,
             // The second half: means of groups.
             scores: buffer("scores of branches", 2 * tokens * branches)?,
             weights: buffer("weights of branches", tokens * branches)?,
@@ -252,17 +253,7 @@ impl<'a> Rows<'a> {
                 "{what} must lie in a buffer of the device to be used in the host's encoder"
             )));
         };
-        let bytes = (tokens * width * dtype.size()) as u64;
-        if !offset.is_multiple_of(4) || offset + bytes.next_multiple_of(4) > buffer.size().next_multiple_of(4)
-        {
-            return Err(Error::Invalid(format!(
-                "{what} of {bytes} bytes at byte {offset} does not lie in its buffer of {} bytes on a multiple of 4",
-                buffer.size()
-            )));
-        }
-        if !buffer.usage().contains(wgpu::BufferUsages::STORAGE) {
-            return Err(Error::Invalid(format!("the buffer of {what} needs usage STORAGE")));
-        }
+        matrix.check(what)?;
         Ok(Self { buffer, offset, dtype, tokens, width })
     }
 

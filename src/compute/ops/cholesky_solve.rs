@@ -31,7 +31,7 @@ pub fn cholesky_solve(device: &Device, factors: &Batch, q: &mut Batch) -> Result
 /// each matrix, as that of [`cholesky`](super::cholesky); where it is an `Err`, X must not be used.
 ///
 /// # Errors
-/// As of the two.
+/// [`Error::Invalid`] if a matrix is not square, or shapes or element types do not go together.
 pub fn solve(
     device: &Device,
     a: &mut Batch,
