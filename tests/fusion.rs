@@ -699,6 +699,11 @@ fn what_is_wrong_is_said() {
         }
         let nan = Selector::new(&device, &[p.adapters[0].at(1.0), p.adapters[1].at(f64::NAN)], options);
         assert!(message(nan.unwrap_err()).contains("adapter 1"));
+        if device.is_gpu() {
+            let endless = SelectorOptions { tokens: 2_000_000, records: 1 };
+            let refused = Selector::new(&device, &[p.adapters[0].at(1.0)], endless);
+            assert!(message(refused.unwrap_err()).contains("SelectorOptions::tokens"));
+        }
         let mut selector = p.selector(&device);
         let x = [0f32; 5 * 8];
         let mut f0 = [0f32; 5 * 6];

@@ -17,7 +17,7 @@ pub(crate) use self::halves::Halves;
 use self::halves::{SplitB, Tiles};
 use super::project::{self, ProjectJob, project_cpu};
 use super::{Activations, ENOUGH_WORKGROUPS, view, view_mut};
-use crate::compute::gpu::{BIND_ALIGN, Gpu, Pooled, whole};
+use crate::compute::gpu::{BIND_ALIGN, GRID_WIDTH, Gpu, Pooled, whole};
 use crate::compute::memory::Buffer;
 use crate::compute::shaders::{APPLY_SUBGROUPS, Kernel, SCORES_SUBGROUPS};
 use crate::compute::{Batch, Shape};
@@ -155,8 +155,8 @@ const UNIT_CHANNELS: usize = 64;
 /// There, wider parts are split also where the GPU is full: fewer channels do not make a workgroup's start worth while.
 const UNIT_PART: usize = 1024;
 /// Tokens of a workgroup of `branch_finish.wgsl` and of `branch_choose.wgsl`.
-const FINISHED: usize = 32;
-const CHOSEN: usize = 16;
+const FINISH_TOKENS: usize = 32;
+const CHOOSE_TOKENS: usize = 16;
 /// Most parts that the channels are split into.
 const MAX_PARTS: usize = 8;
 
@@ -184,6 +184,13 @@ impl Buffers {
         layers: usize,
         records: usize,
     ) -> Result<Self> {
+        // A grid's limit.
+        let most = GRID_WIDTH as usize * CHOOSE_TOKENS;
+        if tokens > most {
+            return Err(Error::Invalid(format!(
+                "a selector chooses for {most} tokens at once at most, not for {tokens} (SelectorOptions::tokens)"
+            )));
+        }
         let z = (tokens * rank * 4) as u64;
         let stats = (MAX_PARTS * branches * tokens * 32) as u64;
         let stats = if stats > gpu.max_arena() { (branches * tokens * 32) as u64 } else { stats };
@@ -379,7 +386,7 @@ pub(crate) fn encode(
         }
         if call.normalise || call.group > 0 {
             commands.phase(4);
-            let grid = [tokens.div_ceil(FINISHED) as u32, 1, 1];
+            let grid = [tokens.div_ceil(FINISH_TOKENS) as u32, 1, 1];
             commands.launch_grid(Kernel::BranchFinish, &job, grid, &[stats.clone(), scores.clone()]);
             commands.phase(5);
             let bindings = [scores.clone(), means.clone()];
@@ -396,7 +403,7 @@ pub(crate) fn encode(
         }
     }
     commands.phase(6);
-    let grid = [tokens.div_ceil(CHOSEN) as u32, 1, 1];
+    let grid = [tokens.div_ceil(CHOOSE_TOKENS) as u32, 1, 1];
     let bindings = [stats, scores, weights, means, log, z.clone(), controls];
     commands.launch_grid(Kernel::BranchChoose, &job, grid, &bindings);
     commands.phase(7);

@@ -1,9 +1,9 @@
+use std::sync::Arc;
+
 use bytemuck::NoUninit;
 use rayon::prelude::*;
 
 use super::{cut, mismatch, view_mut};
-use std::sync::Arc;
-
 use crate::Result;
 use crate::compute::gpu::{Download, Gpu, Work, whole};
 use crate::compute::shaders::Kernel;

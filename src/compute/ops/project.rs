@@ -99,7 +99,8 @@ const MAX_PARTS: usize = 8;
 const DEPTH: usize = 32;
 /// A part of the width is not worth its sum if it is narrower.
 const LEAST_PART: usize = 256;
-/// A wider part of rows of X may have left the cache when it is read again, once its powers of two are found.
+/// A wider part of rows of X may have left the cache when it is read again, once its powers of two are found; f16 has
+/// none to find.
 const CACHED_PART: usize = 1536;
 
 /// From so many on matrix units are used.
@@ -124,40 +125,32 @@ impl Cut {
         let whole_vectors = a.cols.is_multiple_of(8) && (job.x_word * 4).is_multiple_of(X_ALIGN);
         // For few tokens, splitting A would cost more than it saves, and memory that nobody reckoned with.
         let worth_it = job.tokens >= ENOUGH_TOKENS && a.rows >= 8 && a.cols > 0;
-        if gpu.capabilities.matrix_units() && whole_vectors && worth_it {
-            let columns = if a.rows <= 32 { 32 } else { 64 };
-            let tiles = job.tokens.div_ceil(TILE_M) * a.rows.div_ceil(columns);
-            let most = (a.cols / LEAST_PART).clamp(1, most);
-            let parts = (ENOUGH_WORKGROUPS / tiles.max(1)).max(a.cols / CACHED_PART).clamp(1, most);
-            let part_width = a.cols.div_ceil(parts).next_multiple_of(DEPTH).max(DEPTH);
-            let stride = a.rows.next_multiple_of(columns);
-            return Self {
-                kernel: Kernel::ProjectMatrix(columns as u32, job.dtype),
-                columns,
-                parts: a.cols.div_ceil(part_width).max(1),
-                part_width,
-                stride,
-                part_len: job.tokens.next_multiple_of(TILE_M) * stride,
-            };
-        }
+        let on_units = gpu.capabilities.matrix_units() && whole_vectors && worth_it;
         let columns = match a.rows {
             0..=32 => 32,
-            33..=64 => 64,
-            _ => 128,
+            65.. if !on_units => 128,
+            _ => 64,
         };
         let tiles = job.tokens.div_ceil(TILE_M) * a.rows.div_ceil(columns);
+        let cached = if on_units && job.dtype != Dtype::F16 { a.cols / CACHED_PART } else { 0 };
         let most = (a.cols / LEAST_PART).clamp(1, most);
-        let parts = (ENOUGH_WORKGROUPS / tiles.max(1)).clamp(1, most);
+        let parts = (ENOUGH_WORKGROUPS / tiles.max(1)).max(cached).clamp(1, most);
         let part_width = a.cols.div_ceil(parts).next_multiple_of(DEPTH).max(DEPTH);
-        let stride = if parts == 1 { a.rows } else { a.rows.next_multiple_of(4) };
-        Self {
-            kernel: Kernel::Project(columns as u32, job.dtype),
-            columns,
-            parts,
-            part_width,
-            stride,
-            part_len: job.tokens * stride,
-        }
+        let parts = a.cols.div_ceil(part_width).max(1);
+        // Units leave whole tiles behind; otherwise vectors of 4 are what is summed.
+        let (kernel, rows, stride) = match on_units {
+            true => (
+                Kernel::ProjectMatrix(columns as u32, job.dtype),
+                job.tokens.next_multiple_of(TILE_M),
+                a.rows.next_multiple_of(columns),
+            ),
+            false => (
+                Kernel::Project(columns as u32, job.dtype),
+                job.tokens,
+                if parts == 1 { a.rows } else { a.rows.next_multiple_of(4) },
+            ),
+        };
+        Self { kernel, columns, parts, part_width, stride, part_len: rows * stride }
     }
 
     /// Whether Z comes out of `sum_parts.wgsl`.
