@@ -147,19 +147,6 @@ impl Gpu {
 
     /// A buffer of its own, whose content is zero.
     pub fn allocate(&self, label: &str, bytes: u64) -> Result<Buffer> {
-        let size = bytes.next_multiple_of(256).max(256);
-        self.make_room(size)?;
-        match self.buffer(label, bytes) {
-            Ok(buffer) => Ok(Buffer::new(buffer, &self.meter)),
-            Err(error) => {
-                self.meter.free(size);
-                Err(error)
-            }
-        }
-    }
-
-    /// [`allocate`](Self::allocate) without counting.
-    fn buffer(&self, label: &str, bytes: u64) -> Result<wgpu::Buffer> {
         if bytes > self.max_arena() {
             return Err(Error::Device(format!(
                 "{label} of {bytes} bytes exceeds the {} bytes that {} can bind at once",
@@ -167,21 +154,24 @@ impl Gpu {
                 self.name
             )));
         }
+        let size = bytes.next_multiple_of(256).max(256);
+        self.make_room(size)?;
         // An error that came later would leave a buffer that nobody can use in the pool.
         let scope = self.device.push_error_scope(wgpu::ErrorFilter::OutOfMemory);
         let buffer = self.device.create_buffer(&wgpu::BufferDescriptor {
             label: Some(label),
-            size: bytes.next_multiple_of(256).max(256),
+            size,
             usage: wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_DST | wgpu::BufferUsages::COPY_SRC,
             mapped_at_creation: false,
         });
-        match pollster::block_on(scope.pop()) {
-            None => Ok(buffer),
-            Some(_) => Err(Error::Device(format!(
+        if pollster::block_on(scope.pop()).is_some() {
+            self.meter.free(size);
+            return Err(Error::Device(format!(
                 "{} has no memory for {label} of {bytes} bytes; other programs may hold it, or allow less (`memory`)",
                 self.name
-            ))),
+            )));
         }
+        Ok(Buffer::new(buffer, &self.meter))
     }
 
     /// Counts bytes that are about to be allocated. Where the budget has no room for them, what the pool holds goes first,

@@ -199,12 +199,14 @@ impl Selector {
             adapters.iter().map(|w| strength(w.adapter.name(), w.strength)).collect::<Result<Vec<_>>>()?;
         let all = members(adapters)?;
         let rank = all.values().map(|of| of.iter().map(|(_, layer)| layer.rank).sum()).max().unwrap_or(0);
+        // Of the CPU nobody asks.
+        let low: Vec<bool> = all.values().map(|of| device.is_gpu() && has_low(of)).collect();
         let backend = match device.is_gpu() {
             true => {
                 let gpu = device.gpu()?;
                 let buffers =
                     Buffers::new(gpu, options.tokens, rank, adapters.len(), all.len(), options.records)?;
-                let factors: u64 = all.values().map(|of| bytes(gpu, of)).sum();
+                let factors: u64 = all.values().zip(&low).map(|(of, &low)| bytes(gpu, of, low)).sum();
                 if factors + buffers.bytes() > device.memory() {
                     return Err(Error::Device(format!(
                         "selection takes {} MiB of device memory, of which {} for factors, but {} may be used; \
@@ -219,8 +221,8 @@ impl Selector {
             false => Backend::Cpu(vec![[0.0; RUNNING]; all.len()]),
         };
         let mut layers = BTreeMap::new();
-        for (index, (key, of)) in all.into_iter().enumerate() {
-            layers.insert(key.clone(), Resident::load(device, index, &of)?);
+        for (index, ((key, of), low)) in all.into_iter().zip(low).enumerate() {
+            layers.insert(key.clone(), Resident::load(device, index, &of, low)?);
         }
         let mut selector = Self {
             device: device.clone(),
@@ -608,17 +610,18 @@ fn has_low(of: &[(usize, &Layer)]) -> bool {
 }
 
 /// Device memory of a layer's factors.
-fn bytes(gpu: &Gpu, of: &[(usize, &Layer)]) -> u64 {
+fn bytes(gpu: &Gpu, of: &[(usize, &Layer)], low: bool) -> u64 {
     let (_, Layer { input, output, .. }) = of[0];
     let rank = || of.iter().map(|(_, layer)| layer.rank);
     let all: usize = rank().sum();
     let row = input.next_multiple_of(4) + output.next_multiple_of(4);
-    let halves = Halves::bytes_for(gpu, Shape::new(all, *input), *output, rank(), has_low(of));
+    let halves = Halves::bytes_for(gpu, Shape::new(all, *input), *output, rank(), low);
     (all * row * 4) as u64 + halves
 }
 
 impl Resident {
-    fn load(device: &Device, index: usize, of: &[(usize, &Layer)]) -> Result<Self> {
+    /// `low`: whether B [has low parts](has_low).
+    fn load(device: &Device, index: usize, of: &[(usize, &Layer)], low: bool) -> Result<Self> {
         let (_, first) = of[0];
         let (input, output) = (first.input, first.output);
         let name = dotted(of.iter().map(|(_, layer)| *layer)).unwrap_or(first).name();
@@ -676,7 +679,7 @@ impl Resident {
         let buffer = resident.batch.buffer()?;
         gpu.write(buffer, 0, bytemuck::cast_slice(&a))?;
         gpu.write(buffer, resident.batch.offset(1) as u64 * 4, bytemuck::cast_slice(&b))?;
-        resident.halves = Halves::new(gpu, &resident.batch, output, &resident.blocks, has_low(of))?;
+        resident.halves = Halves::new(gpu, &resident.batch, output, &resident.blocks, low)?;
         Ok(resident)
     }
 }

@@ -223,7 +223,7 @@ impl<'a> Ssr<'a> {
             return Ok(Vec::new());
         }
         let proxies = self.proxies(device, jobs)?;
-        let (b, scales) = concatenated_b(device, jobs)?;
+        let (b, scales) = joined(device, jobs, Axis::Columns)?;
         let bb = output_grams(device, &b, &scales)?;
         let systems: Vec<_> = (0..jobs.len())
             .into_par_iter()
@@ -279,21 +279,7 @@ impl<'a> Ssr<'a> {
         if self.calibration.is_some() && !prior {
             return Ok(Vec::new());
         }
-        // Blocks are brought to size 1, exactly, so that f32 holds products of tiny and huge factors.
-        let (factors, scales): (Vec<Vec<Factor<'_>>>, Vec<Vec<f64>>) = jobs
-            .par_iter()
-            .map(|job| {
-                let (mut factors, mut scales) = (Vec::new(), Vec::new());
-                for (layer, _) in &job.members {
-                    let e = exponent(layer.a()).unwrap_or(0);
-                    factors.push(Factor { matrix: layer.a(), scale: pow2(-e) as f32 });
-                    scales.extend(std::iter::repeat_n(pow2(e), layer.rank));
-                }
-                (factors, scales)
-            })
-            .unzip();
-        let factors: Vec<&[Factor<'_>]> = factors.iter().map(Vec::as_slice).collect();
-        let a = ops::rank_concat(device, Axis::Rows, &factors)?;
+        let (a, scales) = joined(device, jobs, Axis::Rows)?;
         let products = ops::inner_as(device, &a, &a, device.product())?.download(device)?;
         Ok((0..jobs.len())
             .into_par_iter()
@@ -641,22 +627,27 @@ fn solve(
     Ok(out)
 }
 
-/// B_cat of each layer, every block brought to size 1 by a power of two, and the factor that each column lacks.
-fn concatenated_b(device: &Device, jobs: &[&Job<'_>]) -> Result<(Batch, Vec<Vec<f64>>)> {
+/// A_cat (by rows) or B_cat (by columns) of each layer, every block brought to size 1 by a power of two, so that f32 holds
+/// products of tiny and huge factors, and the factor that each rank lacks then.
+fn joined(device: &Device, jobs: &[&Job<'_>], axis: Axis) -> Result<(Batch, Vec<Vec<f64>>)> {
     let (factors, scales): (Vec<Vec<Factor<'_>>>, Vec<Vec<f64>>) = jobs
         .par_iter()
         .map(|job| {
             let (mut factors, mut scales) = (Vec::new(), Vec::new());
             for (layer, scale) in &job.members {
-                let e = exponent(layer.b()).unwrap_or(0);
-                factors.push(Factor { matrix: layer.b(), scale: pow2(-e) as f32 });
+                let (matrix, scale) = match axis {
+                    Axis::Rows => (layer.a(), 1.0),
+                    Axis::Columns => (layer.b(), *scale),
+                };
+                let e = exponent(matrix).unwrap_or(0);
+                factors.push(Factor { matrix, scale: pow2(-e) as f32 });
                 scales.extend(std::iter::repeat_n(scale * pow2(e), layer.rank));
             }
             (factors, scales)
         })
         .unzip();
     let factors: Vec<&[Factor<'_>]> = factors.iter().map(Vec::as_slice).collect();
-    Ok((ops::rank_concat(device, Axis::Columns, &factors)?, scales))
+    Ok((ops::rank_concat(device, axis, &factors)?, scales))
 }
 
 /// BᵀB of each layer, with scales.
