@@ -1,0 +1,232 @@
+"""What diffusers and PEFT make of merged, resized and converted files, for a tiny model of one family.
+
+Two adapters that PEFT makes and diffusers saves are merged, resized and converted by loraweld; the files are loaded
+back by the pipeline's own loader. The denoiser's output must be that of both adapters under `set_adapters`, or for
+methods without a twin in PEFT that of the update that the file holds by a plain reader; every layer must be loaded.
+"""
+
+import copy
+import json
+import logging
+from collections import Counter
+
+import diffusers
+import torch
+from adapters import (
+    STRENGTHS, apart, configs, cut, difference, flat, give_way, randomise, read, strip, total, updates,
+)  # fmt: skip
+from diffusers.utils.peft_utils import set_weights_and_activate_adapters
+from families import FAMILIES
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict, inject_adapter_in_model
+from safetensors.torch import load_file, save_file
+from tally import Tally, first_line, run
+
+PEFT_FILE = "adapter_model.safetensors"
+
+
+class Heard(logging.Handler):
+    """What diffusers warns of when it loads a file and leaves keys over."""
+
+    def __init__(self):
+        super().__init__(logging.WARNING)
+        self.lines = []
+
+    def emit(self, record):
+        text = record.getMessage()
+        if ("unexpected" in text or "No LoRA keys" in text) and "NoneType" not in text:
+            self.lines.append(text)
+
+
+class Pipeline:
+    """Saves and loads as a diffusers pipeline does, by its class's own code, without its other models."""
+
+    def __init__(self, family):
+        named = getattr(diffusers, family.pipeline, None) or getattr(diffusers.loaders.lora_pipeline, family.pipeline)
+        self.mixin = next(c for c in named.__mro__ if c.__name__.endswith("LoraLoaderMixin"))
+        self.saves = "save_lora_weights" in vars(self.mixin)  # Anima's class has none.
+        self.prefix = family.component
+        self.stub = type(
+            "Stub", (self.mixin,), dict(hf_device_map=None, components={}, text_encoder=None, text_encoder_2=None)
+        )
+
+    def save(self, model, adapter, config, path):
+        state = {key: value.clone() for key, value in get_peft_model_state_dict(model, adapter_name=adapter).items()}
+        if self.saves:
+            layers = {f"{self.prefix}_lora_layers": state, f"{self.prefix}_lora_adapter_metadata": config.to_dict()}
+            self.mixin.save_lora_weights(path.parent, weight_name=path.name, **layers)
+        else:
+            self.mixin._save_lora_weights(
+                path.parent, {self.prefix: state}, {self.prefix: config.to_dict()}, weight_name=path.name
+            )
+        return path
+
+    def load(self, model, path):
+        pipe = self.stub()
+        setattr(pipe, self.prefix, model)
+        pipe.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name="loaded")
+
+
+class Model(Pipeline):
+    """Saves and loads by the model itself, where the pipeline has no loader of LoRAs."""
+
+    def __init__(self, family):
+        self.mixin, self.saves = diffusers.loaders.lora_base.LoraBaseMixin, False
+        self.prefix = family.component
+
+    def load(self, model, path):
+        # With a path alone, diffusers would not read the header, where PEFT's settings are.
+        model.load_lora_adapter(
+            str(path.parent), weight_name=path.name, prefix=self.prefix or None, adapter_name="loaded"
+        )
+
+
+class Bare(Model):
+    """By the model itself, without a prefix, as `save_lora_adapter` writes."""
+
+    prefix = ""
+
+    def __init__(self):
+        pass
+
+    def save(self, model, adapter, config, path):
+        model.save_lora_adapter(path.parent, adapter_name=adapter, weight_name=path.name)
+        return path
+
+class Peft:
+    """By PEFT, where diffusers' model class loads no LoRAs."""
+
+    prefix = "base_model.model"
+
+    def save(self, model, adapter, config, path):
+        folder = path.with_suffix("")
+        folder.mkdir()
+        state = get_peft_model_state_dict(model, adapter_name=adapter)
+        save_file({f"{self.prefix}.{key}": value.contiguous() for key, value in state.items()}, folder / PEFT_FILE)
+        config.save_pretrained(str(folder))
+        return folder
+
+    def load(self, model, path):
+        """Alpha is the rank everywhere, as in files without a configuration. Files from other spellings have the
+        prefix `transformer.`, since nothing in those tells PEFT's own."""
+        folder = path.with_suffix("")
+        folder.mkdir()
+        state = {key.removeprefix("transformer."): value for key, value in load_file(path).items()}
+        state = {key.removeprefix(f"{self.prefix}."): value for key, value in state.items()}
+        save_file({f"{self.prefix}.{key}": value for key, value in state.items()}, folder / PEFT_FILE)
+        a = {key: value.shape[0] for key, value in state.items() if key.endswith(".lora_A.weight")}
+        ranks = {key.removesuffix(".lora_A.weight"): rank for key, rank in a.items()}
+        usual = Counter(ranks.values()).most_common(1)[0][0]
+        others = {module: rank for module, rank in ranks.items() if rank != usual}
+        config = LoraConfig(
+            r=usual, lora_alpha=usual, rank_pattern=others, alpha_pattern=others, target_modules=list(ranks)
+        )
+        config.save_pretrained(str(folder))
+        PeftModel.from_pretrained(model, str(folder), adapter_name="loaded")
+
+
+def loader(family, model):
+    if family.pipeline:
+        return Pipeline(family)
+    return Model(family) if hasattr(model, "load_lora_adapter") else Peft()
+
+
+def make(model, family, way, folder):
+    """Saves both adapters: {name: path}, {name: {layer: update}}, and what the model makes with both."""
+    made = copy.deepcopy(model)
+    paths, deltas = {}, {}
+    for seed, (name, config) in enumerate(configs(model).items()):
+        inject_adapter_in_model(config, made, name)
+        if hasattr(made, "_hf_peft_config_loaded"):
+            made._hf_peft_config_loaded = True
+        randomise(made, name, seed)
+        paths[name] = way.save(made, name, config, folder / f"{name}.safetensors")
+        deltas[name] = updates(made, name)
+    set_weights_and_activate_adapters(made, list(STRENGTHS), list(STRENGTHS.values()))
+    return paths, deltas, family.forward(made)
+
+
+def added(model, deltas):
+    """The model with updates added to its weights."""
+    model = copy.deepcopy(model)
+    for layer, delta in deltas.items():
+        weight = model.get_submodule(layer).weight
+        weight.data.add_(delta.reshape(weight.shape).to(weight.dtype))
+    return model
+
+
+class Case:
+    """One family's model and adapters, and what is checked of each file that loraweld writes from them."""
+
+    def __init__(self, name, loraweld, folder):
+        self.family, self.loraweld, self.folder = FAMILIES[name], loraweld, folder
+        self.model = self.family.build()
+        self.base = self.family.forward(self.model)
+        self.tally = Tally()
+
+    def check(self, what, way, command, expected, forward=None):
+        """Runs `command`, loads what it wrote, and compares; `expected` is the update of each layer."""
+        path = self.folder / f"{what.replace(' ', '-')}.safetensors"
+        try:
+            run(self.loraweld, *command, "-o", path)
+            self.loaded(what, way, path, expected, forward)
+        except Exception as error:
+            self.tally.fails(what, first_line(error))
+        return path
+
+    def loaded(self, what, way, path, expected=None, forward=None):
+        held, unread = read(path)
+        for prefix in {way.prefix, self.family.component} if isinstance(way, Peft) else {way.prefix}:
+            held = strip(held, f"{prefix}.")
+        self.tally.left(f"{what}: not understood", unread)
+        if expected is not None:
+            worst, names = apart(held, expected)
+            self.tally.update(f"{what}: in the file", worst)
+            self.tally.left(f"{what}: other names in the file", names)
+        model, heard = copy.deepcopy(self.model), Heard()
+        logger = logging.getLogger("diffusers")
+        logger.addHandler(heard)
+        try:
+            way.load(model, path)
+        finally:
+            logger.removeHandler(heard)
+        worst, names = apart(updates(model, "loaded"), held if expected is None else expected)
+        self.tally.update(f"{what}: loaded", worst)
+        self.tally.left(f"{what}: not loaded", names or heard.lines)
+        if forward is None:
+            forward = self.family.forward(added(self.model, held if expected is None else expected))
+        self.tally.forward(what, difference(self.family.forward(model), forward))
+
+
+def check(name, loraweld, folder):
+    case = Case(name, loraweld, folder)
+    way = loader(case.family, case.model)
+    paths, deltas, both = make(case.model, case.family, way, folder)
+    if difference(both, case.base) < 0.1:
+        case.tally.fails("the adapters", "they hardly change the output")
+    inputs = [f"{path}:{STRENGTHS[adapter]}" for adapter, path in paths.items()]
+    first, second = paths.values()
+    summed = total(deltas)
+
+    case.check("merge linear", way, ["merge", "linear", *inputs], summed, both)
+    case.check("merge svd", way, ["merge", "svd", *inputs, "--rank", "64"], summed, both)
+    case.check(
+        "merge np-lora", way, ["merge", "np-lora", "--style", first, "--subject", second], give_way(*deltas.values())
+    )
+    case.check("merge ties", way, ["merge", "ties", *inputs], None)
+    case.check("resize", way, ["resize", first, "--rank", "3"], cut(deltas["first"], 3))
+    case.check("convert", way, ["convert", first, "--format", "peft"], deltas["first"])
+    for spelling in ("kohya", "comfyui"):
+        there = folder / f"{spelling}.safetensors"
+        try:
+            run(loraweld, "convert", first, "--format", spelling, "-o", there)
+        except Exception as error:
+            case.tally.fails(f"to {spelling}", first_line(error))
+            continue
+        case.check(f"{spelling} and back", way, ["convert", there, "--format", "peft"], deltas["first"])
+    if hasattr(case.model, "save_lora_adapter"):
+        bare = folder / "bare"
+        bare.mkdir()
+        paths, _, _ = make(case.model, case.family, Bare(), bare)
+        inputs = [f"{path}:{STRENGTHS[adapter]}" for adapter, path in paths.items()]
+        case.check("save_lora_adapter", Bare(), ["merge", "linear", *inputs], summed, both)
+    return case.tally
