@@ -155,19 +155,34 @@ def added(model, deltas):
 
 
 class Case:
-    """One family's model and adapters, and what is checked of each file that loraweld writes from them."""
+    """One family's model and adapters, with the first adapter in other spellings, which all readers are given."""
 
     def __init__(self, name, loraweld, folder):
-        self.family, self.loraweld, self.folder = FAMILIES[name], loraweld, folder
+        self.name, self.family, self.loraweld, self.folder = name, FAMILIES[name], loraweld, folder
         self.model = self.family.build()
-        self.base = self.family.forward(self.model)
-        self.tally = Tally()
+        self.way = loader(self.family, self.model)
+        self.paths, self.deltas, self.both = make(self.model, self.family, self.way, folder)
+        self.converted, self.unwritten = {}, {}
+        for spelling in ("kohya", "comfyui"):
+            path = folder / f"{spelling}.safetensors"
+            try:
+                run(loraweld, "convert", self.paths["first"], "--format", spelling, "-o", path)
+                self.converted[spelling] = path
+            except Exception as error:
+                self.unwritten[spelling] = first_line(error)
+
+
+class Loads:
+    """What is checked of each file that loraweld writes."""
+
+    def __init__(self, case):
+        self.case, self.family, self.model, self.tally = case, case.family, case.model, Tally()
 
     def check(self, what, way, command, expected, forward=None):
         """Runs `command`, loads what it wrote, and compares; `expected` is the update of each layer."""
-        path = self.folder / f"{what.replace(' ', '-')}.safetensors"
+        path = self.case.folder / f"{what.replace(' ', '-')}.safetensors"
         try:
-            run(self.loraweld, *command, "-o", path)
+            run(self.case.loraweld, *command, "-o", path)
             self.loaded(what, way, path, expected, forward)
         except Exception as error:
             self.tally.fails(what, first_line(error))
@@ -197,36 +212,30 @@ class Case:
         self.tally.forward(what, difference(self.family.forward(model), forward))
 
 
-def check(name, loraweld, folder):
-    case = Case(name, loraweld, folder)
-    way = loader(case.family, case.model)
-    paths, deltas, both = make(case.model, case.family, way, folder)
-    if difference(both, case.base) < 0.1:
-        case.tally.fails("the adapters", "they hardly change the output")
+def check(case):
+    loads, way, paths, deltas, both = Loads(case), case.way, case.paths, case.deltas, case.both
+    if difference(both, case.family.forward(case.model)) < 0.1:
+        loads.tally.fails("the adapters", "they hardly change the output")
     inputs = [f"{path}:{STRENGTHS[adapter]}" for adapter, path in paths.items()]
     first, second = paths.values()
     summed = total(deltas)
 
-    case.check("merge linear", way, ["merge", "linear", *inputs], summed, both)
-    case.check("merge svd", way, ["merge", "svd", *inputs, "--rank", "64"], summed, both)
-    case.check(
+    loads.check("merge linear", way, ["merge", "linear", *inputs], summed, both)
+    loads.check("merge svd", way, ["merge", "svd", *inputs, "--rank", "64"], summed, both)
+    loads.check(
         "merge np-lora", way, ["merge", "np-lora", "--style", first, "--subject", second], give_way(*deltas.values())
     )
-    case.check("merge ties", way, ["merge", "ties", *inputs], None)
-    case.check("resize", way, ["resize", first, "--rank", "3"], cut(deltas["first"], 3))
-    case.check("convert", way, ["convert", first, "--format", "peft"], deltas["first"])
-    for spelling in ("kohya", "comfyui"):
-        there = folder / f"{spelling}.safetensors"
-        try:
-            run(loraweld, "convert", first, "--format", spelling, "-o", there)
-        except Exception as error:
-            case.tally.fails(f"to {spelling}", first_line(error))
-            continue
-        case.check(f"{spelling} and back", way, ["convert", there, "--format", "peft"], deltas["first"])
+    loads.check("merge ties", way, ["merge", "ties", *inputs], None)
+    loads.check("resize", way, ["resize", first, "--rank", "3"], cut(deltas["first"], 3))
+    loads.check("convert", way, ["convert", first, "--format", "peft"], deltas["first"])
+    for spelling, path in case.converted.items():
+        loads.check(f"{spelling} and back", way, ["convert", path, "--format", "peft"], deltas["first"])
+    for spelling, reason in case.unwritten.items():
+        loads.tally.fails(f"{spelling} and back", reason)
     if hasattr(case.model, "save_lora_adapter"):
-        bare = folder / "bare"
+        bare = case.folder / "bare"
         bare.mkdir()
         paths, _, _ = make(case.model, case.family, Bare(), bare)
         inputs = [f"{path}:{STRENGTHS[adapter]}" for adapter, path in paths.items()]
-        case.check("save_lora_adapter", Bare(), ["merge", "linear", *inputs], summed, both)
-    return case.tally
+        loads.check("save_lora_adapter", Bare(), ["merge", "linear", *inputs], summed, both)
+    return loads.tally

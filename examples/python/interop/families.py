@@ -68,17 +68,17 @@ HUNYUAN_VIDEO = dict(
     pooled_projection_dim=20, rope_axes_dim=(4, 6, 6),
 )  # fmt: skip
 UNET = dict(
-    block_out_channels=(16, 32, 64, 64), layers_per_block=2, norm_num_groups=8, cross_attention_dim=24, sample_size=16,
+    block_out_channels=(32, 64, 128, 128), layers_per_block=2, norm_num_groups=32, cross_attention_dim=24, sample_size=16,
     attention_head_dim=2,
 )  # fmt: skip
 SD3 = dict(
-    sample_size=16, patch_size=2, in_channels=4, num_layers=3, attention_head_dim=16, num_attention_heads=2,
-    caption_projection_dim=32, joint_attention_dim=48, pooled_projection_dim=40, out_channels=4, pos_embed_max_size=16,
+    sample_size=16, patch_size=2, in_channels=4, num_layers=3, attention_head_dim=64, num_attention_heads=3,
+    caption_projection_dim=192, joint_attention_dim=48, pooled_projection_dim=40, out_channels=4, pos_embed_max_size=16,
 )  # fmt: skip
 COSMOS = dict(
     in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=24, num_layers=2, mlp_ratio=2.0,
     text_embed_dim=40, adaln_lora_dim=16, max_size=(4, 32, 32), patch_size=(1, 2, 2), rope_scale=(2.0, 1.0, 1.0),
-    concat_padding_mask=True,
+    concat_padding_mask=True, extra_pos_embed_type=None,
 )  # fmt: skip
 COGVIDEOX = dict(
     num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, time_embed_dim=24, text_embed_dim=20,
@@ -237,7 +237,7 @@ FAMILIES = {
     "sdxl": Family(
         "UNet2DConditionModel", "StableDiffusionXLPipeline",
         dict(
-            block_out_channels=(16, 32, 64), layers_per_block=2, norm_num_groups=8, cross_attention_dim=24,
+            block_out_channels=(32, 64, 128), layers_per_block=2, norm_num_groups=32, cross_attention_dim=24,
             sample_size=16, attention_head_dim=(1, 2, 4), use_linear_projection=True,
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
             up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
@@ -292,8 +292,8 @@ FAMILIES = {
     "wan": Family("WanTransformer3DModel", "WanPipeline", WAN, wan()),
     "wan_i2v": Family(
         "WanTransformer3DModel", "WanImageToVideoPipeline",
-        dict(WAN, in_channels=36, image_dim=20, added_kv_proj_dim=24),
-        wan(36, encoder_hidden_states_image=lambda: r(1, 6, 20)),
+        dict(WAN, in_channels=36, image_dim=1280, added_kv_proj_dim=24),
+        wan(36, encoder_hidden_states_image=lambda: r(1, 6, 1280)),
     ),
     "wan_vace": Family(
         "WanVACETransformer3DModel", "WanVACEPipeline", dict(WAN, num_layers=4, vace_layers=[0, 2], vace_in_channels=48),
@@ -302,21 +302,21 @@ FAMILIES = {
     "wan_animate": Family(
         "WanAnimateTransformer3DModel", "WanAnimatePipeline",
         dict(
-            WAN, in_channels=36, latent_channels=16, image_dim=20, added_kv_proj_dim=24, motion_encoder_size=16,
+            WAN, num_layers=10, in_channels=36, latent_channels=16, image_dim=1280, added_kv_proj_dim=24, motion_encoder_size=16,
             motion_encoder_channel_sizes={"4": 16, "8": 16, "16": 16}, motion_style_dim=8, motion_dim=4,
-            motion_encoder_dim=16, face_encoder_hidden_dim=16, face_encoder_num_heads=2, inject_face_latents_blocks=2,
+            motion_encoder_dim=16, face_encoder_hidden_dim=1024, face_encoder_num_heads=2, inject_face_latents_blocks=5,
         ),
         lambda: dict(
             hidden_states=r(1, 36, 21, 8, 8), timestep=steps(300), encoder_hidden_states=r(1, 12, 32),
-            encoder_hidden_states_image=r(1, 12, 20), pose_hidden_states=r(1, 16, 20, 8, 8),
+            encoder_hidden_states_image=r(1, 12, 1280), pose_hidden_states=r(1, 16, 20, 8, 8),
             face_pixel_values=r(1, 3, 77, 16, 16),
         ),
     ),
     "skyreels_v2": Family("SkyReelsV2Transformer3DModel", "SkyReelsV2Pipeline", WAN, wan()),
     "chronoedit": Family(
         "ChronoEditTransformer3DModel", "ChronoEditPipeline",
-        dict(WAN, in_channels=36, image_dim=20, added_kv_proj_dim=24, rope_temporal_skip_len=8),
-        wan(36, encoder_hidden_states_image=lambda: r(1, 6, 20)),
+        dict(WAN, in_channels=36, image_dim=1280, added_kv_proj_dim=24, rope_temporal_skip_len=8),
+        wan(36, encoder_hidden_states_image=lambda: r(1, 6, 1280)),
     ),
     "hunyuan_video": Family(
         "HunyuanVideoTransformer3DModel", "HunyuanVideoPipeline", HUNYUAN_VIDEO, hunyuan_video(),
@@ -330,12 +330,12 @@ FAMILIES = {
         "HunyuanVideo15Transformer3DModel", None,
         dict(
             in_channels=9, out_channels=4, num_attention_heads=2, attention_head_dim=16, num_layers=2,
-            num_refiner_layers=2, mlp_ratio=2.0, patch_size=1, patch_size_t=1, text_embed_dim=24, text_embed_2_dim=20,
+            num_refiner_layers=2, mlp_ratio=4.0, patch_size=1, patch_size_t=1, text_embed_dim=24, text_embed_2_dim=1472,
             image_embed_dim=12, rope_axes_dim=(4, 6, 6), target_size=16, task_type="i2v",
         ),
         lambda: dict(
             hidden_states=r(1, 9, 1, 8, 8), timestep=steps(300.0), encoder_hidden_states=r(1, 6, 24),
-            encoder_hidden_states_2=r(1, 4, 20), encoder_attention_mask=torch.ones(1, 6),
+            encoder_hidden_states_2=r(1, 4, 1472), encoder_attention_mask=torch.ones(1, 6),
             encoder_attention_mask_2=torch.ones(1, 4), image_embeds=r(1, 3, 12),
         ),
     ),
@@ -348,11 +348,11 @@ FAMILIES = {
         dict(
             in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=16, num_layers=2,
             num_single_layers=2, num_refiner_layers=2, patch_size=(1, 1), guidance_embeds=False, text_embed_dim=24,
-            text_embed_2_dim=20, rope_axes_dim=(8, 8),
+            text_embed_2_dim=1472, rope_axes_dim=(8, 8),
         ),
         lambda: dict(
             hidden_states=r(1, 4, 8, 8), timestep=steps(300.0), encoder_hidden_states=r(1, 6, 24),
-            encoder_attention_mask=torch.ones(1, 6), encoder_hidden_states_2=r(1, 4, 20),
+            encoder_attention_mask=torch.ones(1, 6), encoder_hidden_states_2=r(1, 4, 1472),
             encoder_attention_mask_2=torch.ones(1, 4),
         ),
     ),
@@ -478,8 +478,8 @@ FAMILIES = {
         "Krea2Transformer2DModel", "Krea2Pipeline",
         dict(
             in_channels=16, num_layers=2, attention_head_dim=16, num_attention_heads=4, num_key_value_heads=2,
-            intermediate_size=40, timestep_embed_dim=24, text_hidden_dim=16, num_text_layers=3,
-            text_num_attention_heads=2, text_num_key_value_heads=1, text_intermediate_size=20,
+            intermediate_size=256, timestep_embed_dim=24, text_hidden_dim=16, num_text_layers=3,
+            text_num_attention_heads=2, text_num_key_value_heads=1, text_intermediate_size=128,
             num_layerwise_text_blocks=2, num_refiner_text_blocks=2, axes_dims_rope=(8, 4, 4), rope_theta=1000.0,
         ),
         krea2,

@@ -6,6 +6,7 @@ Each family has its own process, so that a crash or a lack of memory in one stop
 
 import argparse
 import importlib
+import logging
 import multiprocessing
 import os
 import sys
@@ -19,11 +20,13 @@ os.environ.setdefault("XDG_RUNTIME_DIR", tempfile.gettempdir())  # Mesa complain
 warnings.filterwarnings("ignore")
 
 import diffusers  # noqa: E402
+import diffusers_loads  # noqa: E402
 import torch  # noqa: E402
 from families import FAMILIES  # noqa: E402
 from tally import Tally, first_line  # noqa: E402
 
-CHECKS = {"diffusers": "diffusers_loads"}
+# Each with its module, and the variable that names the checkout it needs.
+CHECKS = {"diffusers": ("diffusers_loads", None), "comfyui": ("comfyui_loads", "COMFYUI")}
 COLUMNS = ("family", "checked", "update", "output", "left over", "error")
 
 
@@ -39,7 +42,12 @@ def main():
 
     torch.set_num_threads(1)
     diffusers.utils.logging.disable_default_handler()
-    checks = {name: importlib.import_module(module) for name, module in CHECKS.items() if name not in args.skip}
+    logging.getLogger().setLevel(logging.WARNING)
+    checks = {
+        name: importlib.import_module(module)
+        for name, (module, needs) in CHECKS.items()
+        if name not in args.skip and (needs is None or os.environ.get(needs))
+    }
     rows = []
     for name, tallies in each(args.families or list(FAMILIES), checks, args):
         rows.append(row(name, tallies))
@@ -90,14 +98,24 @@ def each(names, checks, args):
 def work(name, checks, args, pipe):
     tallies = {}
     with tempfile.TemporaryDirectory(prefix="loraweld-interop-") as folder:
-        for check, module in checks.items():
-            try:
-                tallies[check] = module.check(name, args.loraweld, Path(folder))
-            except Exception as error:
-                if args.verbose:
-                    traceback.print_exc()
-                tallies[check] = crashed(first_line(error))
+        try:
+            case = diffusers_loads.Case(name, args.loraweld, Path(folder))
+            for check, module in checks.items():
+                tally = guarded(lambda: module.check(case), args.verbose)
+                if tally is not None:
+                    tallies[check] = tally
+        except Exception as error:
+            tallies["script"] = crashed(first_line(error))
     pipe.send(tallies)
+
+
+def guarded(check, verbose):
+    try:
+        return check()
+    except Exception as error:
+        if verbose:
+            traceback.print_exc()
+        return crashed(first_line(error))
 
 
 def crashed(reason):
