@@ -1,6 +1,7 @@
 """LoRAs that PEFT makes for a model, and a plain reader of LoRA files, which shares nothing with the libraries."""
 
 import json
+import math
 import re
 
 import torch
@@ -143,3 +144,22 @@ def apart(got, expected):
     """The worst difference of two sets of updates, and the layers that only one of them has."""
     worst = max((difference(got[layer], expected[layer]) for layer in got.keys() & expected.keys()), default=0.0)
     return worst, sorted(got.keys() ^ expected.keys())
+
+
+def rows(updates):
+    """All rows of all updates that are not zero, in one order: {width: rows × width}."""
+    by_width = {}
+    for delta in updates:
+        delta = delta.double().flatten(1)
+        by_width.setdefault(delta.shape[1], []).append(delta[delta.abs().amax(1) > 0])
+    ordered = {}
+    for width, parts in by_width.items():
+        table = torch.cat(parts)
+        ordered[width] = table[table.sum(1).argsort()]
+    return ordered
+
+
+def rows_apart(got, expected):
+    """The worst difference of rows in order of their sums; infinite where one side has more rows."""
+    got, expected, none = rows(got), rows(expected), torch.zeros(0)
+    return max((difference(got.get(w, none), expected.get(w, none)) for w in got | expected), default=math.inf)

@@ -7,7 +7,6 @@ ComfyUI itself knows which weights correspond, each weight is compared, else the
 
 import importlib
 import logging
-import math
 import os
 import re
 import sys
@@ -15,7 +14,7 @@ import types
 
 import diffusers
 import torch
-from adapters import apart, difference, flat, layers
+from adapters import apart, flat, layers, rows_apart
 from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 from families import FAMILIES
 from safetensors.torch import load_file
@@ -84,7 +83,7 @@ MODELS = {
         dict(
             SD, num_res_blocks=[2, 2, 2], channel_mult=(1, 2, 4), transformer_depth=[0, 0, 2, 2, 3, 3],
             transformer_depth_output=[0, 0, 0, 2, 2, 2, 3, 3, 3], transformer_depth_middle=3,
-            use_linear_in_transformer=True, num_classes="sequential", adm_in_channels=80,
+            use_linear_in_transformer=True, num_classes="sequential", adm_in_channels=80, context_dim=2048,
         ),
     ),
     "sd3": ("SD3", SD3),
@@ -250,12 +249,37 @@ MODELS = {
 # Widths that ComfyUI's classes have as constants, or by a rule that holds for the released widths alone.
 SHAPES = {
     "z_image": {r"t_embedder\.mlp\.0\.weight": (1024, 256), r"t_embedder\.mlp\.2\.weight": (32, 1024)},
-    "mochi": {r"blocks\.\d\.mlp_x\.w1\.weight": (170, 32), r"blocks\.\d\.mlp_x\.w2\.weight": (32, 85)},
+    "mochi": {
+        r"blocks\.\d\.mlp_x\.w1\.weight": (170, 32), r"blocks\.\d\.mlp_x\.w2\.weight": (32, 85),
+        r"blocks\.\d\.mlp_y\.w1\.weight": (128, 24), r"blocks\.\d\.mlp_y\.w2\.weight": (24, 64),
+    },
 }
 
 # The same in diffusers' converters of whole models: {released: tiny}.
 WIDTHS = {"flux1": {3072: 32}, "chroma": {3072: 32}, "hunyuan_video": {3072: 32}, "hunyuan_video_i2v": {3072: 32},
           "lumina2": {2304: 48, 768: 16}, "mochi": {48: 3}}  # fmt: skip
+
+
+class Kept(dict):
+    """Keeps what is popped: diffusers 0.42 tells Cosmos 1 from 2 by a key of the dictionary that it has emptied."""
+
+    def pop(self, key, *default):
+        return self[key] if key in self else default[0]
+
+
+# ComfyUI's names of HunyuanVideo's weights as the released files have them, which is what diffusers converts.
+ORIGINAL = [
+    (r"((?:time|guidance)_in|t_embedder)\.in_layer\.", r"\1.mlp.0."),
+    (r"((?:time|guidance)_in|t_embedder)\.out_layer\.", r"\1.mlp.2."),
+    (r"c_embedder\.in_layer\.", "c_embedder.linear_1."),
+    (r"c_embedder\.out_layer\.", "c_embedder.linear_2."),
+    (r"(blocks\.\d+\.(?:\w+_)?mlp)\.0\.", r"\1.fc1."),
+    (r"(blocks\.\d+\.(?:\w+_)?mlp)\.2\.", r"\1.fc2."),
+    (r"(_mod|modulation)\.lin\.", r"\1.linear."),
+    (r"_attn\.(qkv|proj)\.", r"_attn_\1."),
+    (r"_attn\.norm\.(query|key)_norm\.", lambda match: f"_attn_{match[1][0]}_norm."),
+    (r"\.norm\.(query|key)_norm\.", lambda match: f".{match[1][0]}_norm."),
+]
 
 
 class NotLoaded(logging.Handler):
@@ -320,13 +344,18 @@ def renamed(name, got, shape_of):
     if it has none and the names are not the same."""
     family = FAMILIES[name]
     state = {key: got[key].clone() if key in got else torch.zeros(shape) for key, shape in shape_of.items()}
-    # ComfyUI has renamed these norms since files of FLUX.1 were made, which diffusers' converter reads.
-    state.update({k.removesuffix("weight") + "scale": v for k, v in state.items() if k.endswith("y_norm.weight")})
+    if family.model == "HunyuanVideoTransformer3DModel":
+        state = {original(key): value for key, value in state.items()}
+    # ComfyUI has renamed these norms since files of FLUX.1 and Chroma were made, which diffusers' converter reads.
+    norms = [key for key in state if re.search(r"(y_norm|norms\.\d+)\.weight$", key)]
+    state.update({key.removesuffix("weight") + "scale": state[key] for key in norms})
     entry = SINGLE_FILE_LOADABLE_CLASSES.get(family.model)
     if entry is not None:
         convert = with_widths(entry["checkpoint_mapping_fn"], WIDTHS.get(name, {}))
         if family.component == "unet":
             state = {f"model.{PREFIX}{key}": value for key, value in state.items()}
+        if name == "cosmos1":
+            state = Kept({f"net.{key}": value for key, value in state.items()})
         state = convert(checkpoint=state, config=dict(getattr(diffusers, family.model)(**family.config).config))
     elif not all(f"{layer}.weight" in state for layer in layers(family.build())):
         return None
@@ -335,6 +364,12 @@ def renamed(name, got, shape_of):
         for key, value in state.items()
         if key.endswith(".weight") and value.ndim > 1 and value.abs().max() > 0
     }
+
+
+def original(key):
+    for pattern, name in ORIGINAL:
+        key = re.sub(pattern, name, key)
+    return key
 
 
 def with_widths(function, widths):
@@ -346,25 +381,6 @@ def with_widths(function, widths):
         return widths.get(constant, constant) if type(constant) is int else constant
 
     return types.FunctionType(replaced(function.__code__), function.__globals__) if widths else function
-
-
-def rows(updates):
-    """All rows of all updates that are not zero, in one order: {width: rows × width}."""
-    by_width = {}
-    for delta in updates:
-        delta = delta.double().flatten(1)
-        by_width.setdefault(delta.shape[1], []).append(delta[delta.abs().amax(1) > 0])
-    ordered = {}
-    for width, parts in by_width.items():
-        table = torch.cat(parts)
-        ordered[width] = table[table.sum(1).argsort()]
-    return ordered
-
-
-def rows_apart(got, expected):
-    """The worst difference of rows in order of their sums; infinite where one side has more rows."""
-    got, expected, none = rows(got), rows(expected), torch.zeros(0)
-    return max((difference(got.get(w, none), expected.get(w, none)) for w in got | expected), default=math.inf)
 
 
 def check(case):

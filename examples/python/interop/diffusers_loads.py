@@ -130,19 +130,24 @@ def loader(family, model):
     return Model(family) if hasattr(model, "load_lora_adapter") else Peft()
 
 
-def make(model, family, way, folder):
-    """Saves both adapters: {name: path}, {name: {layer: update}}, and what the model makes with both."""
+def make(model, family, way, folder, plans):
+    """Saves adapters: {name: path}, {name: {layer: update}}, and the model with them."""
     made = copy.deepcopy(model)
     paths, deltas = {}, {}
-    for seed, (name, config) in enumerate(configs(model).items()):
+    for seed, (name, config) in enumerate(plans.items()):
         inject_adapter_in_model(config, made, name)
         if hasattr(made, "_hf_peft_config_loaded"):
             made._hf_peft_config_loaded = True
         randomise(made, name, seed)
         paths[name] = way.save(made, name, config, folder / f"{name}.safetensors")
         deltas[name] = updates(made, name)
+    return paths, deltas, made
+
+
+def both(made, family):
+    """What a model makes with both adapters at their strengths."""
     set_weights_and_activate_adapters(made, list(STRENGTHS), list(STRENGTHS.values()))
-    return paths, deltas, family.forward(made)
+    return family.forward(made)
 
 
 def added(model, deltas):
@@ -161,7 +166,8 @@ class Case:
         self.name, self.family, self.loraweld, self.folder = name, FAMILIES[name], loraweld, folder
         self.model = self.family.build()
         self.way = loader(self.family, self.model)
-        self.paths, self.deltas, self.both = make(self.model, self.family, self.way, folder)
+        self.paths, self.deltas, made = make(self.model, self.family, self.way, folder, configs(self.model))
+        self.both = both(made, self.family)
         self.converted, self.unwritten = {}, {}
         for spelling in ("kohya", "comfyui"):
             path = folder / f"{spelling}.safetensors"
@@ -213,15 +219,15 @@ class Loads:
 
 
 def check(case):
-    loads, way, paths, deltas, both = Loads(case), case.way, case.paths, case.deltas, case.both
-    if difference(both, case.family.forward(case.model)) < 0.1:
+    loads, way, paths, deltas = Loads(case), case.way, case.paths, case.deltas
+    if difference(case.both, case.family.forward(case.model)) < 0.1:
         loads.tally.fails("the adapters", "they hardly change the output")
     inputs = [f"{path}:{STRENGTHS[adapter]}" for adapter, path in paths.items()]
     first, second = paths.values()
     summed = total(deltas)
 
-    loads.check("merge linear", way, ["merge", "linear", *inputs], summed, both)
-    loads.check("merge svd", way, ["merge", "svd", *inputs, "--rank", "64"], summed, both)
+    loads.check("merge linear", way, ["merge", "linear", *inputs], summed, case.both)
+    loads.check("merge svd", way, ["merge", "svd", *inputs, "--rank", "64"], summed, case.both)
     loads.check(
         "merge np-lora", way, ["merge", "np-lora", "--style", first, "--subject", second], give_way(*deltas.values())
     )
@@ -235,7 +241,7 @@ def check(case):
     if hasattr(case.model, "save_lora_adapter"):
         bare = case.folder / "bare"
         bare.mkdir()
-        paths, _, _ = make(case.model, case.family, Bare(), bare)
+        paths, _, _ = make(case.model, case.family, Bare(), bare, configs(case.model))
         inputs = [f"{path}:{STRENGTHS[adapter]}" for adapter, path in paths.items()]
-        loads.check("save_lora_adapter", Bare(), ["merge", "linear", *inputs], summed, both)
+        loads.check("save_lora_adapter", Bare(), ["merge", "linear", *inputs], summed, case.both)
     return loads.tally

@@ -237,14 +237,14 @@ FAMILIES = {
     "sdxl": Family(
         "UNet2DConditionModel", "StableDiffusionXLPipeline",
         dict(
-            block_out_channels=(32, 64, 128), layers_per_block=2, norm_num_groups=32, cross_attention_dim=24,
+            block_out_channels=(32, 64, 128), layers_per_block=2, norm_num_groups=32, cross_attention_dim=2048,
             sample_size=16, attention_head_dim=(1, 2, 4), use_linear_projection=True,
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
             up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
             transformer_layers_per_block=(1, 2, 3), addition_embed_type="text_time", addition_time_embed_dim=8,
             projection_class_embeddings_input_dim=6 * 8 + 32,
         ),
-        unet(24, text_embeds=lambda: r(1, 32), time_ids=lambda: r(1, 6)),
+        unet(2048, text_embeds=lambda: r(1, 32), time_ids=lambda: r(1, 6)),
     ),
     "sd3": Family(
         "SD3Transformer2DModel", "StableDiffusion3Pipeline", SD3,
@@ -457,7 +457,7 @@ FAMILIES = {
         "MochiTransformer3DModel", "MochiPipeline",
         dict(
             patch_size=2, num_attention_heads=2, attention_head_dim=16, num_layers=3, pooled_projection_dim=24,
-            in_channels=4, qk_norm="rms_norm", text_embed_dim=40, time_embed_dim=16, activation_fn="swiglu",
+            in_channels=4, qk_norm="rms_norm", text_embed_dim=40, time_embed_dim=256, activation_fn="swiglu",
             max_sequence_length=16,
         ),
         lambda: dict(
