@@ -168,14 +168,17 @@ class Case:
         self.way = loader(self.family, self.model)
         self.paths, self.deltas, made = make(self.model, self.family, self.way, folder, configs(self.model))
         self.both = both(made, self.family)
+        # Of the first, in which all layers are, and of the second, in which only blocks' are, as in most files.
         self.converted, self.unwritten = {}, {}
-        for spelling in ("kohya", "comfyui"):
-            path = folder / f"{spelling}.safetensors"
-            try:
-                run(loraweld, "convert", self.paths["first"], "--format", spelling, "-o", path)
-                self.converted[spelling] = path
-            except Exception as error:
-                self.unwritten[spelling] = first_line(error)
+        for adapter in STRENGTHS:
+            for spelling in ("kohya", "comfyui"):
+                what = spelling if adapter == "first" else f"{spelling} of blocks"
+                path = folder / f"{what.replace(' ', '-')}.safetensors"
+                try:
+                    run(loraweld, "convert", self.paths[adapter], "--format", spelling, "-o", path)
+                    self.converted[what] = path, self.deltas[adapter]
+                except Exception as error:
+                    self.unwritten[what] = first_line(error)
 
 
 class Loads:
@@ -234,10 +237,10 @@ def check(case):
     loads.check("merge ties", way, ["merge", "ties", *inputs], None)
     loads.check("resize", way, ["resize", first, "--rank", "3"], cut(deltas["first"], 3))
     loads.check("convert", way, ["convert", first, "--format", "peft"], deltas["first"])
-    for spelling, path in case.converted.items():
-        loads.check(f"{spelling} and back", way, ["convert", path, "--format", "peft"], deltas["first"])
-    for spelling, reason in case.unwritten.items():
-        loads.tally.fails(f"{spelling} and back", reason)
+    for what, (path, expected) in case.converted.items():
+        loads.check(f"{what} and back", way, ["convert", path, "--format", "peft"], expected)
+    for what, reason in case.unwritten.items():
+        loads.tally.fails(f"{what} and back", reason)
     if hasattr(case.model, "save_lora_adapter"):
         bare = case.folder / "bare"
         bare.mkdir()

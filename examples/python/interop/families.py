@@ -71,8 +71,9 @@ UNET = dict(
     block_out_channels=(32, 64, 128, 128), layers_per_block=2, norm_num_groups=32, cross_attention_dim=24, sample_size=16,
     attention_head_dim=2,
 )  # fmt: skip
+# Its double blocks have names that other families have too, but not in this number.
 SD3 = dict(
-    sample_size=16, patch_size=2, in_channels=4, num_layers=3, attention_head_dim=64, num_attention_heads=3,
+    sample_size=16, patch_size=2, in_channels=4, num_layers=24, attention_head_dim=64, num_attention_heads=3,
     caption_projection_dim=192, joint_attention_dim=48, pooled_projection_dim=40, out_channels=4, pos_embed_max_size=16,
 )  # fmt: skip
 COSMOS = dict(

@@ -61,10 +61,17 @@ def chroma():
 
 
 def sd3(**config):
-    return lambda: library("sd3_models").MMDiT(
-        input_size=None, patch_size=2, in_channels=4, depth=3, adm_in_channels=40, context_embedder_in_features=48,
-        context_embedder_out_features=192, pos_embed_max_size=16, num_patches=256, **config,
-    )  # fmt: skip
+    def build():
+        model = library("sd3_models").MMDiT(
+            input_size=None, patch_size=2, in_channels=4, depth=24, adm_in_channels=40, pos_embed_max_size=16,
+            context_embedder_in_features=48, context_embedder_out_features=1536, num_patches=256, **config,
+        )  # fmt: skip
+        for module in model.modules():  # The class counts on 64 channels for each of its blocks.
+            if isinstance(module, torch.nn.Linear):
+                module.in_features, module.out_features = narrowed(module.in_features), narrowed(module.out_features)
+        return model
+
+    return build
 
 
 def lumina():
@@ -93,6 +100,10 @@ NETWORKS = {
     "lumina2": Network("lora_lumina", r"^(layers|noise_refiner|context_refiner)\.", lumina),
     "anima": Network("lora_anima", r"", anima),
 }
+
+
+def narrowed(width):
+    return width // 8 if width % 1536 == 0 else width
 
 
 def scripts(module):

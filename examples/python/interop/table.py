@@ -26,7 +26,8 @@ from families import FAMILIES  # noqa: E402
 from tally import Tally, first_line  # noqa: E402
 
 # Each with its module, and the variable that names the checkout it needs.
-CHECKS = {"diffusers": ("diffusers_loads", None), "comfyui": ("comfyui_loads", "COMFYUI"), "kohya": ("kohya_loads", "SD_SCRIPTS")}
+CHECKS = {"diffusers": ("diffusers_loads", None), "comfyui": ("comfyui_loads", "COMFYUI"), "kohya": ("kohya_loads", "SD_SCRIPTS"),
+          "lycoris": ("lycoris_reads", None), "peft": ("peft_reads", None)}
 COLUMNS = ("family", "checked", "update", "output", "left over", "error")
 
 
