@@ -1,8 +1,8 @@
 """What ComfyUI's own loader makes of files in its spelling and in kohya's, for a tiny model of one family.
 
-The model is of ComfyUI's own class, with the widths of the family's tiny model in diffusers; COMFYUI names the checkout.
-Its loader must take every key. The updates that its patches come to must be those of the adapter: where diffusers or
-ComfyUI itself knows which weights correspond, each weight is compared, else the rows of all weights are.
+The model is of ComfyUI's own class, with the widths of the family's tiny model in diffusers; COMFYUI names the
+checkout. Its loader must take every key. The updates that its patches come to must be those of the adapter: the rows of
+all weights are compared, and where diffusers converts whole models of the family, each layer's update is.
 """
 
 import importlib
@@ -14,10 +14,11 @@ import types
 
 import diffusers
 import torch
-from adapters import apart, flat, layers, rows_apart
 from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
-from families import FAMILIES
 from safetensors.torch import load_file
+
+from adapters import apart, flat, layers, rows_apart
+from families import FAMILIES
 from tally import Tally, first_line
 
 PREFIX = "diffusion_model."
@@ -194,7 +195,8 @@ MODELS = {
         ),
     ),
     "cosmos2": (
-        "CosmosT2IPredict2", dict(COSMOS, in_channels=5, image_model="cosmos_predict2", patch_spatial=2, patch_temporal=1),
+        "CosmosT2IPredict2",
+        dict(COSMOS, image_model="cosmos_predict2", in_channels=5, patch_spatial=2, patch_temporal=1),
     ),
     "anima": (
         "Anima",
@@ -250,8 +252,10 @@ MODELS = {
 SHAPES = {
     "z_image": {r"t_embedder\.mlp\.0\.weight": (1024, 256), r"t_embedder\.mlp\.2\.weight": (32, 1024)},
     "mochi": {
-        r"blocks\.\d\.mlp_x\.w1\.weight": (170, 32), r"blocks\.\d\.mlp_x\.w2\.weight": (32, 85),
-        r"blocks\.\d\.mlp_y\.w1\.weight": (128, 24), r"blocks\.\d\.mlp_y\.w2\.weight": (24, 64),
+        r"blocks\.\d\.mlp_x\.w1\.weight": (170, 32),
+        r"blocks\.\d\.mlp_x\.w2\.weight": (32, 85),
+        r"blocks\.\d\.mlp_y\.w1\.weight": (128, 24),
+        r"blocks\.\d\.mlp_y\.w2\.weight": (24, 64),
     },
 }
 

@@ -6,19 +6,28 @@ methods without a twin in PEFT that of the update that the file holds by a plain
 """
 
 import copy
-import json
 import logging
 from collections import Counter
 
 import diffusers
-import torch
-from adapters import (
-    STRENGTHS, apart, configs, cut, difference, flat, give_way, randomise, read, strip, total, updates,
-)  # fmt: skip
 from diffusers.utils.peft_utils import set_weights_and_activate_adapters
-from families import FAMILIES
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
+
+from adapters import (
+    STRENGTHS,
+    apart,
+    configs,
+    cut,
+    difference,
+    give_way,
+    randomise,
+    read,
+    strip,
+    total,
+    updates,
+)  # fmt: skip
+from families import FAMILIES
 from tally import Tally, first_line, run
 
 PEFT_FILE = "adapter_model.safetensors"
@@ -91,6 +100,7 @@ class Bare(Model):
     def save(self, model, adapter, config, path):
         model.save_lora_adapter(path.parent, adapter_name=adapter, weight_name=path.name)
         return path
+
 
 class Peft:
     """By PEFT, where diffusers' model class loads no LoRAs."""

@@ -68,8 +68,8 @@ HUNYUAN_VIDEO = dict(
     pooled_projection_dim=20, rope_axes_dim=(4, 6, 6),
 )  # fmt: skip
 UNET = dict(
-    block_out_channels=(32, 64, 128, 128), layers_per_block=2, norm_num_groups=32, cross_attention_dim=24, sample_size=16,
-    attention_head_dim=2,
+    block_out_channels=(32, 64, 128, 128), layers_per_block=2, norm_num_groups=32, cross_attention_dim=24,
+    sample_size=16, attention_head_dim=2,
 )  # fmt: skip
 # Its double blocks have names that other families have too, but not in this number.
 SD3 = dict(
@@ -297,15 +297,17 @@ FAMILIES = {
         wan(36, encoder_hidden_states_image=lambda: r(1, 6, 1280)),
     ),
     "wan_vace": Family(
-        "WanVACETransformer3DModel", "WanVACEPipeline", dict(WAN, num_layers=4, vace_layers=[0, 2], vace_in_channels=48),
+        "WanVACETransformer3DModel", "WanVACEPipeline",
+        dict(WAN, num_layers=4, vace_layers=[0, 2], vace_in_channels=48),
         wan(control_hidden_states=lambda: r(1, 48, 2, 8, 8)),
     ),
     "wan_animate": Family(
         "WanAnimateTransformer3DModel", "WanAnimatePipeline",
         dict(
-            WAN, num_layers=10, in_channels=36, latent_channels=16, image_dim=1280, added_kv_proj_dim=24, motion_encoder_size=16,
-            motion_encoder_channel_sizes={"4": 16, "8": 16, "16": 16}, motion_style_dim=8, motion_dim=4,
-            motion_encoder_dim=16, face_encoder_hidden_dim=1024, face_encoder_num_heads=2, inject_face_latents_blocks=5,
+            WAN, num_layers=10, in_channels=36, latent_channels=16, image_dim=1280, added_kv_proj_dim=24,
+            motion_encoder_size=16, motion_encoder_channel_sizes={"4": 16, "8": 16, "16": 16}, motion_style_dim=8,
+            motion_dim=4, motion_encoder_dim=16, face_encoder_hidden_dim=1024, face_encoder_num_heads=2,
+            inject_face_latents_blocks=5,
         ),
         lambda: dict(
             hidden_states=r(1, 36, 21, 8, 8), timestep=steps(300), encoder_hidden_states=r(1, 12, 32),

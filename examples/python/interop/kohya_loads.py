@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from typing import Callable
 
 import torch
-from adapters import layers, rows_apart
-from diffusers_loads import make
 from peft import LoraConfig
 from safetensors.torch import load_file
+
+from adapters import layers, rows_apart
+from diffusers_loads import make
 from tally import Tally, first_line, run
 
 FLUX = dict(

@@ -9,9 +9,10 @@ import copy
 import logging
 
 import torch
-from adapters import cut, flat, read, strip
-from adapters import apart as updates_apart
 from safetensors.torch import save_file
+
+from adapters import apart as updates_apart
+from adapters import cut, flat, read, strip
 from tally import Tally, first_line, run
 
 # The classes whose layers are changed, and the prefix of the keys: that of kohya's trainers, and SimpleTuner's.

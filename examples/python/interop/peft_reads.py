@@ -6,11 +6,12 @@ PEFT computes the update of every layer; loraweld converts, merges and resizes t
 import copy
 
 import torch
-from adapters import flat, layers
-from lycoris_reads import TARGETS, WHOLE, compare
 from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
+
+from adapters import flat, layers
+from lycoris_reads import TARGETS, WHOLE, compare
 from tally import Tally, first_line
 
 KINDS = {
@@ -52,7 +53,9 @@ def make(case, kind, config, options, seed):
             parameter.data.mul_(1 + 0.1 * torch.randn(parameter.shape, generator=generator))
     folder = case.folder / f"peft-{seed}"
     made.save_pretrained(str(folder))
-    tuned = [(name, module) for name, module in made.base_model.model.named_modules() if isinstance(module, BaseTunerLayer)]
+    tuned = [
+        (name, module) for name, module in made.base_model.model.named_modules() if isinstance(module, BaseTunerLayer)
+    ]
     expected = {}
     for name, module in tuned:
         weight = flat(module.get_base_layer().weight).clone()

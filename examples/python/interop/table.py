@@ -20,14 +20,20 @@ os.environ.setdefault("XDG_RUNTIME_DIR", tempfile.gettempdir())  # Mesa complain
 warnings.filterwarnings("ignore")
 
 import diffusers  # noqa: E402
-import diffusers_loads  # noqa: E402
 import torch  # noqa: E402
+
+import diffusers_loads  # noqa: E402
 from families import FAMILIES  # noqa: E402
 from tally import Tally, first_line  # noqa: E402
 
 # Each with its module, and the variable that names the checkout it needs.
-CHECKS = {"diffusers": ("diffusers_loads", None), "comfyui": ("comfyui_loads", "COMFYUI"), "kohya": ("kohya_loads", "SD_SCRIPTS"),
-          "lycoris": ("lycoris_reads", None), "peft": ("peft_reads", None)}
+CHECKS = {
+    "diffusers": ("diffusers_loads", None),
+    "comfyui": ("comfyui_loads", "COMFYUI"),
+    "kohya": ("kohya_loads", "SD_SCRIPTS"),
+    "lycoris": ("lycoris_reads", None),
+    "peft": ("peft_reads", None),
+}
 COLUMNS = ("family", "checked", "update", "output", "left over", "error")
 
 
