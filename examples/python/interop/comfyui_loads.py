@@ -331,22 +331,26 @@ def narrowed(width):
     return width // 8 if width % 1536 == 0 else width
 
 
-def patched(model, shape_of, path):
-    """What a file's patches add to each weight that they change, and the keys that were not loaded."""
-    lora = comfy("lora")
-    keys = lora.model_lora_keys_unet(model, {})
+def load_lora(path, keys):
+    """ComfyUI's patches of a file, given its map of keys to weights, and the keys that it has not loaded."""
     heard, logger = NotLoaded(), logging.getLogger()
     others, logger.handlers = logger.handlers, [heard]
     try:
-        patches = lora.load_lora(comfy("lora_convert").convert_lora(load_file(path)), keys)
+        return comfy("lora").load_lora(comfy("lora_convert").convert_lora(load_file(path)), keys), heard.keys
     finally:
         logger.handlers = others
+
+
+def patched(model, shape_of, path):
+    """What a file's patches add to each weight that they change, and the keys that were not loaded."""
+    lora = comfy("lora")
+    patches, left = load_lora(path, lora.model_lora_keys_unet(model, {}))
     patcher = comfy("model_patcher").ModelPatcher(model, torch.device("cpu"), torch.device("cpu"))
     patcher.add_patches(patches)
     return {
         key.removeprefix(PREFIX): lora.calculate_weight(ways, torch.zeros(shape_of[key.removeprefix(PREFIX)]), key)
         for key, ways in patcher.patches.items()
-    }, heard.keys
+    }, left
 
 
 def renamed(name, got, shape_of):
@@ -405,6 +409,7 @@ def check(case):
         try:
             got, left = patched(model, shape_of, path)
             tally.left(what, left)
+            tally.agrees(what, case.said(path, "comfyui"), not left)
             tally.update(f"{what}: rows", rows_apart(got.values(), expected.values()))
             layers_got = renamed(name, got, shape_of)
             if layers_got is not None:

@@ -7,6 +7,7 @@ methods without a twin in PEFT that of the update that the file holds by a plain
 
 import copy
 import logging
+import subprocess
 from collections import Counter
 
 import diffusers
@@ -28,7 +29,7 @@ from adapters import (
     updates,
 )  # fmt: skip
 from families import FAMILIES
-from tally import Tally, first_line, run
+from tally import LIMIT, Tally, first_line, run
 
 PEFT_FILE = "adapter_model.safetensors"
 
@@ -191,6 +192,16 @@ class Case:
                     self.unwritten[what] = first_line(error)
 
 
+    def said(self, path, reader):
+        """Whether `loraweld check` says that a reader takes every key of a file; None if the program has no `check`."""
+        if subprocess.run([self.loraweld, "check", "--help"], capture_output=True).returncode:
+            return None
+        done = subprocess.run([self.loraweld, "check", path, "--loader", reader], capture_output=True, text=True)
+        if done.returncode > 1:
+            raise RuntimeError(done.stderr)
+        return done.returncode == 0
+
+
 class Loads:
     """What is checked of each file that loraweld writes."""
 
@@ -216,6 +227,18 @@ class Loads:
             worst, names = apart(held, expected)
             self.tally.update(f"{what}: in the file", worst)
             self.tally.left(f"{what}: other names in the file", names)
+        model, got, heard = self.load(way, path)
+        worst, names = apart(got, held if expected is None else expected)
+        self.tally.update(f"{what}: loaded", worst)
+        self.tally.left(f"{what}: not loaded", names or heard)
+        if type(way) is Pipeline:
+            self.tally.agrees(what, self.case.said(path, "diffusers"), not (names or heard))
+        if forward is None:
+            forward = self.family.forward(added(self.model, held if expected is None else expected))
+        self.tally.forward(what, difference(self.family.forward(model), forward))
+
+    def load(self, way, path):
+        """The model with a file loaded, the update of each layer, and what diffusers warned of."""
         model, heard = copy.deepcopy(self.model), Heard()
         logger = logging.getLogger("diffusers")
         logger.addHandler(heard)
@@ -223,12 +246,17 @@ class Loads:
             way.load(model, path)
         finally:
             logger.removeHandler(heard)
-        worst, names = apart(updates(model, "loaded"), held if expected is None else expected)
-        self.tally.update(f"{what}: loaded", worst)
-        self.tally.left(f"{what}: not loaded", names or heard.lines)
-        if forward is None:
-            forward = self.family.forward(added(self.model, held if expected is None else expected))
-        self.tally.forward(what, difference(self.family.forward(model), forward))
+        return model, updates(model, "loaded"), heard.lines
+
+    def agrees(self, what, way, path, expected):
+        """Whether `loraweld check` knows what becomes of a file in a spelling that may not be diffusers' own."""
+        try:
+            _, got, heard = self.load(way, path)
+            worst, names = apart(got, expected)
+            taken = worst <= LIMIT and not names and not heard
+        except Exception:  # Whatever diffusers says of a file that it does not understand.
+            taken = False
+        self.tally.agrees(what, self.case.said(path, "diffusers"), taken)
 
 
 def check(case):
@@ -249,6 +277,8 @@ def check(case):
     loads.check("convert", way, ["convert", first, "--format", "peft"], deltas["first"])
     for what, (path, expected) in case.converted.items():
         loads.check(f"{what} and back", way, ["convert", path, "--format", "peft"], expected)
+        if case.family.pipeline:
+            loads.agrees(what, way, path, expected)
     for what, reason in case.unwritten.items():
         loads.tally.fails(f"{what} and back", reason)
     if hasattr(case.model, "save_lora_adapter"):

@@ -146,7 +146,9 @@ def check(case):
         1.0, str(path), None, encoders, model, weights_sd=load_file(path), for_inference=True
     )
     made.apply_to(encoders, model, False, True)
-    tally.left("network", made.load_state_dict(state, strict=False).unexpected_keys)
+    left = made.load_state_dict(state, strict=False).unexpected_keys
+    tally.left("network", left)
+    tally.agrees("network", case.said(path, "kohya"), not left)
     got = [lora.get_weight() for lora in made.unet_loras]
     tally.update("network", rows_apart(got, deltas["trained"].values()))
     return tally

@@ -30,6 +30,7 @@ from tally import Tally, first_line  # noqa: E402
 CHECKS = {
     "diffusers": ("diffusers_loads", None),
     "comfyui": ("comfyui_loads", "COMFYUI"),
+    "encoders": ("encoders_load", "COMFYUI"),
     "kohya": ("kohya_loads", "SD_SCRIPTS"),
     "lycoris": ("lycoris_reads", None),
     "peft": ("peft_reads", None),

@@ -54,6 +54,17 @@ class Tally:
             self.failed = True
             self.lines.append(f"FAIL {what}: {len(keys)}, such as {', '.join(map(str, list(keys)[:3]))}"[:600])
 
+    def agrees(self, what, said, taken):
+        """Whether `loraweld check` said of a file what its reader did; `said` is None of a program without `check`."""
+        if said is not None:
+            self.did(what)
+            wrong = said != taken
+            self.failed |= wrong
+            words = {True: "every key is taken", False: "keys are left over"}
+            if wrong:
+                self.error = self.error or f"{what}: check says that {words[said]}, but it is not so"
+            self.lines.append(f"{'FAIL' if wrong else 'ok  '} {what}: check says that {words[said]}")
+
     def fails(self, what, reason):
         self.did(what)
         self.failed = True
