@@ -15,10 +15,10 @@ fi
 packages=(torch 'diffusers>=0.42' 'peft>=0.21' lycoris-lora transformers accelerate safetensors)
 # What the two programs import when their models are made and LoRAs are loaded; they have no packages of their own.
 if [ -n "${COMFYUI:-}" ]; then
-  packages+=(torchsde torchvision torchaudio einops scipy psutil pyyaml Pillow sentencepiece requests)
+  packages+=(torchsde torchvision einops scipy psutil pyyaml Pillow sentencepiece requests)
   while read -r line; do packages+=("$line"); done < <(grep -E '^comfy-(kitchen|aimdo)' "$COMFYUI/requirements.txt")
 fi
-if [ -n "${SD_SCRIPTS:-}" ]; then packages+=(torchvision einops toml opencv-python-headless imagesize); fi
+if [ -n "${SD_SCRIPTS:-}" ]; then packages+=(torchvision einops opencv-python-headless); fi
 
 [ -x "$venv/bin/python" ] || python3 -m venv "$venv"
 if [ "$(cat "$venv/packages" 2>/dev/null)" != "${packages[*]}" ]; then
