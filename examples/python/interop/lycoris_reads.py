@@ -17,7 +17,7 @@ from tally import Tally, first_line, run
 
 # The classes whose layers are changed, and the prefix of the keys: that of kohya's trainers, and SimpleTuner's.
 TARGETS = {
-    "sd15": (["Transformer2DModel", "ResnetBlock2D", "Downsample2D", "Upsample2D"], "lora_unet"),
+    "sd15": (["Transformer2DModel", "Downsample2D", "Upsample2D"], "lora_unet"),
     "flux1": (["FluxTransformerBlock", "FluxSingleTransformerBlock"], "lycoris"),
 }
 KINDS = {
@@ -91,10 +91,9 @@ def weight(layer):
     # The window of the output at (1, 1) begins here; an impulse at each of its places shows one entry of the weight.
     start = layer.stride[0] - layer.padding[0]
     x = torch.zeros(channels, size, size, channels, start + size + 1, start + size + 1)
-    for i in range(channels):
-        for row in range(size):
-            for column in range(size):
-                x[i, row, column, i, start + row, start + column] = 1
+    for row in range(size):
+        for column in range(size):
+            x[:, row, column, :, start + row, start + column] = torch.eye(channels)
     x = x.flatten(0, 2)
     return (layer(x) - layer(torch.zeros_like(x[:1])))[:, :, 1, 1].double().T
 
