@@ -191,7 +191,6 @@ class Case:
                 except Exception as error:
                     self.unwritten[what] = first_line(error)
 
-
     def said(self, path, reader):
         """Whether `loraweld check` says that a reader takes every key of a file; None if the program has no `check`."""
         if subprocess.run([self.loraweld, "check", "--help"], capture_output=True).returncode:

@@ -1,7 +1,7 @@
 """What ComfyUI's own loader makes of text encoders' layers, of the families whose pipelines in diffusers save them.
 
-A file has the denoiser's blocks and each CLIP; it is converted to ComfyUI's and kohya's spelling. ComfyUI must take every
-key, and each layer's update must be the adapter's.
+A file has the denoiser's blocks and each CLIP; it is converted to ComfyUI's and kohya's spelling. ComfyUI must take
+every key, and each layer's update must be the adapter's.
 """
 
 import torch
