@@ -42,7 +42,6 @@ WHOLE = ["--allow-truncate", "4096"]
 def check(case):
     if case.name not in TARGETS:
         return None
-    logging.disable(logging.INFO)  # LyCORIS reports each module.
     tally = Tally()
     base = case.folder / "base.safetensors"
     save_file({key: value.contiguous() for key, value in case.model.state_dict().items()}, base)
@@ -59,7 +58,9 @@ def make(case, kind, options, seed):
     """A file of LyCORIS, and the update of each layer by its flat name."""
     from lycoris import LycorisNetwork, create_lycoris
     from lycoris.config import PRESET
+    from lycoris.logging import logger
 
+    logger.setLevel(logging.ERROR)  # It reports each module.
     classes, prefix = TARGETS[case.name]
     PRESET["interop"] = {"target_module": classes, "target_name": []}
     LycorisNetwork.LORA_PREFIX = prefix
