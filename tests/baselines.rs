@@ -472,13 +472,14 @@ fn spectra_choose_ranks_layer_by_layer() {
             let total: f64 = values.iter().map(|v| v.powi(hold)).sum();
             let held = |n: usize| values[..n].iter().map(|v| v.powi(hold)).sum::<f64>() / total;
             let n = layer.rank;
-            match spectrum {
-                Spectrum::Ratio(x) => assert!(
-                    values[n - 1] > values[0] / x && values.get(n).is_none_or(|v| *v <= values[0] / x)
-                ),
-                Spectrum::Frobenius(x) => assert!(held(n) >= x * x && (n == 1 || held(n - 1) < x * x)),
-                Spectrum::Cumulative(x) => assert!(held(n) >= x && (n == 1 || held(n - 1) < x)),
-            }
+            // The fewest that do, and at least one; and the next, as in kohya's script, if there is one.
+            let does = |n: usize| match spectrum {
+                Spectrum::Ratio(x) => values.get(n).is_none_or(|v| *v <= values[0] / x),
+                Spectrum::Frobenius(x) => held(n) >= x * x,
+                Spectrum::Cumulative(x) => held(n) >= x,
+            };
+            let fewest = (1..=values.len()).find(|&n| does(n)).unwrap();
+            assert_eq!(n, (fewest + 1).min(values.len()), "{spectrum:?}, {}", layer.module);
             ranks.push(n);
         }
         ranks.sort();
