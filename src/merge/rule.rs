@@ -216,9 +216,10 @@ pub enum Keep {
     /// All: the default, since LoRAs leave room for all of them.
     #[default]
     All,
-    /// The ⌊R/K⌋ largest, where R is the sum of the K ranks: the paper's, in the core of LoRAs. It is all of equal ranks;
-    /// of others it cuts the higher. The authors fill the lower, and in the full space all, up with directions of value
-    /// zero; those are arbitrary for a LoRA, what rounding makes of them, and are left out.
+    /// The ⌊R/K⌋ largest, where R is the sum of the K ranks, or the layer's smaller side: the paper's, in the core of
+    /// LoRAs. It is all of equal ranks; of others it cuts the higher. The authors' code fills up the lower, and all in the
+    /// full space, with directions of value zero. Those are what rounding makes of them, and they move the others: noise of
+    /// 1e-15 in its input moves its result by as much as the result itself. Here they are left out.
     Share,
 }
 
