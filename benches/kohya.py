@@ -11,9 +11,11 @@ Both sides run as processes of their own, in turn, held to two cores, and read a
 each is the median of the runs' seconds and its peak of resident memory. Of loraweld that is the whole command. Of kohya it is
 only its own function, with reading and writing, once everything is imported: its scripts also import the training code,
 which takes seconds and needs packages that merging does not, so small stand-ins take that code's place. Where kohya hashes its
-output, they do nothing. So the comparison leans towards kohya. The updates of both results are compared, too.
+output, they do nothing. So the comparison leans towards kohya. The updates of both results are compared, too: those of
+`svd` differ, since kohya's script clamps the largest hundredth of the entries of its factors, and ours does not.
 
-It needs PyTorch, safetensors and tqdm.
+It needs PyTorch, safetensors and tqdm. PyTorch should have a fast LAPACK (its own packages do; a distribution's may come
+with the reference one, which takes many times as long).
 """
 
 import argparse
@@ -23,7 +25,6 @@ import json
 import logging
 import os
 import pathlib
-import resource
 import statistics
 import subprocess
 import sys
@@ -65,6 +66,12 @@ def make(path, seed):
     save_file(tensors, path, {"ss_network_module": "networks.lora", "ss_network_dim": str(RANK)})
 
 
+def metadata(path):
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        return json.loads(file.read(size)).get("__metadata__", {})
+
+
 def stand_ins():
     """What the scripts import and the timed functions hardly use."""
 
@@ -79,6 +86,7 @@ def stand_ins():
         SS_METADATA_KEY_V2="ss_v2",
         SS_METADATA_KEY_BASE_MODEL_VERSION="ss_base_model_version",
         build_minimum_network_metadata=lambda *_: {},
+        load_metadata_from_safetensors=metadata,
         precalculate_safetensors_hashes=lambda *_: ("", ""),
     )
     model = module("library.model_util", is_safetensors=lambda path: str(path).endswith(".safetensors"))
@@ -125,22 +133,33 @@ def kohya(work, folder, inputs, output):
     with contextlib.redirect_stdout(sys.stderr):
         call()
     seconds = time.perf_counter() - start
-    print(json.dumps({"seconds": seconds, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))
+    print(json.dumps({"seconds": seconds, "peak": resident("self")}))
+
+
+def resident(process):
+    """The most bytes that a process had resident so far; 0 if it is gone."""
+    try:
+        lines = pathlib.Path(f"/proc/{process}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM")), 0)
 
 
 def measured(command):
     """Seconds, peak of resident memory in bytes, and what a command printed."""
-    start = time.perf_counter()
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        start, peak = time.perf_counter(), 0
         process = subprocess.Popen(command, stdout=out, stderr=err)
-        _, status, usage = os.wait4(process.pid, 0)
+        # What the system tells at the end counts this process in, so it is asked for meanwhile.
+        while process.poll() is None:
+            peak = max(peak, resident(process.pid))
+            time.sleep(0.002)
         seconds = time.perf_counter() - start
-        process.returncode = os.waitstatus_to_exitcode(status)
         for file in (out, err):
             file.seek(0)
         if process.returncode != 0:
             sys.exit(f"{' '.join(command)}\nfailed:\n{err.read().decode()[-2000:]}")
-        return seconds, usage.ru_maxrss * 1024, out.read().decode()
+        return seconds, peak, out.read().decode()
 
 
 def updates(path):
