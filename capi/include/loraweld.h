@@ -160,7 +160,7 @@ typedef struct {
  */
 typedef struct {
   /**
-   * What is being done: `calibrate`, `merge`, `truncate`, `measure`. Valid during the callback.
+   * What is being done: `calibrate`, `survey`, `merge`, `truncate`, `measure`. Valid during the callback.
    */
   const char *stage;
   /**
