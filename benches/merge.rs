@@ -16,7 +16,7 @@ use loraweld::compute::Batch;
 use loraweld::compute::ops::{self, ScaledRows, Side};
 use loraweld::{
     Adapter, CoreMerge, Dare, Device, EntryMerge, Layer, Linear, Matrix, NpLora, RawMatrix, Rule, SvdMerge,
-    Ties, Truncation, Weighted,
+    Ties, Truncation, Tsv, Weighted,
 };
 use rayon::prelude::*;
 
@@ -118,7 +118,9 @@ fn bench_merges(c: &mut Criterion) {
             let svd = SvdMerge::new(Truncation::rank(RANK));
             drop(black_box(svd.merge(device, &pair).expect("a merge")));
         });
-        bench("tsv", &|| drop(black_box(CoreMerge::tsv().merge(device, &pair).expect("a merge"))));
+        bench("tsv", &|| {
+            drop(black_box(CoreMerge::tsv(Tsv::default()).merge(device, &pair).expect("a merge")))
+        });
         bench("knots", &|| {
             let knots = CoreMerge::knots(Rule::Ties(Ties::default()));
             drop(black_box(knots.merge(device, &pair).expect("a merge")));

@@ -3,9 +3,9 @@
 //   A: R × cols      B: rows × R      C: rows from first_row to last_row × cols; all f32, row-major
 //
 // An entry of member k counts if its magnitude reaches the member's threshold and its hash is at most `chance`. With
-// `elect`, what counts is averaged over the members that have the sign of its sum (of zero: plus); else it is summed.
-// Work: (job, tile row, tile column, slot of its sum of squares). A thread makes one entry of a 16 × 16 tile.
-// Bindings: 3 A, 4 B, 5 members, 6 C, 7 sums of squares of each tile.
+// `elect`, what counts is averaged over the members that have the sign of its sum, before weights; else it is summed.
+// Work: (job, tile row, tile column, slot of its tally). A thread makes one entry of a 16 × 16 tile.
+// Bindings: 3 A, 4 B, 5 members, 6 C, 7 tallies of each tile: its sum of squares, and of the signs of sums.
 
 #import params
 #import real
@@ -20,7 +20,7 @@ struct Job {
     last_row: u32,
     members: u32,   // how many
     chance: u32,
-    elect: u32,     // 0: sum
+    elect: u32,     // 0: sum; else elect, where the sum is zero 1: plus, 2: minus
     scale: f32,     // of what counts
 }
 
@@ -28,11 +28,11 @@ struct Job {
 @group(0) @binding(4) var<storage, read> b: array<f32>;
 @group(0) @binding(5) var<storage, read> members: array<Member>;
 @group(0) @binding(6) var<storage, read_write> c: array<f32>;
-@group(0) @binding(7) var<storage, read_write> squares: array<f32>;
+@group(0) @binding(7) var<storage, read_write> tallies: array<vec2<f32>>;
 
 #import entry
 
-var<workgroup> tile_squares: array<f32, 256>;
+var<workgroup> tile_tallies: array<vec2<f32>, 256>;
 
 fn step(v: u32) -> u32 {
     return v * 1664525u + 1013904223u;
@@ -65,6 +65,8 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
 
     var plus = REAL_ZERO;
     var minus = REAL_ZERO;
+    var weighted_plus = REAL_ZERO;
+    var weighted_minus = REAL_ZERO;
     var pluses = 0u;
     var minuses = 0u;
     for (var k = 0u; k < job.members; k++) {
@@ -72,23 +74,26 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
         let value = entry(job, member, row, column, t);
         let near = real_to_f32(value);
         if (abs(near) >= member.threshold && hash(row, column, member) <= job.chance) {
+            let weighted = real_mul(value, real(member.weight));
             if (near > 0.0) {
                 plus = real_add(plus, value);
+                weighted_plus = real_add(weighted_plus, weighted);
                 pluses += 1u;
             }
             if (near < 0.0) {
                 minus = real_add(minus, value);
+                weighted_minus = real_add(weighted_minus, weighted);
                 minuses += 1u;
             }
         }
     }
-    let sum = real_add(plus, minus);
-    var merged = real_to_f32(sum);
+    let sum = real_to_f32(real_add(plus, minus));
+    var merged = real_to_f32(real_add(weighted_plus, weighted_minus));
     if (job.elect != 0u) {
-        if (merged >= 0.0) {
-            merged = real_to_f32(plus) / f32(max(pluses, 1u));
+        if (sum > 0.0 || (sum == 0.0 && job.elect == 1u)) {
+            merged = real_to_f32(weighted_plus) / f32(max(pluses, 1u));
         } else {
-            merged = real_to_f32(minus) / f32(max(minuses, 1u));
+            merged = real_to_f32(weighted_minus) / f32(max(minuses, 1u));
         }
     }
     merged *= job.scale;
@@ -97,14 +102,14 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
         c[(row - job.first_row) * job.cols + column] = merged;
     }
 
-    tile_squares[t] = select(0.0, merged * merged, inside);
+    tile_tallies[t] = select(vec2(0.0), vec2(merged * merged, sign(sum)), inside);
     for (var half = 128u; half > 0u; half /= 2u) {
         workgroupBarrier();
         if (t < half) {
-            tile_squares[t] += tile_squares[t + half];
+            tile_tallies[t] += tile_tallies[t + half];
         }
     }
     if (t == 0u) {
-        squares[work.w] = tile_squares[0];
+        tallies[work.w] = tile_tallies[0];
     }
 }

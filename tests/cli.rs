@@ -307,6 +307,27 @@ fn every_command(device: &'static str) {
         assert!(report["losses"]["merged"].as_f64().is_some_and(|loss| loss < 1.2), "{method}: {report}");
         assert_eq!(report["layers"][0]["captured"].is_f64(), ["ties", "dare"].contains(&method), "{method}");
     }
+    // As others define them.
+    for (method, more, options) in [
+        ("ties", &["--as", "paper"][..], json!({ "scope": "file", "one_more": true, "zero": "majority" })),
+        ("ties", &["--as", "peft", "--alone", "keep"], json!({ "elect": "unweighted", "alone": "keep" })),
+        ("ties", &["--scope", "file"], json!({ "scope": "file", "one_more": false, "alone": "keep" })),
+        ("ties", &["--as", "paper", "--one-more", "false"], json!({ "scope": "file", "one_more": false })),
+        ("dare", &["--as", "peft", "--ties"], json!({ "elect": "unweighted", "alone": "merge" })),
+        ("knots", &["--as", "paper"], json!({ "scope": "file", "one_more": true })),
+        ("core", &["--as", "paper"], json!({ "scope": "layer", "one_more": true, "bases": "factors" })),
+        ("core", &["--as", "paper", "--rule", "tsv"], json!({ "rule": "tsv", "keep": "share" })),
+        ("core", &["--bases", "factors"], json!({ "bases": "factors", "one_more": false })),
+        ("tsv", &["--keep", "share"], json!({ "keep": "share" })),
+        ("iso-c", &["--mean", "width"], json!({ "mean": "width" })),
+    ] {
+        let fixed = ["merge", method, &four[0], &four[1], "--force", "-o", "as-others"];
+        let events = sandbox.events(&args(&[&fixed[..], more].concat()));
+        let report = &event(&events, "result")["report"];
+        for (key, value) in options.as_object().expect("an object") {
+            assert_eq!(&report["options"][key], value, "{method} {more:?}: {report}");
+        }
+    }
     let (stdout, _) = sandbox.succeeds(&["merge", "ties", &style, &subject, "-o", "tied"]);
     assert!(stdout.contains("energy held"), "{stdout}");
     let resized = ["resize", &subject, "--sv-cumulative", "0.8", "-o", "resized"];
@@ -325,7 +346,16 @@ fn every_command(device: &'static str) {
     let sum = compared["methods"][0]["loss_of_sum"].as_f64().expect("a loss");
     assert!((loss(1) - sum).abs() < 1e-6, "{compared}");
     let events = sandbox.events(&args(&[&compare[..], &["--rank", "4"]].concat()));
-    assert_eq!(events.iter().filter(|e| e["event"] == "method").count(), 13);
+    let names = |events: &[Value]| -> Vec<String> {
+        let name = |e: &Value| e["method"].as_str().unwrap_or_default().to_owned();
+        events.iter().filter(|e| e["event"] == "method").map(name).collect()
+    };
+    assert_eq!(names(&events).len(), 13);
+    let variants = ["--methods", "linear,ties,dare,knots,core,tsv,iso-c", "--variants", "--rank", "4"];
+    let events = sandbox.events(&args(&[&compare[..], &variants].concat()));
+    let want = "linear ties ties-paper ties-peft dare dare-paper knots knots-paper core core-paper tsv tsv-paper iso-c \
+                iso-c-paper";
+    assert_eq!(names(&events), want.split(' ').collect::<Vec<_>>());
 
     let events = sandbox.events(&args(&["inspect", "merged", "f16", "alone", "styled", "sum-of-two", &peft]));
     assert_eq!(event(&events, "match")["in_all"], 24);
@@ -495,6 +525,12 @@ fn wrong_usage_is_exit_code_2() {
         (&["merge", "dare", "--lambda", "2"], &["--lambda", "signs"]),
         (&["merge", "core", "--rule", "mean", "--density", "0.5"], &["--density", "ties"]),
         (&["merge", "knots", "--rule", "median"], &["--rule", "mean"]),
+        (&["merge", "knots", "--as", "peft"], &["PEFT has neither", "merge ties"]),
+        (&["merge", "core", "--rule", "mean", "--alone", "merge"], &["--alone", "not for mean"]),
+        (&["merge", "core", "--rule", "iso", "--bases", "factors"], &["--bases", "iso"]),
+        (&["merge", "dare", "--scope", "file"], &["--scope", "ties"]),
+        (&["merge", "dare", "--elect", "unweighted"], &["--elect", "elected"]),
+        (&["merge", "ties", "--as", "mergekit"], &["--as", "peft"]),
         (&["merge", "svd", "--sv-ratio", "0.5"], &["--sv-ratio", "1 or more"]),
         (&["merge", "svd", "--sv-fro", "0.5", "--sv-ratio", "2"], &["--sv-fro", "--sv-ratio"]),
         (&["merge", "linear", "--sv-cumulative", "1.5"], &["--sv-cumulative", "at most 1"]),
@@ -988,6 +1024,11 @@ fn schedules_say_who_acts_when() {
     let (stdout, _) =
         sandbox.succeeds(&of("k-lora", "k-lora", &["--force", "--gamma", "0.5", "--alpha", "0"]));
     assert!(stdout.contains("24 layers") && stdout.contains("wrote"), "{stdout}");
+    let authors = ["--force", "--balance", "ratios", "--wrap", "--beta", "1.275"];
+    let events = sandbox.events(&of("k-lora", "k-lora", &authors));
+    let options = &event(&events, "schedule")["options"];
+    assert_eq!((&options["balance"], &options["wrap"]), (&json!("ratios"), &json!(true)), "{options}");
+    sandbox.fails(1, &of("k-lora", "new", &["--wrap", "--alpha", "0"]), &["alpha", "above 0"]);
     sandbox.fails(1, &of("est", "est", &[]), &["est", "--force"]);
     sandbox.fails(1, &of("est", &style, &["--force"]), &["style_shade"]);
     sandbox.fails(1, &of("craft", "new", &["--style-from", "2"]), &["0 to 1"]);

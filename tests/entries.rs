@@ -17,7 +17,7 @@ fn members(ranks: &[usize], threshold: f32) -> Vec<EntryMember> {
     let scales = [1.0, -0.5, 2.0, 0.25];
     let of = |(k, &rank): (usize, &usize)| {
         end += rank;
-        EntryMember { ranks: end - rank..end, scale: scales[k], threshold, key: [k as u32, 7] }
+        EntryMember { ranks: end - rank..end, scale: scales[k], threshold, key: [k as u32, 7], weight: 1.0 }
     };
     ranks.iter().enumerate().map(of).collect()
 }
@@ -60,19 +60,28 @@ fn entries_are_merged_by_the_rule() {
         let mut random = Random(31);
         for (ranks, rows, cols) in SHAPES {
             let (a, b, [a_batch, b_batch]) = factors(&case.device, &mut random, ranks, rows, cols);
-            for (elect, chance, threshold) in
-                [(false, u32::MAX, 0.0), (true, u32::MAX, 0.75), (false, 1 << 31, 0.0), (true, 1 << 30, 0.25)]
-            {
-                let rule = EntryRule { members: members(ranks, threshold), chance, elect, scale: 0.5 };
+            for (elect, zero_is_minus, chance, threshold, weighted) in [
+                (false, false, u32::MAX, 0.0, false),
+                (true, false, u32::MAX, 0.75, false),
+                (true, true, u32::MAX, 0.0, false),
+                (true, false, u32::MAX, 0.25, true),
+                (false, false, 1 << 31, 0.0, true),
+                (true, true, 1 << 30, 0.25, true),
+            ] {
+                let mut members = members(ranks, threshold);
+                for (member, weight) in members.iter_mut().zip([2.0, -1.0, 0.5, 0.0]) {
+                    member.weight = if weighted { weight } else { 1.0 };
+                }
+                let rule = EntryRule { members, chance, elect, zero_is_minus, scale: 0.5 };
                 let dense = updates(&a, &b, &rule.members);
                 for range in [0..rows, rows / 2..rows, rows / 3..rows / 2] {
                     let got = entries(&case.device, &a_batch, &b_batch, &rule, range.clone()).unwrap();
                     let values = got.values.download(&case.device).unwrap().remove(0);
                     assert_eq!((values.rows, values.cols), (range.len(), cols));
-                    let mut square = 0.0;
+                    let (mut square, mut signs) = (0.0, 0);
                     for (i, row) in range.clone().enumerate() {
                         for j in 0..cols {
-                            let want = rule.merged(row, j, dense.iter().map(|m| m[(row, j)]));
+                            let (want, sign) = rule.decided(row, j, dense.iter().map(|m| m[(row, j)]));
                             let what = format!("{}: {ranks:?}, row {row}, column {j}", case.name);
                             // Only the division by a count of three rounds.
                             assert!(
@@ -81,8 +90,10 @@ fn entries_are_merged_by_the_rule() {
                                 values[(i, j)]
                             );
                             square += want * want;
+                            signs += sign;
                         }
                     }
+                    assert_eq!(got.signs, signs, "{}: {ranks:?}", case.name);
                     assert!(
                         (got.square - square).abs() <= 1e-5 * square,
                         "{}: {} {square}",
@@ -137,7 +148,13 @@ fn what_is_not_finite_stays_where_it_is() {
             Batch::upload(device, device.factor(), &[Matrix { rows, cols, data: data.to_vec() }]).unwrap()
         };
         let (a, b) = (upload(1, 3, &[1.0, f64::NAN, f64::INFINITY]), upload(1, 1, &[2.0]));
-        let rule = EntryRule { members: members(&[1], 0.0), chance: u32::MAX, elect: false, scale: 1.0 };
+        let rule = EntryRule {
+            members: members(&[1], 0.0),
+            chance: u32::MAX,
+            elect: false,
+            zero_is_minus: false,
+            scale: 1.0,
+        };
         let got = entries(device, &a, &b, &rule, 0..1).unwrap().values.download(device).unwrap().remove(0);
         assert_eq!(got.data[0], 2.0, "{}", case.name);
     }

@@ -873,7 +873,7 @@ mod live {
 mod schedules {
     use super::*;
     use loraweld::Control;
-    use loraweld::fusion::{EstOptions, KLoraOptions, Schedule, craft, est, k_lora};
+    use loraweld::fusion::{Balance, EstOptions, KLoraOptions, Schedule, craft, est, k_lora};
 
     fn pair() -> (Adapter, Adapter) {
         (fixtures::adapter("content_heart"), fixtures::adapter("style_shade"))
@@ -928,6 +928,79 @@ mod schedules {
             }
         }
         assert!(flips > 0, "a schedule that never changes tests little");
+    }
+
+    /// The authors' code: γ of each layer's own ratio, and a factor that starts again.
+    #[test]
+    fn k_lora_is_its_authors_rule_at_every_step() {
+        let (subject, style) = pair();
+        // One layer whose ratio is an outlier.
+        let strong = |i: usize, layer: &Layer| {
+            let scale = layer.scale.value;
+            if i == 3 { layer.with_scale(50.0 * scale) } else { layer.clone() }
+        };
+        let layers = subject.layers().iter().enumerate().map(|(i, layer)| strong(i, layer)).collect();
+        let subject = Adapter::new("subject", subject.format(), layers).unwrap();
+        let plain: Vec<_> = subject
+            .layers()
+            .iter()
+            .map(|c| {
+                let s = style.layer(&c.key).unwrap();
+                let sums = |layer: &Layer| {
+                    let mut entries: Vec<f64> = fixtures::delta(layer).data.iter().map(|v| v.abs()).collect();
+                    entries.sort_by(|x, y| y.total_cmp(x));
+                    (entries[..c.rank * s.rank].iter().sum::<f64>(), entries.iter().sum::<f64>())
+                };
+                (c.key.clone(), sums(c), sums(s))
+            })
+            .collect();
+        let ratios: Vec<f64> = plain.iter().map(|(_, c, s)| c.1 / s.1).collect();
+        let limit = 3.0 * ratios.iter().sum::<f64>() / ratios.len() as f64;
+        let kept: Vec<f64> = ratios.iter().copied().filter(|ratio| *ratio < limit).collect();
+        assert_eq!(kept.len(), ratios.len() - 1);
+        let gamma = kept.iter().sum::<f64>() / kept.len() as f64;
+        // Their pattern `s*`, their other one, and a factor that wraps at two thirds.
+        let authors = KLoraOptions::authors();
+        for options in [
+            authors,
+            KLoraOptions { beta: 0.5, wrap: false, ..authors },
+            KLoraOptions { beta: 0.5, ..authors },
+            KLoraOptions { alpha: 0.7, beta: 2.0, ..authors },
+        ] {
+            let schedule = k_lora(subject.at(1.0), style.at(1.0), &options, Control::default()).unwrap();
+            let found = schedule.options["gamma"].as_f64().unwrap();
+            assert!((found / gamma - 1.0).abs() <= 1e-12, "{found} {gamma}");
+            let (mut decisions, mut comebacks) = (0, 0);
+            for (key, (c, _), (s, _)) in &plain {
+                let mut last = true;
+                for step in 0..28 {
+                    let factor = options.alpha * f64::from(step) / 28.0 + options.beta;
+                    let factor = if options.wrap { factor % options.alpha } else { factor };
+                    // Where the factor is zero, so is what the style has to show.
+                    let subject = c / gamma > s * factor;
+                    if (c / gamma / (s * factor) - 1.0).abs() > 1e-9 {
+                        let weights = schedule.weights(key.as_str(), step as usize, 28).unwrap();
+                        assert_eq!(
+                            weights,
+                            [f32::from(subject), f32::from(!subject)],
+                            "{options:?} {key} {step}"
+                        );
+                        decisions += 1;
+                    }
+                    comebacks += usize::from(subject && !last);
+                    last = subject;
+                }
+            }
+            assert!(
+                decisions >= 670 && (comebacks > 0) == options.wrap,
+                "{options:?}: {decisions} {comebacks}"
+            );
+        }
+        let none = KLoraOptions { alpha: 0.0, ..authors };
+        assert!(k_lora(subject.at(1.0), style.at(1.0), &none, Control::default()).is_err());
+        let zero = KLoraOptions { balance: Balance::Ratios, ..Default::default() };
+        let schedule = k_lora(subject.at(0.0), style.at(1.0), &zero, Control::default()).unwrap();
+        assert_eq!(schedule.options["gamma"], 1.0);
     }
 
     #[test]

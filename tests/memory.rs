@@ -11,7 +11,7 @@ use loraweld::compute::{DeviceOptions, Disable, Precision, Select};
 use loraweld::merge::Rule;
 use loraweld::{
     Adapter, Calibration, Control, CoreMerge, Destination, Device, Dtype, EntryMerge, Format, Layer, Linear,
-    Matrix, Merged, Method, NpLora, RawMatrix, Report, SaveOptions, Ssr, SvdMerge, Ties, Truncation,
+    Matrix, Merged, Method, NpLora, RawMatrix, Report, SaveOptions, Ssr, SvdMerge, Ties, Truncation, Tsv,
     Weighted, wgpu,
 };
 
@@ -101,8 +101,9 @@ fn methods() -> Vec<(&'static str, Box<dyn Method>, Truncation)> {
         ("svd", Box::new(SvdMerge::new(Truncation::rank(7))), none),
         ("np-lora", Box::new(NpLora::soft(0.5)), none),
         ("ssr, data-free", Box::new(Ssr::data_free()), none),
-        ("tsv", Box::new(CoreMerge::tsv()), none),
+        ("tsv", Box::new(CoreMerge::tsv(Tsv::default())), none),
         ("knots", Box::new(CoreMerge::knots(Rule::Ties(Ties::default()))), none),
+        ("knots of the paper", Box::new(CoreMerge::knots(Rule::Ties(Ties::paper()))), none),
     ]
 }
 

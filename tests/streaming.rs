@@ -12,7 +12,7 @@ use loraweld::merge::Rule;
 use loraweld::{
     Adapter, Control, CoreMerge, Destination, Device, Dtype, EntryMerge, Error, Format, Layer, Linear,
     Matrix, Method, NpLora, Progress, Report, Result, SaveOptions, Spectrum, Ssr, SvdMerge, Ties, Truncation,
-    Weighted,
+    Tsv, Weighted,
 };
 use tempfile::TempDir;
 
@@ -28,8 +28,10 @@ fn methods() -> Vec<(&'static str, Box<dyn Method>)> {
         ("np-lora", Box::new(NpLora::soft(0.5))),
         ("ssr", Box::new(Ssr::data_free())),
         ("knots", Box::new(CoreMerge::knots(Rule::Ties(Ties::default())))),
-        ("tsv", Box::new(CoreMerge::tsv())),
+        ("tsv", Box::new(CoreMerge::tsv(Tsv::default()))),
         ("ties", Box::new(EntryMerge::ties(Ties::default()).rank(5))),
+        ("ties of the paper", Box::new(EntryMerge::ties(Ties::paper()).rank(5))),
+        ("knots of peft", Box::new(CoreMerge::knots(Rule::Ties(Ties::peft())))),
     ]
 }
 
@@ -278,7 +280,9 @@ fn compiled_pipelines_are_kept() {
         let select = Select::Gpu;
         let options = DeviceOptions { select, pipeline_cache: Some(caches.clone()), ..Default::default() };
         let device = Device::open(&options).unwrap();
-        let merged = CoreMerge::tsv().merge(&device, &[adapters[0].at(1.0), adapters[1].at(1.0)]).unwrap();
+        let merged = CoreMerge::tsv(Tsv::default())
+            .merge(&device, &[adapters[0].at(1.0), adapters[1].at(1.0)])
+            .unwrap();
         merged.adapter.layers().iter().map(|layer| layer.a().bytes.to_vec()).collect::<Vec<_>>()
     };
     let first = merged();

@@ -160,7 +160,7 @@ typedef struct {
  */
 typedef struct {
   /**
-   * What is being done: `calibrate`, `merge`, `truncate`, `measure`. Valid during the callback.
+   * What is being done: `calibrate`, `survey`, `merge`, `truncate`, `measure`. Valid during the callback.
    */
   const char *stage;
   /**
@@ -345,10 +345,12 @@ void loraweld_device_free(LoraweldDevice *device);
  *   `directions` (`"all"`, `{"count": 8}`, `{"energy": 0.9}`)
  * - `linear`: none
  * - `svd`: `rank`, `spectrum` (`{"ratio": 100}`, `{"frobenius": 0.95}`, `{"cumulative": 0.95}`)
- * - `ties`: `density`, `lambda`, `rank`; `dare`: also `seed`, `ties`
- * - `knots`, `core`: `rule` (`"ties"`, `"dare"`, `"sum"`, `"mean"`, `"tsv"`, `"iso"`; ties by default) and its `density`,
- *   `lambda`, `seed`, `ties`
- * - `tsv`, `iso-c`: none
+ * - `ties`: `density`, `lambda`, `rank`, `scope` (`"layer"`, `"file"`), `one_more`, `elect` (`"weighted"`, `"unweighted"`),
+ *   `zero` (`"plus"`, `"majority"`), `alone` (`"keep"`, `"merge"`)
+ * - `dare`: the same but for `scope` and `one_more`, and `seed`, `ties`
+ * - `tsv`: `keep` (`"all"`, `"share"`); `iso-c`: `mean` (`"directions"`, `"width"`)
+ * - `knots`, `core`: `rule` (`"ties"`, `"dare"`, `"sum"`, `"mean"`, `"tsv"`, `"iso"`; ties by default) and its options but
+ *   for `rank`; `core` also `bases` (`"updates"`, `"factors"`)
  *
  * and for each, `truncate`, an object as the options of `svd`. The report's `options` can be given back.
  *

@@ -14,7 +14,7 @@ pub struct LoraweldCancel(AtomicBool);
 /// How far a long call is.
 #[repr(C)]
 pub struct LoraweldProgress {
-    /// What is being done: `calibrate`, `merge`, `truncate`, `measure`. Valid during the callback.
+    /// What is being done: `calibrate`, `survey`, `merge`, `truncate`, `measure`. Valid during the callback.
     pub stage: *const c_char,
     /// The layer or the file that comes next; empty at the end of a stage. Valid during the callback.
     pub item: *const c_char,

@@ -1,8 +1,8 @@
 //! A method's name and its options in JSON.
 
 use loraweld::{
-    Calibration, Control, CoreMerge, Device, EntryMerge, Linear, Merged, NpLora, NpLoraOptions, Rule, Ssr,
-    SsrOptions, SvdMerge, Truncation, Weighted,
+    Bases, Calibration, Control, CoreMerge, Device, EntryMerge, Linear, Merged, NpLora, NpLoraOptions, Rule,
+    Ssr, SsrOptions, SvdMerge, Truncation, Weighted,
 };
 use serde_json::{Map, Value};
 
@@ -60,15 +60,20 @@ impl Method {
                 })
             }
             "knots" => Kind::Core(CoreMerge::knots(rule(name, options, None)?)),
-            "core" => Kind::Core(CoreMerge::core(rule(name, options, None)?)),
-            "tsv" => {
-                rule(name, options, Some("tsv"))?;
-                Kind::Core(CoreMerge::tsv())
+            "core" => {
+                let bases: Option<Bases> =
+                    options.remove("bases").map(serde_json::from_value).transpose().map_err(bad)?;
+                let merge = CoreMerge::core(rule(name, options, None)?);
+                Kind::Core(merge.bases(bases.unwrap_or_default()))
             }
-            "iso-c" => {
-                rule(name, options, Some("iso"))?;
-                Kind::Core(CoreMerge::iso_c())
-            }
+            "tsv" => Kind::Core(match rule(name, options, Some("tsv"))? {
+                Rule::Tsv(tsv) => CoreMerge::tsv(tsv),
+                rule => return Err(Failure::internal(format!("{name} has become {rule:?}"))),
+            }),
+            "iso-c" => Kind::Core(match rule(name, options, Some("iso"))? {
+                Rule::Iso(iso) => CoreMerge::iso_c(iso),
+                rule => return Err(Failure::internal(format!("{name} has become {rule:?}"))),
+            }),
             _ => return Err(Failure::invalid(format!("method: `{name}`, but it is one of {NAMES}"))),
         };
         Ok(Self { kind, truncate: truncate.unwrap_or_default() })
@@ -161,7 +166,10 @@ mod tests {
             ("ties", serde_json::json!({"rule": "ties", "density": 0.5, "lambda": 1.0, "rank": 8})),
             ("dare", serde_json::to_value(Rule::Dare(loraweld::Dare::default())).unwrap()),
             ("knots", serde_json::to_value(Rule::Mean).unwrap()),
-            ("iso-c", serde_json::to_value(Rule::Iso).unwrap()),
+            ("knots", serde_json::to_value(Rule::Ties(loraweld::Ties::paper())).unwrap()),
+            ("core", serde_json::json!({"rule": "ties", "scope": "file", "bases": "factors"})),
+            ("tsv", serde_json::to_value(Rule::Tsv(loraweld::Tsv::paper())).unwrap()),
+            ("iso-c", serde_json::to_value(Rule::Iso(loraweld::Iso::paper())).unwrap()),
         ] {
             assert_eq!(message(name, &options.to_string()), "", "{name}");
         }

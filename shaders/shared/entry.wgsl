@@ -13,7 +13,8 @@ struct Member {
     key_high: u32,
     // Of shaders/magnitudes.wgsl: what the first 16 bits must be.
     prefix: u32,
-    unused: u32,
+    // What an entry is multiplied by once signs are elected.
+    weight: f32,
 }
 
 const TILE: u32 = 16u;

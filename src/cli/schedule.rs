@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
 use loraweld::adapter::check_target;
-use loraweld::fusion::{EstOptions, KLoraOptions, Schedule, craft, est, k_lora};
+use loraweld::fusion::{Balance, EstOptions, KLoraOptions, Schedule, craft, est, k_lora};
 use loraweld::{Adapter, Weighted};
 use serde_json::json;
 
@@ -16,6 +16,8 @@ use super::output::{Output, count};
 #[command(after_help = "\
 Examples:
   loraweld schedule k-lora --subject cat.safetensors --style ink.safetensors -o schedule.json
+  loraweld schedule k-lora --subject cat.safetensors --style ink.safetensors \\
+      --balance ratios --wrap --beta 1.275 -o schedule.json
   loraweld schedule est --subject cat.safetensors --style ink.safetensors --delta 0.4 -o schedule.json
 
 The file is JSON: for each layer, when each adapter acts, as shares of the run. Hosts read it with
@@ -37,9 +39,17 @@ enum Method {
         /// The factor of the style's score at the start.
         #[arg(long, value_parser = finite, allow_hyphen_values = true, default_value = "0.5")]
         beta: f64,
-        /// The factor that balances the two adapters [default: from the sums of all entries].
+        /// The factor that balances the two adapters [default: what --balance says].
         #[arg(long, value_parser = weight, allow_hyphen_values = true)]
         gamma: Option<f64>,
+        /// How that factor is found: `sums`, of all entries of all layers, as in the paper, or `ratios`, the mean of the
+        /// layers' own factors without outliers, as in the authors' code.
+        #[arg(long, value_enum, default_value = "sums")]
+        balance: BalanceArg,
+        /// Let the factor of the style start again at zero once it reaches alpha, as the authors' code does unless told
+        /// otherwise (its pattern `s*`, with --beta 1.275); the paper does not.
+        #[arg(long)]
+        wrap: bool,
     },
     /// The subject acts while its energy outweighs the style's (EST-LoRA).
     Est {
@@ -65,6 +75,12 @@ enum Method {
     },
 }
 
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+enum BalanceArg {
+    Sums,
+    Ratios,
+}
+
 #[derive(Args, Debug)]
 struct Common {
     /// The subject: PATH, or PATH:STRENGTH.
@@ -84,10 +100,16 @@ struct Common {
 impl ScheduleCommand {
     pub fn run(self, out: &Output) -> anyhow::Result<()> {
         match self.method {
-            Method::KLora { common, alpha, beta, gamma } => common.run(out, |subject, style| {
-                let options = KLoraOptions { alpha, beta, gamma };
-                out.long(|control| k_lora(subject, style, &options, *control))
-            }),
+            Method::KLora { common, alpha, beta, gamma, balance, wrap } => {
+                common.run(out, |subject, style| {
+                    let balance = match balance {
+                        BalanceArg::Sums => Balance::Sums,
+                        BalanceArg::Ratios => Balance::Ratios,
+                    };
+                    let options = KLoraOptions { alpha, beta, gamma, balance, wrap };
+                    out.long(|control| k_lora(subject, style, &options, *control))
+                })
+            }
             Method::Est { common, alpha, delta } => {
                 common.run(out, |subject, style| est(subject, style, &EstOptions { alpha, delta }))
             }

@@ -21,7 +21,7 @@ pub use self::guidance::{guide, guide_host};
 pub use self::live::{Factors, LiveNpLora};
 pub use self::refine::{Encoder, Objective, Outcome, Ramp, Refiner, RefinerOptions, Values, ValuesMut};
 pub use self::schedule::{
-    EstOptions, KLoraOptions, Schedule, ScheduleAdapter, ScheduledLayer, Window, craft, est, k_lora,
+    Balance, EstOptions, KLoraOptions, Schedule, ScheduleAdapter, ScheduledLayer, Window, craft, est, k_lora,
 };
 pub use self::selection::{Choice, Decision, Scope, Selection, Selector, SelectorOptions, Tokens};
 pub use crate::compute::ops::Score;

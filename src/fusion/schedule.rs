@@ -24,7 +24,7 @@ const VERSION: u32 = 1;
 ///   "kind": "loraweld.schedule",
 ///   "version": 1,
 ///   "method": "k-lora",
-///   "options": { "alpha": 1.5, "beta": 0.5, "gamma": 0.93 },
+///   "options": { "alpha": 1.5, "beta": 0.5, "gamma": 0.93, "balance": "sums", "wrap": false },
 ///   "adapters": [
 ///     { "role": "subject", "name": "cat", "sha256": "of its A factors", "strength": 1.0 },
 ///     { "role": "style", "name": "ink", "sha256": "of its A factors", "strength": 1.0 }
@@ -183,20 +183,46 @@ impl Schedule {
     }
 }
 
-/// Options of [`k_lora`], as published.
+/// Options of [`k_lora`]; the defaults are the paper's. Those of the authors' code are [`authors`](Self::authors).
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct KLoraOptions {
     /// How fast the style's score grows over the run.
     pub alpha: f64,
     /// The factor of the style's score at its start.
     pub beta: f64,
-    /// The factor that balances the two; `None`: `Σ|ΔW_c| / Σ|ΔW_s|` over the layers that both have.
+    /// The factor that balances the two; `None`: what [`balance`](Self::balance) says.
     pub gamma: Option<f64>,
+    /// How γ is found.
+    pub balance: Balance,
+    /// The factor of the style's score is `(α·t + β) mod α`, as the authors' layers have it by default: once it reaches α
+    /// it starts again at zero, and the subject with it. Off by default, as in the paper.
+    pub wrap: bool,
+}
+
+/// How [`k_lora`] finds the factor γ that balances the two adapters, of the layers that both have.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Balance {
+    /// `Σ|ΔW_c| / Σ|ΔW_s|` over all entries of all layers: the default, and the paper's. A layer counts by its size.
+    #[default]
+    Sums,
+    /// The mean over layers of `Σ|ΔW_c| / Σ|ΔW_s|`, without those of three times the mean or more: the authors' code's.
+    /// Layers whose style is zero are left out.
+    Ratios,
 }
 
 impl Default for KLoraOptions {
     fn default() -> Self {
-        Self { alpha: 1.5, beta: 0.5, gamma: None }
+        Self { alpha: 1.5, beta: 0.5, gamma: None, balance: Balance::default(), wrap: false }
+    }
+}
+
+impl KLoraOptions {
+    /// As the authors' scripts run by default, which is their pattern `s*`: β is 0.85·α, so that the factor starts again
+    /// at 0.15 of the run. Their other pattern has the default's α and β, and does not wrap.
+    pub fn authors() -> Self {
+        let alpha = 1.5;
+        Self { alpha, beta: 0.85 * alpha, gamma: None, balance: Balance::Ratios, wrap: true }
     }
 }
 
@@ -219,10 +245,11 @@ impl Default for EstOptions {
 /// K-LoRA (arXiv 2502.18461): the subject acts while its largest entries outweigh the style's.
 ///
 /// On each layer `S = Σ top-K |ΔW|`, K = r_c·r_s, and the subject acts iff `S_c ≥ γ·S_s·(α·t + β)`: it gives way to the
-/// style once at most. ΔW is made tile by tile in f64, never as a whole. Layers of one adapter are that one's.
+/// style once at most, unless that factor [wraps](KLoraOptions::wrap). ΔW, with scale and strength, is made tile by tile
+/// in f64, never as a whole. Layers of one adapter are that one's.
 ///
 /// # Errors
-/// [`Error::Invalid`] for options out of range; [`Error::Layer`] if the adapters disagree on a layer's widths;
+/// [`Error::Invalid`] for options out of range, among them an α of 0 that is to wrap; [`Error::Layer`] if the adapters disagree on a layer's widths;
 /// [`Error::Tensor`] for NaN or infinity; [`Error::Cancelled`].
 pub fn k_lora(
     subject: Weighted<'_>,
@@ -231,6 +258,9 @@ pub fn k_lora(
     control: Control<'_>,
 ) -> Result<Schedule> {
     check_alpha(options.alpha, options.beta)?;
+    if options.wrap && options.alpha == 0.0 {
+        return Err(Error::Invalid("alpha is 0; it must be above 0 for the factor to wrap there".into()));
+    }
     let layers = pairs(subject, style)?;
     let mut sums = Vec::with_capacity(layers.len());
     for (i, (key, pair)) in layers.iter().enumerate() {
@@ -244,18 +274,21 @@ pub fn k_lora(
         });
     }
     control.finish("schedule", layers.len());
-    let total = |k: usize| sums.iter().flatten().map(|pair| pair[k].all).sum::<f64>();
+    let all: Vec<[f64; 2]> = sums.iter().flatten().map(|pair| pair.map(|m: Magnitudes| m.all)).collect();
     let gamma = match options.gamma {
         Some(gamma) if gamma > 0.0 && gamma.is_finite() => gamma,
         Some(gamma) => {
             return Err(Error::Invalid(format!("gamma is {gamma}; it must be above 0 and finite")));
         }
-        None if total(1) > 0.0 && total(0) > 0.0 => total(0) / total(1),
-        None => 1.0,
+        // Without entries on one side there is nothing to balance.
+        None => options.balance.gamma(&all).filter(|gamma| *gamma > 0.0).unwrap_or(1.0),
     };
     let scores = sums.iter().map(|pair| pair.map(|[c, s]| [c.top, s.top]));
-    let scheduled =
-        scheduled(&layers, scores.collect(), |[c, s]| until(c, gamma * s, options.alpha, options.beta));
+    let KLoraOptions { alpha, beta, wrap, .. } = *options;
+    let scheduled = scheduled(&layers, scores.collect(), |[c, s]| match wrap {
+        true => wrapped(c, gamma * s, alpha, beta),
+        false => vec![(0.0, until(c, gamma * s, alpha, beta), 1.0)],
+    });
     let options = KLoraOptions { gamma: Some(gamma), ..*options };
     schedule("k-lora", &options, subject, style, scheduled)
 }
@@ -277,7 +310,9 @@ pub fn est(subject: Weighted<'_>, style: Weighted<'_>, options: &EstOptions) -> 
             _ => None,
         })
         .collect();
-    let scheduled = scheduled(&layers, scores, |[c, s]| until(c, s, options.alpha, 1.0 - options.delta));
+    let scheduled = scheduled(&layers, scores, |[c, s]| {
+        vec![(0.0, until(c, s, options.alpha, 1.0 - options.delta), 1.0)]
+    });
     schedule("est", options, subject, style, scheduled)
 }
 
@@ -365,6 +400,38 @@ fn until(subject: f64, style: f64, alpha: f64, beta: f64) -> f64 {
     ((subject / style - beta) / alpha).next_up().clamp(0.0, 1.0)
 }
 
+impl Balance {
+    /// γ of the sums over both adapters of each layer; `None` if there is nothing to divide by.
+    fn gamma(self, sums: &[[f64; 2]]) -> Option<f64> {
+        let mean = |of: &[f64]| (!of.is_empty()).then(|| of.iter().sum::<f64>() / of.len() as f64);
+        match self {
+            Self::Sums => {
+                let total = |k: usize| sums.iter().map(|pair| pair[k]).sum::<f64>();
+                (total(1) > 0.0).then(|| total(0) / total(1))
+            }
+            Self::Ratios => {
+                let ratios: Vec<f64> = sums.iter().filter(|[_, s]| *s > 0.0).map(|[c, s]| c / s).collect();
+                let limit = 3.0 * mean(&ratios)?;
+                // Where all ratios are zero, so is the limit, and none is below it.
+                mean(&ratios.into_iter().filter(|ratio| *ratio < limit).collect::<Vec<_>>())
+            }
+        }
+    }
+}
+
+/// Where the factor `(α·t + β) mod α` starts again, the run is cut: of each part its start, the first t at which
+/// `subject ≥ style·factor` no longer holds, and its end.
+fn wrapped(subject: f64, style: f64, alpha: f64, beta: f64) -> Vec<(f64, f64, f64)> {
+    let first = (beta / alpha).floor();
+    let start = |k: f64| ((k * alpha - beta) / alpha).clamp(0.0, 1.0);
+    let part = |k: f64| {
+        let (from, end) = (start(k), start(k + 1.0));
+        (from, until(subject, style, alpha, beta - k * alpha).clamp(from, end), end)
+    };
+    // α·t + β grows by α over the run, so it passes a multiple of α once.
+    [first, first + 1.0].map(part).into_iter().filter(|(from, _, end)| from < end).collect()
+}
+
 fn check_alpha(alpha: f64, start: f64) -> Result<()> {
     match alpha >= 0.0 && (alpha + start).is_finite() {
         true => Ok(()),
@@ -374,22 +441,28 @@ fn check_alpha(alpha: f64, start: f64) -> Result<()> {
     }
 }
 
+/// The windows of layers: of each part of the run, the subject acts from its first t to its second, the style to its
+/// third.
 fn scheduled(
     layers: &[(&LayerKey, Pair<'_>)],
     scores: Vec<Option<[f64; 2]>>,
-    until: impl Fn([f64; 2]) -> f64,
+    parts: impl Fn([f64; 2]) -> Vec<(f64, f64, f64)>,
 ) -> BTreeMap<LayerKey, ScheduledLayer> {
     let one = |((key, pair), scores): (&(&LayerKey, Pair<'_>), Option<[f64; 2]>)| {
-        let switch = match scores {
-            Some(scores) => until(scores),
-            None => f64::from(u8::from(pair[0].is_some())),
+        let parts = match scores {
+            Some(scores) => parts(scores),
+            None => vec![(0.0, f64::from(u8::from(pair[0].is_some())), 1.0)],
         };
-        let windows = [(0, 0.0, switch), (1, switch, 1.0)].map(|(adapter, from, until)| Window {
-            adapter,
-            from,
-            until,
-        });
-        let windows = windows.into_iter().filter(|w| w.from < w.until).collect();
+        let mut windows: Vec<Window> = Vec::new();
+        for (from, switch, until) in parts {
+            for (adapter, from, until) in [(0, from, switch), (1, switch, until)] {
+                match windows.last_mut() {
+                    _ if from == until => {}
+                    Some(last) if last.adapter == adapter => last.until = until,
+                    _ => windows.push(Window { adapter, from, until }),
+                }
+            }
+        }
         let scores = scores.map(Vec::from).unwrap_or_default();
         ((*key).clone(), ScheduledLayer { name: name(pair), scores, windows })
     };

@@ -1,10 +1,14 @@
 //! Merging in the small core that the updates of one layer share: KnOTS, Core Space, TSV, Iso-C and the mean.
 
+use std::time::Instant;
+
 use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
 
 use super::driver::{self, Done, Job, Method, Run, Spec};
 use super::loss::times;
-use super::rule::{self, Rule};
+use super::rule::{self, Iso, Rule, Scope, Ties, Tsv, Voter};
+use super::trim::{FileWide, Ranking, Survey};
 use super::truncate::Truncation;
 use super::{Action, LayerReport, Merged, PlannedLayer};
 use crate::compute::ops::{self, Qr, ScaledRows, Side, Svd};
@@ -22,6 +26,20 @@ enum Space {
     Left,
 }
 
+/// The bases U and V in which [`CoreMerge::core`] applies a rule on entries; other rules do not see them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Bases {
+    /// The singular vectors of the stacked updates: the default. They depend neither on how an adapter splits ΔW into B
+    /// and A nor on the device, but for signs. The share that is kept is of R × R entries.
+    #[default]
+    Updates,
+    /// The singular vectors of the stacked factors, U the left ones of `[s_1·B_1 … s_K·B_K]`, V the right ones of
+    /// `[A_1; …; A_K]`: those of the paper and of its code, into which scales s come with B, as strengths do that count
+    /// before an election. The share that is kept is of min(R, out) × min(R, in) entries.
+    Factors,
+}
+
 /// Merges in the core: the updates in a common basis, where a rule meets matrices of order R = Σ r_k.
 ///
 /// Let U and V hold the left singular vectors of `[ΔW_1 … ΔW_K]` and the right ones of `[ΔW_1; …; ΔW_K]`, ΔW_k with scale
@@ -34,10 +52,16 @@ enum Space {
 /// | [`tsv`](Self::tsv) (TSV-Merge, arXiv 2412.00081) | `core` with [`Rule::Tsv`] |
 /// | [`iso_c`](Self::iso_c) (Iso-C, arXiv 2502.04959) | `core` with [`Rule::Iso`] |
 ///
-/// Any bases of the stacked factors serve Core Space; singular vectors of the updates depend neither on how an adapter
-/// splits ΔW into B and A nor on the device, but for signs, which no rule sees. Thin QR of the stacked factors gives
-/// all of it, ΔW is never formed. Small matrices are f64 or double-single, the result is rounded once to f32; its rank is
-/// at most R. Layers of one adapter pass through unchanged.
+/// Any bases of the stacked factors serve the rules that do not look at entries; for TIES and DARE they count, and
+/// [`bases`](Self::bases) offers the paper's. Signs of singular vectors are arbitrary, but no rule sees them unless
+/// entries cancel exactly. Thin QR of the stacked factors gives all of it, ΔW is never formed. Small matrices are f64 or
+/// double-single, the result is rounded once to f32; its rank is at most R. Layers of one adapter pass through unchanged,
+/// unless [`Ties::alone`](super::Ties::alone) or [`Dare::alone`](super::Dare::alone) say otherwise.
+///
+/// As their authors define them: KnOTS with [`Ties::paper`](super::Ties::paper), which ranks the entries of `Uᵀ·ΔW_k` of
+/// all layers together, without directions that are negligible (with a rule by layer their rows count, as zeros); Core
+/// Space with [`Bases::Factors`] and that rule layer by layer ([`core_paper`](Self::core_paper)); TSV and Iso-C with
+/// [`Tsv::paper`] and [`Iso::paper`]. PEFT has none of these methods.
 ///
 /// # Example
 /// ```no_run
@@ -54,27 +78,39 @@ pub struct CoreMerge {
     name: &'static str,
     space: Space,
     rule: Rule,
+    bases: Bases,
 }
 
 impl CoreMerge {
     /// Core Space with a rule.
     pub fn core(rule: Rule) -> Self {
-        Self { name: "core", space: Space::Core, rule }
+        Self { name: "core", space: Space::Core, rule, bases: Bases::default() }
     }
 
     /// KnOTS with a rule.
     pub fn knots(rule: Rule) -> Self {
-        Self { name: "knots", space: Space::Left, rule }
+        Self { name: "knots", space: Space::Left, rule, bases: Bases::default() }
+    }
+
+    /// Core Space with TIES as its authors define it: in their bases, layer by layer, one entry more than the share.
+    pub fn core_paper() -> Self {
+        let ties = Ties { scope: Scope::Layer, ..Ties::paper() };
+        Self::core(Rule::Ties(ties)).bases(Bases::Factors)
     }
 
     /// TSV-Merge.
-    pub fn tsv() -> Self {
-        Self { name: "tsv", ..Self::core(Rule::Tsv) }
+    pub fn tsv(options: Tsv) -> Self {
+        Self { name: "tsv", ..Self::core(Rule::Tsv(options)) }
     }
 
     /// Iso-C.
-    pub fn iso_c() -> Self {
-        Self { name: "iso-c", ..Self::core(Rule::Iso) }
+    pub fn iso_c(options: Iso) -> Self {
+        Self { name: "iso-c", ..Self::core(Rule::Iso(options)) }
+    }
+
+    /// Sets the bases in which [`core`](Self::core) applies a rule on entries. KnOTS has its own.
+    pub fn bases(self, bases: Bases) -> Self {
+        Self { bases, ..self }
     }
 
     /// Merges.
@@ -100,31 +136,53 @@ impl CoreMerge {
         self.run(&Run::new(device, adapters, control))
     }
 
-    fn chunk(&self, device: &Device, jobs: &[Job<'_>]) -> Result<Vec<Done>> {
-        let members: Vec<&[(&Layer, f64)]> = jobs.iter().map(|job| job.members.as_slice()).collect();
-        let factored = Factored::new(device, &members)?;
-        let merged = match (self.space, self.rule.is_entrywise()) {
-            (Space::Left, true) => return self.knots_entrywise(device, jobs, factored),
+    fn chunk(&self, device: &Device, jobs: &[Job<'_>], run: &Run<'_>, file: &FileWide) -> Result<Vec<Done>> {
+        let planned: Vec<&PlannedLayer> = jobs.iter().map(|job| job.planned).collect();
+        if !self.rule.is_entrywise() {
+            let members: Vec<&[(&Layer, f64)]> = jobs.iter().map(|job| job.members.as_slice()).collect();
+            let factored = Factored::new(device, &members)?;
             // These rules do not see a rotation, so any basis is as good.
-            (_, false) => rule::merged(&self.rule, device, jobs, &factored.cores)?,
-            (Space::Core, true) => {
-                let (left, right) = (factored.left(device, jobs)?, factored.right(device, jobs)?);
-                (0..jobs.len())
-                    .into_par_iter()
-                    .map(|i| {
-                        let (u, v) = (&left[i], &right[i]);
-                        let cores: Vec<Matrix> = factored.cores[i]
-                            .iter()
-                            .map(|core| times(&times(u, core), &v.transposed()))
-                            .collect();
-                        let merged = self.rule.entrywise(&cores, &jobs[i].planned.key);
-                        times(&times(&u.transposed(), &merged), v)
-                    })
-                    .collect()
-            }
+            let merged = rule::merged(&self.rule, device, &planned, &factored.cores)?;
+            return self.lifted(device, jobs, &factored, &merged);
+        }
+        let entries = Entries::new(self, device, &planned, run)?;
+        let merged = |i: usize| -> Result<Matrix> {
+            let (matrices, count) = entries.of(device, i)?;
+            Ok(self.rule.entrywise(&planned[i].key, &entries.voters[i], &matrices, count, file))
         };
+        if self.space == Space::Core {
+            let core = |i: usize| {
+                let (u, v) = (&entries.left[i], &entries.right[i]);
+                Ok(times(&times(&u.transposed(), &merged(i)?), v))
+            };
+            let cores: Vec<Matrix> = (0..jobs.len()).into_par_iter().map(core).collect::<Result<_>>()?;
+            return self.lifted(device, jobs, &entries.factored, &cores);
+        }
+        // `Uᵀ·M`, R × in, becomes A; B is U. One layer at a time: each has K matrices of A's size.
+        let merged: Vec<Matrix> = (0..jobs.len()).map(merged).collect::<Result<_>>()?;
+        let b = ops::rank_update(device, None, &ops::small(device, &entries.left)?, &entries.factored.b.q)?;
+        b.download(device)?
+            .into_iter()
+            .zip(merged)
+            .zip(jobs)
+            .map(|((b, a), job)| {
+                let layer = rounded(job.template(), &a, &b)?;
+                let report =
+                    LayerReport { rank: layer.rank, ..LayerReport::new(job.planned, Action::Combined) };
+                Ok(Done { layer, report })
+            })
+            .collect()
+    }
+
+    fn lifted(
+        &self,
+        device: &Device,
+        jobs: &[Job<'_>],
+        factored: &Factored,
+        cores: &[Matrix],
+    ) -> Result<Vec<Done>> {
         let templates: Vec<&Layer> = jobs.iter().map(Job::template).collect();
-        let lifted = factored.lifted(device, &templates, &merged, &Truncation::default())?;
+        let lifted = factored.lifted(device, &templates, cores, &Truncation::default())?;
         Ok(lifted
             .into_iter()
             .zip(jobs)
@@ -138,55 +196,129 @@ impl CoreMerge {
             .collect())
     }
 
-    fn size(&self, device: &Device, layer: &PlannedLayer) -> (u64, u64) {
-        let PlannedLayer { rank, input, output, members, .. } = layer;
-        let (largest, all) = size(device, *rank, *input, *output);
+    /// The ranks of a layer together.
+    fn rank(&self, layer: &PlannedLayer, run: &Run<'_>) -> usize {
+        self.rule.weighed(layer, run.adapters).iter().map(|voter| voter.layer.rank).sum()
+    }
+
+    fn size(&self, layer: &PlannedLayer, run: &Run<'_>) -> (u64, u64) {
+        let PlannedLayer { input, output, .. } = layer;
+        let rank = self.rank(layer, run);
+        let (largest, all) = size(run.device, rank, *input, *output);
         // `Uᵀ·ΔW_k` of one layer.
         let rows = match self.space == Space::Left && self.rule.is_entrywise() {
-            true => 4 * (members.len() * rank * input) as u64,
+            true => 4 * (self.rule.voters(layer).len() * rank * input) as u64,
             false => 0,
         };
         (largest.max(rows), all + rows)
     }
+}
 
-    /// The rule on the entries of `Uᵀ·ΔW_k`, R × in, which becomes A; B is U.
-    fn knots_entrywise(&self, device: &Device, jobs: &[Job<'_>], factored: Factored) -> Result<Vec<Done>> {
-        let left = factored.left(device, jobs)?;
-        let mut merged: Vec<Matrix> = Vec::new();
-        // One layer at a time: each has K matrices of A's size.
-        for (i, job) in jobs.iter().enumerate() {
-            let rows: Vec<Matrix> = factored.cores[i].iter().map(|core| times(&left[i], core)).collect();
+/// What a rule on entries is applied to.
+struct Entries<'a> {
+    merge: &'a CoreMerge,
+    planned: &'a [&'a PlannedLayer],
+    voters: Vec<Vec<Voter<'a>>>,
+    factored: Factored,
+    /// Uᵀ and Vᵀ of each layer, in its core; KnOTS has no V.
+    left: Vec<Matrix>,
+    right: Vec<Matrix>,
+}
+
+impl<'a> Entries<'a> {
+    fn new(
+        merge: &'a CoreMerge,
+        device: &Device,
+        planned: &'a [&'a PlannedLayer],
+        run: &Run<'a>,
+    ) -> Result<Self> {
+        let voters: Vec<Vec<Voter<'_>>> =
+            planned.iter().map(|layer| merge.rule.weighed(layer, run.adapters)).collect();
+        let members = |voters: &Vec<Voter<'a>>| voters.iter().map(|v| (v.layer, v.scale)).collect();
+        let members: Vec<Vec<(&Layer, f64)>> = voters.iter().map(members).collect();
+        let members: Vec<&[(&Layer, f64)]> = members.iter().map(Vec::as_slice).collect();
+        let factored = Factored::new(device, &members)?;
+        let left = match (merge.space, merge.bases) {
+            (Space::Core, Bases::Factors) => factored.left_of_factors(device, planned, &members)?,
+            _ => factored.left(device, planned)?,
+        };
+        let right = match (merge.space, merge.bases) {
+            (Space::Left, _) => Vec::new(),
+            (Space::Core, Bases::Factors) => factored.right_of_factors(device, planned)?,
+            (Space::Core, Bases::Updates) => factored.right(device, planned)?,
+        };
+        Ok(Self { merge, planned, voters, factored, left, right })
+    }
+
+    /// The matrices of one layer, and of how many entries of each a share is kept.
+    fn of(&self, device: &Device, i: usize) -> Result<(Vec<Matrix>, usize)> {
+        let Self { merge, factored, left, right, .. } = self;
+        let (cores, PlannedLayer { input, output, .. }) = (&factored.cores[i], self.planned[i]);
+        let rank = left[i].rows;
+        let rows: Vec<Matrix> = cores.iter().map(|core| times(&left[i], core)).collect();
+        if merge.space == Space::Left {
             let q = factored.a.q.select(&vec![i; rows.len()]);
             let rows = ops::rank_update(device, None, &ops::small(device, &rows)?, &q)?.download(device)?;
-            merged.push(self.rule.entrywise(&rows, &job.planned.key));
+            let is_direction = |row: &&[f64]| row.iter().any(|v| *v != 0.0);
+            let directions = match merge.rule.ranks_file() {
+                true => left[i].data.chunks(rank.max(1)).filter(is_direction).count(),
+                false => rank,
+            };
+            return Ok((rows, directions * input));
         }
-        let b = ops::rank_update(device, None, &ops::small(device, &left)?, &factored.b.q)?;
-        b.download(device)?
-            .into_iter()
-            .zip(merged)
-            .zip(jobs)
-            .map(|((b, a), job)| {
-                let layer = rounded(job.template(), &a, &b)?;
-                Ok(Done { layer, report: LayerReport::new(job.planned, Action::Combined) })
-            })
-            .collect()
+        let count = match merge.bases {
+            Bases::Updates => rank * rank,
+            Bases::Factors => rank.min(*output) * rank.min(*input),
+        };
+        Ok((rows.iter().map(|m| times(m, &right[i].transposed())).collect(), count))
+    }
+}
+
+/// What [`FileWide`] asks for, from the entries in a common basis.
+struct Surveyed<'a> {
+    merge: &'a CoreMerge,
+    run: &'a Run<'a>,
+}
+
+impl Survey for Surveyed<'_> {
+    fn count(&self, on: &Device, layer: &PlannedLayer, _: i32, ranking: &mut Ranking) -> Result<u64> {
+        let (matrices, count) = Entries::new(self.merge, on, &[layer], self.run)?.of(on, 0)?;
+        matrices.iter().enumerate().for_each(|(k, matrix)| ranking.count(k, &matrix.data));
+        Ok(count as u64)
+    }
+
+    fn signs(&self, on: &Device, layer: &PlannedLayer, file: &FileWide) -> Result<i64> {
+        let planned = [layer];
+        let entries = Entries::new(self.merge, on, &planned, self.run)?;
+        let (matrices, count) = entries.of(on, 0)?;
+        Ok(self.merge.rule.signs(&layer.key, &entries.voters[0], &matrices, count, file))
     }
 }
 
 impl Method for CoreMerge {
     fn run(&self, run: &Run<'_>) -> Result<Merged> {
         self.rule.check()?;
-        driver::run(
+        let mut options = self.rule.json();
+        if self.bases == Bases::Factors {
+            options["bases"] = "factors".into();
+        }
+        let start = Instant::now();
+        let size = |layer: &PlannedLayer| self.size(layer, run);
+        let file = FileWide::find(&self.rule, run, &Surveyed { merge: self, run }, size, |_| 0)?;
+        let mut merged = driver::run(
             run,
             &Spec {
                 method: self.name,
-                options: self.rule.json(),
-                size: &|layer| self.size(run.device, layer),
-                rank: &|layer| layer.rank,
-                merge: &|on, jobs| self.chunk(on, jobs),
+                options,
+                size: &size,
+                rank: &|layer| self.rank(layer, run),
+                merge: &|on, jobs| self.chunk(on, jobs, run, &file),
+                alone: self.rule.merges_alone(),
                 is_sum: false,
             },
-        )
+        )?;
+        merged.report.seconds = start.elapsed().as_secs_f64();
+        Ok(merged)
     }
 }
 
@@ -224,20 +356,48 @@ impl Factored {
     }
 
     /// Uᵀ of each layer: the left singular vectors of `[M_1 … M_K]`.
-    fn left(&self, device: &Device, jobs: &[Job<'_>]) -> Result<Vec<Matrix>> {
+    fn left(&self, device: &Device, planned: &[&PlannedLayer]) -> Result<Vec<Matrix>> {
         let stacks: Vec<Matrix> = self
             .cores
             .par_iter()
             .map(|cores| triangle(cores.iter().map(Matrix::transposed)).transposed())
             .collect();
-        Ok(svds(device, jobs, &stacks)?.into_iter().map(|svd| directions(svd.left, &svd.values)).collect())
+        Ok(svds(device, planned, &stacks)?.into_iter().map(|svd| directions(svd.left, &svd.values)).collect())
     }
 
     /// Vᵀ of each layer: the right singular vectors of `[M_1; …; M_K]`.
-    fn right(&self, device: &Device, jobs: &[Job<'_>]) -> Result<Vec<Matrix>> {
+    fn right(&self, device: &Device, planned: &[&PlannedLayer]) -> Result<Vec<Matrix>> {
         let stacks: Vec<Matrix> =
             self.cores.par_iter().map(|cores| triangle(cores.iter().cloned())).collect();
-        Ok(svds(device, jobs, &stacks)?.into_iter().map(|svd| directions(svd.right, &svd.values)).collect())
+        Ok(svds(device, planned, &stacks)?
+            .into_iter()
+            .map(|svd| directions(svd.right, &svd.values))
+            .collect())
+    }
+
+    /// Uᵀ of each layer: the left singular vectors of `[s_1·B_1 … s_K·B_K]`, whose transpose is `diag(s)·L_b·Q_b`.
+    fn left_of_factors(
+        &self,
+        device: &Device,
+        planned: &[&PlannedLayer],
+        members: &[&[(&Layer, f64)]],
+    ) -> Result<Vec<Matrix>> {
+        let scaled = |(l, members): (&Matrix, &&[(&Layer, f64)])| {
+            let scales: Vec<f64> =
+                members.iter().flat_map(|(layer, scale)| vec![*scale; layer.rank]).collect();
+            Matrix::from_fn(l.rows, l.cols, |i, j| scales[i] * l[(i, j)])
+        };
+        let stacks: Vec<Matrix> = self.b.l.iter().zip(members).map(scaled).collect();
+        Ok(svds(device, planned, &stacks)?
+            .into_iter()
+            .map(|svd| directions(svd.right, &svd.values))
+            .collect())
+    }
+
+    /// Vᵀ of each layer: the right singular vectors of `[A_1; …; A_K] = L_a·Q_a`.
+    fn right_of_factors(&self, device: &Device, planned: &[&PlannedLayer]) -> Result<Vec<Matrix>> {
+        let svds = svds(device, planned, &self.a.l)?;
+        Ok(svds.into_iter().map(|svd| directions(svd.right, &svd.values)).collect())
     }
 
     /// The layers whose cores these are, their singular values shared by both factors: `A = Σ^½·Vᵀ·Q_a`,
@@ -315,12 +475,12 @@ pub(super) fn wide(m: crate::RawMatrix<'_>) -> Matrix {
     Matrix { rows: m.rows, cols: m.cols, data: m.to_vec() }
 }
 
-/// SVDs of one matrix of each job.
-pub(super) fn svds(device: &Device, jobs: &[Job<'_>], matrices: &[Matrix]) -> Result<Vec<Svd>> {
+/// SVDs of one matrix of each layer.
+pub(super) fn svds(device: &Device, planned: &[&PlannedLayer], matrices: &[Matrix]) -> Result<Vec<Svd>> {
     let svds = ops::jacobi_svd(device, matrices)?;
     match svds.iter().position(|svd| !svd.converged) {
         None => Ok(svds),
-        Some(k) => Err(unconverged(&jobs[k].planned.name)),
+        Some(k) => Err(unconverged(&planned[k].name)),
     }
 }
 

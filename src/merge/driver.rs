@@ -81,8 +81,10 @@ pub(super) struct Spec<'a> {
     pub size: &'a (dyn Fn(&PlannedLayer) -> (u64, u64) + Sync),
     /// The highest rank that the result may have.
     pub rank: &'a (dyn Fn(&PlannedLayer) -> usize + Sync),
-    /// Merges layers that several adapters have.
+    /// Merges layers that several adapters have, and those of one with `alone`.
     pub merge: &'a MergeJobs<'a>,
+    /// Whether layers of one adapter are merged, too; else they pass through.
+    pub alone: bool,
     /// Whether the result is the plain sum, which is truncated without being formed.
     pub is_sum: bool,
 }
@@ -231,7 +233,7 @@ impl Merging<'_> {
 
     /// Bytes of a layer's largest buffer, and in all.
     fn size(&self, planned: &PlannedLayer) -> (u64, u64) {
-        let (truncated, merged) = (self.is_truncated(planned), planned.members.len() > 1);
+        let (truncated, merged) = (self.is_truncated(planned), self.is_merged(planned));
         let mut size =
             if merged && !(truncated && self.spec.is_sum) { (self.spec.size)(planned) } else { (0, 0) };
         if truncated {
@@ -244,7 +246,13 @@ impl Merging<'_> {
 
     /// The rank before truncation.
     fn rank(&self, planned: &PlannedLayer) -> usize {
-        if planned.members.len() > 1 { (self.spec.rank)(planned) } else { planned.rank }
+        if self.is_merged(planned) { (self.spec.rank)(planned) } else { planned.rank }
+    }
+
+    /// Whether the method has anything to do. An update of zero has nothing to merge.
+    fn is_merged(&self, planned: &PlannedLayer) -> bool {
+        let is_zero = || super::members(planned, self.run.adapters).iter().all(|(_, scale)| *scale == 0.0);
+        planned.members.len() > 1 || (self.spec.alone && !is_zero())
     }
 
     /// Whether a rank is low enough shows without its singular values; what a spectrum asks for does not.
@@ -256,7 +264,7 @@ impl Merging<'_> {
     /// The layer that is to be written, or a place for it.
     fn planned(&self, planned: &PlannedLayer) -> Layer {
         let passed = super::passed_through(planned, self.run.adapters);
-        match passed.filter(|_| !self.is_truncated(planned)) {
+        match passed.filter(|_| !self.is_merged(planned) && !self.is_truncated(planned)) {
             Some(layer) => layer,
             None => {
                 let members = super::members(planned, self.run.adapters);
@@ -278,7 +286,7 @@ impl Merging<'_> {
         let of = |done: Done| Kept { layer: Some(done.layer), report: done.report, cut: None };
 
         let (sums, merged): (Vec<usize>, Vec<usize>) = (0..jobs.len())
-            .partition(|&i| jobs[i].members.len() == 1 || (spec.is_sum && self.is_truncated(planned[i])));
+            .partition(|&i| !self.is_merged(planned[i]) || (spec.is_sum && self.is_truncated(planned[i])));
         let chosen: Vec<Job<'_>> = merged.iter().map(|&i| job(&planned[i])).collect();
         if !chosen.is_empty() {
             let done = spent.time(&spent.merge, || (spec.merge)(on, &chosen))?;
@@ -350,7 +358,7 @@ pub(super) const IN_FLIGHT: usize = 2;
 
 /// Runs tasks on the threads of rayon's pool, some at once and begun in order, and hands what they give to `done`, on the
 /// calling thread. Ends with the first error.
-fn in_turn<T: Send>(
+pub(super) fn in_turn<T: Send>(
     tasks: usize,
     at_once: usize,
     control: &Control<'_>,

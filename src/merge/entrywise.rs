@@ -1,10 +1,15 @@
 //! TIES and DARE on the entries of ΔW, made panel by panel and never held whole.
 
+use std::time::Instant;
+
+use rayon::prelude::*;
+
 use super::core::{rounded, unconverged};
 use super::driver::{self, Done, Job, Method, Run, Spec};
-use super::rule::{Dare, Rule, Ties, kept};
+use super::rule::{Dare, Rule, Ties, Voter};
+use super::trim::{FileWide, Ranking, Survey};
 use super::truncate::Truncation;
-use super::{Action, LayerReport, Merged, PlannedLayer};
+use super::{Action, LayerReport, Merged, Plan, PlannedLayer};
 use crate::compute::ops::{self, Axis, EntryRule, Factor, ScaledRows};
 use crate::compute::{Batch, Shape};
 use crate::power::{exponent, exponent_of, pow2};
@@ -16,10 +21,11 @@ use crate::{Control, Device, Matrix, Result, Weighted};
 /// default Σ r_k: a randomised range finder (Halko, Martinsson and Tropp 2011) of N + 8 directions with two steps of
 /// subspace iteration, `W ← orth(W·Mᵀ·M)` on the input side, and the SVD of `M·Wᵀ`. Where N + 8 reaches the smaller
 /// dimension of the layer, it is exact. Entries come from the factors in panels of rows, again in each pass; the
-/// threshold of TIES is exact, by counting magnitudes (as f32) twice.
+/// threshold of TIES is exact, by counting magnitudes (as f32) twice, in each layer or in all of them beforehand.
 ///
 /// Products of entries are of [`Device::product`]. The report tells how much of ‖M‖² the result captures
-/// ([`LayerReport::captured`]). Layers of one adapter pass through unchanged.
+/// ([`LayerReport::captured`]). Layers of one adapter pass through unchanged, unless [`Ties::alone`] or [`Dare::alone`] say
+/// otherwise.
 ///
 /// # Example
 /// ```no_run
@@ -96,14 +102,16 @@ impl EntryMerge {
         (rank, (rank + OVERSAMPLED).min(full))
     }
 
-    fn size(&self, device: &Device, layer: &PlannedLayer) -> (u64, u64) {
-        let PlannedLayer { rank, input, output, members, .. } = layer;
+    fn size(&self, run: &Run<'_>, layer: &PlannedLayer) -> (u64, u64) {
+        let PlannedLayer { input, output, .. } = layer;
+        let members = self.rule.weighed(layer, run.adapters);
+        let rank: usize = members.iter().map(|voter| voter.layer.rank).sum();
         let (_, directions) = self.directions(layer);
-        let rows = panel_rows(device, *input).min(*output);
+        let rows = panel_rows(run.device, *input).min(*output);
         let panel = 4 * rows * input;
         // W·panelᵀ: its partial sums, and itself.
         let products = ops::product_bytes(directions, rows) + 8 * directions * rows;
-        let largest = (4 * rank.max(&directions) * input.max(output)).max(panel).max(products);
+        let largest = (4 * rank.max(directions) * input.max(output)).max(panel).max(products);
         // A and B; W, and what is made orthonormal beside it, twice; its small matrices; a panel, the same in halves, and its
         // tables; histograms of magnitudes.
         let all = 4 * rank * (input + output)
@@ -115,13 +123,37 @@ impl EntryMerge {
         (largest as u64, all as u64)
     }
 
-    fn layer(&self, device: &Device, job: &Job<'_>, control: &Control<'_>) -> Result<Done> {
-        let PlannedLayer { input, output, .. } = job.planned;
-        let (rank, directions) = self.directions(job.planned);
-        let mut sketch = Sketch::new(device, job, &self.rule, control)?;
-        if let Rule::Ties(ties) = &self.rule {
-            sketch.trim(kept(ties.density, input * output))?;
+    /// The sketch of a layer, as soon as it is known what counts.
+    fn sketch<'a>(
+        &self,
+        device: &'a Device,
+        layer: &'a PlannedLayer,
+        run: &'a Run<'_>,
+        file: &FileWide,
+    ) -> Result<Sketch<'a>> {
+        let voters = self.rule.weighed(layer, run.adapters);
+        let mut sketch = Sketch::new(device, layer, &voters, &self.rule, None, &run.control)?;
+        match (&file.thresholds, &self.rule) {
+            (Some(thresholds), _) => {
+                let size = pow2(file.exponent - sketch.exponent);
+                for (member, voter) in sketch.rule.members.iter_mut().zip(&voters) {
+                    member.threshold = (f64::from(thresholds[voter.adapter]) * size) as f32;
+                }
+            }
+            (None, Rule::Ties(_)) => sketch.trim(self.rule.kept(layer.input * layer.output))?,
+            _ => {}
         }
+        sketch.rule.zero_is_minus = match self.rule.votes_in_layer() {
+            true => sketch.signs()? <= 0,
+            false => file.zero_is_minus.unwrap_or(false),
+        };
+        Ok(sketch)
+    }
+
+    fn layer(&self, device: &Device, job: &Job<'_>, run: &Run<'_>, file: &FileWide) -> Result<Done> {
+        let PlannedLayer { output, .. } = job.planned;
+        let (rank, directions) = self.directions(job.planned);
+        let sketch = self.sketch(device, job.planned, run, file)?;
         let (y, core, w, square) = match directions == *output {
             // All rows are wanted: M = L·Q itself.
             true => {
@@ -171,22 +203,58 @@ impl Method for EntryMerge {
             Truncation::rank(rank).check()?;
             options["rank"] = rank.into();
         }
-        driver::run(
+        let start = Instant::now();
+        let size = |layer: &PlannedLayer| self.size(run, layer);
+        let survey = Surveyed { merge: self, run };
+        let file = FileWide::find(&self.rule, run, &survey, size, |plan| self.exponent(plan, run))?;
+        let mut merged = driver::run(
             run,
             &Spec {
                 method: self.name,
                 options,
-                size: &|layer| self.size(run.device, layer),
+                size: &size,
                 rank: &|layer| self.directions(layer).0,
                 // One layer fills a GPU.
-                merge: &|on, jobs| jobs.iter().map(|job| self.layer(on, job, &run.control)).collect(),
+                merge: &|on, jobs| jobs.iter().map(|job| self.layer(on, job, run, &file)).collect(),
+                alone: self.rule.merges_alone(),
                 is_sum: false,
             },
-        )
+        )?;
+        merged.report.seconds = start.elapsed().as_secs_f64();
+        Ok(merged)
+    }
+}
+
+/// What [`FileWide`] asks for, from the entries of updates.
+struct Surveyed<'a> {
+    merge: &'a EntryMerge,
+    run: &'a Run<'a>,
+}
+
+impl Survey for Surveyed<'_> {
+    fn count(&self, on: &Device, layer: &PlannedLayer, exponent: i32, ranking: &mut Ranking) -> Result<u64> {
+        let Run { adapters, control, .. } = self.run;
+        let rule = &self.merge.rule;
+        let voters = rule.weighed(layer, adapters);
+        Sketch::new(on, layer, &voters, rule, Some(exponent), control)?.rank(ranking)?;
+        Ok((layer.input * layer.output) as u64)
+    }
+
+    fn signs(&self, on: &Device, layer: &PlannedLayer, file: &FileWide) -> Result<i64> {
+        self.merge.sketch(on, layer, self.run, file)?.signs()
     }
 }
 
 impl EntryMerge {
+    /// That of the largest factor on an update of size 1.
+    fn exponent(&self, plan: &Plan, run: &Run<'_>) -> i32 {
+        let of = |layer: &PlannedLayer| {
+            let scales = self.rule.weighed(layer, run.adapters).into_iter().map(|voter| sized(&voter).2);
+            exponent_of(scales.fold(0.0, |max, s| s.abs().max(max)))
+        };
+        plan.layers().par_iter().map(of).max().unwrap_or(0)
+    }
+
     /// W, directions × in: orthonormal rows that hold most of M.
     fn directions_of(&self, sketch: &Sketch<'_>, directions: usize) -> Result<Batch> {
         let (device, input) = (sketch.device, sketch.shape.cols);
@@ -227,27 +295,42 @@ struct Sketch<'a> {
     shape: Shape,
 }
 
+/// The exponents of a voter's factors, and its factor on the update of factors of size 1.
+fn sized(voter: &Voter<'_>) -> (i32, i32, f64) {
+    let [a, b] = [voter.layer.a(), voter.layer.b()].map(|m| exponent(m).unwrap_or(0));
+    (a, b, voter.scale * pow2(a) * pow2(b))
+}
+
 impl<'a> Sketch<'a> {
-    fn new(device: &'a Device, job: &Job<'a>, rule: &Rule, control: &'a Control<'a>) -> Result<Self> {
+    /// With everything kept. `exponent`: that of the largest factor, by default of this layer's.
+    fn new(
+        device: &'a Device,
+        layer: &'a PlannedLayer,
+        voters: &[Voter<'a>],
+        rule: &Rule,
+        exponent: Option<i32>,
+        control: &'a Control<'a>,
+    ) -> Result<Self> {
         // Factors are brought to size 1 by powers of two, and all updates by a common one.
         let (mut a, mut b, mut scales) = (Vec::new(), Vec::new(), Vec::new());
-        for (layer, scale) in &job.members {
-            let sizes = [layer.a(), layer.b()].map(|m| exponent(m).unwrap_or(0));
-            a.push(Factor { matrix: layer.a(), scale: pow2(-sizes[0]) as f32 });
-            b.push(Factor { matrix: layer.b(), scale: pow2(-sizes[1]) as f32 });
-            scales.push(scale * pow2(sizes[0]) * pow2(sizes[1]));
+        for voter in voters {
+            let (a_size, b_size, scale) = sized(voter);
+            a.push(Factor { matrix: voter.layer.a(), scale: pow2(-a_size) as f32 });
+            b.push(Factor { matrix: voter.layer.b(), scale: pow2(-b_size) as f32 });
+            scales.push(scale);
         }
-        let exponent = exponent_of(scales.iter().fold(0.0, |max, s| s.abs().max(max)));
+        let own = || exponent_of(scales.iter().fold(0.0, |max, s| s.abs().max(max)));
+        let exponent = exponent.unwrap_or_else(own);
         scales.iter_mut().for_each(|s| *s *= pow2(-exponent));
         Ok(Self {
             device,
             control,
-            name: &job.planned.name,
+            name: &layer.name,
             a: ops::rank_concat(device, Axis::Rows, &[&a])?,
             b: ops::rank_concat(device, Axis::Columns, &[&b])?,
-            rule: rule.entries(&job.planned.key, &super::blocks(&job.members), &scales),
+            rule: rule.entries(&layer.key, voters, &scales),
             exponent,
-            shape: Shape::new(job.planned.output, job.planned.input),
+            shape: Shape::new(layer.output, layer.input),
         })
     }
 
@@ -261,37 +344,35 @@ impl<'a> Sketch<'a> {
         Ok(())
     }
 
+    /// Counts the magnitudes of each member, as far as the pass of the ranking asks for.
+    fn rank(&self, ranking: &mut Ranking) -> Result<()> {
+        let prefixes = ranking.prefixes().map(<[u32]>::to_vec);
+        self.panels(|rows| {
+            let (members, counts) = (&self.rule.members, ranking.counts());
+            ops::magnitudes(self.device, &self.a, &self.b, members, prefixes.as_deref(), rows, counts)
+        })
+    }
+
     /// Sets the thresholds so that each member keeps its `count` largest entries, and what is as large as the last.
     fn trim(&mut self, count: usize) -> Result<()> {
-        let members = self.rule.members.len();
-        let mut counts = vec![vec![0u64; ops::BUCKETS]; members];
-        let count_all = |prefixes: Option<&[u32]>, counts: &mut [Vec<u64>]| {
-            self.panels(|rows| {
-                ops::magnitudes(self.device, &self.a, &self.b, &self.rule.members, prefixes, rows, counts)
-            })
-        };
-        count_all(None, &mut counts)?;
-        // From the largest down, the bucket in which the last kept one lies, and how many of it are kept.
-        let last = |counts: &[u64], mut left: u64| {
-            for (bucket, &n) in counts.iter().enumerate().rev() {
-                if n >= left {
-                    return (bucket as u32, left);
-                }
-                left -= n;
-            }
-            (0, 0)
-        };
-        let found: Vec<(u32, u64)> = counts.iter().map(|counts| last(counts, count as u64)).collect();
-        let prefixes: Vec<u32> = found.iter().map(|(prefix, _)| *prefix).collect();
-        counts.iter_mut().for_each(|counts| counts.fill(0));
-        count_all(Some(&prefixes), &mut counts)?;
-        let thresholds: Vec<f32> = (0..members)
-            .map(|k| f32::from_bits(prefixes[k] << 15 | last(&counts[k], found[k].1).0))
-            .collect();
-        for (member, threshold) in self.rule.members.iter_mut().zip(thresholds) {
+        let mut ranking = Ranking::new(self.rule.members.len());
+        self.rank(&mut ranking)?;
+        ranking.narrow(count as u64);
+        self.rank(&mut ranking)?;
+        for (member, threshold) in self.rule.members.iter_mut().zip(ranking.thresholds()) {
             member.threshold = threshold;
         }
         Ok(())
+    }
+
+    /// How many sums of what counts are above zero, less how many are below.
+    fn signs(&self) -> Result<i64> {
+        let mut signs = 0;
+        self.panels(|rows| {
+            signs += ops::entries(self.device, &self.a, &self.b, &self.rule, rows)?.signs;
+            Ok(())
+        })?;
+        Ok(signs)
     }
 
     /// `W·Mᵀ·M`, of W's shape.

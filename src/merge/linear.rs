@@ -63,6 +63,7 @@ impl Linear {
                 size: &|_| (0, 0),
                 rank: &|layer| layer.rank,
                 merge: &merge,
+                alone: false,
                 is_sum: true,
             },
         )?;

@@ -14,18 +14,19 @@ mod report;
 mod rule;
 mod ssr;
 mod svd;
+mod trim;
 mod truncate;
 
 use std::collections::BTreeMap;
 
-pub use core::CoreMerge;
+pub use core::{Bases, CoreMerge};
 pub use driver::{Destination, Method, Run};
 pub use entrywise::EntryMerge;
 pub use linear::Linear;
 pub use np_lora::{Directions, NpLora, NpLoraOptions, Projection};
 pub use plan::{Plan, PlannedLayer};
 pub use report::{Action, DeviceMemory, InputReport, LayerReport, Losses, ProjectionReport, Report};
-pub use rule::{Dare, Rule, Ties};
+pub use rule::{Alone, Dare, Elect, Iso, IsoMean, Keep, Rule, Scope, Ties, Tsv, ZeroSum};
 pub use ssr::{Prior, Ridge, Ssr, SsrOptions};
 pub use svd::SvdMerge;
 pub use truncate::{Spectrum, Truncation};

@@ -430,6 +430,7 @@ impl Method for NpLora {
                 size: &|layer| size(run.device, layer.rank, layer.input, layer.output),
                 rank: &|layer| layer.rank,
                 merge: &|on, jobs| self.chunk(on, jobs),
+                alone: false,
                 is_sum: false,
             },
         )?;

@@ -432,6 +432,7 @@ impl Method for Ssr<'_> {
             size: &size,
             rank: &|layer| layer.rank,
             merge: &merge,
+            alone: false,
             is_sum: false,
         };
         let mut merged = driver::run(run, &spec)?;

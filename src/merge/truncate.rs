@@ -12,7 +12,7 @@ use super::{DeviceMemory, Merged};
 use crate::compute::ops::{self, Root, Side, Stacks, Svd};
 use crate::{Adapter, Control, Device, Error, Layer, Matrix, RawMatrix, Result};
 
-/// How many singular values of an update to keep: the fewest that a limit allows, and at least one.
+/// How many singular values of an update to keep: the fewest that a limit asks for, and at least one.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Truncation {
@@ -22,15 +22,16 @@ pub struct Truncation {
     pub spectrum: Option<Spectrum>,
 }
 
-/// How many singular values `σ_1 ≥ σ_2 ≥ …` to keep, by their size; as the dynamic methods of kohya's resize script.
+/// How many singular values `σ_1 ≥ σ_2 ≥ …` to keep, by their size; as the dynamic methods of kohya's resize script, which
+/// keeps one more than each asks for. What rounding left of zero is never kept.
 #[derive(Clone, Copy, Debug, PartialEq, Deserialize, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Spectrum {
-    /// Those above `σ_1 / X`, X ≥ 1.
+    /// Those above `σ_1 / X`, X ≥ 1, and the next.
     Ratio(f64),
-    /// As few as hold `Σ σ² ≥ X²·‖ΔW‖²`, X in (0, 1].
+    /// As few as hold `Σ σ² ≥ X²·‖ΔW‖²`, X in (0, 1], and the next.
     Frobenius(f64),
-    /// As few as hold `Σ σ ≥ X·Σ_all σ`, X in (0, 1].
+    /// As few as hold `Σ σ ≥ X·Σ_all σ`, X in (0, 1], and the next.
     Cumulative(f64),
 }
 
@@ -89,12 +90,13 @@ impl Truncation {
             };
             values[..all].iter().take_while(short).count()
         };
-        let asked = match self.spectrum {
+        let enough = match self.spectrum {
             None => all,
-            Some(Spectrum::Ratio(x)) => significant(values, largest / x).min(all),
+            Some(Spectrum::Ratio(x)) => significant(values, largest / x),
             Some(Spectrum::Frobenius(x)) => enough(2, x * x),
             Some(Spectrum::Cumulative(x)) => enough(1, x),
         };
+        let asked = if self.spectrum.is_some() { (enough.max(1) + 1).min(all) } else { all };
         asked.min(self.rank.unwrap_or(usize::MAX)).max(1)
     }
 }
@@ -332,17 +334,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn spectra_keep_the_fewest_that_do() {
+    fn spectra_keep_the_fewest_that_do_and_one_more() {
         let values = [4.0, 2.0, 1.0, 1.0, 1e-9];
         let by = |spectrum| Truncation::spectrum(spectrum).kept(&values);
         assert_eq!(Truncation::default().kept(&values), 4);
         assert_eq!(Truncation::rank(2).kept(&values), 2);
         assert_eq!(
             (by(Spectrum::Ratio(1.0)), by(Spectrum::Ratio(2.5)), by(Spectrum::Ratio(1e12))),
-            (1, 2, 4)
+            (2, 3, 4)
         );
-        assert_eq!((by(Spectrum::Cumulative(0.5)), by(Spectrum::Cumulative(0.7))), (1, 2));
-        assert_eq!((by(Spectrum::Frobenius(0.85)), by(Spectrum::Frobenius(0.95))), (1, 2));
+        assert_eq!((by(Spectrum::Cumulative(0.5)), by(Spectrum::Cumulative(0.7))), (2, 3));
+        assert_eq!((by(Spectrum::Frobenius(0.85)), by(Spectrum::Frobenius(0.95))), (2, 3));
         assert_eq!((by(Spectrum::Frobenius(1.0)), by(Spectrum::Cumulative(1.0))), (4, 4));
         let both = Truncation { rank: Some(1), spectrum: Some(Spectrum::Cumulative(1.0)) };
         assert_eq!((both.kept(&values), both.kept(&[0.0; 3]), both.kept(&[])), (1, 1, 1));

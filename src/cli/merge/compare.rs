@@ -6,8 +6,8 @@ use clap::{Args, ValueEnum};
 use loraweld::adapter::{check_target, write_atomic};
 use loraweld::merge::Report;
 use loraweld::{
-    Calibration, Control, CoreMerge, Dare, Device, EntryMerge, Linear, Merged, NpLora, Rule, Ssr, SvdMerge,
-    Ties, Truncation, Weighted,
+    Calibration, Control, CoreMerge, Dare, Device, EntryMerge, Iso, Linear, Merged, NpLora, Rule, Ssr,
+    SvdMerge, Ties, Truncation, Tsv, Weighted,
 };
 use serde_json::{Value, json};
 
@@ -23,9 +23,12 @@ Examples:
   loraweld compare cat.safetensors dog.safetensors --calibration pets.calibration.safetensors
   loraweld compare cat.safetensors dog.safetensors --calibration pets.calibration.safetensors \\
       --methods ssr,linear,ties --rank 16 -o methods.json
+  loraweld compare cat.safetensors dog.safetensors --calibration pets.calibration.safetensors \\
+      --methods ties,dare,tsv --variants
 
 The loss is the error of the merged adapter on each adapter's own inputs, relative to merging nothing: 0 is
-perfect. Every method runs with its default options; np-lora takes the first adapter for the style.")]
+perfect. Every method runs with its default options; np-lora takes the first adapter for the style. A method
+whose authors or PEFT define it otherwise has variants named after them, such as ties-paper and ties-peft.")]
 pub struct Compare {
     /// Adapters: PATH, or PATH:STRENGTH with any finite strength.
     #[arg(required = true, num_args = 2.., value_name = "LORA", value_parser = LoraArg::parser())]
@@ -36,6 +39,9 @@ pub struct Compare {
     /// Methods, in the order of the table.
     #[arg(long, value_enum, value_delimiter = ',', default_values_t = Method::ALL)]
     methods: Vec<Method>,
+    /// List beside each method what its paper's authors and PEFT make of it, where that is something else.
+    #[arg(long)]
+    variants: bool,
     #[command(flatten)]
     truncate: Truncate,
     /// Write the table, with every layer's losses, to a JSON file.
@@ -62,11 +68,26 @@ enum Method {
     NpLora,
     NpLoraHard,
     Ties,
+    /// As in the authors' code.
+    TiesPaper,
+    /// As `ties_svd` of PEFT.
+    TiesPeft,
     Dare,
+    /// As in the authors' code, and as `dare_linear_svd` of PEFT.
+    #[value(alias = "dare-peft")]
+    DarePaper,
     Knots,
+    /// As in the authors' code.
+    KnotsPaper,
     Core,
+    /// As in the authors' code.
+    CorePaper,
     Tsv,
+    /// As in the authors' code.
+    TsvPaper,
     IsoC,
+    /// As in the authors' code.
+    IsoCPaper,
 }
 
 impl Method {
@@ -86,6 +107,19 @@ impl Method {
         Self::IsoC,
     ];
 
+    /// The method, and what it is as others define it.
+    fn variants(self) -> Vec<Self> {
+        match self {
+            Self::Ties => vec![self, Self::TiesPaper, Self::TiesPeft],
+            Self::Dare => vec![self, Self::DarePaper],
+            Self::Knots => vec![self, Self::KnotsPaper],
+            Self::Core => vec![self, Self::CorePaper],
+            Self::Tsv => vec![self, Self::TsvPaper],
+            Self::IsoC => vec![self, Self::IsoCPaper],
+            _ => vec![self],
+        }
+    }
+
     fn merge(
         self,
         device: &Device,
@@ -93,7 +127,8 @@ impl Method {
         calibration: &Calibration,
         control: Control<'_>,
     ) -> loraweld::Result<Merged> {
-        let ties = Rule::Ties(Ties::default());
+        let entries = |method: EntryMerge| method.merge_with(device, adapters, control);
+        let core = |method: CoreMerge| method.merge_with(device, adapters, control);
         let np = |method: NpLora| method.merge_with(device, adapters[0], &adapters[1..], control);
         match self {
             Self::Ssr => Ssr::new(calibration).merge_with(device, adapters, control),
@@ -111,12 +146,19 @@ impl Method {
             }
             Self::NpLora => np(NpLora::default()),
             Self::NpLoraHard => np(NpLora::hard()),
-            Self::Ties => EntryMerge::ties(Ties::default()).merge_with(device, adapters, control),
-            Self::Dare => EntryMerge::dare(Dare::default()).merge_with(device, adapters, control),
-            Self::Knots => CoreMerge::knots(ties).merge_with(device, adapters, control),
-            Self::Core => CoreMerge::core(ties).merge_with(device, adapters, control),
-            Self::Tsv => CoreMerge::tsv().merge_with(device, adapters, control),
-            Self::IsoC => CoreMerge::iso_c().merge_with(device, adapters, control),
+            Self::Ties => entries(EntryMerge::ties(Ties::default())),
+            Self::TiesPaper => entries(EntryMerge::ties(Ties::paper())),
+            Self::TiesPeft => entries(EntryMerge::ties(Ties::peft())),
+            Self::Dare => entries(EntryMerge::dare(Dare::default())),
+            Self::DarePaper => entries(EntryMerge::dare(Dare::paper())),
+            Self::Knots => core(CoreMerge::knots(Rule::Ties(Ties::default()))),
+            Self::KnotsPaper => core(CoreMerge::knots(Rule::Ties(Ties::paper()))),
+            Self::Core => core(CoreMerge::core(Rule::Ties(Ties::default()))),
+            Self::CorePaper => core(CoreMerge::core_paper()),
+            Self::Tsv => core(CoreMerge::tsv(Tsv::default())),
+            Self::TsvPaper => core(CoreMerge::tsv(Tsv::paper())),
+            Self::IsoC => core(CoreMerge::iso_c(Iso::default())),
+            Self::IsoCPaper => core(CoreMerge::iso_c(Iso::paper())),
         }
     }
 
@@ -149,7 +191,11 @@ impl Compare {
             ">seconds",
             "where it loses most",
         ]);
-        for method in &self.methods {
+        let methods: Vec<Method> = match self.variants {
+            true => self.methods.iter().flat_map(|method| method.variants()).collect(),
+            false => self.methods,
+        };
+        for method in &methods {
             let weighted = inputs.weighted();
             let merged = out.long(|control| {
                 let merged = method.merge(&device, &weighted, &calibration, *control)?;

@@ -1,7 +1,7 @@
 //! `loraweld merge ties` and `dare`
 
 use clap::Args;
-use loraweld::EntryMerge;
+use loraweld::{EntryMerge, Ties};
 
 use super::core::EntryOptions;
 use super::{Common, Measure};
@@ -12,7 +12,11 @@ use crate::cli::output::Output;
 #[derive(Args, Debug)]
 #[command(after_help = "\
 Examples:
-  loraweld merge ties cat.safetensors dog.safetensors --density 0.5 -o both.safetensors")]
+  loraweld merge ties cat.safetensors dog.safetensors --density 0.5 -o both.safetensors
+  loraweld merge ties cat.safetensors dog.safetensors --as paper -o both.safetensors
+
+`--as paper` is the authors' code: `--scope file --one-more --zero-sum majority --alone merge`. `--as peft` is PEFT's
+`ties_svd`: `--elect unweighted --alone merge`.")]
 pub struct TiesMerge {
     #[command(flatten)]
     shared: Shared,
@@ -22,7 +26,10 @@ pub struct TiesMerge {
 #[derive(Args, Debug)]
 #[command(after_help = "\
 Examples:
-  loraweld merge dare cat.safetensors dog.safetensors --density 0.5 --seed 7 -o both.safetensors")]
+  loraweld merge dare cat.safetensors dog.safetensors --density 0.5 --seed 7 -o both.safetensors
+
+`--as paper` is the authors' code: `--alone merge`, and with `--ties` also `--zero-sum majority`. `--as peft` is PEFT's
+`dare_linear_svd`: `--alone merge`, and with `--ties` its `dare_ties_svd`: also `--elect unweighted`.")]
 pub struct DareMerge {
     /// Elect signs as ties does, and average what agrees, instead of the sum.
     #[arg(long)]
@@ -58,7 +65,7 @@ impl Shared {
 
 impl TiesMerge {
     pub fn run(self, global: &Global, out: &Output) -> anyhow::Result<()> {
-        let merge = EntryMerge::ties(self.shared.options.ties()?);
+        let merge = EntryMerge::ties(self.shared.options.ties(Ties::paper())?);
         self.shared.run(merge, global, out)
     }
 }

@@ -106,13 +106,14 @@ struct Truncate {
     /// Keep at most this rank in each layer, by singular values [default: the sum of the ranks].
     #[arg(long, value_name = "N", value_parser = rank)]
     rank: Option<usize>,
-    /// Keep singular values above the largest one divided by X, at least 1.
+    /// Keep the singular values above the largest one divided by X, at least 1, and one more, as kohya's resize script does.
     #[arg(long, value_name = "X", value_parser = ratio, allow_hyphen_values = true, group = "spectrum")]
     sv_ratio: Option<f64>,
-    /// Keep the fewest singular values that hold this share of the update's norm.
+    /// Keep the fewest singular values that hold this share of the update's norm, and one more, as kohya's resize script
+    /// does.
     #[arg(long, value_name = "SHARE", value_parser = share, allow_hyphen_values = true, group = "spectrum")]
     sv_fro: Option<f64>,
-    /// Keep the fewest singular values that hold this share of their sum.
+    /// Keep the fewest singular values that hold this share of their sum, and one more, as kohya's resize script does.
     #[arg(long, value_name = "SHARE", value_parser = share, allow_hyphen_values = true, group = "spectrum")]
     sv_cumulative: Option<f64>,
 }

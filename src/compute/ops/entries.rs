@@ -20,6 +20,8 @@ pub struct EntryMember {
     pub threshold: f32,
     /// Key of its chance.
     pub key: [u32; 2],
+    /// What its entries are multiplied by once signs are elected.
+    pub weight: f64,
 }
 
 /// How the entries of several updates become one.
@@ -29,8 +31,10 @@ pub struct EntryRule {
     pub members: Vec<EntryMember>,
     /// An entry counts if its hash is at most this.
     pub chance: u32,
-    /// Average what counts over the members that have the sign of its sum (of zero: plus); else sum it.
+    /// Average what counts over the members that have the sign of its sum, before weights; else sum it.
     pub elect: bool,
+    /// The sign that a sum of zero elects is minus; else plus.
+    pub zero_is_minus: bool,
     /// What the result is multiplied by.
     pub scale: f64,
 }
@@ -38,26 +42,50 @@ pub struct EntryRule {
 impl EntryRule {
     /// The merged entry of row i, column j.
     pub fn merged(&self, i: usize, j: usize, values: impl Iterator<Item = f64>) -> f64 {
-        let (mut plus, mut minus, mut pluses, mut minuses) = (0.0, 0.0, 0u32, 0u32);
+        self.decided(i, j, values).0
+    }
+
+    /// The merged entry of row i, column j, and the sign of the sum of what counts: 1, 0 or -1.
+    pub fn decided(&self, i: usize, j: usize, values: impl Iterator<Item = f64>) -> (f64, i64) {
+        let (mut plus, mut minus) = (Side::default(), Side::default());
         for (member, v) in self.members.iter().zip(values) {
             let near = v as f32;
             if near.abs() < member.threshold || hash(i as u32, j as u32, member.key) > self.chance {
                 continue;
             }
             if near > 0.0 {
-                plus += v;
-                pluses += 1;
+                plus.add(v, member.weight);
             } else if near < 0.0 {
-                minus += v;
-                minuses += 1;
+                minus.add(v, member.weight);
             }
         }
+        let sum = (plus.sum + minus.sum) as f32;
         let merged = match self.elect {
-            false => plus + minus,
-            true if (plus + minus) as f32 >= 0.0 => plus / f64::from(pluses.max(1)),
-            true => minus / f64::from(minuses.max(1)),
+            false => plus.weighted + minus.weighted,
+            true if sum > 0.0 || (sum == 0.0 && !self.zero_is_minus) => plus.mean(),
+            true => minus.mean(),
         };
-        self.scale * merged
+        (self.scale * merged, i64::from(sum > 0.0) - i64::from(sum < 0.0))
+    }
+}
+
+/// The entries of one sign that count.
+#[derive(Default)]
+struct Side {
+    sum: f64,
+    weighted: f64,
+    count: u32,
+}
+
+impl Side {
+    fn add(&mut self, v: f64, weight: f64) {
+        self.sum += v;
+        self.weighted += weight * v;
+        self.count += 1;
+    }
+
+    fn mean(&self) -> f64 {
+        self.weighted / f64::from(self.count.max(1))
     }
 }
 
@@ -80,6 +108,8 @@ pub struct Entries {
     pub values: Batch,
     /// ‖values‖².
     pub square: f64,
+    /// How many sums of what counts, before weights, are above zero, less how many are below.
+    pub signs: i64,
 }
 
 /// `rule(s_1·B_1·A_1, …, s_K·B_K·A_K)`, entry by entry, for some rows: what TIES and DARE make of updates, a panel at a
@@ -101,31 +131,42 @@ pub fn entries(
     let panel = Shape::new(rows.len(), shape.cols);
     let mut values = Batch::zeros(device, device.factor(), &[panel])?;
     if let Some(mut outputs) = values.host_mut() {
-        let square = outputs.iter_mut().map(|out| entries_cpu(a, b, rule, &rows, panel.cols, out)).sum();
-        return Ok(Entries { values, square });
+        let (mut square, mut signs) = (0.0, 0);
+        for out in outputs.iter_mut() {
+            let (more, other) = entries_cpu(a, b, rule, &rows, panel.cols, out);
+            (square, signs) = (square + more, signs + other);
+        }
+        return Ok(Entries { values, square, signs });
     }
     let gpu = device.gpu()?;
     let job = Job {
         factors: factors(a, b, shape, &rows),
         members: rule.members.len() as u32,
         chance: rule.chance,
-        elect: u32::from(rule.elect),
+        elect: match (rule.elect, rule.zero_is_minus) {
+            (false, _) => 0,
+            (true, false) => 1,
+            (true, true) => 2,
+        },
         scale: rule.scale as f32,
     };
     let tiles = (panel.rows.div_ceil(TILE) as u32, panel.cols.div_ceil(TILE) as u32);
     let work: Vec<Work> =
         (0..tiles.0).flat_map(|row| (0..tiles.1).map(move |c| [0, row, c, row * tiles.1 + c])).collect();
-    let bytes = work.len() as u64 * 4;
-    let squares = gpu.scratch(bytes)?;
+    // Of each tile its sum of squares and its signs, which f32 counts exactly.
+    let bytes = work.len() as u64 * 8;
+    let tallies = gpu.scratch(bytes)?;
     let members = gpu.scratch(rule.members.len() as u64 * 32)?;
     gpu.write(&members, 0, bytemuck::cast_slice(&table(&rule.members, &[])))?;
     let mut commands = gpu.commands();
     let buffers =
-        [whole(a.buffer()?), whole(b.buffer()?), whole(&members), whole(values.buffer()?), whole(&squares)];
+        [whole(a.buffer()?), whole(b.buffer()?), whole(&members), whole(values.buffer()?), whole(&tallies)];
     commands.launch(Kernel::Entries(device.product()), &[job], &work, &buffers);
     commands.submit()?;
-    let squares: Vec<f32> = bytemuck::pod_collect_to_vec(&gpu.read(&squares, bytes)?);
-    Ok(Entries { values, square: squares.iter().map(|&v| f64::from(v)).sum() })
+    let tallies: Vec<[f32; 2]> = bytemuck::pod_collect_to_vec(&gpu.read(&tallies, bytes)?);
+    let square = tallies.iter().map(|[square, _]| f64::from(*square)).sum();
+    let signs = tallies.iter().map(|[_, signs]| *signs as i64).sum();
+    Ok(Entries { values, square, signs })
 }
 
 /// The side of a tile of entries, of which a thread of the shaders makes one.
@@ -238,7 +279,7 @@ struct Member {
     threshold: f32,
     key: [u32; 2],
     prefix: u32,
-    unused: u32,
+    weight: f32,
 }
 
 fn table(members: &[EntryMember], prefixes: &[u32]) -> Vec<Member> {
@@ -249,7 +290,7 @@ fn table(members: &[EntryMember], prefixes: &[u32]) -> Vec<Member> {
         threshold: m.threshold,
         key: m.key,
         prefix: prefixes.get(k).copied().unwrap_or(0),
-        unused: 0,
+        weight: m.weight as f32,
     };
     members.iter().enumerate().map(entry).collect()
 }
@@ -275,7 +316,7 @@ fn update(a: &Batch, b: &Batch, member: &EntryMember, rows: Range<usize>) -> Mat
     out
 }
 
-/// The CPU twin of [`entries`]; gives the sum of squares.
+/// The CPU twin of [`entries`]; gives the sum of squares, and of signs.
 fn entries_cpu(
     a: &Batch,
     b: &Batch,
@@ -283,7 +324,7 @@ fn entries_cpu(
     rows: &Range<usize>,
     cols: usize,
     out: &mut [f64],
-) -> f64 {
+) -> (f64, i64) {
     out.par_chunks_mut((ROWS * cols).max(1))
         .enumerate()
         .map(|(i, out)| {
@@ -291,14 +332,18 @@ fn entries_cpu(
             let rows = first..first + out.len() / cols.max(1);
             let updates: Vec<Matrix> =
                 rule.members.iter().map(|member| update(a, b, member, rows.clone())).collect();
+            let mut signs = 0;
             for (at, out) in out.iter_mut().enumerate() {
-                *out = rule.merged(first + at / cols, at % cols, updates.iter().map(|u| u.data[at]));
+                let values = updates.iter().map(|u| u.data[at]);
+                let (merged, sign) = rule.decided(first + at / cols, at % cols, values);
+                *out = merged;
+                signs += sign;
             }
-            out.iter().map(|v| v * v).sum::<f64>()
+            (out.iter().map(|v| v * v).sum::<f64>(), signs)
         })
         .collect::<Vec<_>>()
         .into_iter()
-        .sum()
+        .fold((0.0, 0), |all, part| (all.0 + part.0, all.1 + part.1))
 }
 
 /// The CPU twin of [`magnitudes`].
