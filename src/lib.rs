@@ -67,7 +67,8 @@ pub mod fusion;
 pub mod merge;
 
 pub use adapter::{
-    Adapter, Family, Format, Layer, LayerKey, OpenOptions, SaveOptions, Scale, ScaleRule, Strengths, Weighted,
+    Adapter, Family, Format, Layer, LayerKey, Loader, NotTaken, OpenOptions, SaveOptions, Scale, ScaleRule,
+    Strengths, Unnamed, Weighted,
 };
 pub use calibration::{Activations, Calibration, FileSummary, Source, Task};
 pub use compute::{Device, DeviceOptions, Disable, Precision, Select};

@@ -2,8 +2,8 @@
 
 use std::fmt;
 
-use super::families::{Family, Names};
-use super::{Adapter, Layer};
+use super::families::{self, Family, Names};
+use super::{Adapter, Format, Layer};
 use crate::{Error, Result};
 
 /// Factors on the scales of an adapter's layers. The last one that a layer matches counts, after those of blocks.
@@ -12,31 +12,37 @@ pub struct Strengths {
     /// Factors on the layers whose name matches: `*` stands for anything, dots and underscores are one.
     pub by_name: Vec<(String, f64)>,
     /// Factors on blocks, in the order of [`BlockPreset::names`]: 17 or 26 for Stable Diffusion 1 and 2, 12 or 20 for XL,
-    /// 61 for FLUX.1.
+    /// 61 for FLUX.1, one for each block and one for the rest for others.
     pub by_block: Option<Vec<f64>>,
 }
 
 /// The blocks of a list of strengths.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BlockPreset {
-    families: &'static [Family],
+    names: Vec<String>,
+}
+
+/// The blocks of a list, for the families of these ids.
+struct Listed {
+    families: &'static [&'static str],
     names: &'static [&'static str],
 }
 
-const SD: &[Family] = &[Family::Sd1, Family::Sd2];
-const XL: &[Family] = &[Family::Sdxl];
-const FLUX: &[Family] = &[Family::Flux1];
+const SD: &[&str] = &["sd1", "sd2"];
+const XL: &[&str] = &["sdxl"];
+const FLUX: &[&str] = &["flux1"];
 
-/// The lists: of files without convolutions, and with them. BASE is what is in no block, text encoders among it.
-const PRESETS: &[BlockPreset] = &[
-    BlockPreset {
+/// The lists that users of A1111 know: of files without convolutions, and with them. BASE is what is in no block, text
+/// encoders among it.
+const PRESETS: &[Listed] = &[
+    Listed {
         families: SD,
         names: &[
             "BASE", "IN01", "IN02", "IN04", "IN05", "IN07", "IN08", "M00", "OUT03", "OUT04", "OUT05",
             "OUT06", "OUT07", "OUT08", "OUT09", "OUT10", "OUT11",
         ],
     },
-    BlockPreset {
+    Listed {
         families: SD,
         names: &[
             "BASE", "IN00", "IN01", "IN02", "IN03", "IN04", "IN05", "IN06", "IN07", "IN08", "IN09", "IN10",
@@ -44,21 +50,21 @@ const PRESETS: &[BlockPreset] = &[
             "OUT09", "OUT10", "OUT11",
         ],
     },
-    BlockPreset {
+    Listed {
         families: XL,
         names: &[
             "BASE", "IN04", "IN05", "IN07", "IN08", "M00", "OUT00", "OUT01", "OUT02", "OUT03", "OUT04",
             "OUT05",
         ],
     },
-    BlockPreset {
+    Listed {
         families: XL,
         names: &[
             "BASE", "IN00", "IN01", "IN02", "IN03", "IN04", "IN05", "IN06", "IN07", "IN08", "M00", "OUT00",
             "OUT01", "OUT02", "OUT03", "OUT04", "OUT05", "OUT06", "OUT07", "OUT08",
         ],
     },
-    BlockPreset {
+    Listed {
         families: FLUX,
         names: &[
             "CLIP", "T5", "IN", "D00", "D01", "D02", "D03", "D04", "D05", "D06", "D07", "D08", "D09", "D10",
@@ -89,11 +95,11 @@ impl BlockPreset {
     /// # Errors
     /// [`Error::Invalid`] with the lengths that there are.
     pub fn of(family: Family, blocks: Option<usize>) -> Result<Self> {
-        let lists = || PRESETS.iter().filter(|preset| preset.families.contains(&family));
-        if let Some(preset) = lists().find(|p| blocks.is_none_or(|n| p.names.len() == n)) {
-            return Ok(*preset);
+        let mut lists = Self::all(family);
+        if let Some(i) = lists.iter().position(|preset| blocks.is_none_or(|n| preset.names.len() == n)) {
+            return Ok(lists.swap_remove(i));
         }
-        let lengths: Vec<_> = lists().map(|p| p.names.len().to_string()).collect();
+        let lengths: Vec<_> = lists.iter().map(|p| p.names.len().to_string()).collect();
         let n = blocks.unwrap_or(0);
         Err(Error::Invalid(match lengths[..] {
             [] => format!("there are no block strengths for this model ({family}); give strengths by name"),
@@ -101,8 +107,31 @@ impl BlockPreset {
         }))
     }
 
+    /// The lists of a family, which its models may have of different lengths.
+    fn all(family: Family) -> Vec<Self> {
+        let Some(record) = family.record() else { return Vec::new() };
+        let listed = PRESETS.iter().filter(|preset| preset.families.contains(&record.id));
+        let listed = listed.map(|preset| preset.names.iter().map(|name| (*name).to_owned()).collect());
+        let mut lists: Vec<Vec<String>> = listed.collect();
+        if lists.is_empty() {
+            let of_model = |model: usize| {
+                let blocks = record.stacks.iter().flat_map(|(letter, stack)| {
+                    let start = format!("{stack}.{{}}.");
+                    let rows = record.rows.iter().filter(|row| row.path().starts_with(&start));
+                    let count = rows.map(|row| row.count(model)).max().unwrap_or(0);
+                    (0..count).map(move |n| named(letter, n))
+                });
+                std::iter::once("BASE".to_owned()).chain(blocks).collect::<Vec<_>>()
+            };
+            lists = (0..record.models.len()).map(of_model).filter(|list| list.len() > 1).collect();
+            lists.sort_by_key(Vec::len);
+            lists.dedup();
+        }
+        lists.into_iter().map(|names| Self { names }).collect()
+    }
+
     /// The strengths of a named list for a family: `ALL`, `NONE`, `INS`, `IND`, `INALL`, `MIDD`, `OUTD`, `OUTS`,
-    /// `OUTALL`, and for FLUX `DOUBLE` and `SINGLE`.
+    /// `OUTALL`, and for families of double and single blocks `DOUBLE` and `SINGLE`.
     ///
     /// # Errors
     /// [`Error::Invalid`] if the family has no blocks, or none of that name.
@@ -119,7 +148,7 @@ impl BlockPreset {
         let strengths: Vec<f64> = names
             .iter()
             .map(|block| {
-                let base = ["BASE", "CLIP", "T5"].contains(block);
+                let base = ["BASE", "CLIP", "T5"].contains(&block.as_str());
                 f64::from(u8::from(base || on.iter().any(|on| has(block, on))))
             })
             .collect();
@@ -130,8 +159,8 @@ impl BlockPreset {
     }
 
     /// Names of the blocks, in the order of the strengths.
-    pub fn names(&self) -> &'static [&'static str] {
-        self.names
+    pub fn names(&self) -> &[String] {
+        &self.names
     }
 
     /// The place of a layer's block; `None` if the list has none for it.
@@ -141,17 +170,19 @@ impl BlockPreset {
     }
 }
 
+fn named(kind: &str, n: usize) -> String {
+    format!("{kind}{n:02}")
+}
+
 /// The block that a layer is in.
 pub(super) fn block(layer: &Layer) -> String {
-    let (key, component) = (layer.key.flat(), layer.key.component());
+    let (key, component, family) = (layer.key.flat(), layer.key.component(), layer.family);
     let number = |start: &str, path: &str| -> Option<usize> {
         path.strip_prefix(start)?.split(['.', '_']).next()?.parse().ok()
     };
-    let named = |kind: &str, n: usize| format!("{kind}{n:02}");
-    if layer.family.is_unet() {
-        let path =
-            layer.family.place(key, Names::Native).filter(|_| component.is_empty()).map(|place| place.path);
-        let path = path.unwrap_or_default();
+    if family.all_agree(|record| Some(record.is_unet())) == Some(true) {
+        let path = family.place(component, key, Format::Comfyui, Some(Names::Native), layer.widths());
+        let path = path.ok().filter(|_| component.is_empty()).map(|place| place.path).unwrap_or_default();
         if path.starts_with("middle_block.") {
             return named("M", 0);
         }
@@ -160,16 +191,26 @@ pub(super) fn block(layer: &Layer) -> String {
             .or(number("output_blocks.", &path).map(|n| named("OUT", n)))
             .unwrap_or("BASE".to_owned());
     }
-    match component {
-        "" => {
-            let double = number("transformer_blocks_", key).map(|n| named("D", n));
-            let single = || number("single_transformer_blocks_", key).map(|n| named("S", n));
-            let out = ["proj_out", "norm_out_linear"].contains(&key);
-            double.or_else(single).unwrap_or(if out { "OUT" } else { "IN" }.to_owned())
+    if families::is_encoder(component) {
+        let listed = family.record().is_some_and(|record| FLUX.contains(&record.id));
+        return match component {
+            "text_encoder_3" if listed => "T5",
+            _ if listed => "CLIP",
+            _ => "BASE",
         }
-        "text_encoder_3" => "T5".to_owned(),
-        _ => "CLIP".to_owned(),
+        .to_owned();
     }
+    if family.record().is_none_or(|record| FLUX.contains(&record.id)) {
+        let double = number("transformer_blocks_", key).map(|n| named("D", n));
+        let single = || number("single_transformer_blocks_", key).map(|n| named("S", n));
+        let out = ["proj_out", "norm_out_linear"].contains(&key);
+        return double.or_else(single).unwrap_or(if out { "OUT" } else { "IN" }.to_owned());
+    }
+    let stacks = family.record().map_or(&[][..], |record| &record.stacks);
+    let in_stack = |(letter, stack): &(&str, &str)| {
+        number(&format!("{}_", stack.replace('.', "_")), key).map(|n| named(letter, n))
+    };
+    stacks.iter().find_map(in_stack).unwrap_or("BASE".to_owned())
 }
 
 impl Strengths {
@@ -191,13 +232,13 @@ impl Strengths {
                 return Err(invalid(format!("no layer is of `{pattern}`; they are named like `{some}`")));
             }
         }
-        let preset = match &self.by_block {
+        let preset: Option<(BlockPreset, &Vec<f64>)> = match &self.by_block {
             Some(blocks) => Some((BlockPreset::of(adapter.family(), Some(blocks.len()))?, blocks)),
             None => None,
         };
         let mut outside = 0;
         let layers = adapter.layers().iter().map(|layer| {
-            let by_block = preset.and_then(|(preset, blocks)| {
+            let by_block = preset.as_ref().and_then(|(preset, blocks)| {
                 let place = preset.place(layer);
                 outside += usize::from(place.is_none());
                 blocks.get(place?).copied()

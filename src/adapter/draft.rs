@@ -24,7 +24,6 @@ const BUFFER: usize = 1 << 17;
 pub(crate) struct Draft<'a> {
     path: &'a Path,
     file: &'a File,
-    target: &'a Target,
     dtype: Dtype,
     options: &'a SaveOptions,
     control: &'a Control<'a>,
@@ -72,7 +71,7 @@ pub(crate) fn save_while<T>(
 ) -> Result<T> {
     let failed = |e| write_error(path, e);
     let dtype = options.dtype.unwrap_or(adapter.dtype());
-    let target = Target::new(adapter, options.format);
+    let target = Target::new(adapter, options);
     let mut modules = modules(adapter, &target, dtype, options)?;
     let metadata = |modules: &[Module<'_>], own: &BTreeMap<String, String>, hash: &dyn Fn() -> _| {
         // What a file says may be wrong of what became of it; what was given in memory is meant to be written.
@@ -85,7 +84,7 @@ pub(crate) fn save_while<T>(
 
     let first = create()?;
     let (planned, result, after, written) = {
-        let mut tensors: Vec<_> = modules.iter().flat_map(|m| m.tensors(&target.spelling, dtype)).collect();
+        let mut tensors: Vec<_> = modules.iter().flat_map(|m| m.tensors(dtype)).collect();
         // Hashes are not known yet, but how long they are.
         let before = metadata(&modules, adapter.metadata(), &|| Ok("0".repeat(64))).map_err(failed)?;
         let layout = Layout::new(&before, &mut tensors).map_err(failed)?;
@@ -95,7 +94,6 @@ pub(crate) fn save_while<T>(
         let draft = Draft {
             path,
             file: first.file(),
-            target: &target,
             dtype,
             options,
             control,
@@ -183,7 +181,7 @@ impl Draft<'_> {
             }
             waiting.remove(&i).unwrap_or_default()
         };
-        let module = self.modules[i].with(&layers, self.target, self.dtype, self.options)?;
+        let module = self.modules[i].with(&layers, self.dtype, self.options)?;
         self.write(i, &module)
     }
 
@@ -210,7 +208,7 @@ impl Draft<'_> {
 
     fn write(&self, i: usize, module: &Module<'_>) -> Result<()> {
         let mut tensors = Vec::new();
-        for t in module.tensors(&self.target.spelling, self.dtype) {
+        for t in module.tensors(self.dtype) {
             let size = t.size() as u64;
             let start = match self.places.get(&t.name) {
                 Some(place) if size <= place.end - place.start => place.start,

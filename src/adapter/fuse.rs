@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use super::keys::LayerKey;
 use super::{Layer, PartOf, Tensor, TensorData};
-use crate::RawMatrix;
+use crate::{Matrix, RawMatrix};
 
 /// Cuts a fused layer into its parts: B into rows, with A shared. Where B is block-diagonal, as a converter leaves it
 /// that stacked several A, each part gets its own columns, and what is zero altogether is no layer.
@@ -14,6 +14,7 @@ pub(super) fn split(
     layer: &Layer,
     rows: &[usize],
     parts: &[String],
+    key: impl Fn(&str) -> LayerKey,
     part_of: impl Fn(usize) -> PartOf,
 ) -> Vec<Layer> {
     let mut start = 0;
@@ -37,7 +38,7 @@ pub(super) fn split(
             },
         };
         layers.push(Layer {
-            key: LayerKey::of_flat(path.replace('.', "_")),
+            key: key(path),
             module: path.clone(),
             rank: a.rows,
             output: b.rows,
@@ -123,6 +124,57 @@ fn some_columns(b: &Tensor, columns: &Range<usize>) -> Tensor {
     let cut = |row: &[u8]| row[columns.start * size..columns.end * size].to_vec();
     let bytes: Vec<u8> = raw.bytes.chunks_exact(width).flat_map(cut).collect();
     Tensor { cols: columns.len(), data: TensorData::Bytes(Arc::new(bytes)), ..b.clone() }
+}
+
+/// Parts of a fused module as layers of the whole: for each part, its members and the factor on each. Members that share
+/// A and factor are one; the rows of the other parts are zero.
+pub(crate) fn stack(parts: &[&[(&Layer, f64)]]) -> Vec<(Layer, f64)> {
+    let heights: Vec<usize> = parts.iter().map(|members| members.first().map_or(0, |m| m.0.output)).collect();
+    let rows: usize = heights.iter().sum();
+    let mut stacked: Vec<(&Layer, f64, Matrix<f32>)> = Vec::new();
+    let mut start = 0;
+    for (members, height) in parts.iter().zip(&heights) {
+        for &(layer, factor) in *members {
+            let found = stacked.iter().position(|(other, f, _)| *f == factor && other.a.same(&layer.a));
+            let i = found.unwrap_or_else(|| {
+                let data = vec![0.0; rows * layer.rank];
+                stacked.push((layer, factor, Matrix { rows, cols: layer.rank, data }));
+                stacked.len() - 1
+            });
+            let b = &mut stacked[i].2.data[start * layer.rank..(start + height) * layer.rank];
+            let own: Vec<f32> = layer.b().to_vec();
+            // One adapter may have a part twice only if it adds up.
+            b.iter_mut().zip(own).for_each(|(sum, v)| *sum += v);
+        }
+        start += height;
+    }
+    let layer = |(layer, factor, b): (&Layer, f64, Matrix<f32>)| {
+        let b = Tensor::of(b, layer.b.key.to_string());
+        (Layer { output: rows, b, part: None, ..layer.clone() }, factor)
+    };
+    stacked.into_iter().map(layer).collect()
+}
+
+/// The rank of what [`stack`] makes.
+pub(crate) fn stacked_rank(parts: &[&[(&Layer, f64)]]) -> usize {
+    let mut distinct: Vec<(&Layer, f64)> = Vec::new();
+    for &(layer, factor) in parts.iter().copied().flatten() {
+        if !distinct.iter().any(|(other, f)| *f == factor && other.a.same(&layer.a)) {
+            distinct.push((layer, factor));
+        }
+    }
+    distinct.iter().map(|(layer, _)| layer.rank).sum()
+}
+
+/// The parts of a layer that [`stack`] made, in the places of `templates`: they share its A.
+pub(crate) fn unstack(whole: &Layer, templates: &[&Layer]) -> Vec<Layer> {
+    let mut start = 0;
+    let part = |template: &&Layer| {
+        let b = whole.b.rows(start..start + template.output);
+        start += template.output;
+        Layer { rank: whole.rank, scale: whole.scale, a: whole.a.clone(), b, ..(*template).clone() }
+    };
+    templates.iter().map(part).collect()
 }
 
 /// The lower half of the rows, and then the upper one.

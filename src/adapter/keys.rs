@@ -2,34 +2,42 @@
 //!
 //! Trainers spell the same module in many ways: `transformer.transformer_blocks.0.attn.to_q.lora_A.weight`,
 //! `lora_unet_transformer_blocks_0_attn_to_q.lora_down.weight`, ... Dots can always become underscores but not
-//! the reverse, so layers are matched by the flat path ([`LayerKey`]), and [`unflatten`] is left for writing.
+//! the reverse, so layers are matched by the flat path ([`LayerKey`]); only [`families`] know where dots were.
 
-use std::borrow::Borrow;
+use std::borrow::{Borrow, Cow};
+use std::collections::BTreeMap;
 use std::fmt;
 
-use super::families::{self, Names};
+use super::families::{self, Family};
 
-/// Prefixes in files, and the text encoder that each stands for (empty: the main model). Where one starts
+/// Prefixes in files, and the component that each stands for (empty: the main model). Where one starts
 /// another, the longer is first. They may be nested: `base_model.model.transformer.`.
 const PREFIXES: &[(&str, &str)] = &[
     ("base_model.model.", ""),
     ("transformer.", ""),
+    ("transformer_1.", ""),
+    ("transformer_2.", "transformer_2"),
     ("unet.", ""),
     ("model.diffusion_model.", ""),
     ("diffusion_model.", ""),
+    ("connectors.", "connectors"),
+    ("text_conditioner.", "text_conditioner"),
     ("text_encoders.clip_l.transformer.", "text_encoder"),
+    ("text_encoders.clip_h.transformer.", "text_encoder"),
     ("text_encoders.clip_g.transformer.", "text_encoder_2"),
     ("text_encoders.t5xxl.transformer.", "text_encoder_3"),
-    ("text_encoders.", "text_encoders"),
+    ("text_encoders.llama.transformer.", "text_encoder_4"),
     ("cond_stage_model.transformer.", "text_encoder"),
     ("conditioner.embedders.0.transformer.", "text_encoder"),
     ("text_encoder.", "text_encoder"),
     ("text_encoder_2.", "text_encoder_2"),
     ("text_encoder_3.", "text_encoder_3"),
+    ("text_encoder_4.", "text_encoder_4"),
     ("lora_te_", "text_encoder"),
     ("lora_te1_", "text_encoder"),
     ("lora_te2_", "text_encoder_2"),
     ("lora_te3_", "text_encoder_3"),
+    ("lora_te4_", "text_encoder_4"),
     ("lora_unet__", ""),
     ("lora_unet_", ""),
     ("lora_transformer_", ""),
@@ -37,39 +45,67 @@ const PREFIXES: &[(&str, &str)] = &[
     ("lycoris_", ""),
 ];
 
-/// Splits a module path into the component (a text encoder, or empty) and the length of the prefix.
-pub(super) fn prefix(name: &str) -> (&'static str, usize) {
-    let (mut component, mut len) = ("", 0);
-    while let Some((p, c)) = PREFIXES.iter().find(|(p, _)| {
-        name[len..].strip_prefix(p).is_some_and(|rest| {
-            // `lora_transformer_blocks_0` is `lora_` before `transformer_blocks.0`.
-            let other = *p == "lora_transformer_" && rest.starts_with("blocks_");
-            !rest.is_empty() && !other
-        })
-    }) {
-        len += p.len();
-        if component.is_empty() {
-            component = c;
+/// Prefixes only where what follows them is a known name: wrappers of a model that was saved whole.
+const WRAPPERS: &[&str] = &["_orig_mod.", "module.", "pipe.dit.", "pipe.", "dit.", "net.", "model."];
+
+/// Splits a module path into the component (empty: the main model) and the length of the prefix.
+pub(super) fn prefix(name: &str) -> (Cow<'static, str>, usize) {
+    let (mut component, mut len) = (Cow::Borrowed(""), 0);
+    loop {
+        let rest = &name[len..];
+        let listed = PREFIXES.iter().find(|(p, _)| {
+            rest.strip_prefix(p).is_some_and(|rest| {
+                // `lora_transformer_blocks_0` is `lora_` before `transformer_blocks.0`.
+                let other = *p == "lora_transformer_" && rest.starts_with("blocks_");
+                !rest.is_empty() && !other
+            })
+        });
+        if let Some((p, of)) = listed {
+            len += p.len();
+            if component.is_empty() {
+                component = Cow::Borrowed(of);
+            }
+        } else if let Some(encoder) = language_model(rest).filter(|_| component.is_empty()) {
+            len += "text_encoders.".len() + encoder.len() + ".transformer.".len();
+            component = Cow::Borrowed("text_encoder");
+        } else if let Some(p) = WRAPPERS.iter().find(|p| component.is_empty() && wraps(rest, p)) {
+            len += p.len();
+        } else {
+            return (component, len);
         }
     }
-    (component, len)
+}
+
+/// The name of the language model in `text_encoders.<name>.transformer.`, of a model that has no other encoder.
+fn language_model(name: &str) -> Option<&str> {
+    let (encoder, rest) = name.strip_prefix("text_encoders.")?.split_once(".transformer.")?;
+    (!rest.is_empty() && !encoder.is_empty() && !encoder.contains('.')).then_some(encoder)
+}
+
+/// Whether a wrapper's prefix is there, before a known name or another wrapper.
+fn wraps(name: &str, prefix: &str) -> bool {
+    let Some(rest) = name.strip_prefix(prefix) else { return false };
+    let flat = rest.replace('.', "_");
+    families::is_known("", &flat) || WRAPPERS.iter().any(|other| wraps(rest, other))
 }
 
 /// The name by which layers of different files are matched: the module path without its prefix, as diffusers has it,
-/// dots written as underscores. Layers of a text encoder are kept apart by its name and a dot in front.
+/// dots written as underscores. Layers of another component than the main model, such as a text encoder, are kept apart
+/// by its name and a dot in front.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct LayerKey(String);
 
-impl LayerKey {
-    /// The key of a module in any spelling: `transformer.transformer_blocks.0.ff.net.2`,
-    /// `lora_unet_double_blocks_0_img_mlp_2` and `transformer_blocks.0.ff.net.2` give the same one.
-    pub fn parse(name: &str) -> Self {
-        Self::recognise(name).0
-    }
+/// A module's name without its prefix.
+#[derive(Clone, Debug)]
+pub(super) struct Bare {
+    pub component: Cow<'static, str>,
+    /// With underscores for dots.
+    pub flat: String,
+}
 
-    /// The key, the flat name without its prefix, and whose names it is in.
-    pub(super) fn recognise(name: &str) -> (Self, String, Option<Names>) {
-        let (mut component, mut rest) = ("", name.to_owned());
+impl Bare {
+    pub fn parse(name: &str) -> Self {
+        let (mut component, mut rest) = (Cow::Borrowed(""), name.to_owned());
         loop {
             let (found, len) = prefix(&rest);
             if component.is_empty() {
@@ -82,23 +118,66 @@ impl LayerKey {
             rest = flat;
         }
         // The T5 of FLUX is the second encoder for some and the third for others.
-        if !component.is_empty() && rest.starts_with("encoder_block_") {
-            component = "text_encoder_3";
+        if families::is_encoder(&component) && rest.starts_with("encoder_block_") {
+            component = Cow::Borrowed("text_encoder_3");
         }
-        let (key, names) = families::canonical(component, &rest);
-        let key = if component.is_empty() { key.into_owned() } else { format!("{component}.{key}") };
-        (Self(key), rest, names)
+        Self { component, flat: rest }
     }
 
-    /// The key of a layer of the main model, by its flat name in diffusers' spelling.
-    pub(super) fn of_flat(flat: String) -> Self {
-        Self(flat)
+    /// The key of the module that has this flat name in its component.
+    pub fn key(&self, flat: &str) -> LayerKey {
+        LayerKey(if self.component.is_empty() {
+            flat.to_owned()
+        } else {
+            format!("{}.{flat}", self.component)
+        })
+    }
+}
+
+impl LayerKey {
+    /// The key of a module in any spelling: `transformer.transformer_blocks.0.ff.net.2`,
+    /// `lora_unet_double_blocks_0_img_mlp_2` and `transformer_blocks.0.ff.net.2` give the same one, as long as all model
+    /// families that have such a name mean one module by it; [`Family::key`] asks one family alone.
+    pub fn parse(name: &str) -> Self {
+        Self::of(Family::UNKNOWN, name)
+    }
+
+    /// The key of a module of a family.
+    pub(super) fn of(family: Family, name: &str) -> Self {
+        let bare = Bare::parse(name);
+        let module = family.module(&bare.component, &bare.flat, None, None);
+        bare.key(module.as_ref().map_or(&bare.flat, |module| &module.key))
+    }
+
+    /// Every key that some family gives to a module's name, and the flat name itself. [`parse`](Self::parse)'s is first.
+    pub(crate) fn meant(name: &str) -> Vec<Self> {
+        let bare = Bare::parse(name);
+        let mut keys = vec![Self::parse(name)];
+        let others = Family::keys(&bare.component, &bare.flat);
+        for key in others.iter().chain([&bare.flat]).map(|flat| bare.key(flat)) {
+            if !keys.contains(&key) {
+                keys.push(key);
+            }
+        }
+        keys
+    }
+
+    /// The entry of the layer of a name, in any spelling.
+    pub(crate) fn find<'a, V>(name: &str, all: &'a BTreeMap<Self, V>) -> Option<(&'a Self, &'a V)> {
+        let found = all.get_key_value(&Self::parse(name));
+        found.or_else(|| Self::meant(name).iter().find_map(|key| all.get_key_value(key)))
+    }
+
+    /// A key as [`as_str`](Self::as_str) gave it; `None` for text that is no key.
+    pub(crate) fn stored(text: &str) -> Option<Self> {
+        Self::meant(text).into_iter().find(|key| key.as_str() == text)
     }
 
     /// Keys of the layers that adapters have in place of this one, if it fuses them: of `to_qkv`, those of q, k and v.
+    /// Families may cut one name in more than one way; these are the parts of all of them.
     pub(crate) fn parts(&self) -> impl Iterator<Item = Self> {
-        let parts = if self.component().is_empty() { families::fused_in(self.flat()) } else { Vec::new() };
-        parts.into_iter().map(Self)
+        let bare = Bare { component: self.component().to_owned().into(), flat: self.flat().to_owned() };
+        Family::parts(&bare.component, &bare.flat).into_iter().map(move |part| bare.key(&part))
     }
 
     /// The key as text; [`parse`](Self::parse) gives it back.
@@ -106,12 +185,12 @@ impl LayerKey {
         &self.0
     }
 
-    /// The text encoder that the layer belongs to; empty for the main model.
+    /// The component that the layer belongs to, such as a text encoder; empty for the main model.
     pub fn component(&self) -> &str {
         self.0.split_once('.').map_or("", |(component, _)| component)
     }
 
-    /// The key without the text encoder.
+    /// The key without the component.
     pub(super) fn flat(&self) -> &str {
         self.0.split_once('.').map_or(self.as_str(), |(_, flat)| flat)
     }
@@ -283,153 +362,6 @@ fn foreign(part: &str) -> Option<&'static str> {
     })
 }
 
-/// Names of modules that contain underscores.
-const NAMES: &[&str] = &[
-    // diffusers: transformers
-    "transformer_blocks",
-    "single_transformer_blocks",
-    "to_q",
-    "to_k",
-    "to_v",
-    "to_qkv",
-    "to_out",
-    "to_gate",
-    "to_kv",
-    "to_add_out",
-    "add_q_proj",
-    "add_k_proj",
-    "add_v_proj",
-    "norm_q",
-    "norm_k",
-    "norm_added_q",
-    "norm_added_k",
-    "norm_out",
-    "norm1_context",
-    "norm2_context",
-    "ff_context",
-    "proj_in",
-    "proj_out",
-    "proj_mlp",
-    "linear_in",
-    "linear_out",
-    "to_qkv_mlp_proj",
-    "context_embedder",
-    "x_embedder",
-    "t_embedder",
-    "y_embedder",
-    "time_text_embed",
-    "timestep_embedder",
-    "guidance_embedder",
-    "text_embedder",
-    "caption_projection",
-    "adaln_single",
-    "patch_embed",
-    "pos_embed",
-    "condition_embedder",
-    "time_embedder",
-    "image_embedder",
-    "time_proj",
-    "linear_1",
-    "linear_2",
-    "token_refiner",
-    "refiner_blocks",
-    // diffusers: UNet
-    "down_blocks",
-    "up_blocks",
-    "mid_block",
-    "conv_in",
-    "conv_out",
-    "conv_shortcut",
-    "time_emb_proj",
-    "time_embedding",
-    "add_embedding",
-    // the UNet of Stability AI
-    "input_blocks",
-    "middle_block",
-    "output_blocks",
-    "in_layers",
-    "out_layers",
-    "emb_layers",
-    "skip_connection",
-    "time_embed",
-    "label_emb",
-    // FLUX, HunyuanVideo
-    "double_blocks",
-    "single_blocks",
-    "img_attn",
-    "txt_attn",
-    "img_mlp",
-    "txt_mlp",
-    "img_mod",
-    "txt_mod",
-    "img_in",
-    "txt_in",
-    "time_in",
-    "vector_in",
-    "guidance_in",
-    "in_layer",
-    "out_layer",
-    "final_layer",
-    "individual_token_refiner",
-    "joint_blocks",
-    "x_block",
-    "context_block",
-    "to_added_qkv",
-    "time_guidance_embed",
-    "double_stream_modulation_img",
-    "double_stream_modulation_txt",
-    "single_stream_modulation",
-    // Wan, Z-Image, Lumina
-    "self_attn",
-    "cross_attn",
-    "k_img",
-    "v_img",
-    "img_emb",
-    "text_embedding",
-    "time_projection",
-    "patch_embedding",
-    "feed_forward",
-    "adaLN_modulation",
-    "noise_refiner",
-    "context_refiner",
-    "cap_embedder",
-    "all_x_embedder",
-    "all_final_layer",
-    // text encoders
-    "text_model",
-    "text_projection",
-    "q_proj",
-    "k_proj",
-    "v_proj",
-    "o_proj",
-    "out_proj",
-    "gate_proj",
-    "up_proj",
-    "down_proj",
-    "token_embedding",
-    "position_embedding",
-    "wi_0",
-    "wi_1",
-];
-
-/// Guesses where the dots of a flat path were: between all words but those of a known name.
-pub(super) fn unflatten(flat: &str) -> String {
-    let mut path = String::with_capacity(flat.len());
-    let mut rest = flat;
-    loop {
-        let known = NAMES
-            .iter()
-            .filter(|n| rest.strip_prefix(**n).is_some_and(|tail| tail.is_empty() || tail.starts_with('_')));
-        let len = known.map(|n| n.len()).max().or_else(|| rest.find('_')).unwrap_or(rest.len());
-        path += &rest[..len];
-        match rest[len..].strip_prefix('_') {
-            Some(tail) => rest = tail,
-            None => return path,
-        }
-        path.push('.');
-    }
-}
-
 /// Whether a name is of a pattern: `*` stands for anything, and dots and underscores are one.
 pub(super) fn matches(pattern: &str, name: &str) -> bool {
     let (pattern, name) = (pattern.replace('.', "_"), name.replace('.', "_"));
@@ -525,28 +457,6 @@ mod tests {
                 split(key)
             );
         }
-    }
-
-    #[test]
-    fn dots_come_back() {
-        for path in [
-            "transformer_blocks.0.attn.to_out.0",
-            "transformer_blocks.11.ff_context.net.0.proj",
-            "single_transformer_blocks.37.proj_mlp",
-            "transformer_blocks.3.norm1_context.linear",
-            "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q",
-            "joint_blocks.18.x_block.attn.qkv",
-            "double_blocks.18.img_attn.qkv",
-            "layers.29.feed_forward.w1",
-            "layers.0.adaLN_modulation.0",
-            "blocks.39.cross_attn.k_img",
-            "text_model.encoder.layers.0.self_attn.q_proj",
-            "mid_block.attentions.0.proj_in",
-        ] {
-            assert_eq!(unflatten(&path.replace('.', "_")), path);
-        }
-        assert_eq!(unflatten(""), "");
-        assert_eq!(unflatten("a__b_"), "a..b.");
     }
 
     #[test]

@@ -6,7 +6,7 @@ use std::io;
 use serde_json::{Map, Value};
 
 use super::families::Family;
-use super::write::{Module, is_unet};
+use super::write::Module;
 use super::{Adapter, Format};
 
 type Metadata = BTreeMap<String, String>;
@@ -121,20 +121,12 @@ pub(super) fn written(
             [first, rest @ ..] if rest.iter().all(|m| of(m) == of(first)) => of(first).to_string(),
             _ => "Dynamic".to_owned(),
         };
-        let module = if family == Family::Flux1 { "networks.lora_flux" } else { "networks.lora" };
+        let module = family.all_agree(|record| record.module).unwrap_or("networks.lora");
         metadata.insert("ss_network_module".into(), module.into());
         metadata.insert("ss_network_dim".into(), common(&|m| m.rank as f64));
         metadata.insert("ss_network_alpha".into(), common(&|m| m.alpha));
-        of(&mut metadata, "ss_v2", if family == Family::Sd2 { "True" } else { "False" });
-        let base = match family {
-            Family::Sd1 => Some("sd_v1"),
-            Family::Sd2 => Some("sd_v2"),
-            Family::Sdxl => Some("sdxl_base_v1-0"),
-            Family::Sd3 => Some("sd3"),
-            Family::Flux1 => Some("flux1"),
-            _ => None,
-        };
-        if let Some(base) = base {
+        of(&mut metadata, "ss_v2", if family.id() == Some("sd2") { "True" } else { "False" });
+        if let Some(base) = family.all_agree(|record| record.base) {
             of(&mut metadata, "ss_base_model_version", base);
         }
     } else {
@@ -158,16 +150,21 @@ pub(super) fn written(
 }
 
 /// PEFT's configuration of a file with several ranks. Without one, diffusers takes alpha to be the rank, but
-/// until 0.42 it took the first layer's rank for every layer.
+/// until 0.42 it took the first layer's rank for every layer. Its keys have the prefixes of the tensors, and none where
+/// those have none. diffusers converts what is not spelled as it has it, but not the configuration beside it, and so such
+/// files get none.
 fn mixed_ranks(modules: &[Module<'_>]) -> Option<String> {
     let mut components: BTreeMap<&str, BTreeMap<&str, usize>> = BTreeMap::new();
-    for Module { layer, name, prefix, rank, .. } in modules {
-        let component = match layer.key.component() {
-            "" if is_unet(layer) => "unet",
-            "" => "transformer",
-            _ => name[..*prefix].trim_end_matches('.'),
-        };
+    for Module { name, prefix, rank, .. } in modules {
+        let component = name[..*prefix].trim_end_matches('.');
+        let own = ["", "transformer", "transformer_2", "unet", "connectors", "text_conditioner"];
+        if !own.contains(&component) && !component.starts_with("text_encoder") {
+            return None;
+        }
         components.entry(component).or_default().insert(&name[*prefix..], *rank);
+    }
+    if modules.iter().any(|module| !module.is_diffusers()) {
+        return None;
     }
     let is_mixed = |ranks: &BTreeMap<_, usize>| ranks.values().collect::<BTreeSet<_>>().len() > 1;
     if !components.values().any(is_mixed) {
@@ -177,7 +174,9 @@ fn mixed_ranks(modules: &[Module<'_>]) -> Option<String> {
     for (component, ranks) in components {
         let count = |rank: &usize| ranks.values().filter(|r| *r == rank).count();
         let usual = ranks.values().max_by_key(|rank| (count(rank), **rank));
-        let others: BTreeMap<_, _> = ranks.iter().filter(|(_, rank)| Some(*rank) != usual).collect();
+        // PEFT takes a pattern for the end of a name too: `proj_out` is also that of every block, but `^proj_out` is not.
+        let others = ranks.iter().filter(|(_, rank)| Some(*rank) != usual);
+        let others: BTreeMap<String, _> = others.map(|(name, rank)| (format!("^{name}"), rank)).collect();
         let modules: Vec<_> = ranks.keys().collect();
         for (field, value) in [
             ("alpha_pattern", serde_json::json!(others)),
@@ -186,7 +185,8 @@ fn mixed_ranks(modules: &[Module<'_>]) -> Option<String> {
             ("rank_pattern", serde_json::json!(others)),
             ("target_modules", serde_json::json!(modules)),
         ] {
-            config.insert(format!("{component}.{field}"), value);
+            let dot = if component.is_empty() { "" } else { "." };
+            config.insert(format!("{component}{dot}{field}"), value);
         }
     }
     Some(Value::Object(config).to_string())

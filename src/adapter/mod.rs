@@ -12,6 +12,7 @@ mod families;
 mod fuse;
 mod hash;
 mod keys;
+mod loaders;
 mod metadata;
 mod norm;
 mod other;
@@ -34,12 +35,14 @@ pub use self::blocks::{BlockPreset, Strengths};
 pub(crate) use self::draft::{Draft, save_while};
 pub use self::families::Family;
 use self::families::{Fused, Names};
+pub(crate) use self::fuse::{stack, stacked_rank, unstack};
 pub use self::keys::LayerKey;
+pub use self::loaders::{Loader, NotTaken};
 pub use self::read::OpenOptions;
 pub use self::scale::{Scale, ScaleRule};
 use self::spelling::{Spelling, Usual};
 use self::spill::Values;
-pub use self::write::SaveOptions;
+pub use self::write::{SaveOptions, Unnamed};
 use crate::safetensors_file::SafetensorsFile;
 use crate::{Control, Dtype, Error, Matrix, RawMatrix, Result};
 
@@ -289,7 +292,8 @@ impl Adapter {
 
     /// The model that it is for, as far as its layers tell.
     pub fn family(&self) -> Family {
-        self.layers().iter().map(|layer| layer.family).max().unwrap_or_default()
+        let known = self.layers().iter().map(|layer| layer.family).filter(|f| *f != Family::UNKNOWN);
+        known.reduce(Family::and).unwrap_or_default()
     }
 
     /// The layers, sorted by key.
@@ -305,7 +309,7 @@ impl Adapter {
 
     /// The layer of this module, in any spelling.
     pub fn find(&self, name: &str) -> Option<&Layer> {
-        self.layer(&LayerKey::parse(name))
+        self.layer(&self.family().key(name)).or_else(|| self.layer(&LayerKey::parse(name)))
     }
 
     /// The adapter at a strength, for a merge.
@@ -404,6 +408,10 @@ pub struct Layer {
     pub scale: Scale,
     family: Family,
     spelling: Option<Arc<Spelling>>,
+    /// Whether an inventory knows the module.
+    known: bool,
+    /// Whether the file has the halves of B's rows the other way round.
+    swapped: bool,
     part: Option<PartOf>,
     kernel: Option<Kernel>,
     a: Tensor,
@@ -450,15 +458,17 @@ impl Layer {
                 return Err(Error::layer(module, format!("{name} does not hold rows x columns values")));
             }
         }
-        let (key, flat, names) = LayerKey::recognise(module);
-        let clue = families::Clue { component: key.component(), key: key.flat(), flat: &flat, input, output };
-        let family = families::recognise(&[clue], &BTreeMap::new());
+        let bare = keys::Bare::parse(module);
+        let widths = (input, output);
+        let clue = families::Clue { component: &bare.component, prefix, flat: &bare.flat, widths };
+        let family = families::recognise(&[clue], &BTreeMap::new()).family;
+        let found = family.module(&bare.component, &bare.flat, Some(widths), None);
+        let key = bare.key(found.as_ref().map_or(&bare.flat, |found| &found.key));
+        let names = found.as_ref().and_then(|found| found.names);
         // A bare name is of no file, but for those that only the model's own code has.
         let native = matches!(names, Some(Names::Native | Names::Xlabs));
-        let spelling = (len > 0 || native).then(|| {
-            let standard = Spelling::standard(Format::of(prefix, path, names), family);
-            Arc::new(Spelling { names: names.unwrap_or(standard.names), ..standard })
-        });
+        let spelling =
+            (len > 0 || native).then(|| Arc::new(Spelling::standard(Format::of(prefix, path, names), names)));
         let (a, b) = (
             Tensor::of(a, format!("{module}.lora_A.weight")),
             Tensor::of(b, format!("{module}.lora_B.weight")),
@@ -473,6 +483,8 @@ impl Layer {
             scale: Scale::given(1.0),
             family,
             spelling,
+            known: found.is_some(),
+            swapped: false,
             part: None,
             kernel: None,
             a,
@@ -489,16 +501,17 @@ impl Layer {
         Ok(Self { rank, input, output, scale, a, b, kernel, ..self.clone() })
     }
 
-    /// The layer that [`replaced`](Self::replaced) will give, without its factors: a place in a [`Draft`].
-    pub(crate) fn planned(&self, rank: usize) -> Self {
-        let tensor = |old: &Tensor, rows, cols| Tensor {
+    /// The layer that [`replaced`](Self::replaced) will give, without its factors: a place in a [`Draft`]. Layers of one
+    /// `group` that is not zero will share their A.
+    pub(crate) fn planned(&self, rank: usize, group: usize) -> Self {
+        let tensor = |old: &Tensor, rows, cols, group| Tensor {
             dtype: Dtype::F32,
             rows,
             cols,
             key: old.key.clone(),
-            data: TensorData::Planned,
+            data: TensorData::Planned(group),
         };
-        let (a, b) = (tensor(&self.a, rank, self.input), tensor(&self.b, self.output, rank));
+        let (a, b) = (tensor(&self.a, rank, self.input, group), tensor(&self.b, self.output, rank, 0));
         Self { rank, scale: Scale::given(1.0), a, b, ..self.clone() }
     }
 
@@ -509,6 +522,26 @@ impl Layer {
             "" => self.module.clone(),
             component => format!("{component}.{}", self.module),
         }
+    }
+
+    /// Whether the module is one that some model family is known to have.
+    pub fn is_known(&self) -> bool {
+        self.known
+    }
+
+    /// Inputs and outputs.
+    fn widths(&self) -> families::Widths {
+        (self.input, self.output)
+    }
+
+    /// The path of its module in the file, without the prefix; of a part of a fused module, of the whole.
+    fn path_in_file(&self) -> &str {
+        self.part.as_ref().map_or(&self.module, |part| &part.module)
+    }
+
+    /// The name of its module in the file, prefix included.
+    fn key_in_file(&self) -> String {
+        format!("{}{}", self.prefix, self.path_in_file())
     }
 
     /// The same tensors, untouched, at another scale.
@@ -554,7 +587,9 @@ impl Layer {
     /// Whether the layer's name, in diffusers' spelling, its file's or the model's own, is of this pattern: `*` stands for
     /// anything, dots and underscores are one.
     pub fn matches(&self, pattern: &str) -> bool {
-        let native = self.family.place(self.key.flat(), Names::Native).map(|place| place.path);
+        let (component, key) = (self.key.component(), self.key.flat());
+        let native = self.family.place(component, key, Format::Comfyui, None, self.widths());
+        let native = native.ok().map(|place| place.path);
         let fused = self.fused_in().map(str::to_owned);
         let names = [Some(self.key.as_str().to_owned()), Some(self.name()), fused, native];
         names.iter().flatten().any(|name| keys::matches(pattern, name))
@@ -584,8 +619,8 @@ enum TensorData {
     Memory(Arc<Values>),
     /// Of any type, little-endian.
     Bytes(Arc<Vec<u8>>),
-    /// Not there yet.
-    Planned,
+    /// Not there yet. Those of one number that is not zero will be one.
+    Planned(usize),
 }
 
 impl Tensor {
@@ -603,7 +638,7 @@ impl Tensor {
             }
             TensorData::Memory(values) => values,
             TensorData::Bytes(bytes) => bytes.as_slice(),
-            TensorData::Planned => &[],
+            TensorData::Planned(_) => &[],
         };
         RawMatrix { dtype: self.dtype, rows: self.rows, cols: self.cols, bytes }
     }
@@ -624,8 +659,10 @@ impl Tensor {
 
     /// Whether both hold the same bytes.
     fn same(&self, other: &Self) -> bool {
-        if self.is_planned() || other.is_planned() {
-            return false;
+        match (&self.data, &other.data) {
+            (TensorData::Planned(x), TensorData::Planned(y)) => return x == y && *x != 0,
+            (TensorData::Planned(_), _) | (_, TensorData::Planned(_)) => return false,
+            _ => {}
         }
         let (x, y) = (self.raw(), other.raw());
         let shape = |m: RawMatrix<'_>| (m.dtype, m.rows, m.cols, m.bytes.as_ptr());
@@ -633,13 +670,13 @@ impl Tensor {
     }
 
     fn is_planned(&self) -> bool {
-        matches!(self.data, TensorData::Planned)
+        matches!(self.data, TensorData::Planned(_))
     }
 
     fn path(&self) -> Option<&Path> {
         match &self.data {
             TensorData::File(file, _) => Some(file.path()),
-            TensorData::Memory(_) | TensorData::Bytes(_) | TensorData::Planned => None,
+            TensorData::Memory(_) | TensorData::Bytes(_) | TensorData::Planned(_) => None,
         }
     }
 }

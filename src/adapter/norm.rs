@@ -4,11 +4,13 @@ use super::Layer;
 use crate::RawMatrix;
 
 impl Layer {
-    /// Frobenius norm of ΔW: `‖s·B·A‖² = s²·⟨BᵀB, A·Aᵀ⟩`, in f64.
+    /// Frobenius norm of ΔW: `‖s·B·A‖² = s²·⟨BᵀB, A·Aᵀ⟩`, in f64; NaN if a factor holds one.
     pub fn norm(&self) -> f64 {
         let (aa, bb) = (gram(self.a(), true), gram(self.b(), false));
         let squared: f64 = aa.iter().zip(&bb).map(|(x, y)| x * y).sum();
-        self.scale.value.abs() * squared.max(0.0).sqrt()
+        // `max` would make zero of NaN.
+        let squared = if squared < 0.0 { 0.0 } else { squared };
+        self.scale.value.abs() * squared.sqrt()
     }
 
     /// The block of the model that it is in: as lists of block strengths have it (`IN04`, `D03`), or the number of the

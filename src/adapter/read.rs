@@ -6,10 +6,10 @@ use std::sync::Arc;
 
 use rayon::prelude::*;
 
-use super::families::{self, Clue, Family, Names};
-use super::keys::{self, LayerKey, Part, Split};
+use super::families::{self, Clue, Family, Names, Widths};
+use super::keys::{self, Bare, LayerKey, Part, Split};
 use super::other::{self, Base, Lost, Other};
-use super::scale::{Scale, ScaleRule, Scales};
+use super::scale::{Scale, Scales};
 use super::spelling::Spelling;
 use super::{Format, Kernel, Layer, PartOf, Tensor, TensorData, fuse};
 use crate::safetensors_file::{FileDtype, SafetensorsFile, TensorRef};
@@ -28,6 +28,8 @@ pub struct OpenOptions {
     pub base: Option<PathBuf>,
     /// Leave out what cannot be merged (biases, norms, other kinds of adapters) instead of refusing the file.
     pub skip_unsupported: bool,
+    /// The model that the adapter is for, where its file does not tell, or tells something wrong.
+    pub family: Option<Family>,
 }
 
 impl OpenOptions {
@@ -44,8 +46,7 @@ pub(super) struct Read {
 /// The tensors of one module, by what they are to it.
 pub(super) struct Group<'a> {
     pub module: &'a str,
-    pub flat: String,
-    pub names: Option<Names>,
+    pub bare: Bare,
     pub parts: BTreeMap<Part, &'a str>,
 }
 
@@ -56,9 +57,19 @@ pub(super) struct Factors {
     pub kernel: Option<Kernel>,
     /// The factor on `B · A` that is not alpha's.
     pub factor: f64,
-    /// Whether alpha is for this rank; `None`: it is in the factors already.
-    pub alpha_rank: Option<usize>,
+    pub alpha_rank: AlphaRank,
     pub lost: Option<Lost>,
+}
+
+/// What alpha is divided by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum AlphaRank {
+    /// This rank.
+    Of(usize),
+    /// What a configuration of PEFT says; without one, there is no scale.
+    OfConfig,
+    /// It is in the factors already.
+    Folded,
 }
 
 /// What the functions here read from.
@@ -92,38 +103,67 @@ pub(super) fn read(
             ),
         ));
     }
-    let clues: Vec<Clue> = groups.iter().map(|(key, group)| group.clue(file, key)).collect();
-    let family = families::recognise(&clues, file.metadata());
+    let clues: Vec<Clue> = groups.values().map(|group| group.clue(file)).collect();
+    let family = match options.family {
+        Some(family) => family,
+        None => {
+            let families::Recognised { family, note } = families::recognise(&clues, file.metadata());
+            notes.extend(note.map(|note| format!("`{}`: {note}", file_name(path))));
+            family
+        }
+    };
     let needs_base = groups.values().any(|g| g.has(Part::Magnitude) || g.has(Part::DoraScale));
-    let base = options.base.as_ref().filter(|_| needs_base).map(|path| Base::open(path)).transpose()?;
-    let usual = usual_names(&groups, family);
+    let base =
+        options.base.as_ref().filter(|_| needs_base).map(|path| Base::open(path, family)).transpose()?;
+    let usual = usual_names(family, &clues);
     let alpha = groups.values().any(|g| g.has(Part::Alpha));
     let source = Source { file, options, base, family, scales };
 
     let read: Vec<Module> = groups
         .into_par_iter()
-        .map(|(key, group)| {
-            let names = if family.has_native() { group.names.unwrap_or(usual) } else { Names::Diffusers };
-            layers(&source, key, &group, names, alpha)
-        })
+        .map(|(_, group)| layers(&source, &group, usual, alpha))
         .collect::<Result<_>>()?;
     let (layers, lost): (Vec<_>, Vec<_>) = read.into_iter().unzip();
     let mut layers: Vec<Layer> = layers.into_iter().flatten().collect();
-    layers.sort_by(|x, y| x.key.cmp(&y.key));
-    if let Some([x, y]) = layers.windows(2).find(|pair| pair[0].key == pair[1].key) {
-        return Err(twice(path, &y.a.key, &x.a.key));
+    layers.sort_by(|x, y| (&x.key, x.part.is_some()).cmp(&(&y.key, y.part.is_some())));
+    let before = layers.len();
+    let mut twice = None;
+    layers.dedup_by(|y, x| {
+        let same = x.key == y.key;
+        let equal = same && x.scale.value == y.scale.value && x.a.same(&y.a) && x.b.same(&y.b);
+        if same && !equal && twice.is_none() {
+            twice = Some(named_twice(path, y, x));
+        }
+        equal
+    });
+    if let Some(error) = twice {
+        return Err(error);
+    }
+    if layers.len() < before {
+        notes.push(format!(
+            "`{}` holds {} under two names each, with equal values; each counts once",
+            file_name(path),
+            other::count(before - layers.len())
+        ));
     }
     notes.extend(other::notes(lost.into_iter().flatten()));
     Ok(Read { layers, notes })
 }
 
-fn twice(path: &Path, key: &str, other: &str) -> Error {
-    let reason =
-        format!("names the same layer as `{other}`; a file may hold one adapter, with each layer once");
-    Error::tensor(path, key, reason)
+fn named_twice(path: &Path, layer: &Layer, other: &Layer) -> Error {
+    let reason = format!(
+        "names the same layer as `{}`, with other values; a file may hold one adapter, with each layer once",
+        other.b.key
+    );
+    Error::tensor(path, &layer.b.key, reason)
 }
 
-type Groups<'a> = BTreeMap<LayerKey, Group<'a>>;
+fn file_name(path: &Path) -> String {
+    path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned()
+}
+
+/// By the module's name as the file has it.
+type Groups<'a> = BTreeMap<&'a str, Group<'a>>;
 
 /// Sorts the tensors by module.
 fn groups<'a>(file: &'a SafetensorsFile, options: &OpenOptions) -> Result<(Groups<'a>, Vec<String>)> {
@@ -148,13 +188,12 @@ fn groups<'a>(file: &'a SafetensorsFile, options: &OpenOptions) -> Result<(Group
                 continue;
             }
         };
-        let (layer, flat, names) = LayerKey::recognise(module);
-        let group = groups.entry(layer).or_insert(Group { module, flat, names, parts: BTreeMap::new() });
-        if part == Part::A {
-            group.module = module;
-        }
-        if let Some(other) = group.parts.insert(part, key) {
-            return Err(twice(path, key, other));
+        let new = || Group { module, bare: Bare::parse(module), parts: BTreeMap::new() };
+        if let Some(other) = groups.entry(module).or_insert_with(new).parts.insert(part, key) {
+            let reason = format!(
+                "names the same factor as `{other}`; a file may hold one adapter, with each layer once"
+            );
+            return Err(Error::tensor(path, key, reason));
         }
     }
     // Alpha and norms of what was left out.
@@ -173,8 +212,9 @@ fn groups<'a>(file: &'a SafetensorsFile, options: &OpenOptions) -> Result<(Group
             path,
             format!(
                 "{what}: {}; expected are keys that end in `.lora_A.weight` and `.lora_B.weight`, or \
-                 `.lora_down.weight` and `.lora_up.weight`",
-                some(&unknown)
+                 `.lora_down.weight` and `.lora_up.weight`{}",
+                some(&unknown),
+                if holds { "; `--skip-unsupported` leaves the others out" } else { "" }
             ),
         ));
     }
@@ -186,7 +226,7 @@ fn groups<'a>(file: &'a SafetensorsFile, options: &OpenOptions) -> Result<(Group
             if skipped.is_empty() { "there is no tensor in it" } else { "nothing in it can be merged" };
         return Err(Error::file(path, format!("it holds no LoRA layers: {what}")));
     }
-    let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy();
+    let name = file_name(path);
     let note = |(kind, keys): (&str, Vec<&str>)| format!("`{name}`: left out, of {kind}: {}", some(&keys));
     Ok((groups, skipped.into_iter().map(note).collect()))
 }
@@ -217,12 +257,14 @@ fn foreign<'a>(
     ))
 }
 
-/// Whose names most modules have.
-fn usual_names(groups: &Groups, family: Family) -> Names {
-    let count = |names| groups.values().filter(|g| g.names == Some(names)).count();
-    let of = [Names::Diffusers, Names::Processor, Names::Xlabs, Names::Native];
-    let usual = of.into_iter().max_by_key(|names| count(*names)).filter(|names| count(*names) > 0);
-    usual.filter(|_| family.has_native()).unwrap_or(Names::Diffusers)
+/// Whose names most modules of the main model have.
+fn usual_names(family: Family, clues: &[Clue]) -> Option<Names> {
+    let main = clues.iter().filter(|clue| !families::is_encoder(clue.component));
+    let names = |clue: &Clue| family.module(clue.component, clue.flat, Some(clue.widths), None)?.names;
+    let mut counts: BTreeMap<Names, usize> = BTreeMap::new();
+    main.filter_map(names).for_each(|names| *counts.entry(names).or_default() += 1);
+    // Of several, the last.
+    counts.into_iter().rev().max_by_key(|(_, n)| *n).map(|(names, _)| names)
 }
 
 impl<'a> Group<'a> {
@@ -235,13 +277,33 @@ impl<'a> Group<'a> {
     }
 
     /// What the module tells of the family. Shapes are not checked yet.
-    fn clue<'b>(&'b self, file: &SafetensorsFile, key: &'b LayerKey) -> Clue<'b> {
+    fn clue<'b>(&'b self, file: &SafetensorsFile) -> Clue<'b> {
+        let prefix = &self.module[..keys::prefix(self.module).1];
+        Clue { component: &self.bare.component, prefix, flat: &self.bare.flat, widths: self.widths(file) }
+    }
+
+    /// Columns and rows of the update; zero where its shapes do not tell.
+    pub fn widths(&self, file: &SafetensorsFile) -> Widths {
         let shape = |part| self.parts.get(&part).and_then(|key| file.tensor(key)).map(|t| t.shape);
-        let input = shape(Part::A).or(shape(Part::Hada(keys::Hada::W1B)));
-        let input = input.and_then(|s| s.get(1..)).map_or(0, |s| s.iter().product());
-        let output = shape(Part::B).or(shape(Part::Hada(keys::Hada::W1A)));
-        let output = output.and_then(|s| s.first().copied()).unwrap_or(0);
-        Clue { component: key.component(), key: key.flat(), flat: &self.flat, input, output }
+        let rows = |part| shape(part).and_then(|s| s.first().copied());
+        let columns = |part| shape(part).and_then(|s| s.get(1..)).map(|rest| rest.iter().product::<usize>());
+        // A factor of a LoKr is whole, or a product.
+        let factor = |whole, a, b| {
+            let (whole, a, b) = (Part::Lokr(whole), Part::Lokr(a), Part::Lokr(b));
+            Some((columns(whole).or_else(|| columns(b))?, rows(whole).or_else(|| rows(a))?))
+        };
+        if let Some((input, output)) = factor(keys::Lokr::W1, keys::Lokr::W1A, keys::Lokr::W1B) {
+            if self.has(Part::Lokr(keys::Lokr::T2)) {
+                return (0, 0);
+            }
+            let second = factor(keys::Lokr::W2, keys::Lokr::W2A, keys::Lokr::W2B).unwrap_or_default();
+            return (input.saturating_mul(second.0), output.saturating_mul(second.1));
+        }
+        let tucker = self.has(Part::Mid) || self.has(Part::Hada(keys::Hada::T1));
+        let input = columns(Part::A).or_else(|| columns(Part::Hada(keys::Hada::W1B)));
+        let input = input.or_else(|| columns(Part::Diff)).filter(|_| !tucker).unwrap_or(0);
+        let output = rows(Part::B).or_else(|| rows(Part::Hada(keys::Hada::W1A))).or_else(|| rows(Part::Diff));
+        (input, output.filter(|_| !tucker).unwrap_or(0))
     }
 }
 
@@ -249,18 +311,21 @@ impl<'a> Group<'a> {
 type Module = (Vec<Layer>, Option<(LayerKey, Lost)>);
 
 /// The layers of a module: one, or the parts that it fuses.
-fn layers(source: &Source, key: LayerKey, group: &Group, names: Names, alphas: bool) -> Result<Module> {
-    let file = source.file;
+fn layers(source: &Source, group: &Group, usual: Option<Names>, alphas: bool) -> Result<Module> {
+    let (file, family) = (source.file, source.family);
+    let Bare { component, flat } = &group.bare;
+    let widths = Some(group.widths(file)).filter(|(input, output)| *input > 0 && *output > 0);
+    let module = family.module(component, flat, widths, usual);
+    let key = group.bare.key(module.as_ref().map_or(flat, |module| &module.key));
     let factors = factors(source, &key, group)?;
     let (_, len) = keys::prefix(group.module);
-    let (prefix, module) = group.module.split_at(len);
-    let format = Format::of(prefix, module, Some(names).filter(|_| source.family.has_native()));
-    let standard = Spelling::standard(format, source.family);
-    // Of what was no LoRA, and of keys that nobody writes any more, the usual ones are written.
+    let (prefix, path) = group.module.split_at(len);
+    let names = module.as_ref().and_then(|module| module.names);
+    let format = Format::of(prefix, path, names);
+    let standard = Spelling::standard(format, names);
+    // Of what was no LoRA, the usual ones are written.
     let suffix = |part, usual| match group.parts.get(&part).map(|key| (key, keys::split(key))) {
-        Some((key, Split::Part(module, _))) if names != Names::Processor => {
-            key.strip_prefix(module).unwrap_or_default().to_owned().into()
-        }
+        Some((key, Split::Part(module, _))) => key.strip_prefix(module).unwrap_or_default().to_owned().into(),
         _ => usual,
     };
     let spelling = Spelling {
@@ -274,52 +339,71 @@ fn layers(source: &Source, key: LayerKey, group: &Group, names: Names, alphas: b
     let scalar = group.tensor(file, Part::Scalar).map(|t| number(file.path(), &t, "a scalar")).transpose()?;
     let rank = factors.a.rows;
     let mut scale = match factors.alpha_rank {
-        Some(rank) => source.scales.of(&key, module, rank, alpha),
-        None => Scale { value: 1.0, alpha: None, rule: ScaleRule::Given, rank_stabilized: false },
+        AlphaRank::Of(rank) => source.scales.of(&key, path, rank, alpha),
+        AlphaRank::OfConfig => source.scales.of_config(&key, path),
+        AlphaRank::Folded => Scale::given(1.0),
     };
     scale.value *= factors.factor * scalar.unwrap_or(1.0);
     let mut layer = Layer {
-        module: module.to_owned(),
+        module: path.to_owned(),
         prefix: prefix.to_owned(),
         rank,
         input: factors.a.cols,
         output: factors.b.rows,
         scale,
-        family: source.family,
+        family,
         spelling: Some(Arc::new(spelling)),
+        known: module.is_some(),
+        swapped: module.as_ref().is_some_and(|module| module.swap),
         part: None,
         kernel: factors.kernel,
         a: factors.a,
         b: factors.b,
         key: key.clone(),
     };
-    if names == Names::Native
-        && key.component().is_empty()
-        && source.family.swaps(key.flat(), layer.input, layer.output)
-    {
+    if layer.swapped {
         layer.b = fuse::swap_halves(&layer.b);
     }
     let lost = factors.lost.map(|lost| (key, lost));
-    let fused = families::fused(source.family, layer.key.flat()).filter(|_| layer.key.component().is_empty());
-    let Some((fused, parts)) = fused else { return Ok((vec![layer], lost)) };
+    let Some((fused, parts)) = module.and_then(|module| module.fused) else { return Ok((vec![layer], lost)) };
+    if interleaved(family, prefix, layer.spelling.as_deref()) {
+        let reason = "has the rows of q, k and v interleaved by head, as DiffSynth writes it for MiniMax-H3; every \
+                      other loader has them one below the other, and so this file cannot be read; the trainer's own \
+                      converter writes one that can";
+        return Err(Error::tensor(file.path(), &layer.b.key, reason));
+    }
     let Some(rows) = fused.rows(layer.input, layer.output).filter(|_| layer.kernel.is_none()) else {
         let reason = format!(
-            "fuses {} modules of {}, but {} rows cannot be cut so for {} inputs",
+            "fuses {} modules of {family}, but {} rows cannot be cut so for {} inputs",
             parts.len(),
-            source.family,
             layer.output,
             layer.input
         );
         return Err(Error::tensor(file.path(), &layer.b.key, reason));
     };
-    let part = |index| PartOf { module: module.into(), index, fused };
-    Ok((fuse::split(&layer, &rows, &parts, part), lost))
+    let part = |index| PartOf { module: path.into(), index, fused };
+    let key = |part: &str| group.bare.key(&part.replace('.', "_"));
+    Ok((fuse::split(&layer, &rows, &parts, key, part), lost))
+}
+
+/// Whether a file's fused rows are in an order of their own: DiffSynth keeps those of MiniMax-H3 by head.
+fn interleaved(family: Family, prefix: &str, spelling: Option<&Spelling>) -> bool {
+    let diffsynth = prefix.is_empty() && spelling.is_some_and(|s| s.a.contains(".default."));
+    family.id() == Some("minimax_h3") && diffsynth
 }
 
 fn factors(source: &Source, key: &LayerKey, group: &Group) -> Result<Factors> {
     let (file, path) = (source.file, source.file.path());
     let find = |part| group.tensor(file, part);
-    if let Some(kind) = Other::of(group) {
+    let kind = Other::of(group);
+    if let Some((_, extra)) = group.parts.iter().find(|(part, _)| !other::belongs(kind, **part)) {
+        let reason = format!(
+            "is beside {}, to which it does not belong, and what the two mean together is not known",
+            kind.map_or("the A and B of a LoRA", Other::name)
+        );
+        return Err(Error::tensor(path, extra, reason));
+    }
+    if let Some(kind) = kind {
         return other::factors(source, key, group, kind);
     }
     let (a, b) = match (find(Part::A), find(Part::B)) {
@@ -376,7 +460,7 @@ pub(super) fn lora(
     let ones = if mid.is_some() { dims.len() } else { b_dims.len() };
     let kernel = (!dims.is_empty() || ones > 0).then_some(Kernel { dims, ones });
     let rank = a_out.rows;
-    Ok(Factors { a: a_out, b: bt, kernel, factor: 1.0, alpha_rank: Some(rank), lost: None })
+    Ok(Factors { a: a_out, b: bt, kernel, factor: 1.0, alpha_rank: AlphaRank::Of(rank), lost: None })
 }
 
 /// `A[m, (i, k)] = Σ_n core[m, n, k] · down[n, i]`, in f64, rounded once.

@@ -37,8 +37,6 @@ pub enum ScaleRule {
     AdapterConfig,
     /// `lora_alpha`, `network_alpha` or `alpha` in the file's header.
     FlatMetadata,
-    /// `ss_network_alpha` in the file's header.
-    NetworkAlpha,
     /// Nothing says so: alpha = rank.
     Default,
     /// Set by the program, not by a file.
@@ -53,7 +51,6 @@ impl fmt::Display for ScaleRule {
             Self::AdapterMetadata => "lora_adapter_metadata",
             Self::AdapterConfig => "adapter_config.json",
             Self::FlatMetadata => "alpha in the metadata",
-            Self::NetworkAlpha => "ss_network_alpha",
             Self::Default => "none given, alpha = rank",
             Self::Given => "computed",
         })
@@ -72,12 +69,14 @@ impl Scale {
     }
 }
 
-/// The part of a PEFT configuration that bears on scales. `r` and `rank_pattern` do not: the tensors' shapes
-/// say the ranks themselves.
+/// The part of a PEFT configuration that bears on scales. `r` and `rank_pattern` count only for a LoKr of whole factors:
+/// of all others, the tensors' shapes say the ranks themselves.
 struct LoraConfig {
     component: String,
     alpha: Option<f64>,
     alpha_pattern: Vec<(Pattern, f64)>,
+    rank: Option<f64>,
+    rank_pattern: Vec<(Pattern, f64)>,
     rslora: bool,
 }
 
@@ -100,7 +99,6 @@ pub(super) struct Scales {
     metadata: Vec<LoraConfig>,
     config: Vec<LoraConfig>,
     flat: Option<f64>,
-    network: Option<(f64, bool)>,
     told: Option<f64>,
     /// The field that says that it is DoRA.
     pub dora: Option<(PathBuf, String)>,
@@ -125,7 +123,8 @@ impl Scales {
         };
         let number = |key: &str| -> Result<Option<f64>> {
             match metadata.get(key).map(|text| text.trim()) {
-                None | Some("" | "None" | "null" | "Dynamic") => Ok(None),
+                // `auto` is the rank.
+                None | Some("" | "None" | "null" | "Dynamic" | "auto") => Ok(None),
                 Some(text) => match text.parse::<f64>() {
                     Ok(alpha) if alpha.is_finite() => Ok(Some(alpha)),
                     _ => Err(Error::file(path, format!("`{key}` in its metadata is `{text}`, not a number"))),
@@ -136,12 +135,7 @@ impl Scales {
         for key in ["lora_alpha", "network_alpha", "alpha"] {
             flat = flat.or(number(key)?);
         }
-        let rslora = metadata
-            .get("ss_network_args")
-            .and_then(|text| serde_json::from_str::<Map<String, Value>>(text).ok())
-            .and_then(|args| args.get("rs_lora").map(truthy));
-        let network = number("ss_network_alpha")?.map(|alpha| (alpha, rslora.unwrap_or(false)));
-        Ok(Self { metadata: in_header, config, flat, network, told, dora })
+        Ok(Self { metadata: in_header, config, flat, told, dora })
     }
 
     /// The scale of one layer. An alpha tensor is always divided by the rank: LyCORIS, the one writer of both
@@ -153,38 +147,60 @@ impl Scales {
         if let Some(alpha) = alpha_tensor {
             return Scale::new(alpha, rank, ScaleRule::AlphaTensor, false);
         }
-        let configs =
-            [(&self.metadata, ScaleRule::AdapterMetadata), (&self.config, ScaleRule::AdapterConfig)];
-        for (configs, rule) in configs {
-            if let Some((alpha, rslora)) = configured(configs, key, module) {
-                return Scale::new(alpha, rank, rule, rslora);
-            }
+        let configured = |(config, rule): (&LoraConfig, ScaleRule)| {
+            Some(Scale::new(config.alpha(module)?, rank, rule, config.rslora))
+        };
+        if let Some(scale) = self.configs_of(key).find_map(configured) {
+            return scale;
         }
-        if let Some(alpha) = self.flat {
-            return Scale::new(alpha, rank, ScaleRule::FlatMetadata, false);
-        }
-        match self.network {
-            Some((alpha, rslora)) => Scale::new(alpha, rank, ScaleRule::NetworkAlpha, rslora),
+        match self.flat {
+            Some(alpha) => Scale::new(alpha, rank, ScaleRule::FlatMetadata, false),
+            // `ss_network_alpha` is no scale: converters that fold alpha into the factors leave it in the header,
+            // and no loader reads it.
             None => Scale { value: 1.0, alpha: None, rule: ScaleRule::Default, rank_stabilized: false },
         }
     }
+
+    /// The scale of a LoKr of two whole factors, whose shapes tell no rank. LyCORIS and ComfyUI give it none, PEFT that
+    /// of its configuration.
+    pub fn of_config(&self, key: &LayerKey, module: &str) -> Scale {
+        let scale = self.configs_of(key).find_map(|(config, rule)| {
+            let (alpha, rank) = (config.alpha(module)?, config.rank(module)?);
+            let divisor = if config.rslora { rank.sqrt() } else { rank };
+            Some(Scale { value: alpha / divisor, alpha: Some(alpha), rule, rank_stabilized: config.rslora })
+        });
+        scale.unwrap_or(Scale { value: 1.0, alpha: None, rule: ScaleRule::Default, rank_stabilized: false })
+    }
+
+    /// The configurations of a layer's component, in order of precedence.
+    fn configs_of(&self, key: &LayerKey) -> impl Iterator<Item = (&LoraConfig, ScaleRule)> {
+        let configs =
+            [(&self.metadata, ScaleRule::AdapterMetadata), (&self.config, ScaleRule::AdapterConfig)];
+        configs.into_iter().filter_map(|(configs, rule)| {
+            // The main model is called `transformer` or `unet`; a configuration without a name is for every layer.
+            let of_component = configs.iter().find(|c| match key.component() {
+                "" => !c.component.is_empty() && !c.component.starts_with("text_encoder"),
+                component => c.component == component,
+            });
+            Some((of_component.or_else(|| configs.iter().find(|c| c.component.is_empty()))?, rule))
+        })
+    }
 }
 
-/// Alpha of a layer by its component's configuration, and whether it is an rsLoRA.
-fn configured(configs: &[LoraConfig], key: &LayerKey, module: &str) -> Option<(f64, bool)> {
-    // The main model is called `transformer` or `unet`; a configuration without a name is for every layer.
-    let config = configs
-        .iter()
-        .find(|c| match key.component() {
-            "" => !c.component.is_empty() && !c.component.starts_with("text_encoder"),
-            component => c.component == component,
-        })
-        .or_else(|| configs.iter().find(|c| c.component.is_empty()))?;
-    let patterns = &config.alpha_pattern;
+impl LoraConfig {
+    fn alpha(&self, module: &str) -> Option<f64> {
+        matching(&self.alpha_pattern, module).or(self.alpha)
+    }
+
+    fn rank(&self, module: &str) -> Option<f64> {
+        matching(&self.rank_pattern, module).or(self.rank).filter(|rank| *rank > 0.0)
+    }
+}
+
+/// What a pattern says of a module: the one that is its whole name, or else the first that matches.
+fn matching(patterns: &[(Pattern, f64)], module: &str) -> Option<f64> {
     let exact = patterns.iter().find(|(p, _)| p.text == module);
-    let matching = || patterns.iter().find(|(p, _)| p.regex.is_match(module));
-    let alpha = exact.or_else(matching).map(|(_, alpha)| *alpha).or(config.alpha)?;
-    Some((alpha, config.rslora))
+    exact.or_else(|| patterns.iter().find(|(p, _)| p.regex.is_match(module))).map(|(_, value)| *value)
 }
 
 /// Reads a PEFT configuration, or several in one object, told apart by `<component>.` before each field.
@@ -202,7 +218,14 @@ fn configs(
         let (component, field) = key.rsplit_once('.').unwrap_or(("", key));
         let i = configs.iter().position(|c| c.component == component).unwrap_or_else(|| {
             let component = component.to_owned();
-            configs.push(LoraConfig { component, alpha: None, alpha_pattern: Vec::new(), rslora: false });
+            configs.push(LoraConfig {
+                component,
+                alpha: None,
+                alpha_pattern: Vec::new(),
+                rank: None,
+                rank_pattern: Vec::new(),
+                rslora: false,
+            });
             configs.len() - 1
         });
         let wrong = || fail(format!("{what}: `{key}` is {value}, which makes no sense there"));
@@ -212,15 +235,22 @@ fn configs(
             "lora_alpha" | "alpha" if !value.is_null() => {
                 config.alpha = Some(value.as_f64().ok_or_else(wrong)?)
             }
-            "alpha_pattern" if !value.is_null() => {
-                for (pattern, alpha) in value.as_object().ok_or_else(wrong)? {
+            "r" if !value.is_null() => config.rank = Some(value.as_f64().ok_or_else(wrong)?),
+            "alpha_pattern" | "rank_pattern" if !value.is_null() => {
+                let mut patterns = Vec::new();
+                for (pattern, value) in value.as_object().ok_or_else(wrong)? {
                     let regex = Pattern::new(pattern).map_err(|e| {
                         fail(format!(
                             "{what}: `{key}` holds `{pattern}`, which is no regular expression: {e}"
                         ))
                     })?;
-                    config.alpha_pattern.push((regex, alpha.as_f64().ok_or_else(wrong)?));
+                    patterns.push((regex, value.as_f64().ok_or_else(wrong)?));
                 }
+                *if field == "alpha_pattern" {
+                    &mut config.alpha_pattern
+                } else {
+                    &mut config.rank_pattern
+                } = patterns;
             }
             "use_rslora" => config.rslora = truthy(value),
             "use_dora" if truthy(value) => *dora = Some((path.to_owned(), key.clone())),

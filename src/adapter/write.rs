@@ -3,13 +3,15 @@
 use std::collections::BTreeMap;
 use std::io::{self, Write};
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use rayon::prelude::*;
 
-use super::families::{self, Family, Fused, Names, Place};
+use super::families::{Family, Fused, Place};
+use super::loaders::{self, Loader};
 use super::scale::ScaleRule;
 use super::spelling::{Spelling, Usual};
-use super::{Adapter, Format, Kernel, Layer, Tensor, keys};
+use super::{Adapter, Format, Kernel, Layer, LayerKey, Tensor, families};
 use crate::safetensors_file::{FileDtype, TensorOut};
 use crate::{Dtype, Error, RawMatrix, Result};
 
@@ -20,6 +22,8 @@ pub struct SaveOptions {
     pub dtype: Option<Dtype>,
     /// Spelling of the keys; by default the adapter's own ([`Adapter::format`]), with everything that is its file's.
     pub format: Option<Format>,
+    /// What becomes of layers that have no known name in that spelling.
+    pub unnamed: Unnamed,
     /// Whether an existing file is replaced.
     pub overwrite: bool,
     /// Files (inputs) that are not overwritten even so, nor through another name for them.
@@ -29,18 +33,37 @@ pub struct SaveOptions {
     pub metadata: BTreeMap<String, String>,
 }
 
+/// What becomes of layers that have no name in the format that is asked for, as far as is known.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Unnamed {
+    /// Nothing is written, and the error lists them.
+    #[default]
+    Refuse,
+    /// They keep the name that their file has, with the format's prefix where only that differs.
+    Keep,
+    /// They are left out.
+    LeaveOut,
+}
+
 /// Elements converted at a time.
 const CHUNK: usize = 1 << 16;
 
 /// How everything is to be spelled.
 pub(super) struct Target {
-    pub spelling: Spelling,
-    /// Of the main model and each text encoder, where it is not the usual one.
-    prefixes: BTreeMap<String, String>,
-    /// Whether it is the spelling of the adapter's own file.
-    own: bool,
-    /// Stable Diffusion 1 has one text encoder, and so kohya does not number it.
-    one_encoder: bool,
+    pub spelling: Arc<Spelling>,
+    /// How the adapter's own file spells, if nothing else is asked for.
+    own: Option<Usual>,
+    family: Family,
+    unnamed: Unnamed,
+}
+
+/// What a layer is called.
+struct Written {
+    prefix: String,
+    path: String,
+    part: Option<(usize, &'static Fused)>,
+    swap: bool,
+    spelling: Arc<Spelling>,
 }
 
 /// A module as it is written: a layer, or several that are fused.
@@ -48,6 +71,8 @@ pub(super) struct Module<'a> {
     /// Key of the module, with the prefix of this length.
     pub name: String,
     pub prefix: usize,
+    /// How its tensors are called.
+    spelling: Arc<Spelling>,
     /// The first of its layers.
     pub layer: &'a Layer,
     /// All of them, with their places in what fuses them.
@@ -64,6 +89,8 @@ pub(super) struct Module<'a> {
     /// What is left for alpha; the rank if everything is folded.
     pub alpha: f64,
     has_alpha: bool,
+    /// Whether there is to be no alpha although the spelling has them.
+    folded: bool,
 }
 
 /// A layer's place in the B of its module.
@@ -76,93 +103,219 @@ struct Piece<'a> {
 }
 
 impl Target {
-    pub fn new(adapter: &Adapter, format: Option<Format>) -> Self {
-        let has = |of: &dyn Fn(&Layer) -> bool| adapter.layers().iter().any(of);
-        let one_encoder = has(&is_unet) && !has(&|layer| layer.key.component() == "text_encoder_2");
-        let own = adapter.0.usual.as_ref().filter(|own| own.spelling.names != Names::Processor);
-        if let (None, Some(Usual { spelling, prefixes })) = (format, own) {
-            return Self {
-                spelling: (**spelling).clone(),
-                prefixes: prefixes.clone(),
-                own: true,
-                one_encoder,
+    pub fn new(adapter: &Adapter, options: &SaveOptions) -> Self {
+        let family = adapter.family();
+        let unnamed = options.unnamed;
+        if let (None, Some(own)) = (options.format, &adapter.0.usual) {
+            return Self { spelling: own.spelling.clone(), own: Some(own.clone()), family, unnamed };
+        }
+        let format = options.format.unwrap_or(adapter.format());
+        let names = family.writable(format).all_agree(|record| families::names(record, format));
+        Self { spelling: Arc::new(Spelling::standard(format, names)), own: None, family, unnamed }
+    }
+
+    /// What a layer is called.
+    ///
+    /// # Errors
+    /// Why no name of it is known, as a clause that follows the layer's name.
+    fn written(&self, layer: &Layer) -> Result<Written, String> {
+        if let Some(kept) = self.kept(layer) {
+            return Ok(kept);
+        }
+        let (component, format) = (layer.key.component(), self.spelling.format);
+        let family = self.family_of(layer);
+        let own = self.own.as_ref().and_then(|own| own.spelling.names);
+        let place = family.place(component, layer.key.flat(), format, own, layer.widths());
+        let usual = self.own.as_ref().and_then(|own| own.prefixes.get(component).cloned());
+        let prefix = usual.or_else(|| family.prefix(component, format));
+        match (place, prefix) {
+            (Ok(Place { path, part, swap }), Some(prefix)) => {
+                let path = if self.spelling.is_flat() { path.replace('.', "_") } else { path };
+                Ok(Written { prefix, path, part, swap, spelling: self.spelling.clone() })
+            }
+            (Ok(_), None) => {
+                let component = if component.is_empty() { "the main model" } else { component };
+                Err(format!("is of {component}, which has no prefix in {format} that is known"))
+            }
+            (Err(reason), prefix) => {
+                // What a program calls a layer of its own is its name; and text encoders have the names of their own
+                // code everywhere.
+                let free = layer.spelling.is_none() || families::is_encoder(component);
+                self.renamed(layer, prefix).filter(|_| free).ok_or(reason)
+            }
+        }
+    }
+
+    /// The family whose names a layer gets.
+    fn family_of(&self, layer: &Layer) -> Family {
+        match layer.family.and(self.family) {
+            Family::UNKNOWN if layer.family == Family::UNKNOWN => self.family,
+            Family::UNKNOWN => layer.family,
+            both => both,
+        }
+    }
+
+    /// The name that the layer's file has, if the output takes it.
+    fn kept(&self, layer: &Layer) -> Option<Written> {
+        let own = layer.spelling.as_ref()?;
+        let keeps = match &self.own {
+            Some(usual) => usual.has(layer),
+            None => own.format == self.spelling.format && self.takes(layer),
+        };
+        keeps.then(|| Written {
+            prefix: layer.prefix.clone(),
+            path: layer.path_in_file().to_owned(),
+            part: layer.part.as_ref().map(|part| (part.index, part.fused)),
+            swap: layer.swapped,
+            spelling: if self.own.is_some() { own.clone() } else { self.spelling.clone() },
+        })
+    }
+
+    /// Whether the loader of the format takes a layer by the name that its file has.
+    fn takes(&self, layer: &Layer) -> bool {
+        let (format, family) = (self.spelling.format, self.family_of(layer));
+        let usual = family.prefix(layer.key.component(), format);
+        if !layer.known {
+            // There is nothing to rename it to.
+            return usual
+                .map_or(family == Family::UNKNOWN && !layer.prefix.is_empty(), |p| p == layer.prefix);
+        }
+        match format {
+            Format::Peft => loaders::takes(layer, family, Loader::Diffusers, None, false),
+            Format::Comfyui => loaders::takes(layer, family, Loader::Comfyui, None, false),
+            // kohya's own tools have other names of their own for some models.
+            Format::Kohya => usual.is_some_and(|prefix| prefix == layer.prefix),
+            Format::Bfl | Format::Xlabs => {
+                layer.spelling.as_ref().map(|s| s.names) == Some(self.spelling.names)
+            }
+        }
+    }
+
+    /// The file's name of a layer after the output's prefix, if only dots and prefixes tell spellings apart.
+    fn renamed(&self, layer: &Layer, prefix: Option<String>) -> Option<Written> {
+        let main = layer.key.component().is_empty();
+        let usual = match self.spelling.format {
+            Format::Kohya => "lora_unet_",
+            Format::Peft => "transformer.",
+            Format::Comfyui => "diffusion_model.",
+            Format::Bfl | Format::Xlabs => "",
+        };
+        let prefix = prefix.or_else(|| main.then(|| usual.to_owned()))?;
+        let dotted = layer.module.contains('.') || layer.spelling.is_none();
+        let path = match self.spelling.is_flat() {
+            true => layer.module.replace('.', "_"),
+            false if dotted => layer.module.clone(),
+            // Where the dots are, all models that it may be of may agree on all the same.
+            false => {
+                let (component, key) = (layer.key.component(), layer.key.flat());
+                let place = self.family_of(layer).place(component, key, Format::Peft, None, layer.widths());
+                place.ok().map(|place| place.path).filter(|p| p.replace('.', "_") == layer.module)?
+            }
+        };
+        Some(Written { prefix, path, part: None, swap: false, spelling: self.spelling.clone() })
+    }
+
+    /// What a layer is called that has no known name: what its file calls it.
+    fn unknown(&self, layer: &Layer) -> Written {
+        let family = self.family_of(layer);
+        let prefix = family.prefix(layer.key.component(), self.spelling.format);
+        // What stands beside the model, without a prefix that says what it is, keeps its name whole.
+        let beside = layer.prefix.is_empty() && layer.spelling.is_some() && !layer.known;
+        let same = beside || layer.format() == Some(self.spelling.format);
+        self.renamed(layer, prefix).filter(|_| !same).unwrap_or_else(|| Written {
+            prefix: layer.prefix.clone(),
+            path: layer.path_in_file().to_owned(),
+            part: layer.part.as_ref().map(|part| (part.index, part.fused)),
+            swap: layer.swapped,
+            spelling: self.spelling.clone(),
+        })
+    }
+
+    /// What each layer is called; none of those that are left out.
+    fn all<'a>(&self, layers: &'a [Layer]) -> Result<Vec<(&'a Layer, Written)>> {
+        let mut all = Vec::with_capacity(layers.len());
+        let mut refused = Vec::new();
+        for layer in layers {
+            match (self.written(layer), self.unnamed) {
+                (Ok(written), _) => all.push((layer, written)),
+                (Err(_), Unnamed::Keep) => all.push((layer, self.unknown(layer))),
+                (Err(_), _) if self.own.is_some() => all.push((layer, self.unknown(layer))),
+                (Err(_), Unnamed::LeaveOut) => {}
+                (Err(reason), Unnamed::Refuse) => refused.push((layer, reason)),
+            }
+        }
+        match &refused[..] {
+            [] if all.is_empty() => {
+                let format = self.spelling.format;
+                Err(Error::Invalid(format!("no layer has a name in {format} that is known; nothing is left")))
+            }
+            [] => Ok(all),
+            refused => Err(unnamed(refused, layers.len(), self.spelling.format)),
+        }
+    }
+}
+
+/// Lists layers that have no known name.
+fn unnamed(refused: &[(&Layer, String)], layers: usize, format: Format) -> Error {
+    const SHOWN: usize = 8;
+    let (first, reason) = &refused[0];
+    let mut names: Vec<String> =
+        refused.iter().take(SHOWN).map(|(layer, _)| format!("`{}`", layer.key_in_file())).collect();
+    names.dedup();
+    let more = match refused.len().saturating_sub(SHOWN) {
+        0 => String::new(),
+        more => format!(" and {more} more"),
+    };
+    Error::layer(
+        first.name(),
+        format!(
+            "it {reason}. {} of {layers} layers have no known name in {format}: {}{more}. `--skip-unnamed` leaves them \
+             out, `--keep-unnamed` keeps the names that the file has, `--model` says which model it is",
+            refused.len(),
+            names.join(", ")
+        ),
+    )
+}
+
+impl Adapter {
+    /// The layers that have no known name in the spelling that is asked for, by the names that their files have, and
+    /// why. Where [`SaveOptions::unnamed`] says so, or the spelling is a file's own, they are written by those names.
+    pub fn unnamed(&self, options: &SaveOptions) -> Vec<(String, String)> {
+        let target = Target::new(self, options);
+        let layers = self.layers().iter();
+        layers.filter_map(|layer| Some((layer.key_in_file(), target.written(layer).err()?))).collect()
+    }
+}
+
+impl Adapter {
+    /// The layers that are written as one module each: what a truncation has to take together. Those that a loader also
+    /// takes apart are not among them.
+    pub(crate) fn fused(&self, options: &SaveOptions) -> Vec<Vec<LayerKey>> {
+        let target = Target::new(self, options);
+        let mut groups: BTreeMap<String, Vec<(usize, LayerKey)>> = BTreeMap::new();
+        for layer in self.layers() {
+            let Ok(Written { prefix, path, part: Some((index, _)), .. }) = target.written(layer) else {
+                continue;
             };
+            groups.entry(prefix + &path).or_default().push((index, layer.key.clone()));
         }
-        let format = format.unwrap_or(adapter.format());
-        let spelling = Spelling::standard(format, adapter.family());
-        let usual =
-            Usual::of(adapter.layers(), format).filter(|usual| usual.spelling.names == spelling.names);
-        let prefixes = usual.map_or_else(BTreeMap::new, |usual| usual.prefixes);
-        Self { spelling, prefixes, own: false, one_encoder }
+        let mut all: Vec<Vec<LayerKey>> = Vec::new();
+        for mut group in groups.into_values().filter(|group| group.len() > 1) {
+            group.sort();
+            all.push(group.into_iter().map(|(_, key)| key).collect());
+        }
+        all
     }
+}
 
-    fn prefix(&self, layer: &Layer) -> Result<String> {
-        match self.prefixes.get(layer.key.component()) {
-            Some(prefix) => Ok(prefix.clone()),
-            None => default_prefix(layer, self.spelling.format, self.one_encoder),
-        }
-    }
-
-    /// The module that a layer is written to, without the prefix.
-    fn place(&self, layer: &Layer) -> Result<Place> {
-        let Spelling { names, .. } = self.spelling;
-        let own = layer.spelling.as_ref().map_or(Names::Diffusers, |spelling| spelling.names);
-        let respelled = |path: &str| {
-            let was_flat = layer.spelling.as_ref().is_none_or(|spelling| spelling.is_flat());
-            match (self.spelling.is_flat(), was_flat && !path.contains('.')) {
-                (true, _) => path.replace('.', "_"),
-                (false, true) => keys::unflatten(path),
-                (false, false) => path.to_owned(),
-            }
-        };
-        let whole = |path: &str| Place { path: respelled(path), part: None };
-        if !layer.key.component().is_empty() {
-            // Attention processors of 2023.
-            let module = if own == Names::Processor { layer.key.flat() } else { &layer.module };
-            return Ok(match own == Names::Processor && !self.spelling.is_flat() {
-                true => Place { path: keys::unflatten(module), part: None },
-                false => whole(module),
-            });
-        }
-        if own == names {
-            match &layer.part {
-                Some(part) if self.own => {
-                    return Ok(Place { part: Some((part.index, part.fused)), ..whole(&part.module) });
-                }
-                None if self.spelling.is_flat() || layer.module.contains('.') => {
-                    return Ok(whole(&layer.module));
-                }
-                None if layer.family == Family::Generic => return Ok(whole(&layer.module)),
-                _ => {}
-            }
-        }
-        let key = layer.key.flat();
-        // What has no known name in one spelling has none in another.
-        let known = own == names
-            || names != Names::Diffusers
-            || !layer.family.has_native()
-            || families::canonical("", key).1 == Some(Names::Diffusers);
-        let place = layer.family.place(key, names).filter(|_| known);
-        let place = match place {
-            Some(place) => place,
-            None if own == names => return Ok(whole(&layer.module)),
-            None => {
-                let (format, family) = (self.spelling.format, layer.family);
-                let reason = match family {
-                    Family::Generic => format!(
-                        "the model that it is for is not known, and so not what it is called in {format}; choose \
-                         another format"
-                    ),
-                    _ => {
-                        format!("it has no name of {family} in {format} that is known; choose another format")
-                    }
-                };
-                return Err(Error::layer(layer.name(), reason));
-            }
-        };
-        let path = if self.spelling.is_flat() { place.path.replace('.', "_") } else { place.path };
-        Ok(Place { path, ..place })
-    }
+/// What is written to one place: the first layer, the length of the prefix, the module that fuses, and the parts.
+struct Gathered<'a> {
+    first: usize,
+    prefix: usize,
+    fused: Option<&'static Fused>,
+    swap: bool,
+    spelling: Arc<Spelling>,
+    parts: Vec<(usize, &'a Layer)>,
 }
 
 /// The modules of a file, in order of their first layers.
@@ -172,46 +325,102 @@ pub(super) fn modules<'a>(
     dtype: Dtype,
     options: &SaveOptions,
 ) -> Result<Vec<Module<'a>>> {
-    type Parts<'a> = (usize, usize, Option<&'static Fused>, Vec<(usize, &'a Layer)>);
-    let mut places: BTreeMap<String, Parts> = BTreeMap::new();
-    for (i, layer) in adapter.layers().iter().enumerate() {
-        let prefix = target.prefix(layer)?;
-        let Place { path, part } = target.place(layer)?;
+    let mut places: BTreeMap<String, Gathered<'a>> = BTreeMap::new();
+    let mut add = |i: usize, layer: &'a Layer, written: Written| {
+        let Written { prefix, path, part, swap, spelling } = written;
         let (index, fused) = part.map_or((0, None), |(index, fused)| (index, Some(fused)));
-        let name = format!("{prefix}{path}");
-        let entry = places.entry(name).or_insert_with(|| (i, prefix.len(), fused, Vec::new()));
-        entry.3.push((index, layer));
+        let prefix_len = prefix.len();
+        let new = || Gathered { first: i, prefix: prefix_len, fused, swap, spelling, parts: Vec::new() };
+        places.entry(prefix + &path).or_insert_with(new).parts.push((index, layer));
+    };
+    let (mut fused, mut whole) = (BTreeMap::<String, Vec<(usize, &'a Layer, Written)>>::new(), Vec::new());
+    for (i, (layer, written)) in target.all(adapter.layers())?.into_iter().enumerate() {
+        match written.part {
+            Some(_) => {
+                let name = format!("{}{}", written.prefix, written.path);
+                fused.entry(name).or_default().push((i, layer, written));
+            }
+            None => whole.push((i, layer, written)),
+        }
+    }
+    whole.into_iter().for_each(|(i, layer, written)| add(i, layer, written));
+    for parts in fused.into_values() {
+        for (i, layer, written) in target.split(parts) {
+            add(i, layer, written);
+        }
     }
     let mut places: Vec<_> = places.into_iter().collect();
-    places.sort_by_key(|(_, (i, ..))| *i);
-    let module = |(name, (_, prefix, fused, mut parts)): (String, Parts<'a>)| {
-        parts.sort_by_key(|(index, _)| *index);
-        if let Some(pair) = parts.windows(2).find(|pair| pair[0].0 == pair[1].0) {
+    places.sort_by_key(|(_, gathered)| gathered.first);
+    let folded = target.without_alphas(adapter, &places);
+    let module = |(name, mut gathered): (String, Gathered<'a>)| {
+        gathered.parts.sort_by_key(|(index, _)| *index);
+        if let Some(pair) = gathered.parts.windows(2).find(|pair| pair[0].0 == pair[1].0) {
             let reason = format!("`{name}` would be written twice, for it and for `{}`", pair[1].1.name());
             return Err(Error::layer(pair[0].1.name(), reason));
         }
-        Module::new(name, prefix, fused, parts, target, dtype, options)
+        Module::new(name, gathered, folded, dtype, options)
     };
     places.into_par_iter().map(module).collect()
 }
 
+impl Target {
+    /// Whether scales have to be folded where the format has alphas: diffusers looks for those of a UNet in vain where
+    /// ranks differ, and kohya's own loader does without.
+    fn without_alphas(&self, adapter: &Adapter, places: &[(String, Gathered<'_>)]) -> bool {
+        let unet = || adapter.family().all_agree(|record| Some(record.is_unet())) == Some(true);
+        let rank =
+            |(_, gathered): &(String, Gathered<'_>)| gathered.parts.first().map(|(_, layer)| layer.rank);
+        let mixed = || places.iter().any(|place| rank(place) != places.first().and_then(rank));
+        self.own.is_none() && self.spelling.format == Format::Kohya && unet() && mixed()
+    }
+
+    /// Parts of a fused module, apart from each other where that is smaller and the loader takes it.
+    fn split<'a>(&self, parts: Vec<(usize, &'a Layer, Written)>) -> Vec<(usize, &'a Layer, Written)> {
+        let Some((_, first, written)) = parts.first() else { return parts };
+        let whole = written.part.is_none_or(|(_, fused)| fused.parts.len() == parts.len());
+        let shared = parts.iter().all(|(_, layer, _)| layer.a.same(&first.a));
+        let format = self.spelling.format;
+        let splits = || {
+            format == Format::Comfyui
+                && self.own.is_none()
+                && self.family_of(first).all_agree(|record| Some(record.split)) == Some(true)
+        };
+        if (whole && shared) || !splits() {
+            return parts;
+        }
+        let apart = |(i, layer, written): (usize, &'a Layer, Written)| {
+            let family = self.family_of(layer);
+            let names = Some(families::Names::Diffusers);
+            let place = family.place(layer.key.component(), layer.key.flat(), format, names, layer.widths());
+            match place {
+                Ok(Place { path, part, swap }) => (i, layer, Written { path, part, swap, ..written }),
+                Err(_) => (i, layer, written),
+            }
+        };
+        parts.into_iter().map(apart).collect()
+    }
+}
+
 /// Puts layers together: over one A if they share it, else as blocks.
-fn joined<'a>(
-    name: String,
-    prefix: usize,
-    fused: Option<&'static Fused>,
-    parts: Vec<(usize, &'a Layer)>,
-) -> Result<Module<'a>> {
+fn joined<'a>(name: String, gathered: Gathered<'a>) -> Result<Module<'a>> {
+    let Gathered { prefix, fused, swap, spelling, parts, .. } = gathered;
     let Some(&(_, layer)) = parts.first() else {
         return Err(Error::Invalid(format!("`{name}` has no layer")));
     };
     let shared = parts.iter().all(|(_, other)| other.a.same(&layer.a));
-    let known: BTreeMap<usize, usize> = parts.iter().map(|(index, layer)| (*index, layer.output)).collect();
+    let known: Vec<(usize, usize)> = parts.iter().map(|(index, layer)| (*index, layer.output)).collect();
     let (mut row, mut col, mut next) = (0, 0, parts.iter().peekable());
     let mut pieces = Vec::with_capacity(parts.len());
     for index in 0..fused.map_or(1, |fused| fused.parts.len()) {
         let Some((_, part)) = next.next_if(|(i, _)| *i == index) else {
-            row += fused.map_or(0, |fused| fused.missing(index, layer.input, &known));
+            let missing = fused.and_then(|fused| fused.missing(index, layer.input, &known));
+            row += missing.ok_or_else(|| {
+                let reason = format!(
+                    "`{name}` fuses it with others, of which part {} is missing, and how many rows that has is not known",
+                    index + 1
+                );
+                Error::layer(layer.name(), reason)
+            })?;
             continue;
         };
         if part.input != layer.input {
@@ -236,54 +445,48 @@ fn joined<'a>(
         layer,
         parts,
         fused,
+        spelling,
         rank,
         output: row,
         a,
         pieces,
-        swap: false,
+        swap,
         b_dtype: Dtype::F32,
         alpha: rank as f64,
         has_alpha: false,
+        folded: false,
     })
 }
 
 impl<'a> Module<'a> {
     fn new(
         name: String,
-        prefix: usize,
-        fused: Option<&'static Fused>,
-        parts: Vec<(usize, &'a Layer)>,
-        target: &Target,
+        gathered: Gathered<'a>,
+        folded: bool,
         dtype: Dtype,
         options: &SaveOptions,
     ) -> Result<Self> {
-        let mut module = joined(name, prefix, fused, parts)?;
-        module.scale(&target.spelling, dtype, options)?;
-        let layer = module.layer;
-        module.swap = target.spelling.names == Names::Native
-            && layer.key.component().is_empty()
-            && layer.family.swaps(layer.key.flat(), layer.input, layer.output);
+        let mut module = joined(name, gathered)?;
+        module.folded = folded;
+        module.scale(dtype, options)?;
         Ok(module)
     }
 
     /// The same module with `layers` in the places of those of their names.
-    pub fn with<'b>(
-        &self,
-        layers: &'b [Layer],
-        target: &Target,
-        dtype: Dtype,
-        options: &SaveOptions,
-    ) -> Result<Module<'b>>
+    pub fn with<'b>(&self, layers: &'b [Layer], dtype: Dtype, options: &SaveOptions) -> Result<Module<'b>>
     where
         'a: 'b,
     {
         let new = |old: &'a Layer| layers.iter().find(|layer| layer.key == old.key).unwrap_or(old);
         let parts = self.parts.iter().map(|&(index, old)| (index, new(old))).collect();
-        Module::new(self.name.clone(), self.prefix, self.fused, parts, target, dtype, options)
+        let Self { prefix, fused, swap, .. } = *self;
+        let gathered = Gathered { first: 0, prefix, fused, swap, spelling: self.spelling.clone(), parts };
+        Module::new(self.name.clone(), gathered, self.folded, dtype, options)
     }
 
     /// Decides how scales are written: as alpha, or folded into B.
-    fn scale(&mut self, spelling: &Spelling, dtype: Dtype, options: &SaveOptions) -> Result<()> {
+    fn scale(&mut self, dtype: Dtype, options: &SaveOptions) -> Result<()> {
+        let spelling = self.spelling.clone();
         let rank = self.rank as f64;
         let scale = self.layer.scale;
         for Piece { layer, .. } in &self.pieces {
@@ -297,9 +500,10 @@ impl<'a> Module<'a> {
         let folds = all(&|l| l.scale.value == 1.0 || folds_exactly(l.b(), l.scale.value, dtype));
         // An alpha of the file's stays what it is.
         let kept = spelling.alpha && all(&|layer| layer.scale.rule == ScaleRule::AlphaTensor);
-        let place = spelling.alpha || matches!(spelling.format, Format::Kohya | Format::Comfyui);
+        let alphas = matches!(spelling.format, Format::Kohya | Format::Comfyui);
+        let place = !self.folded && (spelling.alpha || alphas);
         self.b_dtype = dtype;
-        self.has_alpha = spelling.alpha;
+        self.has_alpha = spelling.alpha && !self.folded;
         if one && place && (kept || !folds) {
             // scale · rank may be off by a rounding.
             self.alpha =
@@ -317,9 +521,16 @@ impl<'a> Module<'a> {
         Ok(())
     }
 
+    /// Whether it is spelled as diffusers has it.
+    pub fn is_diffusers(&self) -> bool {
+        let own = |names: Option<families::Names>| names.is_none_or(|n| n == families::Names::Diffusers);
+        let encoder = families::is_encoder(self.layer.key.component());
+        self.spelling.format == Format::Peft && (encoder || own(self.spelling.names))
+    }
+
     /// What is written of it.
-    pub fn tensors<'b>(&'b self, spelling: &Spelling, dtype: Dtype) -> Vec<TensorOut<'b>> {
-        let Self { name, layer, rank, output, b_dtype, alpha, .. } = self;
+    pub fn tensors<'b>(&'b self, dtype: Dtype) -> Vec<TensorOut<'b>> {
+        let Self { name, layer, rank, output, b_dtype, alpha, spelling, .. } = self;
         let (a, b) = (&spelling.a, &spelling.b);
         let Kernel { dims, ones } = layer.kernel.clone().unwrap_or(Kernel { dims: Vec::new(), ones: 0 });
         let inputs = layer.input / dims.iter().product::<usize>().max(1);
@@ -393,33 +604,6 @@ fn folds_exactly(b: RawMatrix<'_>, scale: f64, dtype: Dtype) -> bool {
             })
         })
     }
-}
-
-fn default_prefix(layer: &Layer, format: Format, one_encoder: bool) -> Result<String> {
-    Ok(match (format, layer.key.component()) {
-        (Format::Kohya, "") => "lora_unet_".to_owned(),
-        (Format::Kohya, "text_encoder") if one_encoder => "lora_te_".to_owned(),
-        (Format::Kohya, "text_encoder") => "lora_te1_".to_owned(),
-        (Format::Kohya, "text_encoder_2") => "lora_te2_".to_owned(),
-        (Format::Kohya, "text_encoder_3") => "lora_te3_".to_owned(),
-        (Format::Kohya, component) => {
-            let reason = format!("kohya's spelling has no prefix for `{component}`; choose another format");
-            return Err(Error::layer(layer.name(), reason));
-        }
-        (Format::Peft, "") if is_unet(layer) => "unet.".to_owned(),
-        (Format::Peft, "") => "transformer.".to_owned(),
-        (Format::Comfyui, "") => "diffusion_model.".to_owned(),
-        (Format::Bfl | Format::Xlabs, "") => String::new(),
-        // FLUX has CLIP and T5, Stable Diffusion 3 another CLIP between them.
-        (_, "text_encoder_3") if layer.family == Family::Flux1 => "text_encoder_2.".to_owned(),
-        // ComfyUI knows the encoders by the names that diffusers gives them, too.
-        (_, component) => format!("{component}."),
-    })
-}
-
-/// Whether the layer is of a UNet.
-pub(super) fn is_unet(layer: &Layer) -> bool {
-    layer.key.component().is_empty() && (layer.family.is_unet() || families::is_unet_block(layer.key.flat()))
 }
 
 /// Writes `values · scale`, rounded once, to `dtype`; unchanged bytes where nothing is to be done.

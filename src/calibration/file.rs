@@ -129,10 +129,9 @@ impl Calibration {
         let mut sums = BTreeMap::new();
         let mut known = 0;
         for name in names {
-            let key = LayerKey::parse(name);
-            if key.as_str() != name {
-                return Err(bad(POOL, &format!("layer `{name}` should be spelled `{key}`")));
-            }
+            let key = LayerKey::stored(name).ok_or_else(|| {
+                bad(POOL, &format!("layer `{name}` should be spelled `{}`", LayerKey::parse(name)))
+            })?;
             let mut ranks = Vec::new();
             let mut end = 0;
             for record in &records {

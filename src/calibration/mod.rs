@@ -257,9 +257,17 @@ impl Calibration {
         }
     }
 
+    /// The key of the layer of this name, as the pool's adapters have it.
+    fn key(&self, name: &str) -> LayerKey {
+        let parsed = LayerKey::parse(name);
+        let Ok(pool) = self.source() else { return parsed };
+        let has = |key: &LayerKey| !pool.targets(key).is_empty();
+        if has(&parsed) { parsed } else { LayerKey::meant(name).into_iter().find(has).unwrap_or(parsed) }
+    }
+
     /// The layers that several adapters share and that read these inputs.
     fn checked(&self, layer: &str, x: &Activations<'_>) -> Result<Vec<LayerKey>> {
-        let key = LayerKey::parse(layer);
+        let key = self.key(layer);
         let targets = self.source()?.targets(&key);
         if targets.is_empty() {
             return Err(Error::layer(
@@ -351,7 +359,7 @@ impl Calibration {
                 None => "it holds no activations".to_owned(),
                 Some(name) => format!(
                     "no adapter has any of its layers, such as `{name}`; the nearest are {}",
-                    self.nearest(&LayerKey::parse(name))
+                    self.nearest(&self.key(name))
                 ),
             },
         ))
@@ -367,7 +375,7 @@ impl Calibration {
     ) -> Result<()> {
         let slot = self.slot(source)?;
         let file = SafetensorsFile::open(path)?;
-        let alias = read_alias(&file)?;
+        let alias = read_alias(&file, |name| self.key(name))?;
         let total = file.tensors().count();
         let limit = resident::call_limit(device);
         let mut pending = Vec::new();
@@ -375,7 +383,7 @@ impl Calibration {
         let mut seen = BTreeMap::new();
         for (i, tensor) in file.tensors().enumerate() {
             control.step("calibrate", tensor.name, i, total)?;
-            let own = LayerKey::parse(tensor.name);
+            let own = self.key(tensor.name);
             if let Some(other) = seen.insert(own.clone(), tensor.name) {
                 let reason = format!("names the same layer as `{other}`; a file may hold each layer once");
                 return Err(Error::tensor(path, tensor.name, reason));
@@ -738,13 +746,15 @@ fn sliced(gram: &Matrix, rows: &[usize]) -> Matrix {
 }
 
 /// Layers that read what another one reads, and which.
-fn read_alias(file: &SafetensorsFile) -> Result<BTreeMap<LayerKey, LayerKey>> {
+fn read_alias(
+    file: &SafetensorsFile,
+    key: impl Fn(&str) -> LayerKey,
+) -> Result<BTreeMap<LayerKey, LayerKey>> {
     let Some(text) = file.metadata().get("alias") else { return Ok(BTreeMap::new()) };
     let names: BTreeMap<String, String> = serde_json::from_str(text).map_err(|e| {
         Error::file(file.path(), format!("its metadata `alias` should be JSON of layer names: {e}"))
     })?;
-    let names: BTreeMap<_, _> =
-        names.iter().map(|(from, to)| (LayerKey::parse(from), LayerKey::parse(to))).collect();
+    let names: BTreeMap<_, _> = names.iter().map(|(from, to)| (key(from), key(to))).collect();
     if let Some((from, to)) = names.iter().find(|(_, to)| names.contains_key(*to)) {
         return Err(Error::file(
             file.path(),

@@ -210,7 +210,7 @@ impl LiveNpLora {
     /// A layer's factors where they are on the device; they follow every [`set`](Self::set). `None` on the CPU, and for a
     /// layer that neither adapter has.
     pub fn factors(&self, layer: &str) -> Option<Factors<'_>> {
-        let place = self.layers.get(&LayerKey::parse(layer))?;
+        let (_, place) = LayerKey::find(layer, &self.layers)?;
         let [_, a, b] = self.arenas.get(place.arena)?.buffers.as_ref()?;
         Some(Factors {
             a,
@@ -225,7 +225,7 @@ impl LiveNpLora {
 
     /// Reads a layer's A and B. Waits for the device.
     pub fn read(&self, layer: &str) -> Result<(Matrix<f32>, Matrix<f32>)> {
-        let place = self.layers.get(&LayerKey::parse(layer));
+        let place = LayerKey::find(layer, &self.layers).map(|(_, place)| place);
         let place = place.ok_or_else(|| Error::layer(layer, "neither adapter has it"))?;
         let arena = &self.arenas[place.arena];
         let part = |part: usize, first: usize, rows: usize, cols: usize| {

@@ -102,7 +102,7 @@ impl Schedule {
     /// The weight of each adapter on a layer (any spelling) at a step: 1 while it acts, else 0. `None` if no adapter has
     /// the layer.
     pub fn weights(&self, layer: &str, step: usize, steps: usize) -> Option<Vec<f32>> {
-        let layer = self.layers.get(&LayerKey::parse(layer))?;
+        let (_, layer) = LayerKey::find(layer, &self.layers)?;
         let t = step as f64 / steps.max(1) as f64;
         let mut weights = vec![0.0; self.adapters.len()];
         for window in layer.windows.iter().filter(|w| w.from <= t && t < w.until) {

@@ -247,7 +247,7 @@ impl Selector {
 
     /// Whether any adapter has the layer of this name, in any spelling.
     pub fn has(&self, layer: &str) -> bool {
-        self.layers.contains_key(&LayerKey::parse(layer))
+        LayerKey::find(layer, &self.layers).is_some()
     }
 
     /// Bytes of device memory that it holds.
@@ -474,7 +474,7 @@ impl Selector {
     }
 
     fn find(&self, layer: &str) -> Result<(&LayerKey, &Resident)> {
-        let found = self.layers.get_key_value(&LayerKey::parse(layer));
+        let found = LayerKey::find(layer, &self.layers);
         found.ok_or_else(|| {
             Error::layer(layer, "none of the selector's adapters has it; leave its output alone")
         })

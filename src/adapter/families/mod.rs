@@ -1,545 +1,422 @@
-//! Model families: what their modules are called, natively and in diffusers, and which are fused.
+//! Model families: which models an adapter may be for, and what their modules are called.
 //!
-//! Every layer is matched by the flat name that diffusers gives its module, and so `lora_unet_double_blocks_0_img_mlp_0`
-//! and `transformer.transformer_blocks.0.ff.net.0.proj` are one layer. The tables need no family to be read backwards,
-//! since no name means two things; a family is only recognised in order to write one.
+//! Everything that is known of a family stands in one file, `<family>.names` ([`record`] tells how); a file more is a
+//! family more. Layers are matched by the flat name that diffusers gives a module, or that the model's own code does where
+//! diffusers has none, and so `lora_unet_double_blocks_0_img_mlp_0` and `transformer.transformer_blocks.0.ff.net.0.proj` are
+//! one layer of FLUX.1.
+//!
+//! A [`Family`] is the set of all models that the evidence allows. What they agree on is known; on the rest, nothing is
+//! guessed.
 
-mod flux;
-mod hunyuan_video;
-mod krea;
-mod qwen;
-mod sd3;
-mod text;
-mod unet;
-mod wan;
-mod z_image;
+mod recognise;
+pub(super) mod record;
 
-use std::borrow::Cow;
-use std::collections::BTreeMap;
 use std::fmt;
 
-use super::Format;
-use super::keys::unflatten;
+pub(super) use self::recognise::{Clue, Recognised, recognise};
+pub(super) use self::record::{Fused, Names};
+use self::record::{Hit, Record, encoders, fill, flat, having, pattern, records};
+use super::{Format, LayerKey};
 
-/// The model that an adapter is for, as far as its layers tell.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
-#[non_exhaustive]
-pub enum Family {
-    /// None that is known: names are kept as they are.
-    #[default]
-    Generic,
-    /// Stable Diffusion 1.
-    Sd1,
-    /// Stable Diffusion 2.
-    Sd2,
-    /// Stable Diffusion XL.
-    Sdxl,
-    /// Stable Diffusion 3 and 3.5.
-    Sd3,
-    /// FLUX.1.
-    Flux1,
-    /// FLUX.2, and Klein.
-    Flux2,
-    /// HunyuanVideo.
-    HunyuanVideo,
-    /// Qwen-Image.
-    QwenImage,
-    /// Z-Image.
-    ZImage,
-    /// Wan 2.x.
-    Wan,
-    /// Krea 2.
-    Krea2,
+/// The model that an adapter is for, as far as its file tells: one family, several that it may be for, or none that is
+/// known.
+#[derive(Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Family(u128);
+
+/// What a module's name says.
+#[derive(Clone, Debug)]
+pub(super) struct Module {
+    /// The flat name that its layer is matched by.
+    pub key: String,
+    /// Whose name it is; none where families that it may be of disagree.
+    pub names: Option<Names>,
+    /// Whether the halves of its rows are the other way round than those of the key's module.
+    pub swap: bool,
+    /// What it fuses, and the dotted names that its parts are matched by.
+    pub fused: Option<(&'static Fused, Vec<String>)>,
 }
-
-/// Whose names a module has.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub(super) enum Names {
-    Diffusers,
-    /// Of the model's own code; `qkv` is one module.
-    Native,
-    /// XLabs' attention processors.
-    Xlabs,
-    /// diffusers' attention processors of 2023; read only.
-    Processor,
-}
-
-/// A module that holds several of another spelling, one above the other: their A is one, and B is cut into rows.
-#[derive(Debug, PartialEq, Eq)]
-pub(super) struct Fused {
-    pub whole: &'static str,
-    /// q, k and v, and in some single blocks the first layer of the MLP.
-    pub parts: &'static [&'static str],
-    /// Rows of the MLP for each column, where that is known.
-    pub mlp: usize,
-}
-
-impl Fused {
-    /// Rows of each part. Query heads may outnumber the heads of keys and values.
-    pub fn rows(&self, input: usize, output: usize) -> Option<Vec<usize>> {
-        match self.parts.len() {
-            3 => {
-                let rest = output.checked_sub(input).filter(|rest| *rest > 0 && rest % 2 == 0)?;
-                Some(vec![input, rest / 2, rest / 2])
-            }
-            _ => {
-                let mlp = output.checked_sub(3 * input).filter(|mlp| *mlp > 0)?;
-                Some(vec![input, input, input, mlp])
-            }
-        }
-    }
-
-    /// Rows of a part that no layer adapts, by those that are.
-    pub fn missing(&self, i: usize, input: usize, known: &BTreeMap<usize, usize>) -> usize {
-        match i {
-            0 => input,
-            1 | 2 => *known.get(&(3 - i)).unwrap_or(&input),
-            _ => self.mlp * input,
-        }
-    }
-}
-
-/// The names of one family. `{}` stands for the number of a block.
-pub(super) struct Table {
-    /// Native, and as diffusers has it.
-    names: &'static [(&'static str, &'static str)],
-    /// Further names that are read, and what they stand for.
-    aliases: &'static [(&'static str, &'static str)],
-    fused: &'static [Fused],
-    /// What diffusers calls modules in this family alone.
-    own: &'static [(&'static str, &'static str)],
-}
-
-const TABLES: &[&Table] = &[
-    &flux::TABLE,
-    &hunyuan_video::TABLE,
-    &sd3::TABLE,
-    &wan::TABLE,
-    &z_image::TABLE,
-    &krea::TABLE,
-    &flux::TABLE_2,
-    &qwen::TABLE,
-];
 
 /// Where a layer is written: a dotted path, and which part of it.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub(super) struct Place {
     pub path: String,
     pub part: Option<(usize, &'static Fused)>,
+    /// Whether the halves of its rows are to change places.
+    pub swap: bool,
 }
 
-/// The flat name in diffusers' spelling of a flat name in any, and whose names it is in, if that can be seen.
-pub(super) fn canonical<'a>(component: &str, flat: &'a str) -> (Cow<'a, str>, Option<Names>) {
-    if !component.is_empty() {
-        return text::canonical(flat);
-    }
-    if let Some(name) = unet::from_sgm(flat) {
-        return (name.into(), Some(Names::Native));
-    }
-    if let Some(name) = unet::from_processor(flat) {
-        return (name.into(), Some(Names::Processor));
-    }
-    for (native, diffusers) in flux::XLABS {
-        if let Some(blocks) = capture(native, flat) {
-            return (flat_of(&fill(diffusers, &blocks)).into(), Some(Names::Xlabs));
-        }
-    }
-    for table in TABLES {
-        let rows =
-            [(table.names, Some(Names::Native)), (table.aliases, None), (table.own, Some(Names::Diffusers))];
-        for (rows, names) in rows {
-            for (other, diffusers) in rows {
-                if let Some(blocks) = capture(other, flat) {
-                    let key = flat_of(&fill(diffusers, &blocks));
-                    let names = if key == flat { None } else { names };
-                    return (key.into(), names);
-                }
-            }
-        }
-    }
-    let known = |name: &str| capture(name, flat).is_some();
-    let is_diffusers = unet::is_diffusers(flat)
-        || TABLES.iter().any(|t| {
-            t.names.iter().any(|(_, d)| known(d)) || t.fused.iter().any(|f| f.parts.iter().any(|p| known(p)))
-        });
-    (flat.into(), is_diffusers.then_some(Names::Diffusers))
-}
-
-/// Whether a flat name in diffusers' spelling is of a UNet's block.
-pub(super) fn is_unet_block(flat: &str) -> bool {
-    unet::is_diffusers(flat)
-}
-
-/// The parts of a fused module, by its flat name in diffusers' spelling, and their names.
-pub(super) fn fused(family: Family, key: &str) -> Option<(&'static Fused, Vec<String>)> {
-    family.table()?.fused.iter().find_map(|fused| {
-        let blocks = capture(fused.whole, key)?;
-        Some((fused, fused.parts.iter().map(|part| fill(part, &blocks)).collect()))
-    })
-}
-
-/// Flat names, in diffusers' spelling, of what a module fuses, whatever the family; none if it does not.
-pub(super) fn fused_in(key: &str) -> Vec<String> {
-    let mut fused = TABLES.iter().flat_map(|table| table.fused);
-    let parts = fused.find_map(|fused| Some((fused, capture(fused.whole, key)?)));
-    parts.map_or_else(Vec::new, |(fused, blocks)| {
-        fused.parts.iter().map(|part| flat_of(&fill(part, &blocks))).collect()
-    })
-}
+/// Inputs and outputs of a module; zero where they are not known.
+pub(super) type Widths = (usize, usize);
 
 impl Family {
-    /// The name that people use.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::Generic => "unknown",
-            Self::Sd1 => "Stable Diffusion 1",
-            Self::Sd2 => "Stable Diffusion 2",
-            Self::Sdxl => "SDXL",
-            Self::Sd3 => "Stable Diffusion 3",
-            Self::Flux1 => "FLUX.1",
-            Self::Flux2 => "FLUX.2",
-            Self::HunyuanVideo => "HunyuanVideo",
-            Self::QwenImage => "Qwen-Image",
-            Self::ZImage => "Z-Image",
-            Self::Wan => "Wan",
-            Self::Krea2 => "Krea 2",
+    /// None that is known.
+    pub const UNKNOWN: Self = Self(0);
+
+    /// Every family that has a record, sorted by its id.
+    pub fn all() -> impl Iterator<Item = Self> {
+        (0..records().len()).map(|i| Self(1 << i))
+    }
+
+    /// The family of this id, such as `flux1` or `z_image`.
+    pub fn named(id: &str) -> Option<Self> {
+        records().iter().position(|record| record.id == id).map(|i| Self(1 << i))
+    }
+
+    /// Whether it is exactly one.
+    pub fn is_known(self) -> bool {
+        self.0.count_ones() == 1
+    }
+
+    /// The id by which [`named`](Self::named) finds it, if it is exactly one.
+    pub fn id(self) -> Option<&'static str> {
+        self.record().map(|record| record.id)
+    }
+
+    /// The families that an adapter may be for: one, several, or none.
+    pub fn candidates(self) -> impl Iterator<Item = Self> {
+        Self::all().filter(move |family| self.0 & family.0 != 0)
+    }
+
+    /// Families that are in both.
+    pub fn and(self, other: Self) -> Self {
+        Self(self.0 & other.0)
+    }
+
+    /// The key of a module of this family, in any spelling.
+    pub fn key(self, name: &str) -> LayerKey {
+        LayerKey::of(self, name)
+    }
+
+    pub(super) fn record(self) -> Option<&'static Record> {
+        self.is_known().then(|| records().get(self.0.trailing_zeros() as usize)).flatten()
+    }
+
+    fn members(self) -> impl Iterator<Item = (Self, &'static Record)> {
+        records().iter().enumerate().map(|(i, r)| (Self(1 << i), r)).filter(move |(f, _)| self.0 & f.0 != 0)
+    }
+
+    /// Its members, or all families if there are none.
+    fn scope(self) -> Self {
+        if self == Self::UNKNOWN { Self(u128::MAX) } else { self }
+    }
+
+    /// What the members say, if all that say something say the same.
+    fn agreed<T>(
+        self,
+        of: impl Fn(&'static Record) -> Option<T>,
+        same: impl Fn(&T, &T) -> bool,
+    ) -> Option<T> {
+        let mut all = self.members().filter_map(|(_, record)| of(record));
+        let first = all.next()?;
+        all.all(|other| same(&first, &other)).then_some(first)
+    }
+
+    /// Whether a layer is in one of several blocks.
+    pub(super) fn is_in_block(self, component: &str, key: &str) -> bool {
+        self.all_agree(|record| Some(record.row_of(component, key)?.path().contains("{}"))) == Some(true)
+    }
+
+    /// Every key that a family gives to a name.
+    pub(super) fn keys(component: &str, name: &str) -> Vec<String> {
+        let (key, _) = pattern(name);
+        let of = |(family, _): (Self, &Record)| Some(family.module(component, name, None, None)?.key);
+        Self(having(&key)).members().filter_map(of).collect()
+    }
+
+    /// The flat keys of the parts that some family cuts a module into.
+    pub(super) fn parts(component: &str, name: &str) -> Vec<String> {
+        let (key, _) = pattern(name);
+        let mut all: Vec<String> = Vec::new();
+        for (family, _) in Self(having(&key)).members() {
+            let fused = family.module(component, name, None, None).and_then(|module| module.fused);
+            all.extend(fused.into_iter().flat_map(|(_, parts)| parts).map(|part| flat(&part)));
         }
+        all.sort();
+        all.dedup();
+        all
     }
 
-    /// Whether it is a UNet, which diffusers calls `unet`, and not a transformer.
-    pub(super) fn is_unet(self) -> bool {
-        matches!(self, Self::Sd1 | Self::Sd2 | Self::Sdxl)
+    /// A property of all members.
+    pub(super) fn all_agree<T: PartialEq>(self, of: impl Fn(&'static Record) -> Option<T>) -> Option<T> {
+        self.agreed(|record| Some(of(record)), |x, y| x == y).flatten()
     }
 
-    fn table(self) -> Option<&'static Table> {
-        Some(match self {
-            Self::Flux1 => &flux::TABLE,
-            Self::Flux2 => &flux::TABLE_2,
-            Self::HunyuanVideo => &hunyuan_video::TABLE,
-            Self::Sd3 => &sd3::TABLE,
-            Self::Wan => &wan::TABLE,
-            Self::ZImage => &z_image::TABLE,
-            Self::Krea2 => &krea::TABLE,
-            Self::QwenImage => &qwen::TABLE,
-            Self::Generic | Self::Sd1 | Self::Sd2 | Self::Sdxl => return None,
+    /// What a flat name means. `usual`: whose names the file's other modules have, where a name may be of two.
+    pub(super) fn module(
+        self,
+        component: &str,
+        name: &str,
+        widths: Option<Widths>,
+        usual: Option<Names>,
+    ) -> Option<Module> {
+        let found = self.named_module(component, name, widths, usual);
+        // Attention processors of diffusers of 2023.
+        found.or_else(|| {
+            let module = self.named_module(component, &processor(name)?, widths, usual)?;
+            Some(Module { names: Some(Names::Other), ..module })
         })
     }
 
-    /// Whether its modules have native names besides those of diffusers.
-    pub(super) fn has_native(self) -> bool {
-        self.is_unet() || self.table().is_some_and(|table| !table.names.is_empty())
-    }
-
-    /// Whose names files of a format have.
-    pub(super) fn names(self, format: Format) -> Names {
-        match (format, self) {
-            (Format::Xlabs, _) => Names::Xlabs,
-            (Format::Peft, _) | (Format::Kohya, Self::Sd1 | Self::Sd2) => Names::Diffusers,
-            // Of Z-Image, tools have those of diffusers rather than its fused ones.
-            (_, family) if family == Self::ZImage || !family.has_native() => Names::Diffusers,
-            (Format::Kohya | Format::Comfyui | Format::Bfl, _) => Names::Native,
+    fn named_module(
+        self,
+        component: &str,
+        name: &str,
+        widths: Option<Widths>,
+        usual: Option<Names>,
+    ) -> Option<Module> {
+        let (key, numbers) = pattern(name);
+        let in_record = |record: &'static Record| {
+            let hits = record.find(inventory(component), &key, &numbers);
+            best(record, hits, widths, usual).map(|hit| meaning(record, &hit))
+        };
+        if is_encoder(component) {
+            return in_record(encoders());
         }
+        let rows = |m: &Module| widths.map(|(i, o)| m.fused.as_ref().map(|(fused, _)| fused.rows(i, o)));
+        let parts = |m: &Module| m.fused.as_ref().map(|(_, parts)| parts.clone());
+        let same = |x: &Module, y: &Module| {
+            (&x.key, x.swap, parts(x), rows(x)) == (&y.key, y.swap, parts(y), rows(y))
+        };
+        let scope = self.scope().and(Self(having(&key)));
+        let agreed = scope.agreed(in_record, same)?;
+        let names = scope.agreed(in_record, |x, y| x.names == y.names).and_then(|m| m.names);
+        Some(Module { names, ..agreed })
     }
 
-    /// What a layer of the main model is called, by its key; `None` if there is no such name.
-    pub(super) fn place(self, key: &str, names: Names) -> Option<Place> {
-        let whole = |path| Some(Place { path, part: None });
-        match names {
-            Names::Diffusers => {
-                let own = self.table().into_iter().flat_map(|table| table.own);
-                let renamed = find(own.map(|(name, key)| (*key, *name)), key);
-                whole(renamed.unwrap_or_else(|| unflatten(key)))
+    /// What the layer of a key is called in a format, or there by these names.
+    ///
+    /// # Errors
+    /// Why it has no name there, as a clause that follows the layer's name.
+    pub(super) fn place(
+        self,
+        component: &str,
+        key: &str,
+        format: Format,
+        whose: Option<Names>,
+        widths: Widths,
+    ) -> Result<Place, String> {
+        let writable = self.writable(format);
+        let (pattern, numbers) = pattern(key);
+        let of_record = |record: &'static Record, names: Names| {
+            let mut hits = record.find(inventory(component), &pattern, &numbers);
+            hits.retain(|hit| std::ptr::eq(hit.name, &raw const hit.row.names[0]));
+            let hit = best(record, hits, Some(widths), None)?;
+            let find = |names: Names| hit.row.names.iter().find(|name| name.of == names);
+            // Trainers of kohya's also have what only diffusers' code has.
+            let spare = format == Format::Kohya && record.kohya_takes.contains(&Names::Diffusers);
+            let name = find(names).or_else(|| find(Names::Diffusers).filter(|_| spare))?;
+            let part = name.part.map(|(index, fused)| (index, &record.fused[fused]));
+            Some(Place { path: fill(name.path, &hit.blocks), part, swap: name.swap })
+        };
+        if is_encoder(component) {
+            let mut place = of_record(encoders(), Names::Diffusers)
+                .ok_or("is of a text encoder whose names are not known; choose another format")?;
+            // Language models lose their first word in kohya's spelling.
+            if format == Format::Kohya
+                && let Some(rest) = place.path.strip_prefix("model.layers.")
+            {
+                place.path = format!("layers.{rest}");
             }
-            Names::Native if self.is_unet() => whole(unet::to_sgm(key, self == Self::Sdxl)?),
-            Names::Native => self.placed(key, self.table()?.names),
-            Names::Xlabs if self == Self::Flux1 => self.placed(key, flux::XLABS),
-            Names::Xlabs | Names::Processor => None,
+            return Ok(place);
         }
-    }
-
-    fn placed(self, key: &str, names: &[(&'static str, &'static str)]) -> Option<Place> {
-        let named = |key: &str| find(names.iter().map(|(name, key)| (*key, *name)), key);
-        if let Some(path) = named(key) {
-            return Some(Place { path, part: None });
+        let place = |record: &'static Record| of_record(record, whose.or_else(|| names(record, format))?);
+        let same = |x: &Place, y: &Place| {
+            let part = |place: &Place| place.part.map(|(i, fused)| (i, fused.path));
+            (&x.path, x.swap, part(x)) == (&y.path, y.swap, part(y))
+        };
+        let scope = if writable == Self::UNKNOWN { self } else { writable };
+        if let Some(place) = scope.agreed(place, same) {
+            return Ok(place);
         }
-        let (whole, i, fused) = self.whole(key)?;
-        Some(Place { path: named(&whole)?, part: Some((i, fused)) })
-    }
-
-    /// The flat name of the module that a layer is fused in, in diffusers' spelling, and which part of it it is.
-    pub(super) fn whole(self, key: &str) -> Option<(String, usize, &'static Fused)> {
-        let fused = self.table()?.fused.iter();
-        let mut parts = fused.flat_map(|f| f.parts.iter().enumerate().map(move |(i, part)| (f, i, *part)));
-        parts.find_map(|(fused, i, part)| Some((flat_of(&fill(fused.whole, &capture(part, key)?)), i, fused)))
-    }
-
-    /// Whether native B has the two halves of its rows the other way round: scale and shift.
-    pub(super) fn swaps(self, key: &str, input: usize, output: usize) -> bool {
-        match self {
-            Self::Flux1 | Self::Flux2 | Self::HunyuanVideo => key == "norm_out_linear",
-            Self::Sd3 => {
-                key == "norm_out_linear" || (key.ends_with("_norm1_context_linear") && output == 2 * input)
+        Err(match self.0.count_ones() {
+            0 => format!("is of a model that is not known, and so is what it is called in {format}"),
+            _ if writable == Self::UNKNOWN => {
+                format!("is of {self}, which has no names in {format}; choose another format")
             }
-            _ => false,
+            1 => format!("is no module of {self} that is known to have a name in {format}"),
+            _ => format!("may be of {self}, which do not all have one name for it in {format}"),
+        })
+    }
+
+    /// The members that can be written in a format; of those, the ones that a program is known to load, if there are any.
+    pub(super) fn writable(self, format: Format) -> Self {
+        let of = |can: &dyn Fn(&Record) -> bool| {
+            Self(self.members().filter(|(_, record)| can(record)).fold(0, |set, (family, _)| set | family.0))
+        };
+        let all = of(&|record| names(record, format).is_some_and(|names| record.has(names)));
+        let loaded = of(&|record| {
+            format != Format::Kohya || record.comfyui_takes.iter().any(|taken| taken.prefix == "lora_unet_")
+        });
+        if all.and(loaded) == Self::UNKNOWN { all } else { all.and(loaded) }
+    }
+
+    /// What stands before a module's name, for the loader of a format; `None` if it is not known.
+    pub(super) fn prefix(self, component: &str, format: Format) -> Option<String> {
+        let writable = self.writable(format);
+        let own = |record: &'static Record| {
+            let encoder = record.encoders.iter().find(|encoder| encoder.component == component);
+            match (format, component) {
+                (Format::Peft, "") => record.diffusers_prefix().map(str::to_owned),
+                (Format::Kohya, "") => Some("lora_unet_".to_owned()),
+                (Format::Comfyui, "") => Some("diffusion_model.".to_owned()),
+                (Format::Bfl | Format::Xlabs, "") => Some(String::new()),
+                (Format::Peft, "transformer_2") => Some("transformer_2.".to_owned()),
+                (Format::Peft, _) if !is_encoder(component) => Some(format!("{component}.")),
+                (Format::Peft, _) => encoder.map(|e| format!("{}.", e.diffusers)),
+                (Format::Kohya, _) => encoder.and_then(|e| e.kohya.first()).map(|p| (*p).to_owned()),
+                (Format::Comfyui, _) => encoder.map(|e| format!("text_encoders.{}.transformer.", e.comfyui)),
+                (Format::Bfl | Format::Xlabs, _) => None,
+            }
+        };
+        let scope = if writable == Self::UNKNOWN { self } else { writable };
+        match scope.all_agree(own) {
+            // Encoders of which no record tells are called as diffusers calls them.
+            None if format == Format::Peft && ["text_encoder", "text_encoder_2"].contains(&component) => {
+                Some(format!("{component}."))
+            }
+            prefix => prefix,
         }
     }
 
     /// The kernel of a convolution whose file stores its inputs flat.
     pub(super) fn kernel(self, key: &str, input: usize) -> Option<Vec<usize>> {
-        if self.is_unet() { unet::kernel(key, input, self != Self::Sdxl) } else { None }
+        let (key, numbers) = pattern(key);
+        let kernel = |record: &'static Record| {
+            let hits = record.find("", &key, &numbers);
+            hits.first().and_then(|hit| hit.row.kernel()).map(<[usize]>::to_vec)
+        };
+        let kernel = self.agreed(kernel, |x, y| x == y)?;
+        input.is_multiple_of(kernel.iter().product()).then_some(kernel)
+    }
+
+    /// The flat key of the module that fuses a layer in some spelling, which part of it it is, and the module.
+    pub(super) fn wholes(self, key: &str) -> Vec<(String, usize, &'static Fused)> {
+        let (pattern, numbers) = pattern(key);
+        let of = |(_, record): (Self, &'static Record)| {
+            let hits = record.find("", &pattern, &numbers);
+            let wholes = hits.into_iter().flat_map(move |hit| {
+                hit.row.names.iter().filter_map(move |name| {
+                    let (index, fused) = name.part?;
+                    Some((flat(&fill(name.path, &hit.blocks)), index, &record.fused[fused]))
+                })
+            });
+            wholes.collect::<Vec<_>>()
+        };
+        self.scope().and(Self(having(&pattern))).members().flat_map(of).collect()
+    }
+}
+
+impl Record {
+    /// What diffusers wants before the names of the main model.
+    fn diffusers_prefix(&self) -> Option<&'static str> {
+        let mut takes = self.diffusers_takes.iter();
+        let is_own = |prefix: &str| prefix == "transformer." || prefix == "unet.";
+        let own = takes.find(|t| t.names == Names::Diffusers && t.suffix == Some("peft") && is_own(t.prefix));
+        own.map(|taken| taken.prefix)
+    }
+
+    /// The row of a layer's key.
+    pub(super) fn row_of(&'static self, component: &str, key: &str) -> Option<&'static record::Row> {
+        let (pattern, numbers) = pattern(key);
+        self.find(inventory(component), &pattern, &numbers).first().map(|hit| hit.row)
+    }
+
+    /// Whether it is a UNet, which diffusers calls `unet`, and not a transformer.
+    pub(super) fn is_unet(&self) -> bool {
+        self.diffusers_prefix() == Some("unet.")
+    }
+}
+
+/// Whose names files of a format have; `None` if there are no such files of the family.
+pub(super) fn names(record: &Record, format: Format) -> Option<Names> {
+    match format {
+        Format::Peft => Some(Names::Diffusers),
+        Format::Kohya => Some(record.kohya),
+        Format::Comfyui => Some(Names::Native),
+        Format::Bfl => record.bfl.then_some(Names::Native),
+        Format::Xlabs => record.xlabs.then_some(Names::Xlabs),
+    }
+}
+
+/// The module that an attention processor of diffusers of 2023 adapts: `attn1_processor_to_q_lora` is of `attn1_to_q`.
+fn processor(name: &str) -> Option<String> {
+    let (path, projection) = name.strip_suffix("_lora")?.rsplit_once("_processor_")?;
+    match projection {
+        "to_q" | "to_k" | "to_v" => Some(format!("{path}_{projection}")),
+        "to_out" => Some(format!("{path}_to_out_0")),
+        _ => None,
+    }
+}
+
+/// Whether a component is a text encoder.
+pub(super) fn is_encoder(component: &str) -> bool {
+    component.starts_with("text_encoder")
+}
+
+/// The component whose inventory a component has: there may be two transformers, and all text encoders have one.
+fn inventory(component: &str) -> &str {
+    if component == "transformer_2" || is_encoder(component) { "" } else { component }
+}
+
+/// Whether any family knows the name.
+pub(super) fn is_known(component: &str, name: &str) -> bool {
+    let (key, numbers) = pattern(name);
+    if is_encoder(component) {
+        return !encoders().find("", &key, &numbers).is_empty();
+    }
+    Family(having(&key))
+        .members()
+        .any(|(_, record)| !record.find(inventory(component), &key, &numbers).is_empty())
+}
+
+/// The hit that fits best: by the proportion of its widths, a block that there is, the file's usual names.
+fn best<'a>(
+    record: &'static Record,
+    hits: Vec<Hit<'a>>,
+    widths: Option<Widths>,
+    usual: Option<Names>,
+) -> Option<Hit<'a>> {
+    let apart = |hit: &Hit| widths.map_or(0.0, |widths| recognise::apart(record, hit, widths));
+    let key = |hit: &Hit| (!hit.models.is_empty(), usual.is_some_and(|usual| hit.name.of == usual));
+    // Of several, `max_by` takes the last.
+    hits.into_iter().rev().max_by(|x, y| apart(y).total_cmp(&apart(x)).then(key(x).cmp(&key(y))))
+}
+
+fn meaning(record: &'static Record, hit: &Hit) -> Module {
+    let path = fill(hit.row.path(), &hit.blocks);
+    let Some((_, place)) = hit.name.part else {
+        let names = Some(hit.name.of);
+        return Module { key: flat(&path), names, swap: hit.name.swap, fused: None };
+    };
+    let fused = &record.fused[place];
+    let parts = fused.parts.iter().map(|part| fill(part, &hit.blocks)).collect();
+    Module {
+        key: flat(&fill(fused.path, &hit.blocks)),
+        names: Some(hit.name.of),
+        swap: false,
+        fused: Some((fused, parts)),
     }
 }
 
 impl fmt::Display for Family {
+    /// `FLUX.1`, `FLUX.1 or Chroma`, `unknown`.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.name())
-    }
-}
-
-/// What recognising a family takes of a layer: its key, its name as the file has it, and its widths.
-pub(super) struct Clue<'a> {
-    pub component: &'a str,
-    pub key: &'a str,
-    pub flat: &'a str,
-    pub input: usize,
-    pub output: usize,
-}
-
-/// The family of a file's layers.
-pub(super) fn recognise(clues: &[Clue], metadata: &BTreeMap<String, String>) -> Family {
-    let any = |of: &dyn Fn(&Clue) -> bool| clues.iter().any(of);
-    let main = |of: &dyn Fn(&Clue) -> bool| any(&|c| c.component.is_empty() && of(c));
-    let starts = |start: &str| main(&|c| c.key.starts_with(start));
-    let has = |pattern: &str| main(&|c| capture(pattern, c.key).is_some());
-    let said = said(metadata);
-    if main(&|c| unet::is_diffusers(c.key)) {
-        let second = any(&|c| c.component == "text_encoder_2");
-        return unet::recognise(clues, second, said);
-    }
-    if has("blocks.{}.attn.wq")
-        || has("blocks.{}.attn.wo")
-        || has("blocks.{}.attn.gate")
-        || starts("txtfusion")
-    {
-        return Family::Krea2;
-    }
-    if ["blocks.{}.attn1.to_q", "blocks.{}.attn1.to_v", "blocks.{}.attn2.to_q", "blocks.{}.ffn.net.0.proj"]
-        .iter()
-        .any(|pattern| has(pattern))
-    {
-        return Family::Wan;
-    }
-    if has("layers.{}.attention.to_qkv")
-        || has("layers.{}.attention.to_q")
-        || has("layers.{}.attention.to_v")
-        || has("layers.{}.feed_forward.w1")
-    {
-        return Family::ZImage;
-    }
-    let qwen = ["img_mlp", "txt_mlp", "img_mod", "txt_mod"];
-    if main(&|c| c.key.starts_with("transformer_blocks_") && qwen.iter().any(|part| c.flat.contains(part)))
-        && !main(&|c| c.flat.starts_with("double_blocks_"))
-    {
-        return Family::QwenImage;
-    }
-    if main(&|c| c.flat.starts_with("joint_blocks_")) {
-        return Family::Sd3;
-    }
-    let native = main(&|c| c.flat.starts_with("double_blocks_") || c.flat.starts_with("single_blocks_"));
-    let blocks = |start: &str| {
-        let number = |c: &Clue| c.key.strip_prefix(start)?.split('_').next()?.parse::<usize>().ok();
-        let numbers = clues.iter().filter(|c| c.component.is_empty()).filter_map(number);
-        numbers.max().map_or(0, |n| n.saturating_add(1))
-    };
-    if native || starts("single_transformer_blocks_") {
-        let fused = |c: &Clue| c.flat.ends_with("_attn_to_qkv_mlp_proj");
-        // Kinds of adapters that do not store them have no widths.
-        let wide = |c: &Clue| {
-            c.input > 0
-                && (c.key.ends_with("_attn_to_qkv_mlp_proj") && c.output == 9 * c.input
-                    || c.key.ends_with("_ff_net_0_proj") && c.output == 6 * c.input)
-        };
-        let modulation = |c: &Clue| c.key.contains("_stream_modulation");
-        if said == Some(Family::Flux2)
-            || main(&|c| fused(c) || wide(c) || modulation(c) || c.flat.ends_with("_ff_linear_in"))
-            || blocks("single_transformer_blocks_") > 40
-        {
-            return Family::Flux2;
-        }
-        let refiner = starts("context_embedder_token_refiner") || starts("context_embedder_proj_in");
-        let video = |c: &Clue| c.flat.contains("_mlp_fc1") || c.flat.contains("_mod_linear");
-        if said == Some(Family::HunyuanVideo)
-            || refiner
-            || main(&video)
-            || blocks("transformer_blocks_") > 19
-            || blocks("single_transformer_blocks_") > 38
-        {
-            return Family::HunyuanVideo;
-        }
-        return Family::Flux1;
-    }
-    // Double blocks alone have the same names in several families, but not the same number.
-    let joint = main(&|c| c.key.ends_with("_attn_add_q_proj") || c.key.ends_with("_attn_to_add_out"));
-    let counted = match blocks("transformer_blocks_") {
-        19 => Some(Family::Flux1),
-        20 => Some(Family::HunyuanVideo),
-        24 | 38 => Some(Family::Sd3),
-        60 => Some(Family::QwenImage),
-        _ => None,
-    };
-    match said.or(counted.filter(|_| joint)) {
-        Some(family) => family,
-        None => {
-            let clip_g = any(&|c| c.component == "text_encoder_2" && c.key.starts_with("text_model"));
-            let t5 = any(&|c| c.key.starts_with("encoder_block_"));
-            match (main(&|_| true), clip_g, t5) {
-                (false, true, false) => Family::Sdxl,
-                (false, true, true) => Family::Sd3,
-                (false, false, true) => Family::Flux1,
-                _ => Family::Generic,
-            }
+        const SHOWN: usize = 4;
+        let names: Vec<&str> = self.members().map(|(_, record)| record.name).collect();
+        match &names[..] {
+            [] => f.write_str("unknown"),
+            [name] => f.write_str(name),
+            [first @ .., last] if names.len() <= SHOWN + 1 => write!(f, "{} or {last}", first.join(", ")),
+            _ => write!(f, "{} or one of {} more", names[..SHOWN].join(", "), names.len() - SHOWN),
         }
     }
 }
 
-/// The family that the metadata names.
-fn said(metadata: &BTreeMap<String, String>) -> Option<Family> {
-    let keys = ["modelspec.architecture", "ss_base_model_version"];
-    keys.iter().filter_map(|key| metadata.get(*key)).find_map(|text| {
-        let text = text.to_ascii_lowercase();
-        let families = [
-            ("stable-diffusion-xl", Family::Sdxl),
-            ("sdxl", Family::Sdxl),
-            ("stable-diffusion-v1", Family::Sd1),
-            ("sd_v1", Family::Sd1),
-            ("stable-diffusion-v2", Family::Sd2),
-            ("sd_v2", Family::Sd2),
-            ("stable-diffusion-3", Family::Sd3),
-            ("stable-diffusion-v3", Family::Sd3),
-            ("sd3", Family::Sd3),
-            ("flux-2", Family::Flux2),
-            ("flux.2", Family::Flux2),
-            ("flux2", Family::Flux2),
-            ("flux", Family::Flux1),
-            ("hunyuan-video", Family::HunyuanVideo),
-            ("hunyuanvideo", Family::HunyuanVideo),
-            ("qwen-image", Family::QwenImage),
-            ("qwen_image", Family::QwenImage),
-            ("z-image", Family::ZImage),
-            ("z_image", Family::ZImage),
-            ("zimage", Family::ZImage),
-            ("wan2", Family::Wan),
-            ("wan-", Family::Wan),
-            ("krea2", Family::Krea2),
-            ("krea-2", Family::Krea2),
-        ];
-        families.iter().find(|(name, _)| text.contains(name)).map(|(_, family)| *family)
-    })
-}
-
-/// The numbers that stand for `{}` if the name is of this pattern; dots and underscores are one.
-pub(super) fn capture<'a>(pattern: &str, name: &'a str) -> Option<Vec<&'a str>> {
-    let mut numbers = Vec::new();
-    let mut rest = name;
-    for (i, text) in pattern.split("{}").enumerate() {
-        if i > 0 {
-            let len = rest.bytes().take_while(u8::is_ascii_digit).count();
-            if len == 0 {
-                return None;
-            }
-            numbers.push(&rest[..len]);
-            rest = &rest[len..];
-        }
-        let same = |(x, y): (u8, u8)| x == y || (x == b'.' && y == b'_') || (x == b'_' && y == b'.');
-        if rest.len() < text.len() || !text.bytes().zip(rest.bytes()).all(same) {
-            return None;
-        }
-        // What was compared is ASCII.
-        rest = &rest[text.len()..];
+impl fmt::Debug for Family {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Family({self})")
     }
-    rest.is_empty().then_some(numbers)
-}
-
-fn fill(pattern: &str, numbers: &[&str]) -> String {
-    let mut parts = pattern.split("{}");
-    let first = parts.next().unwrap_or_default().to_owned();
-    parts.zip(numbers).fold(first, |path, (part, number)| path + number + part)
-}
-
-fn flat_of(path: &str) -> String {
-    path.replace('.', "_")
-}
-
-/// The second name of the pair whose first one is the key.
-fn find<'a>(mut pairs: impl Iterator<Item = (&'a str, &'a str)>, key: &str) -> Option<String> {
-    pairs.find_map(|(from, to)| Some(fill(to, &capture(from, key)?)))
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn rows() -> impl Iterator<Item = (&'static str, &'static str)> {
-        let tables = TABLES.iter().flat_map(|t| t.names.iter().chain(t.aliases).chain(t.own));
-        tables.chain(flux::XLABS).copied()
-    }
-
-    #[test]
-    fn no_name_means_two_things() {
-        for (name, diffusers) in rows() {
-            let (name, key) = (flat_of(&fill(name, &["7", "3"])), flat_of(&fill(diffusers, &["7", "3"])));
-            assert_eq!(canonical("", &name).0, key, "{name}");
-            assert_eq!(canonical("", &key).0, key, "{key} is another name as well");
-        }
-    }
-
-    #[test]
-    fn native_names_come_back() {
-        for family in
-            [Family::Flux1, Family::Flux2, Family::HunyuanVideo, Family::Sd3, Family::Wan, Family::ZImage]
-        {
-            let table = family.table().unwrap();
-            for (native, diffusers) in table.names {
-                let (path, key) = (fill(native, &["7"]), flat_of(&fill(diffusers, &["7"])));
-                let place = family.place(&key, Names::Native).unwrap();
-                assert_eq!(place, Place { path, part: None }, "{family}: {key}");
-            }
-            for fused in table.fused {
-                for (i, part) in fused.parts.iter().enumerate() {
-                    let key = flat_of(&fill(part, &["7"]));
-                    let place = family.place(&key, Names::Native).unwrap();
-                    assert_eq!(place.part, Some((i, fused)), "{family}: {key}");
-                    assert_eq!(family.place(&key, Names::Diffusers).unwrap().path, fill(part, &["7"]));
-                }
-            }
-        }
-    }
-
-    #[test]
-    fn dots_come_back_in_every_table() {
-        for (_, diffusers) in TABLES.iter().flat_map(|t| t.names) {
-            let path = fill(diffusers, &["12"]);
-            assert_eq!(unflatten(&flat_of(&path)), path);
-        }
-    }
-
-    #[test]
-    fn rows_of_fused_modules() {
-        let qkv = Fused { whole: "", parts: &["q", "k", "v"], mlp: 0 };
-        assert_eq!(qkv.rows(4, 12), Some(vec![4, 4, 4]));
-        assert_eq!(qkv.rows(8, 12), Some(vec![8, 2, 2]));
-        assert_eq!((qkv.rows(8, 8), qkv.rows(8, 11)), (None, None));
-        let linear1 = Fused { whole: "", parts: &["q", "k", "v", "mlp"], mlp: 4 };
-        assert_eq!(linear1.rows(3072, 21504), Some(vec![3072, 3072, 3072, 12288]));
-        assert_eq!(linear1.rows(4, 12), None);
-    }
-
-    #[test]
-    fn patterns_capture_numbers() {
-        assert_eq!(capture("a.{}.b", "a_12_b"), Some(vec!["12"]));
-        assert_eq!(capture("a.{}.b", "a_12_c"), None);
-        assert_eq!(capture("a.{}.b", "a_x_b"), None);
-        assert_eq!(capture("a.{}.{}", "a_1_2"), Some(vec!["1", "2"]));
-        assert_eq!(capture("a.{}", "a_1é"), None);
-    }
-}
+mod tests;

@@ -1,31 +1,24 @@
-//! DoRA: `W' = m · (W0 + s·B·A) / ‖W0 + s·B·A‖`, with a norm for each output or, of LyCORIS, each input; its update is
+//! DoRA: `W' = m · (W0 + ΔW) / ‖W0 + ΔW‖`, with a norm for each output or, of LyCORIS, each input; its update is
 //! `W' − W0` (Liu et al. 2024, equation 5).
 
-use super::super::keys::{self, LayerKey, Part};
+use super::super::keys::{LayerKey, Part};
 use super::super::read::{Group, Source};
-use super::{Base, lora, product};
+use super::{Base, Update};
 use crate::{Error, Matrix, Result};
 
-/// The update, whole, and the kernel of a convolution.
+/// The whole update of a module: `update` is what DoRA decomposes, a LoRA, LoHa or LoKr.
 pub(super) fn update(
     source: &Source,
     base: &Base,
     key: &LayerKey,
     group: &Group,
-) -> Result<(Matrix, Option<Vec<usize>>)> {
+    update: &Update,
+) -> Result<Matrix> {
     let file = source.file;
     let find = |part| group.tensor(file, part);
-    let (Some(a), Some(b)) = (find(Part::A), find(Part::B)) else {
-        return Err(Error::tensor(file.path(), group.module, "belongs to DoRA whose factors are missing"));
-    };
-    let factors = lora(file, &a, &b, find(Part::Mid))?;
-    let alpha =
-        find(Part::Alpha).map(|t| super::super::read::number(file.path(), &t, "an alpha")).transpose()?;
-    let (_, len) = keys::prefix(group.module);
-    let scale = source.scales.of(key, &group.module[len..], factors.a.rows, alpha).value;
-    let matrix = |t: &super::Tensor| Matrix { rows: t.rows, cols: t.cols, data: t.raw().to_vec::<f64>() };
-    let old = base.weight(source.family, key, factors.a.cols)?;
-    let low = product(&matrix(&factors.b), &matrix(&factors.a));
+    let scale = update.scale(source, key, group)?;
+    let low = update.dense();
+    let old = base.weight(source.family, key, low.cols)?;
     if (old.rows, old.cols) != (low.rows, low.cols) {
         let reason = format!(
             "its update is {} x {}, but the base model's weights are {} x {}; is it another model?",
@@ -45,7 +38,7 @@ pub(super) fn update(
     let flat = [norms.shape.iter().product::<usize>(), 1];
     let m = super::factor(file, &crate::safetensors_file::TensorRef { shape: &flat, ..norms }, "norms")?;
     let m: Vec<f64> = m.raw().to_vec();
-    let taps: usize = factors.kernel.as_ref().map_or(1, |k| k.dims.iter().product());
+    let taps: usize = update.kernel().map_or(1, |kernel| kernel.iter().product());
     let groups = if per_input { new.cols / taps.max(1) } else { new.rows };
     if m.len() != groups {
         let reason = format!("has {} norms, but the module has {groups} of them", m.len());
@@ -65,5 +58,5 @@ pub(super) fn update(
             new[(i, j)] = new[(i, j)] * factor - old[(i, j)];
         }
     }
-    Ok((new, factors.kernel.map(|k| k.dims)))
+    Ok(new)
 }

@@ -41,6 +41,12 @@ impl LoHa {
         }
     }
 
+    /// Rows and columns of the update.
+    pub fn size(&self) -> (usize, usize) {
+        let [(b, a), _] = &self.pairs;
+        (b.rows, a.cols)
+    }
+
     pub fn exact_rank(&self) -> usize {
         self.pairs.iter().map(|(_, a)| a.rows).product()
     }

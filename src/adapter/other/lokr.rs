@@ -6,7 +6,7 @@ use crate::Matrix;
 pub(super) struct LoKr {
     /// `W1 = B·A` and `W2 = B·A`; the identity stands for what is not there.
     pairs: [(Matrix, Matrix); 2],
-    /// What alpha is for; a LoKr of two whole factors has none.
+    /// What alpha is for; a LoKr of two whole factors has none of its own.
     pub alpha_rank: Option<usize>,
     pub kernel: Option<Vec<usize>>,
 }
@@ -52,6 +52,12 @@ impl LoKr {
             }
         };
         Ok(Self { pairs: [first, second], alpha_rank, kernel })
+    }
+
+    /// Rows and columns of the update.
+    pub fn size(&self) -> (usize, usize) {
+        let [(b1, a1), (b2, a2)] = &self.pairs;
+        (b1.rows * b2.rows, a1.cols * a2.cols)
     }
 
     pub fn exact_rank(&self) -> usize {

@@ -8,9 +8,9 @@ mod low_rank;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use super::families::{self, Family};
-use super::keys::{Hada, LayerKey, Lokr, Part};
-use super::read::{Factors, Group, Source, factor, lora, shards, wide};
+use super::families::Family;
+use super::keys::{Bare, Hada, LayerKey, Lokr, Part, prefix};
+use super::read::{AlphaRank, Factors, Group, Source, factor, lora, number, shards, wide};
 use super::{Kernel, OpenOptions, Tensor};
 use crate::safetensors_file::SafetensorsFile;
 use crate::{Error, Matrix, Result};
@@ -28,26 +28,40 @@ impl Other {
     /// The kind that the tensors of a module are of; `None` for a LoRA.
     pub fn of(group: &Group) -> Option<Self> {
         let has = |of: fn(&Part) -> bool| group.parts.keys().any(of);
-        if has(|part| matches!(part, Part::Hada(_))) {
+        if has(|part| matches!(part, Part::Magnitude | Part::DoraScale)) {
+            Some(Self::DoRA)
+        } else if has(|part| matches!(part, Part::Hada(_))) {
             Some(Self::LoHa)
         } else if has(|part| matches!(part, Part::Lokr(_))) {
             Some(Self::LoKr)
-        } else if has(|part| matches!(part, Part::Magnitude | Part::DoraScale)) {
-            Some(Self::DoRA)
-        } else if has(|part| *part == Part::Diff) {
+        } else if has(|part| *part == Part::Diff) && !has(|part| matches!(part, Part::A | Part::B)) {
             Some(Self::Full)
         } else {
             None
         }
     }
 
-    const fn name(self) -> &'static str {
+    pub const fn name(self) -> &'static str {
         match self {
             Self::LoHa => "LoHa",
             Self::LoKr => "LoKr",
             Self::DoRA => "DoRA",
             Self::Full => "a full weight difference",
         }
+    }
+}
+
+/// Whether a tensor of a module is of its kind. What is not may not be dropped, for it changes the update.
+pub(super) fn belongs(kind: Option<Other>, part: Part) -> bool {
+    let factor = matches!(part, Part::A | Part::B | Part::Mid);
+    match (kind, part) {
+        (_, Part::Alpha) => true,
+        (Some(Other::Full), _) => part == Part::Diff,
+        (_, Part::Scalar) => true,
+        (None, _) => factor,
+        (Some(Other::LoHa), _) => matches!(part, Part::Hada(_)),
+        (Some(Other::LoKr), _) => matches!(part, Part::Lokr(_)),
+        (Some(Other::DoRA), _) => part != Part::Diff,
     }
 }
 
@@ -95,7 +109,7 @@ pub(super) fn notes(lost: impl Iterator<Item = (LayerKey, Lost)>) -> Vec<String>
     kinds.into_iter().map(note).collect()
 }
 
-fn count(layers: usize) -> String {
+pub(super) fn count(layers: usize) -> String {
     format!("{layers} layer{}", if layers == 1 { "" } else { "s" })
 }
 
@@ -117,25 +131,29 @@ fn bound(source: &Source, key: &LayerKey, kind: Other, exact: usize) -> Result<O
     }
 }
 
-/// A module of another kind as a LoRA.
-pub(super) fn factors(source: &Source, key: &LayerKey, group: &Group, kind: Other) -> Result<Factors> {
-    let file = source.file;
-    let mut alpha_rank = None;
-    let kernel;
-    let expanded = match kind {
-        Other::LoHa => {
+/// An update that is no LoRA of its own, or that DoRA is made of.
+enum Update {
+    Lora(Factors),
+    LoHa(loha::LoHa),
+    LoKr(lokr::LoKr),
+}
+
+impl Update {
+    fn read(source: &Source, group: &Group) -> Result<Self> {
+        let has = |of: fn(&Part) -> bool| group.parts.keys().any(of);
+        let loha = has(|part| matches!(part, Part::Hada(_)));
+        let lokr = has(|part| matches!(part, Part::Lokr(_)));
+        let pair = has(|part| matches!(part, Part::A | Part::B));
+        if [loha, lokr, pair].iter().filter(|of| **of).count() > 1 {
+            return Err(unfit(source, group, "is of a module that holds adapters of two kinds".to_owned()));
+        }
+        if loha {
             let w = |part| tensors(source, group, Part::Hada(part));
             let parts =
                 [w(Hada::W1A)?, w(Hada::W1B)?, w(Hada::W2A)?, w(Hada::W2B)?, w(Hada::T1)?, w(Hada::T2)?];
-            let loha = loha::LoHa::read(parts).map_err(|reason| unfit(source, group, reason))?;
-            alpha_rank = Some(loha.rank);
-            kernel = loha.kernel.clone();
-            match bound(source, key, kind, loha.exact_rank())? {
-                None => loha.exact(),
-                Some(rank) => low_rank::truncate(&loha.dense(), rank),
-            }
+            return loha::LoHa::read(parts).map(Self::LoHa).map_err(|reason| unfit(source, group, reason));
         }
-        Other::LoKr => {
+        if lokr {
             let w = |part| tensors(source, group, Part::Lokr(part));
             let parts = [
                 w(Lokr::W1)?,
@@ -146,35 +164,124 @@ pub(super) fn factors(source: &Source, key: &LayerKey, group: &Group, kind: Othe
                 w(Lokr::W2B)?,
                 w(Lokr::T2)?,
             ];
-            let lokr = lokr::LoKr::read(parts).map_err(|reason| unfit(source, group, reason))?;
-            alpha_rank = lokr.alpha_rank;
-            kernel = lokr.kernel.clone();
-            match bound(source, key, kind, lokr.exact_rank())? {
-                None => lokr.exact(),
-                Some(rank) => lokr.truncated(rank),
+            return lokr::LoKr::read(parts).map(Self::LoKr).map_err(|reason| unfit(source, group, reason));
+        }
+        let find = |part| group.tensor(source.file, part);
+        match (find(Part::A), find(Part::B)) {
+            (Some(a), Some(b)) => lora(source.file, &a, &b, find(Part::Mid)).map(Self::Lora),
+            _ => Err(unfit(source, group, "belongs to DoRA whose factors are missing".to_owned())),
+        }
+    }
+
+    /// What alpha is divided by.
+    fn alpha_rank(&self) -> AlphaRank {
+        match self {
+            Self::Lora(factors) => AlphaRank::Of(factors.a.rows),
+            Self::LoHa(loha) => AlphaRank::Of(loha.rank),
+            Self::LoKr(lokr) => lokr.alpha_rank.map_or(AlphaRank::OfConfig, AlphaRank::Of),
+        }
+    }
+
+    fn kernel(&self) -> Option<Vec<usize>> {
+        match self {
+            Self::Lora(factors) => factors.kernel.as_ref().map(|kernel| kernel.dims.clone()),
+            Self::LoHa(loha) => loha.kernel.clone(),
+            Self::LoKr(lokr) => lokr.kernel.clone(),
+        }
+    }
+
+    /// The whole update, without alpha.
+    fn dense(&self) -> Matrix {
+        let matrix = |t: &Tensor| Matrix { rows: t.rows, cols: t.cols, data: t.raw().to_vec::<f64>() };
+        match self {
+            Self::Lora(factors) => product(&matrix(&factors.b), &matrix(&factors.a)),
+            Self::LoHa(loha) => loha.dense(),
+            Self::LoKr(lokr) => {
+                let Expanded { b, a, .. } = lokr.exact();
+                product(&b, &a)
             }
         }
+    }
+
+    /// The update of a LoHa or LoKr as a LoRA; a matrix has no higher rank than it has rows or columns.
+    fn expanded(&self, source: &Source, key: &LayerKey, kind: Other) -> Result<Expanded> {
+        let (ranks, (rows, cols)) = match self {
+            Self::Lora(factors) => (factors.a.rows, (factors.b.rows, factors.a.cols)),
+            Self::LoHa(loha) => (loha.exact_rank(), loha.size()),
+            Self::LoKr(lokr) => (lokr.exact_rank(), lokr.size()),
+        };
+        let exact = ranks.min(rows).min(cols);
+        Ok(match (self, bound(source, key, kind, exact)?) {
+            (Self::LoKr(lokr), Some(rank)) => lokr.truncated(rank),
+            (_, Some(rank)) => low_rank::truncate(&self.dense(), rank),
+            (_, None) if exact < ranks => of_full_rank(&self.dense()),
+            (Self::LoHa(loha), None) => loha.exact(),
+            (Self::LoKr(lokr), None) => lokr.exact(),
+            (Self::Lora(_), None) => of_full_rank(&self.dense()),
+        })
+    }
+
+    /// The factor that alpha makes.
+    fn scale(&self, source: &Source, key: &LayerKey, group: &Group) -> Result<f64> {
+        let of = |part, what| {
+            group.tensor(source.file, part).map(|t| number(source.file.path(), &t, what)).transpose()
+        };
+        let (alpha, scalar) = (of(Part::Alpha, "an alpha")?, of(Part::Scalar, "a scalar")?);
+        let path = &group.module[prefix(group.module).1..];
+        let scale = match self.alpha_rank() {
+            AlphaRank::Of(rank) => source.scales.of(key, path, rank, alpha).value,
+            AlphaRank::OfConfig => source.scales.of_config(key, path).value,
+            AlphaRank::Folded => 1.0,
+        };
+        Ok(scale * scalar.unwrap_or(1.0))
+    }
+}
+
+/// A matrix as a LoRA of its full rank: the smaller side's identity and itself.
+fn of_full_rank(w: &Matrix) -> Expanded {
+    let identity = |n: usize| Matrix::from_fn(n, n, |i, j| f64::from(u8::from(i == j)));
+    let (b, a) = if w.rows <= w.cols { (identity(w.rows), w.clone()) } else { (w.clone(), identity(w.cols)) };
+    Expanded { b, a, cut: 0.0, whole: 0.0 }
+}
+
+/// A module of another kind as a LoRA.
+pub(super) fn factors(source: &Source, key: &LayerKey, group: &Group, kind: Other) -> Result<Factors> {
+    let file = source.file;
+    let mut alpha_rank = AlphaRank::Folded;
+    let kernel;
+    // A matrix of full rank, cut to what is allowed.
+    let cut = |w: &Matrix| -> Result<Expanded> {
+        let rank = bound(source, key, kind, w.rows.min(w.cols))?;
+        Ok(rank.map_or_else(|| of_full_rank(w), |rank| low_rank::truncate(w, rank)))
+    };
+    let expanded = match kind {
+        Other::LoHa | Other::LoKr => {
+            let update = Update::read(source, group)?;
+            alpha_rank = update.alpha_rank();
+            kernel = update.kernel();
+            update.expanded(source, key, kind)?
+        }
         Other::DoRA => {
-            let (Some(base), Some(rank)) = (&source.base, source.options.truncate) else {
+            let Some(base) = &source.base else {
                 let reason = "belongs to DoRA, whose update depends on the base model's weights and has full rank: \
                               `--base FILE` gives them, and `--allow-truncate RANK` the rank to cut to";
                 let norms = group.parts.get(&Part::Magnitude).or(group.parts.get(&Part::DoraScale));
                 return Err(Error::tensor(file.path(), norms.unwrap_or(&group.module), reason));
             };
-            let (update, shape) = dora::update(source, base, key, group)?;
-            kernel = shape;
-            low_rank::truncate(&update, rank)
+            let update = Update::read(source, group)?;
+            kernel = update.kernel();
+            cut(&dora::update(source, base, key, group, &update)?)?
         }
         Other::Full => {
             let Some(diff) = group.tensor(file, Part::Diff) else {
                 return Err(Error::layer(key.as_str(), "its difference is missing"));
             };
+            kernel = diff.shape.get(2..).filter(|dims| !dims.is_empty()).map(<[usize]>::to_vec);
             let Some(rank) = source.options.truncate else {
                 let reason = "belongs to a full weight difference; `--allow-truncate RANK` reads it as a LoRA of that \
                               rank, and says what is lost";
                 return Err(Error::tensor(file.path(), diff.name, reason));
             };
-            kernel = diff.shape.get(2..).filter(|dims| !dims.is_empty()).map(<[usize]>::to_vec);
             low_rank::truncate(&wide(file, &diff)?, rank)
         }
     };
@@ -244,20 +351,34 @@ fn tucker(core: &(Vec<usize>, Matrix), wa: &Matrix, wb: &Matrix) -> Option<(Matr
 /// Weights of the base model.
 pub(super) struct Base {
     files: Vec<SafetensorsFile>,
-    places: BTreeMap<LayerKey, (usize, String)>,
+    places: BTreeMap<LayerKey, Stored>,
     path: PathBuf,
 }
 
+/// Where a module's weights are, and whether the halves of their rows are the other way round.
+struct Stored {
+    file: usize,
+    name: String,
+    swapped: bool,
+}
+
 impl Base {
-    pub fn open(path: &Path) -> Result<Self> {
+    pub fn open(path: &Path, family: Family) -> Result<Self> {
         let files: Vec<_> =
             shards(path)?.iter().map(|file| SafetensorsFile::open(file)).collect::<Result<_>>()?;
         let mut places = BTreeMap::new();
         for (i, file) in files.iter().enumerate() {
             for tensor in file.tensors() {
-                if let Some(module) = tensor.name.strip_suffix(".weight") {
-                    places.insert(LayerKey::parse(module), (i, tensor.name.to_owned()));
-                }
+                let Some(name) = tensor.name.strip_suffix(".weight") else { continue };
+                let bare = Bare::parse(name);
+                let widths = match tensor.shape {
+                    [rows, rest @ ..] if !rest.is_empty() => Some((rest.iter().product(), *rows)),
+                    _ => None,
+                };
+                let module = family.module(&bare.component, &bare.flat, widths, None);
+                let key = bare.key(module.as_ref().map_or(&bare.flat, |module| &module.key));
+                let swapped = module.is_some_and(|module| module.swap);
+                places.insert(key, Stored { file: i, name: tensor.name.to_owned(), swapped });
             }
         }
         Ok(Self { files, places, path: path.to_owned() })
@@ -268,30 +389,38 @@ impl Base {
         if let Some(weight) = self.stored(key)? {
             return Ok(weight);
         }
-        if let Some((_, parts)) = families::fused(family, key.flat()) {
-            let parts = parts.iter().map(|part| self.stored(&LayerKey::of_flat(part.replace('.', "_"))));
+        let bare = Bare { component: key.component().to_owned().into(), flat: key.flat().to_owned() };
+        let module = family.module(&bare.component, &bare.flat, None, None);
+        if let Some((_, parts)) = module.and_then(|module| module.fused) {
+            let parts = parts.iter().map(|part| self.stored(&bare.key(&part.replace('.', "_"))));
             if let Some(parts) = parts.collect::<Result<Option<Vec<_>>>>()? {
                 let (rows, cols) = (parts.iter().map(|p| p.rows).sum(), parts.first().map_or(0, |p| p.cols));
                 return Ok(Matrix { rows, cols, data: parts.into_iter().flat_map(|p| p.data).collect() });
             }
         }
-        if let Some((whole, index, fused)) = family.whole(key.flat())
-            && let Some(weight) = self.stored(&LayerKey::of_flat(whole))?
-            && let Some(rows) = fused.rows(input, weight.rows)
-        {
-            let start: usize = rows[..index].iter().sum();
-            let data = weight.data[start * weight.cols..(start + rows[index]) * weight.cols].to_vec();
-            return Ok(Matrix { rows: rows[index], cols: weight.cols, data });
+        for (whole, index, fused) in family.wholes(&bare.flat) {
+            if let Some(weight) = self.stored(&bare.key(&whole))?
+                && let Some(rows) = fused.rows(input, weight.rows)
+            {
+                let start: usize = rows[..index].iter().sum();
+                let data = weight.data[start * weight.cols..(start + rows[index]) * weight.cols].to_vec();
+                return Ok(Matrix { rows: rows[index], cols: weight.cols, data });
+            }
         }
         let reason = format!("{} does not hold its weights; is it the base model?", self.path.display());
         Err(Error::layer(key.as_str(), reason))
     }
 
     fn stored(&self, key: &LayerKey) -> Result<Option<Matrix>> {
-        let Some((file, name)) = self.places.get(key).and_then(|(i, name)| Some((self.files.get(*i)?, name)))
-        else {
+        let Some(stored) = self.places.get(key) else { return Ok(None) };
+        let Some(tensor) = self.files.get(stored.file).and_then(|file| file.tensor(&stored.name)) else {
             return Ok(None);
         };
-        file.tensor(name).map(|t| wide(file, &t)).transpose()
+        let mut weight = wide(&self.files[stored.file], &tensor)?;
+        if stored.swapped {
+            let half = weight.data.len() / 2;
+            weight.data.rotate_left(half);
+        }
+        Ok(Some(weight))
     }
 }
