@@ -1,6 +1,6 @@
 //! What every method does around its own arithmetic: match, check, pass through, cut into chunks, write, report.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError, channel};
@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 
 use super::truncate::{self, Cut, Cuts};
 use super::{Action, DeviceMemory, InputReport, LayerReport, Merged, Plan, PlannedLayer, Report, Truncation};
-use crate::adapter::{Draft, save_while};
-use crate::{Adapter, Control, Device, Layer, Result, SaveOptions, Weighted};
+use crate::adapter::{Draft, save_while, stacked_rank};
+use crate::{Adapter, Control, Device, Layer, LayerKey, Result, SaveOptions, Weighted};
 
 /// Where a merge goes while it is computed.
 #[derive(Clone, Copy, Debug)]
@@ -119,7 +119,20 @@ pub(super) fn run(run: &Run<'_>, spec: &Spec<'_>) -> Result<Merged> {
     let finish = |inputs: &[InputReport], layers| {
         super::finish(spec.method, &spec.options, &run.truncation, inputs, run.adapters, layers)
     };
-    let merging = Merging { run, spec, plan: &plan, spent: Spent::default() };
+    let mut merging = Merging { run, spec, plan: &plan, groups: HashMap::new(), spent: Spent::default() };
+    let options = run.output.map_or_else(SaveOptions::default, |to| to.options.clone());
+    let mut notes = plan.notes().to_vec();
+    {
+        let skeleton = finish(&inputs, plan.layers().iter().map(|l| merging.planned(l)).collect())?;
+        notes.extend(kept_names(&skeleton, &options));
+        if !run.truncation.is_none() {
+            let whole = |group: &Vec<LayerKey>| truncates(group, run);
+            let groups = skeleton.fused(&options).into_iter().filter(whole).enumerate();
+            let members = groups
+                .flat_map(|(i, group)| group.into_iter().enumerate().map(move |(n, k)| (k, (i + 1, n))));
+            merging.groups = members.collect();
+        }
+    }
     let (adapter, inputs, kept) = match run.output {
         None => {
             let (inputs, mut kept) = merging.all(inputs, None)?;
@@ -143,7 +156,6 @@ pub(super) fn run(run: &Run<'_>, spec: &Spec<'_>) -> Result<Merged> {
         }
     };
 
-    let mut notes = plan.notes().to_vec();
     notes.extend(run.device.note().map(str::to_owned));
     let mut cuts = Cuts::default();
     let layers = kept.into_iter().map(|kept| {
@@ -173,6 +185,32 @@ pub(super) fn run(run: &Run<'_>, spec: &Spec<'_>) -> Result<Merged> {
     Ok(Merged { adapter, report })
 }
 
+/// Whether a truncation may take something of a fused module: not, if one adapter alone has it and its rank is low enough.
+fn truncates(group: &[LayerKey], run: &Run<'_>) -> bool {
+    let mut having = run.adapters.iter().filter(|w| group.iter().any(|key| w.adapter.layer(key).is_some()));
+    let (Some(one), None) = (having.next(), having.next()) else { return true };
+    let layers: Vec<[(&Layer, f64); 1]> = group
+        .iter()
+        .filter_map(|key| one.adapter.layer(key))
+        .map(|layer| [(layer, layer.scale.value)])
+        .collect();
+    let parts: Vec<&[(&Layer, f64)]> = layers.iter().map(|part| &part[..]).collect();
+    run.truncation.spectrum.is_some() || run.truncation.rank.is_some_and(|n| n < stacked_rank(&parts))
+}
+
+/// What is said of layers that have no known name in the output's spelling.
+fn kept_names(merged: &Adapter, options: &SaveOptions) -> Option<String> {
+    let unnamed = merged.unnamed(options);
+    let (first, reason) = unnamed.first()?;
+    let format = options.format.unwrap_or(merged.format());
+    Some(match unnamed.len() {
+        1 => format!("`{first}` keeps its name: no other is known in {format}, since it {reason}"),
+        n => format!(
+            "{n} layers keep their names, since no others are known in {format}: `{first}`, which {reason}"
+        ),
+    })
+}
+
 /// What is said of a layer that the device has no room for.
 pub(super) const TOO_LARGE: &str = "too large for the device; computed on the CPU";
 
@@ -180,6 +218,9 @@ struct Merging<'a> {
     run: &'a Run<'a>,
     spec: &'a Spec<'a>,
     plan: &'a Plan,
+    /// The modules that the output fuses and a truncation takes as one: of each of their layers the module's number,
+    /// from 1, and which part it is.
+    groups: HashMap<LayerKey, (usize, usize)>,
     spent: Spent,
 }
 
@@ -191,18 +232,24 @@ impl Merging<'_> {
         draft: Option<&Draft<'_>>,
     ) -> Result<(Vec<InputReport>, Vec<Kept>)> {
         let Run { device, adapters, control, .. } = self.run;
-        let layers: Vec<(usize, &PlannedLayer)> = self.plan.layers().iter().enumerate().collect();
-        let host = |(_, l): (usize, &PlannedLayer)| {
-            let rank = self.rank(l).min(self.run.truncation.rank.unwrap_or(usize::MAX));
-            4 * (rank * (l.input + l.output)) as u64
+        let units = self.units();
+        let units: Vec<&[(usize, &PlannedLayer)]> = units.iter().map(Vec::as_slice).collect();
+        let host = |unit: &[(usize, &PlannedLayer)]| {
+            let rank = |l| self.rank(l).min(self.run.truncation.rank.unwrap_or(usize::MAX));
+            unit.iter().map(|(_, l)| 4 * (rank(l) * (l.input + l.output)) as u64).sum()
         };
-        let chunks = super::chunks(device, &layers, |(_, planned)| self.size(planned), host, 1);
+        let unit_size = |unit: &[(usize, &PlannedLayer)]| self.unit_size(unit);
+        let chunks: Vec<(Vec<(usize, &PlannedLayer)>, Device)> =
+            super::chunks(device, &units, unit_size, host, 1)
+                .into_iter()
+                .map(|(units, on)| (units.concat(), on))
+                .collect();
         let mut results = BTreeMap::new();
-        let total = layers.len();
+        let total = self.plan.layers().len();
         let at_once = match device.is_gpu() {
             false => rayon::current_num_threads(),
             // A layer that takes more than a chunk's room has the device to itself.
-            true if layers.iter().any(|(_, planned)| self.size(planned).1 > super::room(device)) => 1,
+            true if units.iter().any(|unit| self.unit_size(unit).1 > super::room(device)) => 1,
             true => IN_FLIGHT,
         };
         let task = |i: usize| {
@@ -229,6 +276,38 @@ impl Merging<'_> {
         control.check()?;
         control.finish("merge", total);
         Ok((inputs, results.into_values().collect()))
+    }
+
+    /// The layers of the plan, those that are truncated as one together.
+    fn units(&self) -> Vec<Vec<(usize, &PlannedLayer)>> {
+        let mut units: Vec<Vec<(usize, &PlannedLayer)>> = Vec::new();
+        let mut places: HashMap<usize, usize> = HashMap::new();
+        for (i, planned) in self.plan.layers().iter().enumerate() {
+            match self.groups.get(&planned.key) {
+                None => units.push(vec![(i, planned)]),
+                Some((group, _)) => {
+                    let place = *places.entry(*group).or_insert_with(|| {
+                        units.push(Vec::new());
+                        units.len() - 1
+                    });
+                    units[place].push((i, planned));
+                }
+            }
+        }
+        units
+    }
+
+    /// Bytes of the largest buffer of layers that are computed together, and in all.
+    fn unit_size(&self, unit: &[(usize, &PlannedLayer)]) -> (u64, u64) {
+        let sizes = unit.iter().map(|(_, planned)| self.size(planned));
+        let (mut largest, mut all) = sizes.fold((0, 0), |(l, a), (largest, size)| (l.max(largest), a + size));
+        if let [(_, first), _, ..] = unit {
+            let sum = |of: &dyn Fn(&PlannedLayer) -> usize| unit.iter().map(|(_, l)| of(l)).sum::<usize>();
+            let (rank, output) = (sum(&|l| self.rank(l)), sum(&|l| l.output));
+            let stacked = super::core::size(self.run.device, rank, first.input, output);
+            (largest, all) = (largest.max(stacked.0), all.max(stacked.1));
+        }
+        (largest, all)
     }
 
     /// Bytes of a layer's largest buffer, and in all.
@@ -258,7 +337,9 @@ impl Merging<'_> {
     /// Whether a rank is low enough shows without its singular values; what a spectrum asks for does not.
     fn is_truncated(&self, planned: &PlannedLayer) -> bool {
         let Truncation { rank, spectrum } = self.run.truncation;
-        spectrum.is_some() || rank.is_some_and(|n| n < self.rank(planned))
+        // What is fused may have a higher rank than each of its parts.
+        let fused = self.groups.contains_key(&planned.key);
+        spectrum.is_some() || rank.is_some_and(|n| fused || n < self.rank(planned))
     }
 
     /// The layer that is to be written, or a place for it.
@@ -269,7 +350,8 @@ impl Merging<'_> {
             None => {
                 let members = super::members(planned, self.run.adapters);
                 let most = self.run.truncation.rank.unwrap_or(usize::MAX);
-                super::template(&members).planned(self.rank(planned).min(most))
+                let group = self.groups.get(&planned.key).map_or(0, |(group, _)| *group);
+                super::template(&members).planned(self.rank(planned).min(most), group)
             }
         }
     }
@@ -296,27 +378,30 @@ impl Merging<'_> {
         }
         let places: Vec<usize> = (0..jobs.len()).filter(|&i| self.is_truncated(planned[i])).collect();
         if !places.is_empty() {
-            let updates: Vec<truncate::Update<'_>> = places
+            let update = |i: usize| match kept[i].as_ref().and_then(|kept| kept.layer.as_ref()) {
+                Some(layer) => truncate::Update::of(layer),
+                None => truncate::Update { template: jobs[i].template(), members: jobs[i].members.clone() },
+            };
+            let together = self.together(planned, &places);
+            let units: Vec<truncate::Unit<'_>> = together
                 .iter()
-                .map(|&i| match kept[i].as_ref().and_then(|kept| kept.layer.as_ref()) {
-                    Some(layer) => truncate::Update::of(layer),
-                    None => {
-                        truncate::Update { template: jobs[i].template(), members: jobs[i].members.clone() }
-                    }
-                })
+                .map(|unit| truncate::Unit { parts: unit.iter().map(|&i| update(i)).collect() })
                 .collect();
-            let all = spent.time(&spent.truncate, || truncate::truncated(on, &updates, &run.truncation))?;
-            for (&i, truncated) in places.iter().zip(all) {
-                let Some(layer) = truncated.layer else { continue };
-                let action =
-                    if jobs[i].members.len() > 1 { Action::Concatenated } else { Action::PassedThrough };
-                let kept = kept[i].get_or_insert_with(|| {
-                    of(Done { layer: layer.clone(), report: LayerReport::new(planned[i], action) })
-                });
-                kept.report.rank = layer.rank;
-                kept.report.cut = Some(truncated.cut.share());
-                kept.layer = Some(layer);
-                kept.cut = Some(truncated.cut);
+            let all =
+                spent.time(&spent.truncate, || truncate::truncated_units(on, &units, &run.truncation))?;
+            for (unit, truncated) in together.iter().zip(all) {
+                for (n, (&i, layer)) in unit.iter().zip(truncated.layers).enumerate() {
+                    let action =
+                        if jobs[i].members.len() > 1 { Action::Concatenated } else { Action::PassedThrough };
+                    let kept = kept[i].get_or_insert_with(|| {
+                        of(Done { layer: layer.clone(), report: LayerReport::new(planned[i], action) })
+                    });
+                    kept.report.rank = layer.rank;
+                    kept.report.cut = Some(truncated.cut.share());
+                    kept.layer = Some(layer);
+                    // A module is counted once.
+                    kept.cut = (n == 0).then_some(truncated.cut);
+                }
             }
         }
         // What keeps its rank stays as it is.
@@ -338,6 +423,27 @@ impl Merging<'_> {
             spent.time(&spent.write, || draft.put_all(kept.iter_mut().filter_map(|k| k.layer.take())))?;
         }
         Ok(kept)
+    }
+
+    /// Which of the layers are truncated together, by their places.
+    fn together(&self, planned: &[&PlannedLayer], places: &[usize]) -> Vec<Vec<usize>> {
+        let mut units: Vec<Vec<usize>> = Vec::new();
+        let mut of_group: HashMap<usize, usize> = HashMap::new();
+        for &i in places {
+            match self.groups.get(&planned[i].key) {
+                None => units.push(vec![i]),
+                Some((group, _)) => {
+                    let place = *of_group.entry(*group).or_insert_with(|| {
+                        units.push(Vec::new());
+                        units.len() - 1
+                    });
+                    units[place].push(i);
+                }
+            }
+        }
+        let part = |i: &usize| self.groups.get(&planned[*i].key).map(|(_, part)| *part);
+        units.iter_mut().for_each(|unit| unit.sort_by_key(part));
+        units
     }
 
     /// Refuses NaN and infinity in what any adapter has of these layers.

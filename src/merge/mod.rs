@@ -157,7 +157,9 @@ fn all_finite(values: &[f32]) -> bool {
 
 /// The member whose spelling the merged layer takes: the first with dots, if one has.
 fn template<'a>(members: &[(&'a Layer, f64)]) -> &'a Layer {
-    dotted(members.iter().map(|(layer, _)| *layer)).unwrap_or(members[0].0)
+    // Where no inventory has the name, only a file tells where its dots are.
+    let first = members[0].0;
+    if first.is_known() { first } else { dotted(members.iter().map(|(layer, _)| *layer)).unwrap_or(first) }
 }
 
 /// The sum of the members, exact but for rounding B once to f32.

@@ -1,5 +1,6 @@
 //! Truncating a merge to a rank.
 
+use std::collections::BTreeSet;
 use std::time::Instant;
 
 use rayon::prelude::*;
@@ -10,7 +11,7 @@ use super::driver::TOO_LARGE;
 use super::loss::times;
 use super::{DeviceMemory, Merged};
 use crate::compute::ops::{self, Root, Side, Stacks, Svd};
-use crate::{Adapter, Control, Device, Error, Layer, Matrix, RawMatrix, Result};
+use crate::{Adapter, Control, Device, Error, Layer, LayerKey, Matrix, RawMatrix, Result, SaveOptions};
 
 /// How many singular values of an update to keep: the fewest that a limit asks for, and at least one.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Deserialize, Serialize)]
@@ -121,29 +122,48 @@ impl Merged {
         truncation.check()?;
         let Self { adapter, mut report } = self;
         let mut layers = adapter.layers().to_vec();
+        // What is written as one module is truncated as one.
+        let groups = adapter.fused(&SaveOptions::default());
+        let place = |key: &LayerKey| layers.binary_search_by(|layer| layer.key.cmp(key)).ok();
+        let mut units: Vec<Vec<usize>> =
+            groups.iter().map(|group| group.iter().filter_map(place).collect()).collect();
+        let grouped: BTreeSet<usize> = units.iter().flatten().copied().collect();
+        units.extend((0..layers.len()).filter(|i| !grouped.contains(i)).map(|i| vec![i]));
         // Whether a rank is low enough shows without its singular values; what a spectrum asks for does not.
-        let places: Vec<usize> = (0..layers.len())
-            .filter(|&i| truncation.spectrum.is_some() || truncation.rank.is_some_and(|n| n < layers[i].rank))
-            .collect();
+        let rank = |unit: &[usize]| {
+            let updates: Vec<Update<'_>> = unit.iter().map(|&i| Update::of(&layers[i])).collect();
+            Unit { parts: updates }.rank()
+        };
+        units.retain(|unit| truncation.spectrum.is_some() || truncation.rank.is_some_and(|n| n < rank(unit)));
+        units.sort();
+        let places: Vec<&[usize]> = units.iter().map(Vec::as_slice).collect();
         let (mut cuts, mut done) = (Cuts::default(), 0);
         // Calls are cancelled between chunks. Two layers a thread keep all of them busy all the same.
         let at_once = 2 * rayon::current_num_threads();
-        let room = |i: usize| size(device, layers[i].rank, layers[i].input, layers[i].output);
+        let room = |unit: &[usize]| {
+            let sum = |of: fn(&Layer) -> usize| unit.iter().map(|&i| of(&layers[i])).sum();
+            size(device, sum(|l| l.rank), layers[unit[0]].input, sum(|l| l.output))
+        };
         for (chunk, on) in super::chunks(device, &places, room, |_| 0, at_once) {
-            control.step("truncate", &layers[chunk[0]].name(), done, places.len())?;
+            control.step("truncate", &layers[chunk[0][0]].name(), done, places.len())?;
             done += chunk.len();
-            let updates: Vec<Update<'_>> = chunk.iter().map(|&i| Update::of(&layers[i])).collect();
-            let results = truncated(&on, &updates, truncation)?;
-            for (i, Truncated { layer, cut }) in chunk.into_iter().zip(results) {
-                // Reports and layers are both sorted by key.
-                let (Some(layer), Some(report)) = (layer, report.layers.get_mut(i)) else { continue };
-                report.rank = layer.rank;
-                if on.is_gpu() != device.is_gpu() {
-                    report.notes.push(TOO_LARGE.into());
+            let unit =
+                |unit: &&[usize]| Unit { parts: unit.iter().map(|&i| Update::of(&layers[i])).collect() };
+            let results = truncated_units(&on, &chunk.iter().map(unit).collect::<Vec<_>>(), truncation)?;
+            for (unit, Truncated { layers: parts, cut }) in chunk.into_iter().zip(results) {
+                for (n, (&i, layer)) in unit.iter().zip(parts).enumerate() {
+                    // Reports and layers are both sorted by key.
+                    let Some(report) = report.layers.get_mut(i) else { continue };
+                    report.rank = layer.rank;
+                    if on.is_gpu() != device.is_gpu() {
+                        report.notes.push(TOO_LARGE.into());
+                    }
+                    report.cut = Some(cut.share());
+                    if n == 0 {
+                        cuts.add(&report.layer, &cut);
+                    }
+                    layers[i] = layer;
                 }
-                report.cut = Some(cut.share());
-                cuts.add(&report.layer, &cut);
-                layers[i] = layer;
             }
         }
         control.finish("truncate", places.len());
@@ -227,17 +247,75 @@ impl<'a> Update<'a> {
     }
 }
 
+/// What is truncated as one: a layer, or the parts of a module that the output keeps fused, whose rank is that of the
+/// whole.
+pub(super) struct Unit<'a> {
+    pub parts: Vec<Update<'a>>,
+}
+
+impl Unit<'_> {
+    /// The rank of the whole: parts that share A count once.
+    pub fn rank(&self) -> usize {
+        let members: Vec<&[(&Layer, f64)]> = self.parts.iter().map(|part| &part.members[..]).collect();
+        match &members[..] {
+            [members] => members.iter().map(|(layer, _)| layer.rank).sum(),
+            members => crate::adapter::stacked_rank(members),
+        }
+    }
+}
+
+/// What became of a unit.
 pub(super) struct Truncated {
-    /// `None` if it keeps its rank.
-    pub layer: Option<Layer>,
+    /// Its parts; none if it keeps its rank.
+    pub layers: Vec<Layer>,
     pub cut: Cut,
 }
 
-pub(super) fn truncated(
+/// Truncates units, each as a whole.
+pub(super) fn truncated_units(
     device: &Device,
-    updates: &[Update<'_>],
+    units: &[Unit<'_>],
     truncation: &Truncation,
 ) -> Result<Vec<Truncated>> {
+    let stack = |unit: &Unit<'_>| match &unit.parts[..] {
+        [_] => Vec::new(),
+        parts => crate::adapter::stack(&parts.iter().map(|part| &part.members[..]).collect::<Vec<_>>()),
+    };
+    let stacks: Vec<Vec<(Layer, f64)>> = units.par_iter().map(stack).collect();
+    let updates: Vec<Update<'_>> = units
+        .iter()
+        .zip(&stacks)
+        .map(|(unit, stack)| match (&unit.parts[..], &stack[..]) {
+            ([part], _) => Update { template: part.template, members: part.members.clone() },
+            (_, stack) => Update {
+                template: &stack[0].0,
+                members: stack.iter().map(|(layer, factor)| (layer, *factor)).collect(),
+            },
+        })
+        .collect();
+    let whole = truncated(device, &updates, truncation)?;
+    let parts = |(unit, One { layer, cut }): (&Unit<'_>, One)| {
+        let layers = match (layer, &unit.parts[..]) {
+            (None, _) => Vec::new(),
+            (Some(layer), [_]) => vec![layer],
+            (Some(layer), parts) => {
+                let templates: Vec<&Layer> = parts.iter().map(|part| part.template).collect();
+                crate::adapter::unstack(&layer, &templates)
+            }
+        };
+        Truncated { layers, cut }
+    };
+    Ok(units.iter().zip(whole).map(parts).collect())
+}
+
+/// What became of an update.
+struct One {
+    /// `None` if it keeps its rank.
+    layer: Option<Layer>,
+    cut: Cut,
+}
+
+fn truncated(device: &Device, updates: &[Update<'_>], truncation: &Truncation) -> Result<Vec<One>> {
     let mut results = truncated_by_grams(device, updates, truncation)?;
     let rest: Vec<usize> = (0..updates.len()).filter(|&i| results[i].is_none()).collect();
     if !rest.is_empty() {
@@ -263,7 +341,7 @@ fn truncated_by_grams(
     device: &Device,
     updates: &[Update<'_>],
     truncation: &Truncation,
-) -> Result<Vec<Option<Truncated>>> {
+) -> Result<Vec<Option<One>>> {
     let stacks = |side: Side, factor: for<'l> fn(&'l Layer) -> RawMatrix<'l>| {
         let parts =
             updates.iter().map(|update| update.members.iter().map(|(layer, _)| factor(layer)).collect());
@@ -308,11 +386,11 @@ fn truncated_by_grams(
 
 impl Update<'_> {
     /// What became of it, `layer`, by its singular values.
-    fn truncated(&self, truncation: &Truncation, values: &[f64], layer: Layer) -> Truncated {
+    fn truncated(&self, truncation: &Truncation, values: &[f64], layer: Layer) -> One {
         let squares = |values: &[f64]| values.iter().map(|v| v * v).sum::<f64>();
         let kept = truncation.kept(values);
         let cut = Cut { off: squares(&values[kept..]), whole: squares(values) };
-        Truncated { layer: (kept < self.rank()).then_some(layer), cut }
+        One { layer: (kept < self.rank()).then_some(layer), cut }
     }
 
     fn rank(&self) -> usize {
