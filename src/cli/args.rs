@@ -7,7 +7,7 @@ use clap::Args;
 use clap::builder::{OsStringValueParser, TypedValueParser, ValueParser};
 use loraweld::adapter::BlockPreset;
 use loraweld::compute::{Device, DeviceOptions, Precision, Select};
-use loraweld::{Adapter, Dtype, Format, OpenOptions, Strengths};
+use loraweld::{Adapter, Dtype, Family, Format, OpenOptions, Strengths};
 
 use super::output::Output;
 
@@ -238,6 +238,17 @@ pub struct Reading {
     /// Leave out what cannot be merged, such as biases and norms, and say what it was.
     #[arg(long)]
     skip_unsupported: bool,
+    /// The model that the files are for, where they do not tell or tell something wrong: an id such as `flux1`, `sdxl`,
+    /// `z_image`; a wrong one lists them all.
+    #[arg(long, value_name = "ID", value_parser = model)]
+    model: Option<Family>,
+}
+
+fn model(text: &str) -> Result<Family, String> {
+    Family::named(text).ok_or_else(|| {
+        let ids: Vec<&str> = Family::all().filter_map(Family::id).collect();
+        format!("there is no model of this id; known are {}", ids.join(", "))
+    })
 }
 
 impl Reading {
@@ -247,6 +258,7 @@ impl Reading {
             truncate: self.allow_truncate.map(|rank| rank as usize),
             base: self.base.clone(),
             skip_unsupported: self.skip_unsupported,
+            family: self.model,
         }
     }
 }
@@ -260,7 +272,7 @@ pub struct ByLayer {
     #[arg(long, value_name = "[NAME:]PATTERN=W", value_parser = by_name, allow_hyphen_values = true)]
     strength_for: Vec<(String, f64)>,
     /// Factors on blocks: a list as A1111's block weights have it (17 or 26 for SD 1 and 2, 12 or 20 for SDXL, 61 for
-    /// FLUX), or one of `ALL`, `NONE`, `INS`, `IND`, `INALL`, `MIDD`, `OUTD`, `OUTS`, `OUTALL`, `DOUBLE`, `SINGLE`.
+    /// FLUX.1, one for each block and one before them for all else of other models), or one of `ALL`, `NONE`, `INS`, `IND`, `INALL`, `MIDD`, `OUTD`, `OUTS`, `OUTALL`, `DOUBLE`, `SINGLE`.
     /// Repeatable with `NAME:` in front.
     #[arg(long, value_name = "[NAME:]W,W,...", allow_hyphen_values = true)]
     blocks: Vec<String>,
@@ -332,10 +344,22 @@ fn blocks_of(adapter: &Adapter, text: &str) -> anyhow::Result<Vec<f64>> {
     Ok(blocks)
 }
 
-/// Opens every adapter, in order.
+/// Opens every adapter, in order. A file that may be for several models is for the one that all others are for.
 pub fn open_adapters(loras: &[LoraArg], reading: &Reading) -> anyhow::Result<Vec<Adapter>> {
     let options = reading.options();
-    Ok(loras.iter().map(|lora| Adapter::open_with(&lora.path, &options)).collect::<loraweld::Result<_>>()?)
+    let open = |lora: &LoraArg| Adapter::open_with(&lora.path, &options);
+    let mut adapters = loras.iter().map(open).collect::<loraweld::Result<Vec<_>>>()?;
+    let families = adapters.iter().map(Adapter::family).filter(|family| *family != Family::UNKNOWN);
+    let Some(common) = families.reduce(Family::and).filter(|family| *family != Family::UNKNOWN) else {
+        return Ok(adapters);
+    };
+    for (adapter, lora) in adapters.iter_mut().zip(loras) {
+        if ![common, Family::UNKNOWN].contains(&adapter.family()) {
+            *adapter =
+                Adapter::open_with(&lora.path, &OpenOptions { family: Some(common), ..options.clone() })?;
+        }
+    }
+    Ok(adapters)
 }
 
 /// Opens adapters for a command to which strengths mean nothing, and says so if there are any.

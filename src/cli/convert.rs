@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::Args;
-use loraweld::{Dtype, SaveOptions};
+use loraweld::{Dtype, SaveOptions, Unnamed};
 use serde_json::json;
 
 use super::args::{ByLayer, LoraArg, OutputFormat, Reading, dtype, open_adapters};
@@ -34,6 +34,12 @@ pub struct Convert {
     /// Type of the tensors: `f16`, `bf16` or `f32` [default: the input's].
     #[arg(long, value_name = "TYPE", value_parser = dtype)]
     dtype: Option<Dtype>,
+    /// Leave out layers that have no known name in that spelling, and list them, instead of refusing the file.
+    #[arg(long, conflicts_with = "keep_unnamed")]
+    skip_unnamed: bool,
+    /// Keep the file's names of layers that have no known name in that spelling, and list them.
+    #[arg(long)]
+    keep_unnamed: bool,
     /// Overwrite an existing output; never the input.
     #[arg(long)]
     force: bool,
@@ -62,8 +68,19 @@ impl Convert {
         metadata.insert("loraweld.version".into(), env!("CARGO_PKG_VERSION").into());
         metadata.extend(strengths.map(|text| ("loraweld.strengths".to_owned(), text)));
         let dtype = self.dtype;
-        let options =
-            SaveOptions { dtype, format: self.format.format(), overwrite: self.force, protect, metadata };
+        let unnamed = match (self.skip_unnamed, self.keep_unnamed) {
+            (true, _) => Unnamed::LeaveOut,
+            (_, true) => Unnamed::Keep,
+            _ => Unnamed::Refuse,
+        };
+        let format = self.format.format();
+        let options = SaveOptions { dtype, format, unnamed, overwrite: self.force, protect, metadata };
+        if unnamed != Unnamed::Refuse {
+            let what = if unnamed == Unnamed::Keep { "keeps its name" } else { "is left out" };
+            for (name, reason) in adapter.unnamed(&options) {
+                out.warn(format_args!("`{name}` {what}: it {reason}"))?;
+            }
+        }
         adapter.save(&self.output, &options)?;
         let bytes = std::fs::metadata(&self.output).map(|meta| meta.len()).unwrap_or_default();
         let format = options.format.unwrap_or(adapter.format());
@@ -73,7 +90,7 @@ impl Convert {
             &json!({
                 "input": adapter.path(),
                 "output": self.output,
-                "family": adapter.family().name(),
+                "family": adapter.family().to_string(),
                 "from": adapter.format().name(),
                 "format": format.name(),
                 "dtype": dtype.name(),

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use clap::Args;
-use loraweld::{Adapter, Family, Layer, LayerKey};
+use loraweld::{Adapter, Family, Layer, LayerKey, Loader};
 use serde_json::{Map, Value, json};
 
 use super::args::{LoraArg, Reading, open_unweighted};
@@ -73,6 +73,7 @@ fn one(adapter: &Adapter, norms: bool, out: &Output) -> anyhow::Result<()> {
         .filter_map(|&(key, label)| Some((key, label, adapter.metadata().get(key)?)))
         .collect::<Vec<_>>();
 
+    let loaders = Loader::ALL.map(|loader| (loader, adapter.not_taken(loader)));
     let work: f64 = layers.iter().map(|l| (l.rank * l.rank) as f64 * (l.input + l.output) as f64).sum();
     let norms: Vec<f64> =
         if norms || work < SOON { layers.iter().map(Layer::norm).collect() } else { Vec::new() };
@@ -83,7 +84,8 @@ fn one(adapter: &Adapter, norms: bool, out: &Output) -> anyhow::Result<()> {
             "file": adapter.path(),
             "name": adapter.name(),
             "bytes": bytes,
-            "family": adapter.family().name(),
+            "family": adapter.family().to_string(),
+            "families": adapter.family().candidates().filter_map(Family::id).collect::<Vec<_>>(),
             "format": adapter.format().name(),
             "prefixes": prefixes,
             "dtype": adapter.dtype().name(),
@@ -92,6 +94,10 @@ fn one(adapter: &Adapter, norms: bool, out: &Output) -> anyhow::Result<()> {
             "rank_max": layers.iter().map(|l| l.rank).max(),
             "metadata": metadata.iter().map(|(key, _, v)| ((*key).to_owned(), json!(v))).collect::<Map<_, _>>(),
             "tags": tags,
+            "loaders": loaders.iter().map(|(loader, left)| (loader.name().to_owned(), json!({
+                "whole": left.is_empty(),
+                "not_taken": left.iter().map(|l| json!({ "module": l.module, "why": l.reason })).collect::<Vec<_>>(),
+            }))).collect::<Map<_, _>>(),
             "blocks": blocks.iter().map(|b| json!({
                 "block": b.name, "layers": b.layers, "norm": b.norm,
             })).collect::<Vec<_>>(),
@@ -106,6 +112,23 @@ fn one(adapter: &Adapter, norms: bool, out: &Output) -> anyhow::Result<()> {
     line("keys", format!("{}, prefix {prefixes}", adapter.format()))?;
     line("size", format!("{}, {}", size(bytes), adapter.dtype()))?;
     line("layers", format!("{}, rank {}", layers.len(), range(layers.iter().map(|layer| layer.rank))))?;
+    for (loader, left) in &loaders {
+        let text = match &left[..] {
+            [] => "takes it whole".to_owned(),
+            [first, ..] => {
+                let modules: BTreeSet<_> =
+                    layers.iter().map(|l| format!("{}{}", l.prefix, l.module)).collect();
+                let all = if left.len() >= modules.len() { ", all of them" } else { "" };
+                format!(
+                    "not known to take {}{all}: `{}`, {}",
+                    count(left.len(), "module"),
+                    first.module,
+                    first.reason
+                )
+            }
+        };
+        line(loader.name(), text)?;
+    }
     for (text, names) in group(layers.iter().map(|layer| (scale(layer), layer.name()))) {
         let whose = match names.len() {
             n if n == layers.len() => String::new(),
@@ -314,7 +337,7 @@ fn why_alone(adapters: &[Adapter], file: usize, alone: &[&LayerKey]) -> Option<S
     }
     let (_, other) = adapters.iter().enumerate().find(|(i, _)| *i != file)?;
     let (mine, theirs) = (adapters[file].family(), other.family());
-    if mine != theirs && mine != Family::Generic && theirs != Family::Generic {
+    if mine.and(theirs) == Family::UNKNOWN && mine != Family::UNKNOWN && theirs != Family::UNKNOWN {
         return Some(format!(
             "nothing of this file matches: it is for {mine}, and {} for {theirs}",
             other.name()

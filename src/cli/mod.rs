@@ -3,6 +3,7 @@
 mod args;
 mod calibrate;
 mod calibration;
+mod check;
 mod convert;
 mod demo;
 mod devices;
@@ -53,6 +54,7 @@ enum Command {
     Schedule(schedule::ScheduleCommand),
     Inspect(inspect::Inspect),
     Convert(convert::Convert),
+    Check(check::Check),
     Devices(devices::Devices),
     Demo(demo::Demo),
 }
@@ -106,6 +108,7 @@ fn run(cli: Cli, out: &Output) -> anyhow::Result<()> {
         Command::Schedule(command) => command.run(out),
         Command::Inspect(command) => command.run(out),
         Command::Convert(command) => command.run(out),
+        Command::Check(command) => command.run(out),
         Command::Devices(command) => command.run(&global, out),
         Command::Demo(command) => command.run(&global, out),
     }

@@ -19,7 +19,7 @@ use loraweld::adapter::{check_target, same_file, write_atomic};
 use loraweld::merge::{Action, Losses, PlannedLayer, Report};
 use loraweld::{
     Adapter, Calibration, Control, Destination, Device, Dtype, Method as MergeMethod, Plan, SaveOptions,
-    Spectrum, Truncation, Weighted,
+    Spectrum, Truncation, Unnamed, Weighted,
 };
 use serde_json::json;
 
@@ -322,6 +322,7 @@ impl Common {
         let options = SaveOptions {
             dtype: Some(dtype),
             format: self.format.format(),
+            unnamed: Unnamed::Keep,
             overwrite: self.force,
             protect: inputs.files.clone(),
             metadata: strengths.into_iter().collect(),

@@ -64,7 +64,9 @@ fn svd(
     global: &Global,
     out: &Output,
 ) -> anyhow::Result<()> {
-    // The method truncates itself.
-    let merge = SvdMerge::new(common.truncate.take());
+    // The method truncates itself; a dry run says to what.
+    let dry = common.dry_run;
+    let truncation = if dry { common.truncate.truncation() } else { common.truncate.take() };
+    let merge = SvdMerge::new(truncation);
     common.run(loras, measure, global, out, &merge)
 }
