@@ -74,7 +74,7 @@ fn folder() -> Folder {
     let (q_alpha, l_alpha) = (key(QKV, "alpha"), key(LINEAR2, "alpha"));
     folder.write(
         "fused.safetensors",
-        &[("modelspec.trigger_phrase", "sks cat")],
+        &[("modelspec.trigger_phrase", "sks cat"), ("modelspec.architecture", "flux-1-dev/lora")],
         &[
             (&qa, "F32", &[2, 4], values(8)),
             (&qb, "F32", &[12, 2], values(24)),
@@ -90,7 +90,7 @@ fn folder() -> Folder {
     let (sa, sb) = (key(single, "lora_A.weight"), key(single, "lora_B.weight"));
     folder.write(
         "split.safetensors",
-        &[],
+        &[("modelspec.architecture", "flux-1-dev/lora")],
         &[
             (&a, "F32", &[1, 4], values(4)),
             (&b, "F32", &[4, 1], values(4)),
@@ -110,7 +110,7 @@ fn folder() -> Folder {
     let wave = |n: usize| f32s(&(0..n).map(|i| (i as f32).sin()).collect::<Vec<_>>());
     folder.write(
         "lokr.safetensors",
-        &[],
+        &[("modelspec.architecture", "flux-1-dev/lora")],
         &[(&w1, "F32", &[4, 4], wave(16)), (&w2, "F32", &[4, 4], wave(16))],
     );
     folder
@@ -157,7 +157,7 @@ fn a_file_is_respelled() {
     folder.fails(
         1,
         &["convert", "lokr.safetensors", "-o", "x", "--format", "xlabs"],
-        &["no name of FLUX.1 in xlabs"],
+        &["no module of FLUX.1 that is known to have a name in xlabs"],
     );
     folder.fails(
         2,

@@ -55,6 +55,17 @@ const COMFYUI: Style = Style { prefix: "diffusion_model.", ..PEFT };
 
 /// A file of bf16 factors; ranks differ from module to module.
 fn file(modules: &[(Style, Module)]) -> Vec<u8> {
+    file_with(&[], modules)
+}
+
+/// A file whose metadata says which model it is for, as widths as small as here do not.
+fn file_for(family: Family, modules: &[(Style, Module)]) -> Vec<u8> {
+    file_with(&[(MODEL, family.id().unwrap())], modules)
+}
+
+const MODEL: &str = "ss_base_model_version";
+
+fn file_with(metadata: &[(&str, &str)], modules: &[(Style, Module)]) -> Vec<u8> {
     let mut tensors: Vec<(String, &str, Vec<usize>, Vec<u8>)> = Vec::new();
     for (i, (style, module)) in modules.iter().enumerate() {
         let name = match style.flat {
@@ -75,7 +86,7 @@ fn file(modules: &[(Style, Module)]) -> Vec<u8> {
     }
     let raw: Vec<Raw> =
         tensors.iter().map(|(n, t, s, b)| (n.as_str(), *t, s.as_slice(), b.clone())).collect();
-    file_of(&[], &raw)
+    file_of(metadata, &raw)
 }
 
 /// Values that tell every place from every other, none of them zero.
@@ -351,7 +362,7 @@ fn krea() -> Vec<Module> {
         modules.push(linear(at("mlp.up"), H, 3 * H));
         modules.push(linear(at("mlp.down"), 3 * H, H));
     }
-    modules.push(linear("txtfusion.proj", H, H));
+    modules.push(linear("txtfusion.projector", 12, 1));
     modules
 }
 
@@ -367,6 +378,11 @@ fn xlabs() -> Vec<Module> {
 }
 
 /// A file as a test has it.
+/// The family of an id.
+fn model(id: &str) -> Family {
+    Family::named(id).unwrap()
+}
+
 struct Case {
     name: &'static str,
     family: Family,
@@ -382,26 +398,27 @@ struct Case {
 fn cases() -> Vec<Case> {
     use Format::{Bfl, Comfyui, Kohya, Peft};
     const ALL: &[Format] = &[Peft, Kohya, Comfyui, Bfl];
-    let case = |name, family, format, keys, layers, modules: Vec<(Style, Module)>, through| Case {
+    const MOST: &[Format] = &[Peft, Kohya, Comfyui];
+    let case = |name, family: Family, format, keys, layers, modules: Vec<(Style, Module)>, through| Case {
         name,
         family,
         format,
         keys,
         layers,
-        bytes: file(&modules),
+        bytes: file_for(family, &modules),
         through,
     };
     let bare = Style { prefix: "", ..PEFT };
     let downs = Style { flat: false, prefix: "", ..KOHYA };
     let processors = Style { a: "down.weight", b: "up.weight", ..bare };
     vec![
-        case("FLUX kohya", Family::Flux1, Kohya, 912, 494, styled(KOHYA, flux_fused()), ALL),
-        case("FLUX split", Family::Flux1, Peft, 988, 494, styled(PEFT, flux_split(19, 38)), ALL),
-        case("FLUX ComfyUI", Family::Flux1, Comfyui, 608, 494, styled(COMFYUI, flux_fused()), ALL),
-        case("FLUX BFL", Family::Flux1, Bfl, 608, 494, styled(bare, flux_fused()), ALL),
+        case("FLUX kohya", model("flux1"), Kohya, 912, 494, styled(KOHYA, flux_fused()), ALL),
+        case("FLUX split", model("flux1"), Peft, 988, 494, styled(PEFT, flux_split(19, 38)), ALL),
+        case("FLUX ComfyUI", model("flux1"), Comfyui, 608, 494, styled(COMFYUI, flux_fused()), ALL),
+        case("FLUX BFL", model("flux1"), Bfl, 608, 494, styled(bare, flux_fused()), ALL),
         case(
             "FLUX XLabs",
-            Family::Flux1,
+            model("flux1"),
             Format::Xlabs,
             152,
             152,
@@ -410,18 +427,18 @@ fn cases() -> Vec<Case> {
         ),
         case(
             "FLUX Kontext",
-            Family::Flux1,
+            model("flux1"),
             Peft,
             608,
             494,
             styled(Style { prefix: "base_model.model.", ..PEFT }, flux_fused()),
             ALL,
         ),
-        case("FLUX.2 kohya", Family::Flux2, Kohya, 486, 194, styled(KOHYA, flux2()), ALL),
-        case("HunyuanVideo", Family::HunyuanVideo, Kohya, 978, 530, styled(KOHYA, hunyuan_video()), ALL),
+        case("FLUX.2 kohya", model("flux2"), Kohya, 486, 194, styled(KOHYA, flux2()), ALL),
+        case("HunyuanVideo", model("hunyuan_video"), Kohya, 978, 530, styled(KOHYA, hunyuan_video()), MOST),
         case(
             "Qwen-Image",
-            Family::QwenImage,
+            model("qwen_image"),
             Peft,
             2160,
             720,
@@ -430,18 +447,18 @@ fn cases() -> Vec<Case> {
         ),
         case(
             "Z-Image",
-            Family::ZImage,
+            model("z_image"),
             Comfyui,
             480,
             240,
             styled(COMFYUI, z_image()),
             &[Peft, Kohya, Comfyui],
         ),
-        case("Wan", Family::Wan, Comfyui, 800, 400, styled(COMFYUI, wan()), ALL),
-        case("Krea 2", Family::Krea2, Comfyui, 450, 225, styled(COMFYUI, krea()), &[Peft, Kohya, Comfyui]),
-        case("SD3 kohya", Family::Sd3, Kohya, 711, 333, styled(KOHYA, sd3()), ALL),
-        case("SDXL kohya", Family::Sdxl, Kohya, 0, 0, sdxl_kohya(), ALL),
-        case("SD1 kohya", Family::Sd1, Kohya, 0, 0, sd1_kohya(), ALL),
+        case("Wan", model("wan"), Comfyui, 800, 400, styled(COMFYUI, wan()), MOST),
+        case("Krea 2", model("krea2"), Comfyui, 450, 225, styled(COMFYUI, krea()), &[Peft, Kohya, Comfyui]),
+        case("SD3 kohya", model("sd3"), Kohya, 711, 333, styled(KOHYA, sd3()), MOST),
+        case("SDXL kohya", model("sdxl"), Kohya, 0, 0, sdxl_kohya(), MOST),
+        case("SD1 kohya", model("sd1"), Kohya, 0, 0, sd1_kohya(), MOST),
     ]
 }
 
@@ -465,7 +482,9 @@ impl Folder {
     /// Saves and reads back.
     fn save(&self, adapter: &Adapter, name: &str, format: Option<Format>) -> (PathBuf, Adapter) {
         let path = self.0.path().join(name);
-        let options = SaveOptions { format, overwrite: true, ..Default::default() };
+        let metadata = adapter.metadata().iter().filter(|(key, _)| *key == MODEL);
+        let metadata = metadata.map(|(key, value)| (key.clone(), value.clone())).collect();
+        let options = SaveOptions { format, overwrite: true, metadata, ..Default::default() };
         adapter.save(&path, &options).unwrap_or_else(|e| panic!("{name}: {e}"));
         let back = Adapter::open(&path).unwrap_or_else(|e| panic!("{name}: {e}"));
         (path, back)
@@ -508,8 +527,7 @@ fn files_are_recognised_and_come_out_as_they_went_in() {
         assert_same_tensors(&tensors(&fs::read(path).unwrap()), &before, name);
         assert_same_layers(&back, &adapter, name);
         let blocks = BlockPreset::of(*family, None);
-        let has_blocks = matches!(family, Family::Flux1 | Family::Sd1 | Family::Sdxl);
-        assert_eq!(blocks.is_ok(), has_blocks, "{name}");
+        assert!(blocks.is_ok(), "{name}");
     }
 }
 
@@ -545,7 +563,10 @@ fn conversions_lose_nothing() {
             // And back, to the format that it came in.
             let (path, back) = folder.save(&other, "back.safetensors", Some(case.format));
             assert_same_layers(&back, &adapter, &what);
-            if case.format == Format::Kohya {
+            // Tencent's names of HunyuanVideo, which musubi-tuner has, become those that ComfyUI loads.
+            // diffusers looks in vain for the alphas of a UNet whose ranks differ, and so it gets none.
+            let respelled = ["hunyuan_video", "sd1", "sdxl"].map(model).contains(&case.family);
+            if case.format == Format::Kohya && !respelled {
                 assert_same_tensors(&tensors(&fs::read(path).unwrap()), &tensors(&case.bytes), &what);
             }
         }
@@ -582,8 +603,9 @@ fn error(x: &Matrix, y: &Matrix) -> f64 {
 #[test]
 fn spellings_of_a_family_merge_layer_by_layer() {
     let folder = Folder::new();
-    let fused = folder.open("fused.safetensors", &file(&styled(KOHYA, flux_fused())));
-    let split = folder.open("split.safetensors", &file(&styled(PEFT, flux_split(19, 38))));
+    let fused = folder.open("fused.safetensors", &file_for(model("flux1"), &styled(KOHYA, flux_fused())));
+    let split =
+        folder.open("split.safetensors", &file_for(model("flux1"), &styled(PEFT, flux_split(19, 38))));
     for (first, second) in [(&fused, &split), (&split, &fused)] {
         let merged = Linear.merge(&[first.at(0.5), second.at(-0.25)]).unwrap().adapter;
         assert_eq!((merged.layers().len(), merged.format()), (494, first.format()));
@@ -592,6 +614,7 @@ fn spellings_of_a_family_merge_layer_by_layer() {
             let keys = tensors(&fs::read(path).unwrap()).len();
             let expected = match format.unwrap_or(first.format()) {
                 Format::Peft => 988,
+                Format::Comfyui => 608,
                 _ => 912,
             };
             assert_eq!(keys, expected, "{format:?}");
@@ -662,7 +685,7 @@ fn other_spellings_of_flux_are_read() {
         assert!(found.iter().all(|key| keys.contains(key)), "{}: {found:?}", style.prefix);
         assert_eq!(found.len(), modules.len());
         assert!(rename.is_some() || found == keys);
-        assert_eq!(adapter.family(), Family::Flux1);
+        assert_eq!(adapter.family().and(model("flux1")), model("flux1"));
         let (path, _) = folder.save(&adapter, "same.safetensors", None);
         assert_same_tensors(
             &tensors(&fs::read(path).unwrap()),
@@ -686,7 +709,7 @@ fn attention_processors_of_2023_are_read() {
         Style { a: "lora_linear_layer.down.weight", b: "lora_linear_layer.up.weight", ..encoder };
     modules.push((linear_layer, linear("text_model.encoder.layers.0.self_attn.out_proj", H, H)));
     let adapter = folder.open("old.safetensors", &file(&modules));
-    let (path, back) = folder.save(&adapter, "new.safetensors", None);
+    let (path, back) = folder.save(&adapter, "new.safetensors", Some(Format::Peft));
     assert_same_layers(&back, &adapter, "old");
     let names: Vec<_> =
         tensors(&fs::read(path).unwrap()).into_keys().filter(|key| key.contains("lora_A")).collect();
@@ -723,17 +746,17 @@ fn t5_is_one_encoder_under_two_numbers() {
 #[test]
 fn names_that_there_are_not_are_refused() {
     let folder = Folder::new();
-    let adapter = folder.open("flux.safetensors", &file(&styled(KOHYA, flux_fused())));
+    let adapter = folder.open("flux.safetensors", &file_for(model("flux1"), &styled(KOHYA, flux_fused())));
     let save = |adapter: &Adapter, format| {
         let options = SaveOptions { format: Some(format), overwrite: true, ..Default::default() };
         adapter.save(folder.0.path().join("x.safetensors"), &options).unwrap_err().to_string()
     };
     // XLabs adapts attention alone.
     let text = save(&adapter, Format::Xlabs);
-    assert!(text.contains("no name of FLUX.1 in xlabs"), "{text}");
+    assert!(text.contains("no module of FLUX.1 that is known to have a name in xlabs"), "{text}");
     let unknown = folder.open("unknown.safetensors", &file(&styled(PEFT, vec![linear("a.b", H, H)])));
     let text = save(&unknown, Format::Xlabs);
-    assert!(text.contains("is not known, and so not what it is called in xlabs; choose another"), "{text}");
+    assert!(text.contains("is of a model that is not known, and so is what it is called in xlabs"), "{text}");
     let mut modules = flux_fused()[..4].to_vec();
     modules.push(linear("something.new", H, H));
     let adapter = folder.open("new.safetensors", &file(&styled(COMFYUI, modules)));
@@ -752,8 +775,9 @@ fn names_that_there_are_not_are_refused() {
 #[test]
 fn recordings_of_fused_modules_serve_their_parts() {
     let folder = Folder::new();
-    let fused = folder.open("fused.safetensors", &file(&styled(KOHYA, flux_fused())));
-    let split = folder.open("split.safetensors", &file(&styled(PEFT, flux_split(19, 38))));
+    let fused = folder.open("fused.safetensors", &file_for(model("flux1"), &styled(KOHYA, flux_fused())));
+    let split =
+        folder.open("split.safetensors", &file_for(model("flux1"), &styled(PEFT, flux_split(19, 38))));
     let device = Device::cpu();
     let mut calibration = Calibration::new([&fused, &split]).unwrap();
     let inputs = wave(5, H, 1.0);
@@ -906,7 +930,8 @@ fn loha_is_a_lora_of_the_product_of_the_ranks() {
     let (x, y) = (product(&w[0], &w[1]), product(&w[2], &w[3]));
     let expected = Matrix::from_fn(6, 5, |i, j| 0.5 * x[(i, j)] * y[(i, j)]);
     let adapter = Adapter::from_bytes("x", bytes.clone()).unwrap();
-    assert_eq!(adapter.layers()[0].rank, 6);
+    // No matrix of 6 x 5 has a higher rank.
+    assert_eq!(adapter.layers()[0].rank, 5);
     // Products of f32, rounded to f32.
     assert!(error(&delta(&adapter.layers()[0]), &expected) <= 1e-6);
     assert!(adapter.notes()[0].contains("LoHa") && adapter.notes()[0].contains("exactly"));
@@ -1077,7 +1102,7 @@ fn dora_finds_fused_and_split_weights() {
     let mut file = vec![linear("single_transformer_blocks.0.proj_out", H, H)];
     file.push(linear("transformer_blocks.0.attn.to_k", H, H));
     let other = Adapter::from_bytes("x", self::file(&styled(PEFT, file))).unwrap();
-    assert_eq!(other.family(), Family::Flux1);
+    assert_eq!(other.family().and(model("flux1")), model("flux1"));
     let text = open(&dora("transformer.other", H), &split).unwrap_err().to_string();
     assert!(text.contains("base.safetensors") && text.contains("does not hold its weights"), "{text}");
 }
@@ -1085,7 +1110,7 @@ fn dora_finds_fused_and_split_weights() {
 #[test]
 fn strengths_by_name_and_by_block() {
     let folder = Folder::new();
-    let flux = folder.open("flux.safetensors", &file(&styled(KOHYA, flux_fused())));
+    let flux = folder.open("flux.safetensors", &file_for(model("flux1"), &styled(KOHYA, flux_fused())));
     let scales = |adapter: &Adapter, strengths: &Strengths| {
         let scaled = adapter.with_strengths(strengths).unwrap();
         scaled.layers().iter().map(|l| (l.key.as_str().to_owned(), l.scale.value)).collect::<BTreeMap<_, _>>()
@@ -1109,11 +1134,12 @@ fn strengths_by_name_and_by_block() {
     assert_eq!(found["single_transformer_blocks_7_proj_mlp"], -1.0);
     assert_eq!(found["single_transformer_blocks_7_proj_out"], 1.0);
 
-    let names = BlockPreset::of(Family::Flux1, None).unwrap().names();
+    let names = BlockPreset::of(model("flux1"), None).unwrap();
+    let names = names.names();
     let list: Vec<f64> = (0..names.len()).map(|i| i as f64).collect();
     let blocks = |by_block: &[f64]| Strengths { by_name: Vec::new(), by_block: Some(by_block.to_vec()) };
     let found = scales(&flux, &blocks(&list));
-    assert_eq!((names.len(), names[3], names[22]), (61, "D00", "S00"));
+    assert_eq!((names.len(), names[3].clone(), names[22].clone()), (61, "D00".to_owned(), "S00".to_owned()));
     assert_eq!(found["transformer_blocks_0_attn_to_q"], 3.0);
     assert_eq!(found["single_transformer_blocks_37_proj_mlp"], 59.0);
     let text = flux.with_strengths(&blocks(&[1.0; 5])).unwrap_err().to_string();
@@ -1130,18 +1156,18 @@ fn strengths_by_name_and_by_block() {
     let few = sdxl.with_strengths(&blocks(&[0.5; 12])).unwrap();
     assert!(few.notes()[0].contains("in no block of the list"), "{:?}", few.notes());
 
-    let sd1 = folder.open("sd1.safetensors", &file(&sd1_kohya()));
+    let sd1 = folder.open("sd1.safetensors", &file_for(model("sd1"), &sd1_kohya()));
     let list: Vec<f64> = (0..17).map(f64::from).collect();
     let found = scales(&sd1, &blocks(&list));
     assert_eq!(found["down_blocks_0_attentions_0_proj_in"], 1.0, "IN01");
     assert_eq!(found["up_blocks_1_attentions_0_proj_in"], 8.0, "OUT03");
     assert_eq!(found["up_blocks_3_attentions_2_proj_in"], 16.0, "OUT11");
-    let on = |name: &str| BlockPreset::named(Family::Sd1, name).unwrap();
+    let on = |name: &str| BlockPreset::named(model("sd1"), name).unwrap();
     assert_eq!(on("INS"), [1., 1., 1., 0., 0., 0., 0., 0., 0., 0., 0., 0., 0., 0., 0., 0., 0.]);
     assert_eq!(on("MIDD"), [1., 0., 0., 0., 1., 1., 1., 1., 1., 1., 1., 1., 0., 0., 0., 0., 0.]);
     assert_eq!(on("OUTALL"), [1., 0., 0., 0., 0., 0., 0., 0., 1., 1., 1., 1., 1., 1., 1., 1., 1.]);
-    assert!(BlockPreset::named(Family::Sd1, "DOUBLE").is_err());
-    assert!(BlockPreset::named(Family::Wan, "ALL").is_err());
+    assert!(BlockPreset::named(model("sd1"), "DOUBLE").is_err());
+    assert!(BlockPreset::named(model("prx"), "SINGLE").is_err());
 
     // A merge takes them like any scale.
     let half = flux.with_strengths(&by_name(&[("*", 0.5)])).unwrap();
@@ -1153,15 +1179,18 @@ fn strengths_by_name_and_by_block() {
 
 #[test]
 fn norms_are_those_of_the_update() {
-    let adapter =
-        Adapter::from_bytes("x", file(&styled(Style { alpha: Some(-0.5), ..KOHYA }, flux_fused()))).unwrap();
+    let adapter = Adapter::from_bytes(
+        "x",
+        file_for(model("flux1"), &styled(Style { alpha: Some(-0.5), ..KOHYA }, flux_fused())),
+    )
+    .unwrap();
     for layer in adapter.layers().iter().take(20) {
         let norm = delta(layer).data.iter().map(|v| v * v).sum::<f64>().sqrt();
         assert!((layer.norm() - norm).abs() <= 1e-12 * norm);
     }
     assert_eq!(adapter.layers()[0].block(), "S00");
     let wan = Adapter::from_bytes("x", file(&styled(COMFYUI, wan()))).unwrap();
-    assert_eq!(wan.layers()[0].block(), "blocks_0");
+    assert_eq!(wan.layers()[0].block(), "B00");
 }
 
 #[test]
@@ -1230,11 +1259,12 @@ proptest! {
         let first = Adapter::new("some", all.format(), layers).unwrap().spelled_like(&all);
         let mut adapter = first.clone();
         for (n, to) in chain.iter().enumerate() {
-            // A few layers may not tell the family any more, and then they keep their names.
+            // A few layers do not tell the family any more, but the metadata does.
             let format = case.through[to.index(case.through.len())];
-            let options = SaveOptions { format: Some(format), ..Default::default() };
+            let metadata = [(MODEL.to_owned(), case.family.id().unwrap().to_owned())].into();
+            let options = SaveOptions { format: Some(format), metadata, ..Default::default() };
             let path = folder.0.path().join(format!("{n}.safetensors"));
-            if adapter.family() == Family::Generic {
+            if adapter.family() == Family::UNKNOWN {
                 break;
             }
             adapter.save(&path, &options).unwrap_or_else(|e| panic!("{} to {format}: {e}", case.name));

@@ -113,3 +113,9 @@ impl Random {
         Matrix::from_fn(rows, cols, |_, _| f64::from((self.normal() * scale) as f32))
     }
 }
+
+/// Singular values, the largest first.
+pub fn singular_values(m: &Matrix) -> Vec<f64> {
+    let m = faer::Mat::from_fn(m.rows, m.cols, |i, j| m[(i, j)]);
+    m.singular_values().unwrap()
+}
