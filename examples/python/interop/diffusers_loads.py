@@ -28,7 +28,8 @@ from adapters import (
     total,
     updates,
 )  # fmt: skip
-from families import FAMILIES
+from families import FAMILIES, IDS, NOT_IN_COMFYUI
+import tally
 from tally import LIMIT, Tally, first_line, run
 
 PEFT_FILE = "adapter_model.safetensors"
@@ -175,6 +176,7 @@ class Case:
 
     def __init__(self, name, loraweld, folder):
         self.name, self.family, self.loraweld, self.folder = name, FAMILIES[name], loraweld, folder
+        tally.MODEL = IDS.get(name, name)
         self.model = self.family.build()
         self.way = loader(self.family, self.model)
         self.paths, self.deltas, made = make(self.model, self.family, self.way, folder, configs(self.model))
@@ -189,13 +191,16 @@ class Case:
                     run(loraweld, "convert", self.paths[adapter], "--format", spelling, "-o", path)
                     self.converted[what] = path, self.deltas[adapter]
                 except Exception as error:
-                    self.unwritten[what] = first_line(error)
+                    refused = spelling == "comfyui" and name in NOT_IN_COMFYUI and "in comfyui" in str(error)
+                    if not refused:
+                        self.unwritten[what] = first_line(error)
 
     def said(self, path, reader):
         """Whether `loraweld check` says that a reader takes every key of a file; None if the program has no `check`."""
         if subprocess.run([self.loraweld, "check", "--help"], capture_output=True).returncode:
             return None
-        done = subprocess.run([self.loraweld, "check", path, "--loader", reader], capture_output=True, text=True)
+        command = [self.loraweld, "check", path, "--loader", reader, "--model", tally.MODEL]
+        done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode > 1:
             raise RuntimeError(done.stderr)
         return done.returncode == 0

@@ -571,3 +571,29 @@ FAMILIES = {
         lambda: dict(hidden_states=r(1, 16, 8, 8), encoder_hidden_states=r(1, 8, 24), timestep=steps(0.5)),
     ),
 }  # fmt: skip
+
+
+# The ids of `loraweld --model`, where they are not the names here: tiny models have widths of no real one, and so the
+# files of some of them may be for several.
+IDS = {
+    "sd15": "sd1",
+    "sd21": "sd2",
+    "sd35": "sd3",
+    "wan_i2v": "wan",
+    "wan_vace": "wan",
+    "wan_animate": "wan",
+    "skyreels_v2": "wan",
+    "chronoedit": "wan",
+    "hunyuan_video_i2v": "hunyuan_video",
+    "framepack": "hunyuan_video",
+    "ltx": "ltx_video",
+    "hidream": "hidream_i1",
+    "longcat_image": "longcat",
+    "ovis_image": "ovis",
+    "joyimage_edit": "joyimage",
+}
+
+# Of these, ComfyUI has no class, and so loraweld should refuse to write a file for it.
+NOT_IN_COMFYUI = {
+    "framepack", "sana", "sana_video", "cogview4", "glm_image", "helios", "bria", "bria_fibo", "prx",
+}

@@ -78,7 +78,7 @@ def sd3(**config):
 def lumina():
     return library("lumina_models").NextDiT(
         patch_size=2, in_channels=4, dim=48, n_layers=2, n_refiner_layers=2, n_heads=3, n_kv_heads=1, multiple_of=2,
-        ffn_dim_multiplier=4.0, qk_norm=True, cap_feat_dim=32, axes_dims=[8, 4, 4], axes_lens=[128, 128, 128],
+        ffn_dim_multiplier=1.0, qk_norm=True, cap_feat_dim=32, axes_dims=[8, 4, 4], axes_lens=[128, 128, 128],
     )  # fmt: skip
 
 

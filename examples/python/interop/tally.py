@@ -6,9 +6,16 @@ from dataclasses import dataclass, field
 LIMIT = 1e-5
 
 
+# What the files of this process are for, by loraweld's id.
+MODEL = None
+
+
 def run(*command):
-    """Runs a program; if it fails, raises with what it said."""
-    done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+    """Runs a program; if it fails, raises with what it said. A conversion is told which model its file is for."""
+    command = [str(word) for word in command]
+    if MODEL and "convert" in command:
+        command += ["--model", MODEL]
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError((done.stderr or done.stdout).strip() or f"exit code {done.returncode}")
     return done.stdout
