@@ -3,7 +3,7 @@
 use std::ffi::{CString, c_char};
 use std::path::PathBuf;
 
-use loraweld::{Adapter, Dtype, Format, SaveOptions};
+use loraweld::{Adapter, Dtype, Format, SaveOptions, Unnamed};
 
 use crate::ffi::{self, Out};
 use crate::status::{Failure, LoraweldStatus, Result, guard};
@@ -145,6 +145,8 @@ pub unsafe extern "C" fn loraweld_adapter_save(
                 SaveOptions {
                     dtype: dtype.map(dtype_of).transpose()?,
                     format: format.map(format_of).transpose()?,
+                    // A host can say no more of them; the names of its files are the best there are.
+                    unnamed: Unnamed::Keep,
                     overwrite: options.overwrite,
                     ..SaveOptions::default()
                 }

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use loraweld::{
-    Adapter, Calibration, Control, Device, Dtype, Format, Layer, Matrix, SaveOptions, Source, Ssr,
+    Adapter, Calibration, Control, Device, Dtype, Format, Layer, Matrix, SaveOptions, Source, Ssr, Unnamed,
 };
 
 const ROOT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/..");
@@ -95,8 +95,12 @@ fn the_example_writes_what_rust_writes() {
         calibration.accumulate_path(&device, Source::Task(task), path, &Control::default()).unwrap();
     }
     let merged = Ssr::new(&calibration).merge(&device, &[adapters[0].at(1.0), adapters[1].at(1.0)]).unwrap();
-    let options =
-        SaveOptions { dtype: Some(Dtype::F16), format: Some(Format::Kohya), ..SaveOptions::default() };
+    let options = SaveOptions {
+        dtype: Some(Dtype::F16),
+        format: Some(Format::Kohya),
+        unnamed: Unnamed::Keep,
+        ..SaveOptions::default()
+    };
     merged.adapter.save(&by_rust, &options).unwrap();
     assert!(std::fs::read(&by_c).unwrap() == std::fs::read(&by_rust).unwrap(), "the files differ");
     // It does not replace what is there, and says so.

@@ -18,7 +18,7 @@ pub struct Destination<'a> {
     pub path: &'a Path,
     /// How it is written.
     pub options: &'a SaveOptions,
-    /// What every layer is truncated to, as by [`Merged::truncated`].
+    /// What every layer is truncated to, as by [`Merged::truncated_for`] these options.
     pub truncation: Truncation,
 }
 

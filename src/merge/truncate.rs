@@ -117,13 +117,27 @@ impl Merged {
     /// [`Error::Invalid`] for a truncation out of range; [`Error::Layer`] if singular values cannot be found or a factor
     /// overflows f32; [`Error::Device`]; [`Error::Cancelled`].
     pub fn truncated(self, device: &Device, truncation: &Truncation, control: &Control<'_>) -> Result<Self> {
+        self.truncated_for(&SaveOptions::default(), device, truncation, control)
+    }
+
+    /// As [`truncated`](Self::truncated), for a file of these options: modules that it keeps fused are truncated as one.
+    ///
+    /// # Errors
+    /// As of [`truncated`](Self::truncated).
+    pub fn truncated_for(
+        self,
+        options: &SaveOptions,
+        device: &Device,
+        truncation: &Truncation,
+        control: &Control<'_>,
+    ) -> Result<Self> {
         let start = Instant::now();
         device.reset_memory_peak();
         truncation.check()?;
         let Self { adapter, mut report } = self;
         let mut layers = adapter.layers().to_vec();
         // What is written as one module is truncated as one.
-        let groups = adapter.fused(&SaveOptions::default());
+        let groups = adapter.fused(options);
         let place = |key: &LayerKey| layers.binary_search_by(|layer| layer.key.cmp(key)).ok();
         let mut units: Vec<Vec<usize>> =
             groups.iter().map(|group| group.iter().filter_map(place).collect()).collect();

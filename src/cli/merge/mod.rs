@@ -379,7 +379,7 @@ fn merge_and_measure(
     let merged = method.merge_any(device, weighted, *control)?;
     let merged = match to.truncation.is_none() {
         true => merged,
-        false => merged.truncated(device, &to.truncation, control)?,
+        false => merged.truncated_for(to.options, device, &to.truncation, control)?,
     };
     let merged = match merged.report.losses {
         None => merged.measured(calibration, weighted, control)?,
