@@ -61,12 +61,14 @@ pub struct Run<'a> {
     pub(super) control: Control<'a>,
     pub(super) truncation: Truncation,
     pub(super) output: Option<&'a Destination<'a>>,
+    pub(super) start: Instant,
 }
 
 impl<'a> Run<'a> {
-    /// Into memory.
+    /// Into memory. Time and device memory count from here on, so that what a method looks at first is in its report.
     pub(super) fn new(device: &'a Device, adapters: &'a [Weighted<'a>], control: Control<'a>) -> Self {
-        Self { device, adapters, control, truncation: Truncation::default(), output: None }
+        device.reset_memory_peak();
+        Self { device, adapters, control, truncation: Truncation::default(), output: None, start: Instant::now() }
     }
 }
 
@@ -111,8 +113,6 @@ struct Kept {
 
 /// Merges the layers that several adapters have, in chunks that the device has room for, and passes the others through.
 pub(super) fn run(run: &Run<'_>, spec: &Spec<'_>) -> Result<Merged> {
-    let start = Instant::now();
-    run.device.reset_memory_peak();
     run.truncation.check()?;
     let plan = Plan::new(run.adapters)?;
     let inputs: Vec<_> = run.adapters.iter().map(InputReport::new).collect();
@@ -177,7 +177,7 @@ pub(super) fn run(run: &Run<'_>, spec: &Spec<'_>) -> Result<Merged> {
         losses: None,
         notes,
         memory,
-        seconds: start.elapsed().as_secs_f64(),
+        seconds: run.start.elapsed().as_secs_f64(),
         version: env!("CARGO_PKG_VERSION").to_owned(),
     };
     tracing::info!(method = spec.method, layers = report.layers.len(), seconds = report.seconds, "merged");
