@@ -33,9 +33,9 @@ fn upload(device: &Device, layers: &[Layer]) -> [ScaledRows; 2] {
 
 /// L_Bᵀ·L_A, row by row.
 fn core(b: &Matrix, a: &Matrix) -> Matrix {
-    let mut core = Matrix::zeros(b.cols, a.cols);
-    for k in 0..b.rows {
-        for (row, b) in core.data.chunks_exact_mut(a.cols).zip(b.row(k)) {
+    let mut core = Matrix::zeros(b.cols(), a.cols());
+    for k in 0..b.rows() {
+        for (row, b) in core.data_mut().chunks_exact_mut(a.cols()).zip(b.row(k)) {
             row.iter_mut().zip(a.row(k)).for_each(|(sum, a)| *sum += b * a);
         }
     }

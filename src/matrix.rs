@@ -46,14 +46,11 @@ impl std::fmt::Display for Dtype {
 /// A borrowed row-major matrix of any [`Dtype`], as little-endian bytes with no alignment promised.
 #[derive(Clone, Copy, Debug)]
 pub struct RawMatrix<'a> {
-    /// Element type of `bytes`.
-    pub dtype: Dtype,
-    /// Rows.
-    pub rows: usize,
-    /// Columns; consecutive elements of a row are adjacent.
-    pub cols: usize,
-    /// `rows · cols · dtype.size()` bytes.
-    pub bytes: &'a [u8],
+    dtype: Dtype,
+    rows: usize,
+    cols: usize,
+    /// `rows · cols · dtype.size()` of them: kernels that check no bounds rely on it.
+    bytes: &'a [u8],
 }
 
 impl<'a> RawMatrix<'a> {
@@ -75,8 +72,37 @@ impl<'a> RawMatrix<'a> {
         Self::new(Dtype::F32, rows, cols, bytemuck::cast_slice(values))
     }
 
+    /// The part of `bytes` that a shape asks for, or, if they do not hold it, a matrix of no rows.
+    pub(crate) fn within(dtype: Dtype, rows: usize, cols: usize, bytes: &'a [u8]) -> Self {
+        let len = rows.checked_mul(cols).and_then(|n| n.checked_mul(dtype.size()));
+        match len.and_then(|len| bytes.get(..len)) {
+            Some(bytes) => Self { dtype, rows, cols, bytes },
+            None => Self { dtype, rows: 0, cols, bytes: &[] },
+        }
+    }
+
+    /// Element type.
+    pub const fn dtype(self) -> Dtype {
+        self.dtype
+    }
+
+    /// Rows.
+    pub const fn rows(self) -> usize {
+        self.rows
+    }
+
+    /// Columns; consecutive elements of a row are adjacent.
+    pub const fn cols(self) -> usize {
+        self.cols
+    }
+
+    /// `rows · cols · dtype.size()` bytes.
+    pub const fn bytes(self) -> &'a [u8] {
+        self.bytes
+    }
+
     /// Rows `start..end` of the same matrix.
-    pub fn rows(self, start: usize, end: usize) -> Self {
+    pub fn row_range(self, start: usize, end: usize) -> Self {
         let width = self.cols * self.dtype.size();
         Self { rows: end - start, bytes: &self.bytes[start * width..end * width], ..self }
     }
@@ -157,12 +183,52 @@ where
 /// An owned row-major matrix of f32 or f64.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Matrix<T = f64> {
-    /// Rows.
-    pub rows: usize,
-    /// Columns.
-    pub cols: usize,
+    pub(crate) rows: usize,
+    pub(crate) cols: usize,
     /// `rows · cols` elements, row by row.
-    pub data: Vec<T>,
+    pub(crate) data: Vec<T>,
+}
+
+impl<T> Matrix<T> {
+    /// Of elements row by row.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`] if there are not `rows · cols` of them.
+    pub fn new(rows: usize, cols: usize, data: Vec<T>) -> Result<Self> {
+        if rows.checked_mul(cols) != Some(data.len()) {
+            return Err(Error::Invalid(format!(
+                "a {rows} x {cols} matrix has {} elements, but {} were given",
+                rows.checked_mul(cols).map_or("too many".to_owned(), |n| n.to_string()),
+                data.len()
+            )));
+        }
+        Ok(Self { rows, cols, data })
+    }
+
+    /// Rows.
+    pub const fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Columns.
+    pub const fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// `rows · cols` elements, row by row.
+    pub fn data(&self) -> &[T] {
+        &self.data
+    }
+
+    /// The elements, row by row.
+    pub fn data_mut(&mut self) -> &mut [T] {
+        &mut self.data
+    }
+
+    /// The elements, row by row.
+    pub fn into_data(self) -> Vec<T> {
+        self.data
+    }
 }
 
 impl<T: Copy + Default> Matrix<T> {
@@ -180,6 +246,11 @@ impl<T: Copy + Default> Matrix<T> {
             }
         }
         Self { rows, cols, data }
+    }
+
+    /// Of each element what `f` makes of it.
+    pub fn map<U>(&self, f: impl FnMut(T) -> U) -> Matrix<U> {
+        Matrix { rows: self.rows, cols: self.cols, data: self.data.iter().copied().map(f).collect() }
     }
 
     /// Row `i`.

@@ -51,11 +51,12 @@ fn assert_contains(text: &str, parts: &[&str]) {
 /// ΔW of a layer, in f64.
 fn delta(layer: &Layer) -> Vec<f64> {
     let (a, b) = (layer.a().to_vec::<f64>(), layer.b().to_vec::<f64>());
-    let mut out = vec![0.0; layer.output * layer.input];
-    for i in 0..layer.output {
-        for j in 0..layer.input {
-            let dot: f64 = (0..layer.rank).map(|r| b[i * layer.rank + r] * a[r * layer.input + j]).sum();
-            out[i * layer.input + j] = layer.scale.value * dot;
+    let mut out = vec![0.0; layer.output() * layer.input()];
+    for i in 0..layer.output() {
+        for j in 0..layer.input() {
+            let dot: f64 =
+                (0..layer.rank()).map(|r| b[i * layer.rank() + r] * a[r * layer.input() + j]).sum();
+            out[i * layer.input() + j] = layer.scale().value * dot;
         }
     }
     out
@@ -65,8 +66,8 @@ fn delta(layer: &Layer) -> Vec<f64> {
 fn assert_same_delta(x: &Adapter, y: &Adapter) {
     assert_eq!(x.layers().len(), y.layers().len());
     for (x, y) in x.layers().iter().zip(y.layers()) {
-        assert_eq!(x.key, y.key);
-        assert_eq!(delta(x), delta(y), "{}", x.key);
+        assert_eq!(x.key(), y.key());
+        assert_eq!(delta(x), delta(y), "{}", x.key());
     }
 }
 
@@ -87,11 +88,11 @@ fn fixtures_open() {
         let adapter = Adapter::open(fixture(name)).unwrap();
         assert_eq!(adapter.layers().len(), 24, "{name}");
         assert_eq!((adapter.dtype(), adapter.format()), (dtype, format), "{name}");
-        assert!(adapter.layers().is_sorted_by(|x, y| x.key < y.key));
+        assert!(adapter.layers().is_sorted_by(|x, y| x.key() < y.key()));
         for layer in adapter.layers() {
-            assert_eq!((layer.rank, layer.a().rows, layer.b().cols), (rank, rank, rank));
-            assert_eq!((layer.scale.value, layer.scale.rule), (scale, rule), "{name}");
-            assert_eq!(layer.a().bytes.len(), layer.rank * layer.input * dtype.size());
+            assert_eq!((layer.rank(), layer.a().rows(), layer.b().cols()), (rank, rank, rank));
+            assert_eq!((layer.scale().value, layer.scale().rule), (scale, rule), "{name}");
+            assert_eq!(layer.a().bytes().len(), layer.rank() * layer.input() * dtype.size());
         }
         adapter.check_finite().unwrap();
         assert_eq!(adapter.file_sha256().unwrap().len(), 64);
@@ -114,11 +115,11 @@ fn spellings_match() {
     let c4 = Adapter::open(fixture("concept_c4_invert.safetensors")).unwrap();
     assert_ne!(c3.a_sha256(), c4.a_sha256());
     for name in ["transformer_blocks.0.attn.to_q", "lora_transformer_blocks_0_attn_to_q"] {
-        assert_eq!(c3.find(name).unwrap().module, "transformer_blocks.0.attn.to_q");
+        assert_eq!(c3.find(name).unwrap().module(), "transformer_blocks.0.attn.to_q");
     }
     assert!(c3.find("transformer_blocks.0.attn").is_none());
     let key = LayerKey::parse("transformer_blocks.0.attn.to_q");
-    assert_eq!(c3.layer(&key).unwrap().key, key);
+    assert_eq!(c3.layer(&key).unwrap().key(), &key);
 }
 
 #[test]
@@ -154,11 +155,14 @@ fn saving_and_reading_back_changes_nothing() {
                 assert_eq!(adapter.a_sha256(), back.a_sha256());
                 // An alpha tensor stays as it is where the format has alphas; else the scale is folded.
                 let kept =
-                    adapter.layers()[0].scale.rule == ScaleRule::AlphaTensor && format == Format::Kohya;
-                let scale = if kept { adapter.layers()[0].scale.value } else { 1.0 };
-                assert!(back.layers().iter().all(|l| l.scale.value == scale));
+                    adapter.layers()[0].scale().rule == ScaleRule::AlphaTensor && format == Format::Kohya;
+                let scale = if kept { adapter.layers()[0].scale().value } else { 1.0 };
+                assert!(back.layers().iter().all(|l| l.scale().value == scale));
                 assert!(
-                    kept || back.layers().iter().all(|l| l.scale.alpha.is_none_or(|a| a == l.rank as f64))
+                    kept || back
+                        .layers()
+                        .iter()
+                        .all(|l| l.scale().alpha.is_none_or(|a| a == l.rank() as f64))
                 );
                 adapter.save(&path, &options).unwrap();
                 assert_eq!(fs::read(&path).unwrap(), bytes, "the bytes should be the same every time");
@@ -288,7 +292,7 @@ fn several_ranks_are_told_to_peft() {
 #[test]
 fn scales_follow_the_precedence() {
     let scale = |metadata: &[(&str, &str)], more: &[Raw]| {
-        Adapter::from_bytes("x", one(A, B, metadata, more)).unwrap().layers()[0].scale
+        Adapter::from_bytes("x", one(A, B, metadata, more)).unwrap().layers()[0].scale()
     };
     let alpha = |dtype, bytes: &[u8]| vec![("transformer.m.0.to_q.alpha", dtype, &[][..], bytes.to_vec())];
     fn peft(text: &str) -> (&str, &str) {
@@ -352,7 +356,7 @@ fn scales_follow_the_precedence() {
     let two = [peft(r#"{"text_encoder.lora_alpha": 2, "transformer.lora_alpha": 8}"#)];
     let (a, b) = ("text_encoder.m.lora_A.weight", "text_encoder.m.lora_B.weight");
     let te = Adapter::from_bytes("x", one(a, b, &two, &[])).unwrap();
-    assert_eq!((te.layers()[0].scale.value, te.layers()[0].key.component()), (1.0, "text_encoder"));
+    assert_eq!((te.layers()[0].scale().value, te.layers()[0].key().component()), (1.0, "text_encoder"));
     assert_eq!(scale(&two, &[]).value, 4.0);
 }
 
@@ -366,7 +370,7 @@ fn suffixes_in_use_are_read() {
     ] {
         let adapter = Adapter::from_bytes("x", one(a, b, &[], &[])).unwrap();
         let layer = adapter.find("x").unwrap();
-        assert_eq!((layer.rank, layer.input, layer.output), (2, 3, 2));
+        assert_eq!((layer.rank(), layer.input(), layer.output()), (2, 3, 2));
     }
 }
 
@@ -424,7 +428,7 @@ fn alpha_can_be_told() {
     fs::write(&path, one(A, B, &[], &[alpha])).unwrap();
     let open = |alpha| {
         let adapter = Adapter::open_with(&path, &OpenOptions { alpha, ..Default::default() })?;
-        Ok::<_, Error>(adapter.layers()[0].scale)
+        Ok::<_, Error>(adapter.layers()[0].scale())
     };
     assert_eq!(open(None).unwrap().value, 4.0);
     let told = open(Some(1.0)).unwrap();
@@ -533,9 +537,9 @@ fn broken_files_are_refused() {
     assert_contains(&text(folder.path()), &["adapter_config.json", "alpha"]);
     // The file itself is complete, as far as one can tell.
     let file = Adapter::open(folder.path().join("adapter_model.safetensors")).unwrap();
-    assert_eq!(file.layers()[0].scale.rule, ScaleRule::Default);
+    assert_eq!(file.layers()[0].scale().rule, ScaleRule::Default);
     fs::write(folder.path().join("adapter_config.json"), r#"{"lora_alpha": 4}"#).unwrap();
-    assert_eq!(Adapter::open(folder.path()).unwrap().layers()[0].scale.value, 2.0);
+    assert_eq!(Adapter::open(folder.path()).unwrap().layers()[0].scale().value, 2.0);
     fs::write(folder.path().join("adapter_config.json"), r#"{"lora_alpha": 4, "use_dora": true}"#).unwrap();
     assert_contains(&text(folder.path()), &["adapter_config.json", "use_dora", "DoRA"]);
 }
@@ -561,7 +565,7 @@ fn adapters_in_memory() {
     let adapter =
         Adapter::new("m", Format::Peft, vec![layer("transformer.b.x", 1.0), layer("lora_unet_a_x", 1.0)])
             .unwrap();
-    assert_eq!(adapter.layers().iter().map(|l| l.key.as_str()).collect::<Vec<_>>(), ["a_x", "b_x"]);
+    assert_eq!(adapter.layers().iter().map(|l| l.key().as_str()).collect::<Vec<_>>(), ["a_x", "b_x"]);
     assert_eq!((adapter.dtype(), adapter.at(-0.5).strength), (Dtype::F32, -0.5));
     assert!(adapter.file_sha256().unwrap_err().to_string().contains("does not come from a file"));
     let twice =
@@ -571,10 +575,10 @@ fn adapters_in_memory() {
     let ranks = Layer::new("a", Matrix::zeros(3, 4), Matrix::zeros(2, 2));
     assert_contains(&ranks.unwrap_err().to_string(), &["`a`", "3 x 4", "2 x 2", "ranks differ"]);
     assert!(Layer::new("a", Matrix::zeros(0, 4), Matrix::zeros(2, 0)).is_err());
-    assert!(Layer::new("a", Matrix { rows: 3, cols: 4, data: vec![] }, Matrix::zeros(2, 3)).is_err());
+    assert!(Layer::new("a", Matrix::new(3, 4, vec![]).unwrap(), Matrix::zeros(2, 3)).is_err());
     let replaced = layer("lora_te2_a_x", 1.0).replaced(Matrix::zeros(1, 9), Matrix::zeros(5, 1)).unwrap();
-    assert_eq!((replaced.key.as_str(), replaced.prefix.as_str()), ("text_encoder_2.a_x", "lora_te2_"));
-    assert_eq!((replaced.rank, replaced.input, replaced.output), (1, 9, 5));
+    assert_eq!((replaced.key().as_str(), replaced.prefix()), ("text_encoder_2.a_x", "lora_te2_"));
+    assert_eq!((replaced.rank(), replaced.input(), replaced.output()), (1, 9, 5));
 }
 
 #[test]
@@ -596,21 +600,21 @@ fn scales_are_written_where_the_format_has_a_place() {
     for format in [Format::Peft, Format::Kohya] {
         let (adapter, back) = save(-0.25, format, None).unwrap();
         assert_same_delta(&adapter, &back);
-        assert_eq!((back.dtype(), back.layers()[0].scale.value), (Dtype::Bf16, 1.0));
+        assert_eq!((back.dtype(), back.layers()[0].scale().value), (Dtype::Bf16, 1.0));
     }
     // Written as alpha; the tensors stay as they are.
     let (adapter, back) = save(0.3, Format::Kohya, None).unwrap();
     for (x, y) in adapter.layers().iter().zip(back.layers()) {
-        assert_eq!((x.a().bytes, x.b().bytes), (y.a().bytes, y.b().bytes));
-        assert!((y.scale.value - 0.3).abs() < 1e-7);
+        assert_eq!((x.a().bytes(), x.b().bytes()), (y.a().bytes(), y.b().bytes()));
+        assert!((y.scale().value - 0.3).abs() < 1e-7);
     }
     assert_eq!(back.metadata()["ss_network_alpha"].parse::<f64>().unwrap(), 0.3 * 8.0);
     let (_, back) = save(0.0, Format::Comfyui, None).unwrap();
-    assert_eq!((back.layers()[0].scale.value, back.dtype()), (0.0, Dtype::Bf16));
+    assert_eq!((back.layers()[0].scale().value, back.dtype()), (0.0, Dtype::Bf16));
     // PEFT has no place for alpha, so B is in f32; or rounded, if that is asked for.
     let (_, back) = save(0.3, Format::Peft, None).unwrap();
     let (x, y) = (&source.layers()[0], &back.layers()[0]);
-    assert_eq!((y.a().dtype, y.b().dtype, y.scale.value), (Dtype::Bf16, Dtype::F32, 1.0));
+    assert_eq!((y.a().dtype(), y.b().dtype(), y.scale().value), (Dtype::Bf16, Dtype::F32, 1.0));
     let expected: Vec<f32> = x.b().to_vec::<f64>().iter().map(|v| (v * 0.3) as f32).collect();
     assert_eq!(y.b().to_vec::<f32>(), expected);
     let (_, back) = save(0.3, Format::Peft, Some(Dtype::Bf16)).unwrap();
@@ -765,7 +769,7 @@ proptest! {
         if let Ok(adapter) = Adapter::from_bytes("x", bytes) {
             let _ = adapter.check_finite();
             let _ = adapter.a_sha256();
-            prop_assert!(adapter.layers().iter().all(|l| l.a().bytes.len() == l.rank * l.input * l.a().dtype.size()));
+            prop_assert!(adapter.layers().iter().all(|l| l.a().bytes().len() == l.rank() * l.input() * l.a().dtype().size()));
         }
     }
 
@@ -793,7 +797,7 @@ proptest! {
         ],
     ) {
         if let Ok(adapter) = Adapter::from_bytes("x", one(A, B, &[(field, &text)], &[])) {
-            prop_assert!(adapter.layers()[0].scale.value.is_finite());
+            prop_assert!(adapter.layers()[0].scale().value.is_finite());
             let _ = Adapter::common_metadata([&adapter, &adapter]);
         }
     }
@@ -821,7 +825,7 @@ proptest! {
         let tensors: Vec<Raw> = tensors.iter().map(|(k, shape)| (k.as_str(), "F32", *shape, values(shape))).collect();
         if let Ok(adapter) = Adapter::from_bytes("x", file_of(&[], &tensors)) {
             for layer in adapter.layers() {
-                prop_assert_eq!(&LayerKey::parse(&layer.name()), &layer.key);
+                prop_assert_eq!(&LayerKey::parse(&layer.name()), layer.key());
                 prop_assert!(layer.matches("*") && layer.norm().is_finite());
             }
         }
@@ -858,7 +862,7 @@ fn halves_are_rounded_once_to_nearest() {
         adapter.save(&path, &options).unwrap();
         let back = Adapter::open(&path).unwrap();
         let (back_a, back_b) = (back.layers()[0].a().to_vec::<f32>(), back.layers()[0].b().to_vec::<f32>());
-        for (i, &v) in a.data.iter().enumerate() {
+        for (i, &v) in a.data().iter().enumerate() {
             let nearest =
                 |v| if dtype == Dtype::F16 { f16::from_f32(v).to_f32() } else { bf16::from_f32(v).to_f32() };
             assert_eq!(back_a[i], nearest(v), "{v}");

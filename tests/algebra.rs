@@ -18,8 +18,8 @@ fn tolerance(device: &Device) -> f64 {
 fn skewness(rows: &Matrix) -> f64 {
     let g = product(rows, &rows.transposed());
     let mut worst = 0.0f64;
-    for i in (0..g.rows).filter(|&i| g[(i, i)] != 0.0) {
-        for j in 0..g.cols {
+    for i in (0..g.rows()).filter(|&i| g[(i, i)] != 0.0) {
+        for j in 0..g.cols() {
             worst = worst.max((g[(i, j)] - f64::from(u8::from(i == j))).abs());
         }
     }
@@ -33,7 +33,7 @@ fn rebuilt(svd: &Svd) -> Matrix {
 }
 
 fn orthogonal(random: &mut Random, n: usize) -> Matrix {
-    let values: Vec<f32> = random.matrix(n, n, 1.0).data.iter().map(|&v| v as f32).collect();
+    let values: Vec<f32> = random.matrix(n, n, 1.0).data().iter().map(|&v| v as f32).collect();
     let cpu = Device::cpu();
     let stack = vec![RawMatrix::from_f32(n, n, &values).unwrap()];
     let rows = ScaledRows::new(&cpu, Side::Input, &[stack]).unwrap();
@@ -72,7 +72,7 @@ fn svd_over_hard_spectra() {
         let (device, tolerance) = (&case.device, tolerance(&case.device));
         let all = jacobi_svd(device, &matrices).unwrap();
         for ((svd, a), want) in all.iter().zip(&matrices).zip(&spectra) {
-            let what = format!("{}: order {}, {:?}", case.name, a.rows, want.last());
+            let what = format!("{}: order {}, {:?}", case.name, a.rows(), want.last());
             assert!(svd.converged, "{what}");
             let error = relative(&rebuilt(svd), a);
             assert!(error <= 10.0 * tolerance, "{what}: {error:.1e}");
@@ -84,7 +84,7 @@ fn svd_over_hard_spectra() {
                     "{what}: {got} {want}"
                 );
             }
-            for i in 0..a.rows {
+            for i in 0..a.rows() {
                 let top =
                     svd.left.row(i).iter().fold(0.0f64, |top, &v| if v.abs() > top.abs() { v } else { top });
                 assert!(top > 0.0, "{what}: the sign of vector {i}");
@@ -189,11 +189,11 @@ fn row_sets() -> Vec<(&'static str, usize, Matrix)> {
 fn qr_of_every_kind_of_rows() {
     let sets = row_sets();
     let stored: Vec<Vec<f32>> =
-        sets.iter().map(|(_, _, m)| m.data.iter().map(|&v| v as f32).collect()).collect();
+        sets.iter().map(|(_, _, m)| m.data().iter().map(|&v| v as f32).collect()).collect();
     let raw: Vec<RawMatrix> = sets
         .iter()
         .zip(&stored)
-        .map(|((_, _, m), v)| RawMatrix::from_f32(m.rows, m.cols, v).unwrap())
+        .map(|((_, _, m), v)| RawMatrix::from_f32(m.rows(), m.cols(), v).unwrap())
         .collect();
     let stacks: Vec<Vec<RawMatrix>> = raw.iter().map(|&raw| vec![raw]).collect();
     for case in devices() {
@@ -202,8 +202,8 @@ fn qr_of_every_kind_of_rows() {
         for ((name, _, a), l) in sets.iter().zip(qr_l(device, &rows).unwrap()) {
             let (got, want) = (product(&l, &l.transposed()), product(a, &a.transposed()));
             // Entry by entry, to the size of the rows it belongs to.
-            for i in 0..a.rows {
-                for j in 0..a.rows {
+            for i in 0..a.rows() {
+                for j in 0..a.rows() {
                     let size = (want[(i, i)] * want[(j, j)]).sqrt();
                     let error = (got[(i, j)] - want[(i, j)]).abs();
                     assert!(error <= 1e-10 * size, "{}: {name}: L·Lᵀ at {i}, {j}: {error:e}", case.name);
@@ -216,13 +216,13 @@ fn qr_of_every_kind_of_rows() {
             let error = skewness(q);
             assert!(error <= 1e-6, "{}: {name}: QQᵀ − I: {error:.1e}", case.name);
             if device.is_gpu() && device.sum() != Element::Host {
-                let kept: f64 = q.data.iter().map(|v| v * v).sum();
+                let kept: f64 = q.data().iter().map(|v| v * v).sum();
                 assert!((kept - *rank as f64).abs() < 1e-3, "{}: {name}: rank {kept}", case.name);
             }
             // Each row to its own size.
             let got = product(l, q);
-            for i in 0..a.rows {
-                let row = |m: &Matrix| Matrix { rows: 1, cols: m.cols, data: m.row(i).to_vec() };
+            for i in 0..a.rows() {
+                let row = |m: &Matrix| Matrix::new(1, m.cols(), m.row(i).to_vec()).unwrap();
                 let error = relative(&row(&got), &row(a));
                 assert!(error <= 1e-6, "{}: {name}: row {i} of L·Q: {error:.1e}", case.name);
             }
@@ -252,10 +252,8 @@ fn inner_update_and_projection_match_f64() {
             assert!(error <= tolerance(device), "{}: inner {:?}: {error:.1e}", case.name, shapes[i]);
             assert_eq!(&off.coefficients[i], c);
             let want = product(&want, &m[i]);
-            let plus = |f: f64| Matrix {
-                data: a[i].data.iter().zip(&want.data).map(|(a, w)| a + f * w).collect(),
-                ..a[i]
-            };
+            let plus =
+                |f: f64| Matrix::from_fn(a[i].rows(), a[i].cols(), |k, j| a[i][(k, j)] + f * want[(k, j)]);
             for (got, want) in [(&alone[i], &want), (&updated[i], &plus(1.0)), (&off_rows[i], &plus(-t[i]))] {
                 let error = relative(got, want);
                 assert!(error <= 2e-7, "{}: update {:?}: {error:.1e}", case.name, shapes[i]);
@@ -308,9 +306,9 @@ fn rows_of_every_type_are_scaled_and_stacked_exactly() {
                         case.name
                     );
                 }
-                let got = rows.unscale(0, scaled[0].clone()).data;
+                let got = rows.unscale(0, scaled[0].clone()).into_data();
                 assert_eq!(got, want, "{}: {rank} x {width}, {side:?}", case.name);
-                assert_eq!(rows.unscale(1, scaled[1].clone()).data, want[..rank * width]);
+                assert_eq!(rows.unscale(1, scaled[1].clone()).data(), &want[..rank * width]);
             }
         }
     }
@@ -337,11 +335,11 @@ fn stacks_are_multiplied_where_they_lie() {
             let stacked: Vec<f64> = stack
                 .iter()
                 .flat_map(|part| {
-                    let m = Matrix { rows, cols, data: part.to_vec::<f64>() };
-                    if side == Side::Input { m.data } else { m.transposed().data }
+                    let m = Matrix::new(rows, cols, part.to_vec::<f64>()).unwrap();
+                    if side == Side::Input { m.into_data() } else { m.transposed().into_data() }
                 })
                 .collect();
-            let stacked = Matrix { rows: 3 * rank, cols: width, data: stacked };
+            let stacked = Matrix::new(3 * rank, width, stacked).unwrap();
             let gram = product(&stacked, &stacked.transposed());
             // Members of different size keep their digits: what is compared is a block at a time.
             let block = |m: &Matrix, i: usize, k: usize| {
@@ -363,12 +361,12 @@ fn stacks_are_multiplied_where_they_lie() {
                 assert!(relative(&grams[1], &block(&gram, 0, 0)) <= tolerance(device), "{at}");
                 let none = Matrix::zeros(0, rank);
                 let combined = stacks.combined(device, &[small.clone(), none]).unwrap();
-                let got: Vec<f64> = combined[0].data.iter().map(|&v| v.into()).collect();
-                let got = Matrix { rows: combined[0].rows, cols: combined[0].cols, data: got };
+                let got: Vec<f64> = combined[0].data().iter().map(|&v| v.into()).collect();
+                let got = Matrix::new(combined[0].rows(), combined[0].cols(), got).unwrap();
                 let got = if side == Side::Input { got } else { got.transposed() };
                 // Rounded once to f32.
                 assert!(relative(&got, &want) <= 1e-7, "{at}: {}", relative(&got, &want));
-                assert!(combined[1].data.is_empty(), "{at}");
+                assert!(combined[1].data().is_empty(), "{at}");
             }
         }
     }
@@ -381,7 +379,7 @@ fn roots_of_gram_matrices_know_when_they_will_not_do() {
     for n in [1, 2, 7, 32, 65] {
         let mut rows = random.matrix(n, n + 20, 1.0);
         // Rows of very different size are no reason to fail.
-        for (i, row) in rows.data.chunks_exact_mut(n + 20).enumerate() {
+        for (i, row) in rows.data_mut().chunks_exact_mut(n + 20).enumerate() {
             row.iter_mut().for_each(|v| *v *= 10f64.powi(i as i32 % 3 * 12 - 12));
         }
         let gram = product(&rows, &rows.transposed());
@@ -391,14 +389,14 @@ fn roots_of_gram_matrices_know_when_they_will_not_do() {
         assert!(root.bend <= 1e-8 && root.error <= root.bend, "{n}: {}", root.bend);
         for i in 0..n {
             let size = gram[(i, i)].sqrt();
-            let row = product(&Matrix { rows: 1, cols: n, data: root.left.row(i).to_vec() }, &q);
-            let error: f64 = row.data.iter().zip(rows.row(i)).map(|(x, y)| (x - y).powi(2)).sum();
+            let row = product(&Matrix::new(1, n, root.left.row(i).to_vec()).unwrap(), &q);
+            let error: f64 = row.data().iter().zip(rows.row(i)).map(|(x, y)| (x - y).powi(2)).sum();
             assert!(error.sqrt() <= 1e-11 * size, "{n}: row {i}");
         }
     }
-    let singular = Matrix { rows: 2, cols: 2, data: vec![1.0, 1.0, 1.0, 1.0] };
-    let nearly = Matrix { rows: 2, cols: 2, data: vec![1.0, 1.0, 1.0, 1.0 + 1e-13] };
-    for bad in [singular, Matrix::zeros(3, 3), nearly, Matrix { rows: 1, cols: 1, data: vec![f64::NAN] }] {
+    let singular = Matrix::new(2, 2, vec![1.0, 1.0, 1.0, 1.0]).unwrap();
+    let nearly = Matrix::new(2, 2, vec![1.0, 1.0, 1.0, 1.0 + 1e-13]).unwrap();
+    for bad in [singular, Matrix::zeros(3, 3), nearly, Matrix::new(1, 1, vec![f64::NAN]).unwrap()] {
         assert!(Root::new(&cpu, &bad).is_none(), "{bad:?}");
     }
 }

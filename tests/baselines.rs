@@ -12,7 +12,7 @@ use loraweld::{
 };
 
 fn made(name: &str, factors: &[(Matrix, Matrix)]) -> Adapter {
-    let narrow = |m: &Matrix| Matrix::from_fn(m.rows, m.cols, |i, j| m[(i, j)] as f32);
+    let narrow = |m: &Matrix| Matrix::from_fn(m.rows(), m.cols(), |i, j| m[(i, j)] as f32);
     let layer = |(i, (a, b)): (usize, &(Matrix, Matrix))| {
         Layer::new(&format!("blocks.{i}"), narrow(a), narrow(b)).unwrap()
     };
@@ -41,7 +41,7 @@ fn few(adapters: &[Adapter], count: usize) -> Vec<Adapter> {
 fn deltas(adapters: &[Weighted<'_>], layer: &str) -> Vec<Matrix> {
     let of = |w: &Weighted<'_>| {
         let mut dense = delta(w.adapter.find(layer).unwrap());
-        dense.data.iter_mut().for_each(|v| *v *= w.strength);
+        dense.data_mut().iter_mut().for_each(|v| *v *= w.strength);
         dense
     };
     adapters.iter().map(of).collect()
@@ -50,47 +50,49 @@ fn deltas(adapters: &[Weighted<'_>], layer: &str) -> Vec<Matrix> {
 /// The largest relative difference of ΔW over all layers.
 fn worst(merged: &Merged, want: impl Fn(&str) -> Matrix) -> f64 {
     let layers = merged.adapter.layers();
-    layers.iter().map(|layer| relative(&delta(layer), &want(&layer.module))).fold(0.0, f64::max)
+    layers.iter().map(|layer| relative(&delta(layer), &want(layer.module()))).fold(0.0, f64::max)
 }
 
 fn sum(dense: &[Matrix], scale: f64) -> Matrix {
-    Matrix::from_fn(dense[0].rows, dense[0].cols, |i, j| scale * dense.iter().map(|m| m[(i, j)]).sum::<f64>())
+    Matrix::from_fn(dense[0].rows(), dense[0].cols(), |i, j| {
+        scale * dense.iter().map(|m| m[(i, j)]).sum::<f64>()
+    })
 }
 
 /// Thin SVD, rows of both are vectors, without values that are zero but for rounding.
 fn svd(m: &Matrix) -> (Matrix, Vec<f64>, Matrix) {
-    let svd = faer::MatRef::from_row_major_slice(&m.data, m.rows, m.cols).thin_svd().unwrap();
+    let svd = faer::MatRef::from_row_major_slice(m.data(), m.rows(), m.cols()).thin_svd().unwrap();
     let (u, s, v) = (svd.U(), svd.S().column_vector(), svd.V());
     let n = (0..s.nrows()).take_while(|&k| s[k] > 1e-6 * s[0] && s[k] > 0.0).count();
     (
-        Matrix::from_fn(n, m.rows, |k, i| u[(i, k)]),
+        Matrix::from_fn(n, m.rows(), |k, i| u[(i, k)]),
         (0..n).map(|k| s[k]).collect(),
-        Matrix::from_fn(n, m.cols, |k, i| v[(i, k)]),
+        Matrix::from_fn(n, m.cols(), |k, i| v[(i, k)]),
     )
 }
 
 /// `Leftᵀ·diag(values)·Right`.
 fn outer(left: &Matrix, values: &[f64], right: &Matrix) -> Matrix {
-    let scaled = Matrix::from_fn(values.len(), right.cols, |k, j| values[k] * right[(k, j)]);
-    let left = Matrix::from_fn(left.cols, values.len(), |i, k| left[(k, i)]);
+    let scaled = Matrix::from_fn(values.len(), right.cols(), |k, j| values[k] * right[(k, j)]);
+    let left = Matrix::from_fn(left.cols(), values.len(), |i, k| left[(k, i)]);
     product(&left, &scaled)
 }
 
 fn stack(rows: &[Matrix]) -> Matrix {
-    let data: Vec<f64> = rows.iter().flat_map(|m| m.data.clone()).collect();
-    Matrix { rows: data.len() / rows[0].cols, cols: rows[0].cols, data }
+    let data: Vec<f64> = rows.iter().flat_map(|m| m.data().to_vec()).collect();
+    Matrix::new(data.len() / rows[0].cols(), rows[0].cols(), data).unwrap()
 }
 
 /// TIES of dense matrices, by the definition.
 fn ties(dense: &[Matrix], density: f64) -> Matrix {
-    let n = dense[0].data.len();
+    let n = dense[0].data().len();
     let kept = ((density * n as f64) as usize).max(1);
     let trimmed: Vec<Vec<f64>> = dense
         .iter()
         .map(|m| {
-            let mut sizes: Vec<f64> = m.data.iter().map(|v| v.abs()).collect();
+            let mut sizes: Vec<f64> = m.data().iter().map(|v| v.abs()).collect();
             sizes.sort_by(|x, y| y.total_cmp(x));
-            m.data.iter().map(|&v| if v.abs() >= sizes[kept - 1] { v } else { 0.0 }).collect()
+            m.data().iter().map(|&v| if v.abs() >= sizes[kept - 1] { v } else { 0.0 }).collect()
         })
         .collect();
     let entry = |at: usize| {
@@ -99,7 +101,7 @@ fn ties(dense: &[Matrix], density: f64) -> Matrix {
         let agreeing: Vec<f64> = trimmed.iter().map(|t| t[at]).filter(|v| v * sign > 0.0).collect();
         agreeing.iter().sum::<f64>() / agreeing.len().max(1) as f64
     };
-    Matrix { rows: dense[0].rows, cols: dense[0].cols, data: (0..n).map(entry).collect() }
+    Matrix::new(dense[0].rows(), dense[0].cols(), (0..n).map(entry).collect()).unwrap()
 }
 
 fn two_tiers() -> impl Iterator<Item = Case> {
@@ -116,13 +118,13 @@ fn ties_gives_the_reference() {
             let method = EntryMerge::ties(Ties { density: 0.5, ..Ties::default() }).rank(128);
             let merged = method.merge(&case.device, &at_one(&adapters)).unwrap();
             for (layer, report) in merged.adapter.layers().iter().zip(&merged.report.layers) {
-                let probe = reference.get(&format!("probe.in{}", layer.input));
-                let want = reference.get(&format!("{name}.ties_dense/{}", layer.module));
+                let probe = reference.get(&format!("probe.in{}", layer.input()));
+                let want = reference.get(&format!("{name}.ties_dense/{}", layer.module()));
                 let error = relative(&product(&delta(layer), &probe), &want);
                 // f32 factors and an f32 reference; one entry on the other side of a threshold would cost 1e-3.
-                assert!(error <= 1e-5, "{}, {}: {error:e}", case.name, layer.module);
+                assert!(error <= 1e-5, "{}, {}: {error:e}", case.name, layer.module());
                 let captured = report.captured.unwrap();
-                assert!(captured >= 1.0 - 1e-6, "{}, {}: {captured}", case.name, layer.module);
+                assert!(captured >= 1.0 - 1e-6, "{}, {}: {captured}", case.name, layer.module());
             }
         }
     }
@@ -141,7 +143,7 @@ fn ties_is_the_dense_definition_at_full_rank() {
                 let merged = method.merge(&case.device, &weighted).unwrap();
                 let error = worst(&merged, |name| {
                     let mut dense = ties(&deltas(&weighted, name), density);
-                    dense.data.iter_mut().for_each(|v| *v *= 1.5);
+                    dense.data_mut().iter_mut().for_each(|v| *v *= 1.5);
                     dense
                 });
                 // Products of two f32 factors, rounded to f32 on their way.
@@ -158,11 +160,11 @@ fn dare_keeps_or_drops_whole_entries_the_same_everywhere() {
     let dense = deltas(&weighted, "blocks.0");
     let choices = |merged: &Merged, density: f64| -> Vec<usize> {
         let got = delta(&merged.adapter.layers()[0]);
-        let tolerance = 1e-5 * dense[0].data.iter().fold(0.0f64, |max, v| v.abs().max(max)) / density;
-        (0..got.data.len())
+        let tolerance = 1e-5 * dense[0].data().iter().fold(0.0f64, |max, v| v.abs().max(max)) / density;
+        (0..got.data().len())
             .map(|at| {
-                let (x, y) = (dense[0].data[at] / density, dense[1].data[at] / density);
-                let fits = |v: &f64| (got.data[at] - v).abs() <= tolerance;
+                let (x, y) = (dense[0].data()[at] / density, dense[1].data()[at] / density);
+                let fits = |v: &f64| (got.data()[at] - v).abs() <= tolerance;
                 [0.0, x, y, x + y].iter().position(fits).expect("an entry is kept whole or dropped")
             })
             .collect()
@@ -203,13 +205,13 @@ fn approximations_come_near_the_best_and_say_how_much_they_hold() {
         let adapters = if case.device.is_gpu() { few(&adapters, 2) } else { adapters.clone() };
         let merged = EntryMerge::ties(Ties::default()).merge(&case.device, &at_one(&adapters)).unwrap();
         for (layer, report) in merged.adapter.layers().iter().zip(&merged.report.layers) {
-            let dense = ties(&deltas(&at_one(&adapters), &layer.module), 0.2);
+            let dense = ties(&deltas(&at_one(&adapters), layer.module()), 0.2);
             let (_, values, _) = svd(&dense);
             let energy = |values: &[f64]| values.iter().map(|v| v * v).sum::<f64>();
             let best = energy(&values[..36]) / energy(&values);
             let captured = report.captured.unwrap();
-            let what = format!("{}: {}: {captured} of {best}", case.name, layer.module);
-            assert_eq!((layer.rank, &report.action), (36, &Action::Combined), "{what}");
+            let what = format!("{}: {}: {captured} of {best}", case.name, layer.module());
+            assert_eq!((layer.rank(), &report.action), (36, &Action::Combined), "{what}");
             // Two steps of subspace iteration with 8 more directions than asked for.
             assert!(captured <= best + 1e-6 && captured >= 0.99 * best, "{what}");
             let error = relative(&delta(layer), &dense);
@@ -236,21 +238,21 @@ fn rules_in_the_core_are_the_dense_formulas() {
         let u = left_basis(dense);
         let parts: Vec<_> = dense.iter().map(|m| product(&u, m)).collect();
         // The rows beyond the number of directions are zero here, and count as entries.
-        let rows = 10 - u.rows;
-        let pad = |m: &Matrix| stack(&[m.clone(), Matrix::zeros(rows, m.cols)]);
+        let rows = 10 - u.rows();
+        let pad = |m: &Matrix| stack(&[m.clone(), Matrix::zeros(rows, m.cols())]);
         let merged = ties(&parts.iter().map(pad).collect::<Vec<_>>(), 0.5);
         let merged =
-            Matrix { rows: u.rows, cols: merged.cols, data: merged.data[..u.rows * merged.cols].to_vec() };
+            Matrix::new(u.rows(), merged.cols(), merged.data()[..u.rows() * merged.cols()].to_vec()).unwrap();
         product(&u.transposed(), &merged)
     };
     let core_ties = |dense: &[Matrix]| {
         let (u, v) = (left_basis(dense), svd(&stack(dense)).2);
         let pad = |m: Matrix| {
-            Matrix::from_fn(10, 10, |i, j| if i < m.rows && j < m.cols { m[(i, j)] } else { 0.0 })
+            Matrix::from_fn(10, 10, |i, j| if i < m.rows() && j < m.cols() { m[(i, j)] } else { 0.0 })
         };
         let cores: Vec<_> = dense.iter().map(|m| pad(product(&product(&u, m), &v.transposed()))).collect();
         let merged = ties(&cores, 0.5);
-        let merged = Matrix::from_fn(u.rows, v.rows, |i, j| merged[(i, j)]);
+        let merged = Matrix::from_fn(u.rows(), v.rows(), |i, j| merged[(i, j)]);
         product(&u.transposed(), &product(&merged, &v))
     };
     let tsv = |dense: &[Matrix]| {
@@ -293,25 +295,25 @@ fn refactored(adapter: &Adapter, seed: u64) -> Adapter {
         .iter()
         .map(|layer| {
             let (mut a, mut b) = (wide(layer.a()), wide(layer.b()));
-            for k in 0..layer.rank {
+            for k in 0..layer.rank() {
                 let d = 2f64.powi((random.bits() % 9) as i32 - 4);
-                (0..a.cols).for_each(|j| a[(k, j)] /= d);
-                (0..b.rows).for_each(|i| b[(i, k)] *= d);
+                (0..a.cols()).for_each(|j| a[(k, j)] /= d);
+                (0..b.rows()).for_each(|i| b[(i, k)] *= d);
             }
             // A plane rotation of each two ranks.
-            for k in (1..layer.rank).step_by(2) {
+            for k in (1..layer.rank()).step_by(2) {
                 let (sin, cos) = random.normal().sin_cos();
-                for j in 0..a.cols {
+                for j in 0..a.cols() {
                     let (x, y) = (a[(k - 1, j)], a[(k, j)]);
                     (a[(k - 1, j)], a[(k, j)]) = (cos * x + sin * y, cos * y - sin * x);
                 }
-                for i in 0..b.rows {
+                for i in 0..b.rows() {
                     let (x, y) = (b[(i, k - 1)], b[(i, k)]);
                     (b[(i, k - 1)], b[(i, k)]) = (cos * x + sin * y, cos * y - sin * x);
                 }
             }
-            let narrow = |m: &Matrix| Matrix::from_fn(m.rows, m.cols, |i, j| m[(i, j)] as f32);
-            Layer::new(&layer.module, narrow(&a), narrow(&b)).unwrap().with_scale(layer.scale.value)
+            let narrow = |m: &Matrix| Matrix::from_fn(m.rows(), m.cols(), |i, j| m[(i, j)] as f32);
+            Layer::new(layer.module(), narrow(&a), narrow(&b)).unwrap().with_scale(layer.scale().value)
         })
         .collect();
     Adapter::new(adapter.name(), adapter.format(), layers).unwrap()
@@ -361,7 +363,7 @@ fn hard_inputs_stay_finite_and_right() {
     let zero = |r: usize, c: usize| Matrix::zeros(r, c);
     let (a, b) = (random.matrix(3, 20, 1.0), random.matrix(14, 3, 1.0));
     let mut double = stack(&[a.clone(), a.clone()]);
-    double.data[..20].fill(0.0);
+    double.data_mut()[..20].fill(0.0);
     // Equal to each other; a zero adapter; dependent rows; rank above both widths; one wide output.
     let pairs = [
         [made("x", &[(a.clone(), b.clone())]), made("y", &[(a.clone(), b.clone())])],
@@ -382,7 +384,7 @@ fn hard_inputs_stay_finite_and_right() {
             for (name, _, method) in methods() {
                 let merged = method(&case.device, &at_one(pair)).unwrap();
                 let got = delta(&merged.adapter.layers()[0]);
-                assert!(got.data.iter().all(|v| v.is_finite()), "{name}, {}, pair {i}", case.name);
+                assert!(got.data().iter().all(|v| v.is_finite()), "{name}, {}, pair {i}", case.name);
                 if name == "svd" || name == "linear" {
                     let error = relative(&got, &sum(&dense, 1.0));
                     assert!(error <= 1e-5, "{name}, {}, pair {i}: {error:e}", case.name);
@@ -410,10 +412,10 @@ fn truncation_is_the_best_approximation() {
             let layers =
                 merged.adapter.layers().iter().zip(&merged.report.layers).zip(whole.adapter.layers());
             for ((layer, report), dense) in layers {
-                let what = format!("{}: rank {rank}: {}", case.name, layer.module);
+                let what = format!("{}: rank {rank}: {}", case.name, layer.module());
                 let (u, values, v) = svd(&delta(dense));
                 let rank = rank.min(values.len());
-                assert_eq!((layer.rank, report.rank), (rank, rank), "{what}");
+                assert_eq!((layer.rank(), report.rank), (rank, rank), "{what}");
                 let error = relative(&delta(layer), &outer(&u, &values[..rank], &v));
                 assert!(error <= 1e-5, "{what}: {error:e}");
                 let energy = |values: &[f64]| values.iter().map(|v| v * v).sum::<f64>();
@@ -441,7 +443,7 @@ fn small_singular_values_are_cut_as_what_they_are() {
         let b = Matrix::from_fn(output, rank, |i, k| value(k).powf(1.0 - share) * left[(k, i)]);
         let adapter = made("graded", &[(a, b)]);
         let dense = delta(&adapter.layers()[0]);
-        let decomposed = faer::MatRef::from_row_major_slice(&dense.data, output, input).thin_svd().unwrap();
+        let decomposed = faer::MatRef::from_row_major_slice(dense.data(), output, input).thin_svd().unwrap();
         let values: Vec<f64> = (0..rank).map(|k| decomposed.S().column_vector()[k]).collect();
         let whole = values.iter().map(|v| v * v).sum::<f64>().sqrt();
         for case in devices() {
@@ -471,7 +473,7 @@ fn spectra_choose_ranks_layer_by_layer() {
             let (_, values, _) = svd(&delta(whole));
             let total: f64 = values.iter().map(|v| v.powi(hold)).sum();
             let held = |n: usize| values[..n].iter().map(|v| v.powi(hold)).sum::<f64>() / total;
-            let n = layer.rank;
+            let n = layer.rank();
             // The fewest that do, and at least one; and the next, as in kohya's script, if there is one.
             let does = |n: usize| match spectrum {
                 Spectrum::Ratio(x) => values.get(n).is_none_or(|v| *v <= values[0] / x),
@@ -479,7 +481,7 @@ fn spectra_choose_ranks_layer_by_layer() {
                 Spectrum::Cumulative(x) => held(n) >= x,
             };
             let fewest = (1..=values.len()).find(|&n| does(n)).unwrap();
-            assert_eq!(n, (fewest + 1).min(values.len()), "{spectrum:?}, {}", layer.module);
+            assert_eq!(n, (fewest + 1).min(values.len()), "{spectrum:?}, {}", layer.module());
             ranks.push(n);
         }
         ranks.sort();
@@ -498,10 +500,10 @@ fn svd_merges_give_the_fingerprints() {
     let pair = [adapter("content_heart"), adapter("style_shade")];
     let merged = SvdMerge::new(Truncation::rank(8)).merge(&Device::cpu(), &at_one(&pair)).unwrap();
     for layer in merged.adapter.layers() {
-        let probe = reference.get(&format!("probe.in{}", layer.input));
-        let want = reference.get(&format!("content_heart+style_shade.peft_svd/{}", layer.module));
+        let probe = reference.get(&format!("probe.in{}", layer.input()));
+        let want = reference.get(&format!("content_heart+style_shade.peft_svd/{}", layer.module()));
         let error = relative(&product(&delta(layer), &probe), &want);
-        assert!(error <= 1e-5, "{}: {error:e}", layer.module);
+        assert!(error <= 1e-5, "{}: {error:e}", layer.module());
     }
 }
 
@@ -537,18 +539,18 @@ fn every_method_is_measured_alike() {
         let (mut lost, mut nothing) = (0.0, 0.0);
         for (adapter, task) in adapters.iter().zip(fixtures::POOL) {
             let inputs = Tensors::open(fixtures::activations("traj4", task));
-            let Some(name) = inputs.names().into_iter().find(|name| *name == layer.module) else {
+            let Some(name) = inputs.names().into_iter().find(|name| *name == layer.module()) else {
                 continue;
             };
             let x = inputs.get(&name).transposed();
             let (own, got) = (product(&delta(adapter.find(&name).unwrap()), &x), product(&delta(layer), &x));
-            nothing += own.data.iter().map(|v| v * v).sum::<f64>();
-            lost += own.data.iter().zip(&got.data).map(|(x, y)| (x - y).powi(2)).sum::<f64>();
+            nothing += own.data().iter().map(|v| v * v).sum::<f64>();
+            lost += own.data().iter().zip(got.data()).map(|(x, y)| (x - y).powi(2)).sum::<f64>();
         }
         if nothing > 0.0 {
             let want = f64::sqrt(lost / nothing);
             let loss = report.losses.unwrap().merged;
-            assert!(close(loss, want), "{}: {loss} {want}", layer.module);
+            assert!(close(loss, want), "{}: {loss} {want}", layer.module());
         }
     }
 
@@ -567,7 +569,7 @@ fn runs_are_bit_identical() {
         for (name, _, method) in methods() {
             let run = || {
                 let merged = method(&case.device, &at_one(&adapters)).unwrap();
-                let bytes = |layer: &Layer| (layer.a().bytes.to_vec(), layer.b().bytes.to_vec());
+                let bytes = |layer: &Layer| (layer.a().bytes().to_vec(), layer.b().bytes().to_vec());
                 merged.adapter.layers().iter().map(bytes).collect::<Vec<_>>()
             };
             assert!(run() == run(), "{name}, {}", case.name);

@@ -54,13 +54,13 @@ fn statistics_are_those_of_the_reference() {
             let mut worst = 0f64;
             assert_eq!(calibration.layers().count(), 24);
             for layer in adapters[0].layers() {
-                let ranks = calibration.ranks(&layer.key);
+                let ranks = calibration.ranks(layer.key());
                 assert_eq!(ranks, [8, 16, 4, 8]);
                 let (mut g, mut q) = (Matrix::zeros(36, 36), Matrix::zeros(36, 36));
                 let (mut start, mut tokens) = (0, 0);
                 for (task, rank) in ranks.iter().enumerate() {
-                    let gram = calibration.gram(&layer.key, task).unwrap().unwrap();
-                    tokens += calibration.tokens(&layer.key, task);
+                    let gram = calibration.gram(layer.key(), task).unwrap().unwrap();
+                    tokens += calibration.tokens(layer.key(), task);
                     for i in 0..36 {
                         for j in 0..36 {
                             assert_eq!(gram[(i, j)], gram[(j, i)]);
@@ -72,7 +72,7 @@ fn statistics_are_those_of_the_reference() {
                     }
                     start += rank;
                 }
-                let get = |name: &str| reference.get(&format!("{}.{name}", layer.module));
+                let get = |name: &str| reference.get(&format!("{}.{name}", layer.module()));
                 assert_eq!(tokens as f64, get("count")[(0, 0)]);
                 worst = worst.max(relative(&g, &get("G"))).max(relative(&q, &get("Q")));
             }
@@ -92,11 +92,11 @@ fn accumulate_rows(
 ) {
     let file = Tensors::open(activations("traj4", POOL[task]));
     for layer in pool()[0].layers() {
-        let x = file.get(&stored(&layer.module));
+        let x = file.get(&stored(layer.module()));
         // bf16 widened to f32 is exact.
-        let values: Vec<f32> = x.data.iter().map(|&v| v as f32).collect();
-        let x = RawMatrix::from_f32(x.rows, x.cols, &values).unwrap().rows(rows.start, rows.end);
-        calibration.accumulate(device, task, &layer.module, x).unwrap();
+        let values: Vec<f32> = x.data().iter().map(|&v| v as f32).collect();
+        let x = RawMatrix::from_f32(x.rows(), x.cols(), &values).unwrap().row_range(rows.start, rows.end);
+        calibration.accumulate(device, task, layer.module(), x).unwrap();
     }
 }
 
@@ -128,13 +128,13 @@ fn layers_in_one_call_are_those_apart() {
         .layers()
         .iter()
         .map(|layer| {
-            let Matrix { rows, cols, data } = file.get(&stored(&layer.module));
-            (layer.module.clone(), Matrix { rows, cols, data: data.iter().map(|&v| v as f32).collect() })
+            let x = file.get(&stored(layer.module()));
+            (layer.module().to_owned(), Matrix::from_fn(x.rows(), x.cols(), |i, j| x[(i, j)] as f32))
         })
         .collect();
     let views: Vec<(&str, Activations<'_>)> = values
         .iter()
-        .map(|(name, x)| (name.as_str(), RawMatrix::from_f32(x.rows, x.cols, &x.data).unwrap().into()))
+        .map(|(name, x)| (name.as_str(), RawMatrix::from_f32(x.rows(), x.cols(), x.data()).unwrap().into()))
         .collect();
     for case in devices() {
         let (mut together, mut apart) =
@@ -159,7 +159,7 @@ fn layers_in_one_call_are_those_apart() {
                 usage: wgpu::BufferUsages::STORAGE,
                 mapped_at_creation: false,
             });
-            let (dtype, width) = (Dtype::F32, values[1].1.cols);
+            let (dtype, width) = (Dtype::F32, values[1].1.cols());
             let between = Activations::Buffer { buffer: &buffer, offset: 2, dtype, tokens: 1, width };
             let refused = [views[0], (views[1].0, between)];
             let error = together.accumulate_all(&case.device, Source::Task(1), &refused).unwrap_err();

@@ -245,7 +245,7 @@ fn other_kinds_become_loras_if_that_is_allowed() {
     let (_, stderr) = folder.succeeds(&[&convert[..], &["--allow-truncate", "3"]].concat());
     assert!(stderr.contains("LoKr") && stderr.contains("was cut off"), "{stderr}");
     let adapter = Adapter::open(folder.path("lora.safetensors")).unwrap();
-    assert_eq!((adapter.layers()[0].rank, adapter.format().name()), (3, "kohya"));
+    assert_eq!((adapter.layers()[0].rank(), adapter.format().name()), (3, "kohya"));
     let merge = ["merge", "linear", "lokr.safetensors", "-o", "m.safetensors", "--allow-truncate", "3"];
     let result = folder.event("result", &merge);
     let notes = result["report"]["notes"].as_array().unwrap();

@@ -13,7 +13,7 @@ use loraweld::{
 };
 
 fn narrow(m: &Matrix) -> Matrix<f32> {
-    Matrix::from_fn(m.rows, m.cols, |i, j| m[(i, j)] as f32)
+    Matrix::from_fn(m.rows(), m.cols(), |i, j| m[(i, j)] as f32)
 }
 
 /// An adapter of layers `blocks.<name>`.
@@ -80,9 +80,9 @@ impl File {
     /// As vectors, entries of zero where an adapter lacks a layer, strengths in them or not.
     fn vectors(&self, weighted: bool) -> Vec<Vec<Vec<f64>>> {
         let vectors = |updates: &Vec<Option<Matrix>>| {
-            let size = updates.iter().flatten().next().unwrap().data.len();
+            let size = updates.iter().flatten().next().unwrap().data().len();
             let vector = |(update, strength): (&Option<Matrix>, &f64)| match update {
-                Some(m) => m.data.iter().map(|v| if weighted { v * strength } else { *v }).collect(),
+                Some(m) => m.data().iter().map(|v| if weighted { v * strength } else { *v }).collect(),
                 None => vec![0.0; size],
             };
             updates.iter().zip(&self.strengths).map(vector).collect()
@@ -99,7 +99,7 @@ impl File {
 
     fn shaped(&self, layer: usize, data: Vec<f64>) -> Matrix {
         let m = self.layers[layer].iter().flatten().next().unwrap();
-        Matrix { rows: m.rows, cols: m.cols, data }
+        Matrix::new(m.rows(), m.cols(), data).unwrap()
     }
 }
 
@@ -200,7 +200,7 @@ fn dense_ties(file: &File, options: &Ties) -> Vec<Matrix> {
 }
 
 fn scaled(m: &Matrix, scale: f64) -> Matrix {
-    Matrix::from_fn(m.rows, m.cols, |i, j| scale * m[(i, j)])
+    Matrix::from_fn(m.rows(), m.cols(), |i, j| scale * m[(i, j)])
 }
 
 /// The largest relative difference over all layers.
@@ -302,8 +302,9 @@ fn each_option_of_ties_is_its_own() {
 fn masks(device: &Device, adapters: &[Weighted<'_>], density: f64, seed: u64) -> Vec<Vec<Vec<bool>>> {
     let constant = |(k, w): (usize, &Weighted<'_>)| {
         let layer = |layer: &Layer| {
-            let (a, b) = (Matrix::from_fn(1, layer.input, |_, _| 1.0f32), (layer.output, (1 << k) as f32));
-            Layer::new(&layer.module, a, Matrix::from_fn(b.0, 1, |_, _| b.1)).unwrap()
+            let (a, b) =
+                (Matrix::from_fn(1, layer.input(), |_, _| 1.0f32), (layer.output(), (1 << k) as f32));
+            Layer::new(layer.module(), a, Matrix::from_fn(b.0, 1, |_, _| b.1)).unwrap()
         };
         let layers = w.adapter.layers().iter().map(layer).collect();
         Adapter::new(format!("constant-{k}"), Format::Peft, layers).unwrap()
@@ -316,7 +317,7 @@ fn masks(device: &Device, adapters: &[Weighted<'_>], density: f64, seed: u64) ->
     let layer = |layer: &Layer| {
         let code = |v: f64| (v * density).round() as usize;
         let dense = delta(layer);
-        (0..adapters.len()).map(|k| dense.data.iter().map(|&v| code(v) >> k & 1 == 1).collect()).collect()
+        (0..adapters.len()).map(|k| dense.data().iter().map(|&v| code(v) >> k & 1 == 1).collect()).collect()
     };
     merged.adapter.layers().iter().map(layer).collect()
 }
@@ -400,32 +401,34 @@ fn dare_of_the_paper_and_of_peft() {
 
 /// Thin SVD, rows of both are vectors, without values that are zero but for rounding.
 fn svd(m: &Matrix) -> (Matrix, Vec<f64>, Matrix) {
-    let svd = faer::MatRef::from_row_major_slice(&m.data, m.rows, m.cols).thin_svd().unwrap();
+    let svd = faer::MatRef::from_row_major_slice(m.data(), m.rows(), m.cols()).thin_svd().unwrap();
     let (u, s, v) = (svd.U(), svd.S().column_vector(), svd.V());
     let n = (0..s.nrows()).take_while(|&k| s[k] > 1e-6 * s[0] && s[k] > 0.0).count();
     (
-        Matrix::from_fn(n, m.rows, |k, i| u[(i, k)]),
+        Matrix::from_fn(n, m.rows(), |k, i| u[(i, k)]),
         (0..n).map(|k| s[k]).collect(),
-        Matrix::from_fn(n, m.cols, |k, i| v[(i, k)]),
+        Matrix::from_fn(n, m.cols(), |k, i| v[(i, k)]),
     )
 }
 
 fn outer(left: &Matrix, values: &[f64], right: &Matrix) -> Matrix {
-    let scaled = Matrix::from_fn(values.len(), right.cols, |k, j| values[k] * right[(k, j)]);
-    let left = Matrix::from_fn(left.cols, values.len(), |i, k| left[(k, i)]);
+    let scaled = Matrix::from_fn(values.len(), right.cols(), |k, j| values[k] * right[(k, j)]);
+    let left = Matrix::from_fn(left.cols(), values.len(), |i, k| left[(k, i)]);
     product(&left, &scaled)
 }
 
 fn stack(rows: &[Matrix]) -> Matrix {
-    let data: Vec<f64> = rows.iter().flat_map(|m| m.data.clone()).collect();
-    Matrix { rows: data.len() / rows[0].cols, cols: rows[0].cols, data }
+    let data: Vec<f64> = rows.iter().flat_map(|m| m.data().to_vec()).collect();
+    Matrix::new(data.len() / rows[0].cols(), rows[0].cols(), data).unwrap()
 }
 
 /// The updates of one layer with strengths, zeros where an adapter lacks it.
 fn updates(file: &File, layer: usize) -> Vec<Matrix> {
     let update = |(m, s): (&Option<Matrix>, &f64)| match m {
         Some(m) => scaled(m, *s),
-        None => file.shaped(layer, vec![0.0; file.layers[layer].iter().flatten().next().unwrap().data.len()]),
+        None => {
+            file.shaped(layer, vec![0.0; file.layers[layer].iter().flatten().next().unwrap().data().len()])
+        }
     };
     file.layers[layer].iter().zip(&file.strengths).map(update).collect()
 }
@@ -442,14 +445,16 @@ fn knots_paper(file: &File, options: &Ties) -> Vec<Matrix> {
     let vectors: Vec<Vec<Vec<f64>>> = bases
         .iter()
         .enumerate()
-        .map(|(i, u)| updates(file, i).iter().map(|m| product(u, m).data).collect())
+        .map(|(i, u)| updates(file, i).iter().map(|m| product(u, m).into_data()).collect())
         .collect();
     let counts: Vec<usize> = vectors.iter().map(|layer| layer[0].len()).collect();
     let merged = ties(&vectors, &counts, &vec![1.0; file.strengths.len()], options);
     bases
         .iter()
         .zip(merged)
-        .map(|(u, data)| product(&u.transposed(), &Matrix { rows: u.rows, cols: data.len() / u.rows, data }))
+        .map(|(u, data)| {
+            product(&u.transposed(), &Matrix::new(u.rows(), data.len() / u.rows(), data).unwrap())
+        })
         .collect()
 }
 
@@ -459,15 +464,15 @@ fn core_paper(adapters: &[Weighted<'_>], file: &File, options: &Ties) -> Vec<Mat
         let own: Vec<(&Layer, f64)> =
             adapters.iter().filter_map(|w| Some((w.adapter.layer(key)?, w.strength))).collect();
         let v = svd(&stack(&own.iter().map(|(l, _)| wide(l.a())).collect::<Vec<_>>())).2;
-        let b = |(l, s): &(&Layer, f64)| scaled(&wide(l.b()).transposed(), l.scale.value * s);
+        let b = |(l, s): &(&Layer, f64)| scaled(&wide(l.b()).transposed(), l.scale().value * s);
         let u = svd(&stack(&own.iter().map(b).collect::<Vec<_>>())).2;
-        let core = |m: &Matrix| product(&product(&u, m), &v.transposed()).data;
+        let core = |m: &Matrix| product(&product(&u, m), &v.transposed()).into_data();
         let vectors = vec![updates(file, i).iter().map(core).collect::<Vec<_>>()];
-        let rank: usize = own.iter().map(|(l, _)| l.rank).sum();
-        let (output, input) = (own[0].0.output, own[0].0.input);
+        let rank: usize = own.iter().map(|(l, _)| l.rank()).sum();
+        let (output, input) = (own[0].0.output(), own[0].0.input());
         let counts = [rank.min(output) * rank.min(input)];
         let data = ties(&vectors, &counts, &vec![1.0; file.strengths.len()], options).remove(0);
-        product(&u.transposed(), &product(&Matrix { rows: u.rows, cols: v.rows, data }, &v))
+        product(&u.transposed(), &product(&Matrix::new(u.rows(), v.rows(), data).unwrap(), &v))
     };
     file.keys.iter().enumerate().map(layer).collect()
 }
@@ -533,14 +538,14 @@ fn rules_on_entries_take_strengths_after_the_election_in_cores_as_well() {
         let vectors: Vec<Vec<Vec<f64>>> = bases
             .iter()
             .enumerate()
-            .map(|(i, u)| updates(&unweighted, i).iter().map(|m| product(u, m).data).collect())
+            .map(|(i, u)| updates(&unweighted, i).iter().map(|m| product(u, m).into_data()).collect())
             .collect();
         let counts: Vec<usize> = vectors.iter().map(|layer| layer[0].len()).collect();
         let want: Vec<Matrix> = ties(&vectors, &counts, &strengths, &options)
             .into_iter()
             .zip(&bases)
             .map(|(data, u)| {
-                product(&u.transposed(), &Matrix { rows: u.rows, cols: data.len() / u.rows, data })
+                product(&u.transposed(), &Matrix::new(u.rows(), data.len() / u.rows(), data).unwrap())
             })
             .collect();
         for case in &devices {
@@ -582,7 +587,7 @@ fn tsv_and_iso_of_the_paper() {
             for (u, s, v) in dense.iter().map(svd) {
                 let n = s.len().min(most);
                 cut |= n < s.len();
-                let rows = |m: &Matrix| Matrix::from_fn(n, m.cols, |k, j| m[(k, j)]);
+                let rows = |m: &Matrix| Matrix::from_fn(n, m.cols(), |k, j| m[(k, j)]);
                 left.push(rows(&u));
                 right.push(rows(&v));
                 values.extend(&s[..n]);

@@ -38,8 +38,8 @@ fn factors(
 
 fn updates(a: &Matrix, b: &Matrix, members: &[EntryMember]) -> Vec<Matrix> {
     let of = |m: &EntryMember| {
-        let a = Matrix::from_fn(m.ranks.len(), a.cols, |k, j| a[(m.ranks.start + k, j)]);
-        let b = Matrix::from_fn(b.rows, m.ranks.len(), |i, k| m.scale * b[(i, m.ranks.start + k)]);
+        let a = Matrix::from_fn(m.ranks.len(), a.cols(), |k, j| a[(m.ranks.start + k, j)]);
+        let b = Matrix::from_fn(b.rows(), m.ranks.len(), |i, k| m.scale * b[(i, m.ranks.start + k)]);
         product(&b, &a)
     };
     members.iter().map(of).collect()
@@ -77,7 +77,7 @@ fn entries_are_merged_by_the_rule() {
                 for range in [0..rows, rows / 2..rows, rows / 3..rows / 2] {
                     let got = entries(&case.device, &a_batch, &b_batch, &rule, range.clone()).unwrap();
                     let values = got.values.download(&case.device).unwrap().remove(0);
-                    assert_eq!((values.rows, values.cols), (range.len(), cols));
+                    assert_eq!((values.rows(), values.cols()), (range.len(), cols));
                     let (mut square, mut signs) = (0.0, 0);
                     for (i, row) in range.clone().enumerate() {
                         for j in 0..cols {
@@ -114,7 +114,7 @@ fn magnitudes_are_counted_exactly() {
             let (a, b, [a_batch, b_batch]) = factors(&case.device, &mut random, ranks, rows, cols);
             let members = members(ranks, 0.0);
             let dense = updates(&a, &b, &members);
-            let bits = |m: &Matrix| m.data.iter().map(|v| (v.abs() as f32).to_bits()).collect::<Vec<_>>();
+            let bits = |m: &Matrix| m.data().iter().map(|v| (v.abs() as f32).to_bits()).collect::<Vec<_>>();
             let prefixes: Vec<u32> = dense.iter().map(|m| bits(m)[0] >> 15).collect();
             for prefixes in [None, Some(&prefixes[..])] {
                 let mut counts = vec![vec![0; BUCKETS]; ranks.len()];
@@ -145,7 +145,8 @@ fn what_is_not_finite_stays_where_it_is() {
     for case in devices() {
         let device = &case.device;
         let upload = |rows, cols, data: &[f64]| {
-            Batch::upload(device, device.factor(), &[Matrix { rows, cols, data: data.to_vec() }]).unwrap()
+            Batch::upload(device, device.factor(), &[Matrix::new(rows, cols, data.to_vec()).unwrap()])
+                .unwrap()
         };
         let (a, b) = (upload(1, 3, &[1.0, f64::NAN, f64::INFINITY]), upload(1, 1, &[2.0]));
         let rule = EntryRule {
@@ -156,6 +157,6 @@ fn what_is_not_finite_stays_where_it_is() {
             scale: 1.0,
         };
         let got = entries(device, &a, &b, &rule, 0..1).unwrap().values.download(device).unwrap().remove(0);
-        assert_eq!(got.data[0], 2.0, "{}", case.name);
+        assert_eq!(got.data()[0], 2.0, "{}", case.name);
     }
 }

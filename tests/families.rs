@@ -503,11 +503,11 @@ fn assert_same_tensors(found: &Tensors, expected: &Tensors, what: &str) {
 /// Bit by bit, all layers and their factors.
 #[track_caller]
 fn assert_same_layers(found: &Adapter, expected: &Adapter, what: &str) {
-    let keys = |a: &Adapter| a.layers().iter().map(|l| l.key.clone()).collect::<Vec<_>>();
+    let keys = |a: &Adapter| a.layers().iter().map(|l| l.key().clone()).collect::<Vec<_>>();
     assert_eq!(keys(found), keys(expected), "{what}");
     for (x, y) in found.layers().iter().zip(expected.layers()) {
-        assert_eq!((x.a().bytes, x.b().bytes), (y.a().bytes, y.b().bytes), "{what}: {}", x.key);
-        assert_eq!((x.scale.value, x.kernel()), (y.scale.value, y.kernel()), "{what}: {}", x.key);
+        assert_eq!((x.a().bytes(), x.b().bytes()), (y.a().bytes(), y.b().bytes()), "{what}: {}", x.key());
+        assert_eq!((x.scale().value, x.kernel()), (y.scale().value, y.kernel()), "{what}: {}", x.key());
     }
 }
 
@@ -579,7 +579,7 @@ fn alphas_are_kept_where_there_is_a_place_for_them() {
     // No power of two, so that folding would round.
     let bytes = file(&styled(Style { alpha: Some(0.75), ..KOHYA }, flux_fused()));
     let adapter = folder.open("in.safetensors", &bytes);
-    assert!(adapter.layers().iter().all(|layer| layer.scale.value == 0.75));
+    assert!(adapter.layers().iter().all(|layer| layer.scale().value == 0.75));
     let (_, other) = folder.save(&adapter, "other.safetensors", Some(Format::Comfyui));
     let (path, _) = folder.save(&other, "back.safetensors", Some(Format::Kohya));
     assert_same_tensors(&tensors(&fs::read(path).unwrap()), &tensors(&bytes), "kohya through comfyui");
@@ -587,17 +587,17 @@ fn alphas_are_kept_where_there_is_a_place_for_them() {
 
 fn delta(layer: &Layer) -> Matrix {
     let (a, b) = (layer.a().to_vec::<f64>(), layer.b().to_vec::<f64>());
-    Matrix::from_fn(layer.output, layer.input, |i, j| {
-        let sum: f64 = (0..layer.rank).map(|r| b[i * layer.rank + r] * a[r * layer.input + j]).sum();
-        sum * layer.scale.value
+    Matrix::from_fn(layer.output(), layer.input(), |i, j| {
+        let sum: f64 = (0..layer.rank()).map(|r| b[i * layer.rank() + r] * a[r * layer.input() + j]).sum();
+        sum * layer.scale().value
     })
 }
 
 /// ‖x − y‖ / ‖y‖.
 fn error(x: &Matrix, y: &Matrix) -> f64 {
-    assert_eq!((x.rows, x.cols), (y.rows, y.cols));
-    let square = |of: &dyn Fn(usize) -> f64| (0..y.data.len()).map(|i| of(i) * of(i)).sum::<f64>();
-    (square(&|i| x.data[i] - y.data[i]) / square(&|i| y.data[i])).sqrt()
+    assert_eq!((x.rows(), x.cols()), (y.rows(), y.cols()));
+    let square = |of: &dyn Fn(usize) -> f64| (0..y.data().len()).map(|i| of(i) * of(i)).sum::<f64>();
+    (square(&|i| x.data()[i] - y.data()[i]) / square(&|i| y.data()[i])).sqrt()
 }
 
 #[test]
@@ -620,12 +620,12 @@ fn spellings_of_a_family_merge_layer_by_layer() {
             assert_eq!(keys, expected, "{format:?}");
             for layer in back.layers() {
                 let (x, y) =
-                    (delta(fused.layer(&layer.key).unwrap()), delta(split.layer(&layer.key).unwrap()));
+                    (delta(fused.layer(layer.key()).unwrap()), delta(split.layer(layer.key()).unwrap()));
                 let (x, y) = if first.format() == Format::Kohya { (x, y) } else { (y, x) };
-                let sum = Matrix::from_fn(x.rows, x.cols, |i, j| 0.5 * x[(i, j)] - 0.25 * y[(i, j)]);
+                let sum = Matrix::from_fn(x.rows(), x.cols(), |i, j| 0.5 * x[(i, j)] - 0.25 * y[(i, j)]);
                 // B is rounded once, to f32 or to bf16.
                 let e = error(&delta(layer), &sum);
-                assert!(e <= 1e-6, "{format:?} {}: {e}", layer.key);
+                assert!(e <= 1e-6, "{format:?} {}: {e}", layer.key());
             }
         }
     }
@@ -655,7 +655,7 @@ fn half_adapted_fused_modules_come_back() {
 fn other_spellings_of_flux_are_read() {
     let folder = Folder::new();
     let split = folder.open("split.safetensors", &file(&styled(PEFT, flux_split(1, 1))));
-    let keys: Vec<_> = split.layers().iter().map(|layer| layer.key.clone()).collect();
+    let keys: Vec<_> = split.layers().iter().map(|layer| layer.key().clone()).collect();
     let one_trainer = |path: &str| {
         let path = path.replace("single_transformer_blocks", "single_blocks");
         let path = path.replace("transformer_blocks", "double_blocks");
@@ -681,7 +681,7 @@ fn other_spellings_of_flux_are_read() {
             modules.iter_mut().for_each(|m| m.path = rename(&m.path));
         }
         let adapter = folder.open("other.safetensors", &file(&styled(style, modules.clone())));
-        let found: Vec<_> = adapter.layers().iter().map(|layer| layer.key.clone()).collect();
+        let found: Vec<_> = adapter.layers().iter().map(|layer| layer.key().clone()).collect();
         assert!(found.iter().all(|key| keys.contains(key)), "{}: {found:?}", style.prefix);
         assert_eq!(found.len(), modules.len());
         assert!(rename.is_some() || found == keys);
@@ -733,7 +733,7 @@ fn t5_is_one_encoder_under_two_numbers() {
     let key = "text_encoder_3.encoder_block_0_layer_0_SelfAttention_q";
     for (prefix, style) in [("lora_te2_", KOHYA), ("lora_te3_", KOHYA), ("text_encoder_2.", PEFT)] {
         let adapter = folder.open("t5.safetensors", &of(prefix, style));
-        assert!(adapter.layers().iter().any(|layer| layer.key.as_str() == key), "{prefix}");
+        assert!(adapter.layers().iter().any(|layer| layer.key().as_str() == key), "{prefix}");
         let (path, _) = folder.save(&adapter, "peft.safetensors", Some(Format::Peft));
         let file = tensors(&fs::read(path).unwrap());
         assert!(
@@ -781,7 +781,7 @@ fn recordings_of_fused_modules_serve_their_parts() {
     let device = Device::cpu();
     let mut calibration = Calibration::new([&fused, &split]).unwrap();
     let inputs = wave(5, H, 1.0);
-    let x = RawMatrix::from_f32(5, H, &inputs.data).unwrap();
+    let x = RawMatrix::from_f32(5, H, inputs.data()).unwrap();
     calibration.accumulate(&device, 0, "double_blocks.0.img_attn.qkv", x).unwrap();
     calibration.accumulate(&device, 0, "transformer_blocks.0.attn.to_q", x).unwrap();
     let recorded =
@@ -793,7 +793,7 @@ fn recordings_of_fused_modules_serve_their_parts() {
     assert_eq!(tokens("transformer_blocks.0.attn.to_q", 0), 10);
     assert_eq!(tokens("transformer_blocks.0.attn.to_v", 0), 5);
     assert_eq!(tokens("single_transformer_blocks.0.proj_mlp", 1), 5);
-    let narrow = RawMatrix::from_f32(1, 5, &inputs.data[..5]).unwrap();
+    let narrow = RawMatrix::from_f32(1, 5, &inputs.data()[..5]).unwrap();
     let wrong = calibration.accumulate(&device, 0, "double_blocks.0.img_attn.qkv", narrow);
     assert!(wrong.unwrap_err().to_string().contains("width 5"));
 }
@@ -804,17 +804,17 @@ fn wave(rows: usize, cols: usize, seed: f64) -> Matrix<f32> {
 }
 
 fn raw<'a>(name: &'a str, m: &Matrix<f32>, shape: &'a [usize]) -> Raw<'a> {
-    assert_eq!(m.data.len(), shape.iter().product::<usize>());
-    (name, "F32", shape, f32s(&m.data))
+    assert_eq!(m.data().len(), shape.iter().product::<usize>());
+    (name, "F32", shape, f32s(m.data()))
 }
 
 fn wide(m: &Matrix<f32>) -> Matrix {
-    Matrix { rows: m.rows, cols: m.cols, data: m.data.iter().map(|&v| v.into()).collect() }
+    m.map(|v| v.into())
 }
 
 fn product(x: &Matrix, y: &Matrix) -> Matrix {
-    assert_eq!(x.cols, y.rows);
-    Matrix::from_fn(x.rows, y.cols, |i, j| (0..x.cols).map(|k| x[(i, k)] * y[(k, j)]).sum())
+    assert_eq!(x.cols(), y.rows());
+    Matrix::from_fn(x.rows(), y.cols(), |i, j| (0..x.cols()).map(|k| x[(i, k)] * y[(k, j)]).sum())
 }
 
 #[test]
@@ -834,7 +834,7 @@ fn convolutions_of_any_dimension() {
         );
         let adapter = folder.open("conv.safetensors", &bytes);
         let layer = adapter.find("x").unwrap();
-        assert_eq!((layer.kernel(), layer.input, layer.output), (kernel, 5 * taps, 4));
+        assert_eq!((layer.kernel(), layer.input(), layer.output()), (kernel, 5 * taps, 4));
         // W[o, i, k] = Σ_r up[o, r]·down[r, i, k], flat in the order of memory.
         assert!(error(&delta(layer), &product(&wide(&b), &wide(&a))) <= 1e-15);
         let merged = Linear.merge(&[adapter.at(0.5), adapter.at(0.25)]).unwrap().adapter;
@@ -843,7 +843,7 @@ fn convolutions_of_any_dimension() {
         assert_eq!(file["lora_unet_x.lora_down.weight"].1[2..], *kernel);
         assert_eq!(file["lora_unet_x.lora_up.weight"].1[2..], vec![1; kernel.len()]);
         let expected = product(&wide(&b), &wide(&a));
-        let expected = Matrix { data: expected.data.iter().map(|v| 0.75 * v).collect(), ..expected };
+        let expected = expected.map(|v| 0.75 * v);
         // Rounded to f32.
         assert!(error(&delta(&back.layers()[0]), &expected) <= 1e-7);
     }
@@ -851,11 +851,11 @@ fn convolutions_of_any_dimension() {
 
 /// W[o, i, k] = Σ up[o, m]·mid[m, n, k]·down[n, i], flat.
 fn tucker(up: &Matrix, mid: &Matrix, down: &Matrix) -> Matrix {
-    let taps = mid.cols / down.rows;
-    Matrix::from_fn(up.rows, down.cols * taps, |o, j| {
+    let taps = mid.cols() / down.rows();
+    Matrix::from_fn(up.rows(), down.cols() * taps, |o, j| {
         let (i, k) = (j / taps, j % taps);
-        (0..up.cols)
-            .flat_map(|m| (0..down.rows).map(move |n| (m, n)))
+        (0..up.cols())
+            .flat_map(|m| (0..down.rows()).map(move |n| (m, n)))
             .map(|(m, n)| up[(o, m)] * mid[(m, n * taps + k)] * down[(n, i)])
             .sum()
     })
@@ -876,7 +876,7 @@ fn tucker_cores_go_into_a() {
         );
         let adapter = Adapter::from_bytes("x", bytes).unwrap();
         let layer = &adapter.layers()[0];
-        assert_eq!((layer.kernel(), layer.rank), (&[3, 3][..], 2));
+        assert_eq!((layer.kernel(), layer.rank()), (&[3, 3][..], 2));
         // A is rounded to f32.
         assert!(error(&delta(layer), &tucker(&wide(&up), &wide(&mid), &wide(&down))) <= 1e-7);
     }
@@ -931,7 +931,7 @@ fn loha_is_a_lora_of_the_product_of_the_ranks() {
     let expected = Matrix::from_fn(6, 5, |i, j| 0.5 * x[(i, j)] * y[(i, j)]);
     let adapter = Adapter::from_bytes("x", bytes.clone()).unwrap();
     // No matrix of 6 x 5 has a higher rank.
-    assert_eq!(adapter.layers()[0].rank, 5);
+    assert_eq!(adapter.layers()[0].rank(), 5);
     // Products of f32, rounded to f32.
     assert!(error(&delta(&adapter.layers()[0]), &expected) <= 1e-6);
     assert!(adapter.notes()[0].contains("LoHa") && adapter.notes()[0].contains("exactly"));
@@ -940,7 +940,7 @@ fn loha_is_a_lora_of_the_product_of_the_ranks() {
     let options = OpenOptions { truncate: Some(2), ..Default::default() };
     let cut = Adapter::open_with(folder.write("loha.safetensors", &bytes), &options).unwrap();
     let e = error(&delta(&cut.layers()[0]), &expected);
-    assert_eq!(cut.layers()[0].rank, 2);
+    assert_eq!(cut.layers()[0].rank(), 2);
     let said = format!("{:.2}%", 100.0 * e);
     assert!(e > 0.01 && cut.notes()[0].contains(&said), "{said}: {:?}", cut.notes());
 }
@@ -949,8 +949,8 @@ fn loha_is_a_lora_of_the_product_of_the_ranks() {
 fn lokr_is_a_lora() {
     let folder = Folder::new();
     let kron = |x: &Matrix, y: &Matrix| {
-        Matrix::from_fn(x.rows * y.rows, x.cols * y.cols, |i, j| {
-            x[(i / y.rows, j / y.cols)] * y[(i % y.rows, j % y.cols)]
+        Matrix::from_fn(x.rows() * y.rows(), x.cols() * y.cols(), |i, j| {
+            x[(i / y.rows(), j / y.cols())] * y[(i % y.rows(), j % y.cols())]
         })
     };
     let (w1, w1a, w1b) = (wave(2, 3, 1.0), wave(2, 1, 2.0), wave(1, 3, 3.0));
@@ -983,15 +983,15 @@ fn lokr_is_a_lora() {
             // Alpha counts for what is decomposed alone.
             let scale = d2.or(*d1).map_or(1.0, |rank| 0.5 / rank);
             let expected = kron(w1, w2);
-            let expected = Matrix { data: expected.data.iter().map(|v| v * scale).collect(), ..expected };
+            let expected = expected.map(|v| v * scale);
             let path = folder.write("lokr.safetensors", &file_of(&[], &tensors));
             let adapter = Adapter::open(&path).unwrap();
-            assert_eq!(adapter.layers()[0].rank, r1 * r2);
+            assert_eq!(adapter.layers()[0].rank(), r1 * r2);
             // Rounded to f32 once.
             assert!(error(&delta(&adapter.layers()[0]), &expected) <= 1e-6);
             let options = OpenOptions { truncate: Some(1), ..Default::default() };
             let cut = Adapter::open_with(&path, &options).unwrap();
-            assert_eq!(cut.layers()[0].rank, 1);
+            assert_eq!(cut.layers()[0].rank(), 1);
             let said = format!("{:.2}%", 100.0 * error(&delta(&cut.layers()[0]), &expected));
             assert!(r1 * r2 == 1 || cut.notes()[0].contains(&said), "{said}: {:?}", cut.notes());
         }
@@ -1012,7 +1012,7 @@ fn lokr_of_a_convolution_and_of_a_fused_module() {
     let tensors = [raw("lora_unet_x.lokr_w1", &w1, &[2, 2]), raw("lora_unet_x.lokr_w2", &w2, &[3, 4, 3, 3])];
     let adapter = Adapter::from_bytes("x", file_of(&[], &tensors)).unwrap();
     let layer = &adapter.layers()[0];
-    assert_eq!((layer.kernel(), layer.input, layer.output), (&[3, 3][..], 72, 6));
+    assert_eq!((layer.kernel(), layer.input(), layer.output()), (&[3, 3][..], 72, 6));
     let d = delta(layer);
     for (o, i, k) in [(0, 0, 0), (5, 7, 8), (3, 2, 4)] {
         let expected = f64::from(w1[(o / 3, i / 4)]) * f64::from(w2[(o % 3, (i % 4) * 9 + k)]);
@@ -1038,9 +1038,9 @@ fn dora_is_merged_with_the_base_weights() {
     let keys =
         ("transformer_blocks.0.attn.to_q.lora_A.weight", "transformer_blocks.0.attn.to_q.lora_B.weight");
     let mut new = product(&wide(&b), &wide(&a));
-    new.data.iter_mut().zip(&base.data).for_each(|(n, w)| *n = *n * 0.5 + f64::from(*w));
+    new.data_mut().iter_mut().zip(base.data()).for_each(|(n, w)| *n = *n * 0.5 + f64::from(*w));
     let norm = |of: &dyn Fn(usize) -> bool| {
-        let picked = (0..20).filter(|&k| of(k)).map(|k| new.data[k] * new.data[k]);
+        let picked = (0..20).filter(|&k| of(k)).map(|k| new.data()[k] * new.data()[k]);
         picked.sum::<f64>().sqrt()
     };
     for (suffix, m, shape, per_in) in [
@@ -1054,7 +1054,7 @@ fn dora_is_merged_with_the_base_weights() {
         let path = folder.write("dora.safetensors", &file_of(&[("lora_alpha", "1")], &tensors));
         let expected = Matrix::from_fn(4, 5, |i, j| {
             let (k, n) = if per_in { (j, norm(&|k| k % 5 == j)) } else { (i, norm(&|k| k / 5 == i)) };
-            f64::from(m.data[k]) * new[(i, j)] / n - f64::from(base[(i, j)])
+            f64::from(m.data()[k]) * new[(i, j)] / n - f64::from(base[(i, j)])
         });
         let text = Adapter::open(&path).unwrap_err().to_string();
         assert!(text.contains(suffix) && text.contains("--base"), "{text}");
@@ -1090,7 +1090,7 @@ fn dora_finds_fused_and_split_weights() {
         Adapter::open_with(folder.write("dora.safetensors", file), &options)
     };
     let fused = [raw("double_blocks.0.img_attn.qkv.weight", &base, &[3 * H, H])];
-    let rows = |i: usize| Matrix { rows: H, cols: H, data: base.data[i * H * H..(i + 1) * H * H].to_vec() };
+    let rows = |i: usize| Matrix::new(H, H, base.data()[i * H * H..(i + 1) * H * H].to_vec()).unwrap();
     let parts = [rows(0), rows(1), rows(2)];
     let split = [
         raw("transformer_blocks.0.attn.to_q.weight", &parts[0], &[H, H]),
@@ -1113,7 +1113,11 @@ fn strengths_by_name_and_by_block() {
     let flux = folder.open("flux.safetensors", &file_for(model("flux1"), &styled(KOHYA, flux_fused())));
     let scales = |adapter: &Adapter, strengths: &Strengths| {
         let scaled = adapter.with_strengths(strengths).unwrap();
-        scaled.layers().iter().map(|l| (l.key.as_str().to_owned(), l.scale.value)).collect::<BTreeMap<_, _>>()
+        scaled
+            .layers()
+            .iter()
+            .map(|l| (l.key().as_str().to_owned(), l.scale().value))
+            .collect::<BTreeMap<_, _>>()
     };
     let by_name = |rules: &[(&str, f64)]| Strengths {
         by_name: rules.iter().map(|(pattern, s)| ((*pattern).to_owned(), *s)).collect(),
@@ -1185,7 +1189,7 @@ fn norms_are_those_of_the_update() {
     )
     .unwrap();
     for layer in adapter.layers().iter().take(20) {
-        let norm = delta(layer).data.iter().map(|v| v * v).sum::<f64>().sqrt();
+        let norm = delta(layer).data().iter().map(|v| v * v).sum::<f64>().sqrt();
         assert!((layer.norm() - norm).abs() <= 1e-12 * norm);
     }
     assert_eq!(adapter.layers()[0].block(), "S00");

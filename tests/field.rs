@@ -45,8 +45,8 @@ fn updates(path: &PathBuf) -> BTreeMap<String, Matrix> {
         };
         let (a, b) = (file.get(name), file.get(&format!("{module}{up}")));
         let alpha = format!("{module}.alpha");
-        let scale = if names.contains(&alpha) { file.get(&alpha).data[0] / a.rows as f64 } else { 1.0 };
-        let b = Matrix { rows: b.rows, cols: a.rows, data: b.data.iter().map(|v| v * scale).collect() };
+        let scale = if names.contains(&alpha) { file.get(&alpha).data()[0] / a.rows() as f64 } else { 1.0 };
+        let b = Matrix::new(b.rows(), a.rows(), b.data().iter().map(|v| v * scale).collect()).unwrap();
         all.insert(module, product(&b, &a));
     }
     all
@@ -58,10 +58,10 @@ fn modules(path: &PathBuf) -> Vec<String> {
 
 /// The largest difference, relative to the norm of the second.
 fn apart(x: &Matrix, y: &Matrix) -> f64 {
-    assert_eq!((x.rows, x.cols), (y.rows, y.cols));
+    assert_eq!((x.rows(), x.cols()), (y.rows(), y.cols()));
     let square = |v: f64| v * v;
-    let norm: f64 = y.data.iter().map(|v| square(*v)).sum();
-    let off: f64 = x.data.iter().zip(&y.data).map(|(a, b)| square(a - b)).sum();
+    let norm: f64 = y.data().iter().map(|v| square(*v)).sum();
+    let off: f64 = x.data().iter().zip(y.data()).map(|(a, b)| square(a - b)).sum();
     if norm > 0.0 { (off / norm).sqrt() } else { off.sqrt() }
 }
 
@@ -225,16 +225,16 @@ fn hidream_has_its_own_names() {
 
 /// `W′ − W` of DoRA on a whole update.
 fn decomposed(base: &Matrix, update: &Matrix, norms: &Matrix) -> Matrix {
-    let sum = Matrix::from_fn(base.rows, base.cols, |i, j| base[(i, j)] + update[(i, j)]);
-    Matrix::from_fn(base.rows, base.cols, |i, j| {
-        let norm: f64 = (0..base.cols).map(|k| sum[(i, k)] * sum[(i, k)]).sum::<f64>().sqrt();
-        norms.data[i] * sum[(i, j)] / norm - base[(i, j)]
+    let sum = Matrix::from_fn(base.rows(), base.cols(), |i, j| base[(i, j)] + update[(i, j)]);
+    Matrix::from_fn(base.rows(), base.cols(), |i, j| {
+        let norm: f64 = (0..base.cols()).map(|k| sum[(i, k)] * sum[(i, k)]).sum::<f64>().sqrt();
+        norms.data()[i] * sum[(i, j)] / norm - base[(i, j)]
     })
 }
 
 fn kron(x: &Matrix, y: &Matrix) -> Matrix {
-    Matrix::from_fn(x.rows * y.rows, x.cols * y.cols, |i, j| {
-        x[(i / y.rows, j / y.cols)] * y[(i % y.rows, j % y.cols)]
+    Matrix::from_fn(x.rows() * y.rows(), x.cols() * y.cols(), |i, j| {
+        x[(i / y.rows(), j / y.cols())] * y[(i % y.rows(), j % y.cols())]
     })
 }
 
@@ -276,7 +276,7 @@ fn krea_2_is_one_model_in_three_spellings() {
     for adapter in &all {
         assert_eq!(adapter.family().id(), Some("krea2"), "{}", adapter.name());
         let shared =
-            adapter.layers().iter().filter(|layer| all.iter().all(|a| a.layer(&layer.key).is_some()));
+            adapter.layers().iter().filter(|layer| all.iter().all(|a| a.layer(layer.key()).is_some()));
         assert_eq!(shared.count(), adapter.layers().len(), "{}", adapter.name());
     }
     let folder = Folder::new();
@@ -300,7 +300,7 @@ fn a_lokr_of_flux_2_is_known_by_its_widths() {
         Adapter::open(path("12_lokr.safetensors")).unwrap(),
         Adapter::open(path("12_lora.safetensors")).unwrap(),
     );
-    assert!(lora.layers().iter().all(|layer| lokr.layer(&layer.key).is_some()));
+    assert!(lora.layers().iter().all(|layer| lokr.layer(layer.key()).is_some()));
 }
 
 #[test]
@@ -324,7 +324,7 @@ fn chroma_keeps_its_guidance_layer() {
         Adapter::open(path("14_onetrainer.safetensors")).unwrap(),
     );
     assert_eq!((kohya.family().id(), other.family().id()), (Some("chroma"), Some("chroma")));
-    assert!(kohya.layers().iter().any(|layer| other.layer(&layer.key).is_some()));
+    assert!(kohya.layers().iter().any(|layer| other.layer(layer.key()).is_some()));
 }
 
 #[test]
@@ -352,7 +352,7 @@ fn anima_finds_its_dots() {
         Adapter::open(path("15_anima.safetensors")).unwrap(),
         Adapter::open(path("15_comfy.safetensors")).unwrap(),
     );
-    assert!(comfy.layers().iter().all(|layer| kohya.layer(&layer.key).is_some()));
+    assert!(comfy.layers().iter().all(|layer| kohya.layer(layer.key()).is_some()));
 }
 
 #[test]
@@ -406,7 +406,7 @@ fn lumina_2_is_one_model_in_three_spellings() {
     for adapter in &all {
         assert_eq!(adapter.family().id(), Some("lumina2"), "{}", adapter.name());
     }
-    let of = |i: usize| all[i].layers().iter().map(|layer| layer.key.as_str()).collect::<BTreeSet<_>>();
+    let of = |i: usize| all[i].layers().iter().map(|layer| layer.key().as_str()).collect::<BTreeSet<_>>();
     assert_eq!(of(0), of(2));
     assert!(of(1).is_subset(&of(0)), "{:?}", of(1));
     let attention = Adapter::open(path("21_attn_only.safetensors")).unwrap().family();
@@ -478,7 +478,7 @@ fn wrappers_are_no_part_of_a_name() {
     for name in ["27_dit", "27_model", "27_module", "27_orig_mod", "27_pipe_dit"] {
         let file = format!("{name}.safetensors");
         let adapter = Adapter::open(path(&file)).unwrap();
-        assert!(adapter.layers().iter().all(|layer| plain.layer(&layer.key).is_some()), "{name}");
+        assert!(adapter.layers().iter().all(|layer| plain.layer(layer.key()).is_some()), "{name}");
         let out = Folder::new().convert(&file, "diffusers", &[]);
         assert!(out.contains_key("transformer.blocks.0.attn1.to_q"), "{name}: {:?}", out.keys());
         let same: Vec<String> = Folder::new().convert(&file, "same", &[]).into_keys().collect();
@@ -502,9 +502,9 @@ fn processors_of_single_blocks_are_q_k_and_v() {
     let (qkv, whole) =
         (&before["single_blocks.0.processor.qkv_lora"], &out["lora_unet_single_blocks_0_linear1"]);
     // q, k and v first, and no MLP.
-    assert_eq!((qkv.rows, whole.rows), (48, 112));
-    assert!(whole.data[..qkv.data.len()].iter().zip(&qkv.data).all(|(x, y)| (x - y).abs() < 1e-6));
-    assert!(whole.data[qkv.data.len()..].iter().all(|v| *v == 0.0));
+    assert_eq!((qkv.rows(), whole.rows()), (48, 112));
+    assert!(whole.data()[..qkv.data().len()].iter().zip(qkv.data()).all(|(x, y)| (x - y).abs() < 1e-6));
+    assert!(whole.data()[qkv.data().len()..].iter().all(|v| *v == 0.0));
 }
 
 /// Ranks of a file's modules.
@@ -557,12 +557,12 @@ fn a_peft_lokr_of_whole_factors_has_the_scale_of_its_configuration() {
     let file = Tensors::open(path("36_peft/adapter_model.safetensors"));
     let q = "base_model.model.transformer_blocks.0.attn.to_q";
     let mut expected = kron(&file.get(&format!("{q}.lokr_w1")), &file.get(&format!("{q}.lokr_w2")));
-    expected.data.iter_mut().for_each(|v| *v *= 2.0);
+    expected.data_mut().iter_mut().for_each(|v| *v *= 2.0);
     assert!(apart(&delta(adapter.find(q).unwrap()), &expected) < 1e-6);
     let k = "base_model.model.transformer_blocks.0.attn.to_k";
     let of = |suffix: &str| file.get(&format!("{k}.{suffix}"));
     let mut expected = kron(&of("lokr_w1"), &product(&of("lokr_w2_a"), &of("lokr_w2_b")));
-    expected.data.iter_mut().for_each(|v| *v *= 2.0);
+    expected.data_mut().iter_mut().for_each(|v| *v *= 2.0);
     assert!(apart(&delta(adapter.find(k).unwrap()), &expected) < 1e-6);
 }
 
@@ -588,7 +588,7 @@ fn names_that_are_the_same_in_both_spellings_are_names() {
         Adapter::open(path("41_musubi_comfy.safetensors")).unwrap(),
         Adapter::open(path("41_aitk.safetensors")).unwrap(),
     );
-    assert!(aitk.layers().iter().any(|layer| musubi.layer(&layer.key).is_some()));
+    assert!(aitk.layers().iter().any(|layer| musubi.layer(layer.key()).is_some()));
 }
 
 #[test]

@@ -40,14 +40,14 @@ fn problem(tokens: usize, input: usize, output: usize, ranks: &[usize], size: f6
             let mut b = narrow(&random.matrix(output, rank, size / (rank as f64).sqrt()));
             // As files in bf16 have it: one half holds it.
             if seed % 2 == 1 {
-                b.data.iter_mut().for_each(|v| *v = half::bf16::from_f32(*v).to_f32());
+                b.data_mut().iter_mut().for_each(|v| *v = half::bf16::from_f32(*v).to_f32());
             }
             let layer = Layer::new(LAYER, a, b).unwrap().with_scale(if k == 0 { 1.0 } else { 0.75 });
             Adapter::new(format!("adapter {k}"), Format::Peft, vec![layer]).unwrap()
         })
         .collect();
     // Values that f16 and bf16 hold.
-    let coarse = |m: Matrix| Matrix { data: m.data.iter().map(|v| (v * 16.0).round() / 16.0).collect(), ..m };
+    let coarse = |m: Matrix| m.map(|v| (v * 16.0).round() / 16.0);
     Problem {
         adapters,
         x: coarse(random.matrix(tokens, input, 1.0)),
@@ -56,12 +56,12 @@ fn problem(tokens: usize, input: usize, output: usize, ranks: &[usize], size: f6
 }
 
 fn narrow(m: &Matrix) -> Matrix<f32> {
-    Matrix { rows: m.rows, cols: m.cols, data: m.data.iter().map(|v| *v as f32).collect() }
+    m.map(|v| v as f32)
 }
 
 impl Problem {
     fn selector(&self, device: &Device) -> Selector {
-        let options = SelectorOptions { tokens: self.x.rows.max(1), records: 8 };
+        let options = SelectorOptions { tokens: self.x.rows().max(1), records: 8 };
         let weighted: Vec<_> = self.adapters.iter().map(|adapter| adapter.at(1.0)).collect();
         Selector::new(device, &weighted, options).unwrap()
     }
@@ -79,7 +79,7 @@ fn bytes(m: &Matrix, dtype: Dtype) -> Vec<u8> {
         Dtype::F16 => half::f16::from_f64(*v).to_le_bytes().to_vec(),
         Dtype::Bf16 => half::bf16::from_f64(*v).to_le_bytes().to_vec(),
     };
-    m.data.iter().flat_map(of).collect()
+    m.data().iter().flat_map(of).collect()
 }
 
 fn upload(device: &Device, content: &[u8], offset: u64) -> wgpu::Buffer {
@@ -131,8 +131,8 @@ fn encode(
         buffer,
         offset,
         dtype,
-        tokens: m.rows,
-        width: m.cols,
+        tokens: m.rows(),
+        width: m.cols(),
     };
     let (gpu, queue) = device.wgpu().unwrap();
     let mut encoder = gpu.create_command_encoder(&Default::default());
@@ -141,14 +141,14 @@ fn encode(
         .unwrap();
     queue.submit([encoder.finish()]);
     let content = read(device, &f0, offset, bytes(&p.f0, dtypes[1]).len());
-    fixtures::wide(RawMatrix::new(dtypes[1], p.f0.rows, p.f0.cols, &content).unwrap())
+    fixtures::wide(RawMatrix::new(dtypes[1], p.f0.rows(), p.f0.cols(), &content).unwrap())
 }
 
 fn run(device: &Device, selector: &mut Selector, p: &Problem, how: &Selection) -> Matrix {
     assert!(!device.is_gpu() || selector.bytes() > 0);
-    let (x, mut f0) = (narrow(&p.x), narrow(&p.f0).data);
-    selector.run(LAYER, RawMatrix::from_f32(x.rows, x.cols, &x.data).unwrap(), &mut f0, how).unwrap();
-    Matrix { rows: p.f0.rows, cols: p.f0.cols, data: f0.into_iter().map(f64::from).collect() }
+    let (x, mut f0) = (narrow(&p.x), narrow(&p.f0).into_data());
+    selector.run(LAYER, RawMatrix::from_f32(x.rows(), x.cols(), x.data()).unwrap(), &mut f0, how).unwrap();
+    Matrix::new(p.f0.rows(), p.f0.cols(), f0.into_iter().map(f64::from).collect()).unwrap()
 }
 
 /// KL of softmaxes by log-sum-exp in f64, each term apart.
@@ -261,13 +261,13 @@ fn outputs_and_decisions_are_those_of_the_twin() {
                 same(&tokens, &decided, &choice, &label, |same| {
                     let rows = |m: &Matrix| {
                         let data = same.iter().flat_map(|&token| m.row(token).to_vec()).collect();
-                        Matrix { rows: same.len(), cols: m.cols, data }
+                        Matrix::new(same.len(), m.cols(), data).unwrap()
                     };
                     let error = relative(&rows(&got), &rows(&want));
                     assert!(error <= tolerance, "{label}: {error:e}");
                 });
                 let wins: u32 = selector.decisions().unwrap()[0].wins.iter().sum();
-                assert_eq!(wins as usize, p.x.rows, "{label}");
+                assert_eq!(wins as usize, p.x.rows(), "{label}");
             }
         }
     }
@@ -282,7 +282,7 @@ fn same(
     check: impl FnOnce(&[usize]),
 ) {
     let mut clear = Vec::new();
-    for token in 0..want.scores.rows {
+    for token in 0..want.scores.rows() {
         let mut scores = want.scores.row(token).to_vec();
         scores.sort_by(|x, y| y.total_cmp(x));
         let tie = selection.scope == Scope::Token
@@ -300,7 +300,7 @@ fn same(
             }
         }
     }
-    assert!(clear.len() * 10 >= want.scores.rows * 9, "{label}: too many ties to test anything");
+    assert!(clear.len() * 10 >= want.scores.rows() * 9, "{label}: too many ties to test anything");
     check(&clear);
 }
 
@@ -311,17 +311,13 @@ fn exact(f0: Vec<f64>, u: &[Vec<f64>]) -> Problem {
         .iter()
         .enumerate()
         .map(|(k, u)| {
-            let a = Matrix { rows: 1, cols: 1, data: vec![1.0] };
-            let b = Matrix { rows: width, cols: 1, data: u.iter().map(|v| *v as f32).collect() };
+            let a = Matrix::new(1, 1, vec![1.0]).unwrap();
+            let b = Matrix::new(width, 1, u.iter().map(|v| *v as f32).collect()).unwrap();
             let layer = Layer::new(LAYER, a, b).unwrap();
             Adapter::new(format!("adapter {k}"), Format::Peft, vec![layer]).unwrap()
         })
         .collect();
-    Problem {
-        adapters,
-        x: Matrix { rows: 1, cols: 1, data: vec![1.0] },
-        f0: Matrix { rows: 1, cols: width, data: f0 },
-    }
+    Problem { adapters, x: Matrix::new(1, 1, vec![1.0]).unwrap(), f0: Matrix::new(1, width, f0).unwrap() }
 }
 
 #[test]
@@ -394,12 +390,15 @@ fn extreme_features_give_no_nan() {
                     for choice in [Choice::Hard, Choice::Soft] {
                         let f = run(device, &mut selector, &p, &how(score, choice));
                         let tokens = selector.tokens().unwrap();
-                        let all = tokens.scores.data.iter().chain(&tokens.weights.data).chain(&f.data);
+                        let all = tokens.scores.data().iter().chain(tokens.weights.data()).chain(f.data());
                         assert!(
                             all.into_iter().all(|v| v.is_finite()),
                             "{name} {score:?} {size:e}: {tokens:?}"
                         );
-                        assert!(tokens.scores.data.iter().all(|v| *v >= 0.0), "{name} {score:?}: {tokens:?}");
+                        assert!(
+                            tokens.scores.data().iter().all(|v| *v >= 0.0),
+                            "{name} {score:?}: {tokens:?}"
+                        );
                     }
                 }
             }
@@ -424,8 +423,8 @@ fn a_call_is_deterministic_and_strengths_are_live() {
             buffer,
             offset: 0,
             dtype: Dtype::F32,
-            tokens: m.rows,
-            width: m.cols,
+            tokens: m.rows(),
+            width: m.cols(),
         };
         let (gpu, queue) = device.wgpu().unwrap();
         let mut encoder = gpu.create_command_encoder(&Default::default());
@@ -433,12 +432,12 @@ fn a_call_is_deterministic_and_strengths_are_live() {
         selector.encode(&mut encoder, LAYER, rows(&x, &p.x), rows(&f0, &p.f0), &sum).unwrap();
         selector.set_strength(1, -0.5).unwrap();
         queue.submit([encoder.finish()]);
-        let got = read(&device, &f0, 0, p.f0.data.len() * 4);
-        let got = fixtures::wide(RawMatrix::new(Dtype::F32, p.f0.rows, p.f0.cols, &got).unwrap());
+        let got = read(&device, &f0, 0, p.f0.data().len() * 4);
+        let got = fixtures::wide(RawMatrix::new(Dtype::F32, p.f0.rows(), p.f0.cols(), &got).unwrap());
         let updates = p.updates();
         let mut want = p.f0.clone();
-        for (i, w) in want.data.iter_mut().enumerate() {
-            *w += updates[0].data[i] - 0.5 * updates[1].data[i];
+        for (i, w) in want.data_mut().iter_mut().enumerate() {
+            *w += updates[0].data()[i] - 0.5 * updates[1].data()[i];
         }
         let error = relative(&got, &want);
         assert!(error <= 2e-6, "{name}: {error:e}");
@@ -447,7 +446,7 @@ fn a_call_is_deterministic_and_strengths_are_live() {
         selector.set_strength(1, 0.8).unwrap();
         run(&device, &mut selector, &p, &Selection::default());
         let scores = selector.tokens().unwrap().scores;
-        for token in 0..p.x.rows {
+        for token in 0..p.x.rows() {
             let a: Vec<f64> = p.f0.row(token).iter().map(|v| v / 2.5).collect();
             let f: Vec<f64> = a.iter().zip(updates[1].row(token)).map(|(a, u)| a + 0.8 * u / 2.5).collect();
             let want = plain_kl(&a, &f);
@@ -462,7 +461,7 @@ fn calls_leave_nothing_behind() {
     // The same adapters: they are drawn first.
     let [many, few] = [300, 37].map(|tokens| problem(tokens, 48, 320, &[8, 16], 0.5, 9));
     let mut infinite = problem(300, 48, 320, &[8, 16], 0.5, 9);
-    infinite.x.data.fill(f64::INFINITY);
+    infinite.x.data_mut().fill(f64::INFINITY);
     let choices = [
         how(Score::Kl, Choice::Hard),
         how(Score::Dot, Choice::Soft),
@@ -478,7 +477,7 @@ fn calls_leave_nothing_behind() {
             let [want_many, want_few] = [&many, &few].map(|p| call(&mut p.selector(&device), p));
             let mut selector = many.selector(&device);
             for (p, want) in [(&many, &want_many), (&few, &want_few), (&many, &want_many)] {
-                assert_eq!(call(&mut selector, p), *want, "{name} {how:?} {} tokens", p.x.rows);
+                assert_eq!(call(&mut selector, p), *want, "{name} {how:?} {} tokens", p.x.rows());
                 call(&mut selector, &infinite);
             }
         }
@@ -529,8 +528,8 @@ fn x_and_f0_may_share_a_buffer() {
             buffer: &buffer,
             offset,
             dtype: Dtype::F16,
-            tokens: m.rows,
-            width: m.cols,
+            tokens: m.rows(),
+            width: m.cols(),
         };
         let (gpu, queue) = device.wgpu().unwrap();
         let mut encoder = gpu.create_command_encoder(&Default::default());
@@ -538,7 +537,7 @@ fn x_and_f0_may_share_a_buffer() {
         selector.encode(&mut encoder, LAYER, rows(0, &p.x), rows(f0_offset, &p.f0), &how).unwrap();
         queue.submit([encoder.finish()]);
         let got = read(&device, &buffer, f0_offset, f0.len());
-        let got = fixtures::wide(RawMatrix::new(Dtype::F16, p.f0.rows, p.f0.cols, &got).unwrap());
+        let got = fixtures::wide(RawMatrix::new(Dtype::F16, p.f0.rows(), p.f0.cols(), &got).unwrap());
         assert_eq!(got, want, "{name}");
     }
 }
@@ -561,7 +560,7 @@ fn features_larger_than_a_binding_go_through_in_windows() {
             let label = format!("{name} {input} to {output} {how:?}");
             same(&selector.tokens().unwrap(), &twin.tokens().unwrap(), &how, &label, |tokens| {
                 for &token in tokens.iter().step_by(37) {
-                    let row = |m: &Matrix| Matrix { rows: 1, cols: m.cols, data: m.row(token).to_vec() };
+                    let row = |m: &Matrix| Matrix::new(1, m.cols(), m.row(token).to_vec()).unwrap();
                     let error = relative(&row(&got), &row(&want));
                     assert!(error <= 5e-6, "{label}: token {token}: {error:e}");
                 }
@@ -624,7 +623,7 @@ fn layers_of_one_adapter_are_its_own() {
         let mut want = p.f0.clone();
         let layer = &p.adapters[0].layers()[0];
         let u = product(&p.x, &fixtures::delta(layer).transposed());
-        want.data.iter_mut().zip(&u.data).for_each(|(w, u)| *w += u);
+        want.data_mut().iter_mut().zip(u.data()).for_each(|(w, u)| *w += u);
         let error = relative(&got, &want);
         assert!(error <= 2e-6, "{name}: {error:e}");
         assert_eq!(selector.tokens().unwrap().weights.row(3), [1.0, 0.0]);
@@ -654,10 +653,10 @@ fn one_adapter_acts_alone() {
             (Choice::Soft, vec![p.adapters[1].at(0.7)]),
         ] {
             let mut selector = Selector::new(&device, &adapters, options).unwrap();
-            let mut f0 = narrow(&p.f0).data;
-            let rows = RawMatrix::from_f32(5, 8, &x.data).unwrap();
+            let mut f0 = narrow(&p.f0).into_data();
+            let rows = RawMatrix::from_f32(5, 8, x.data()).unwrap();
             selector.run(LAYER, rows, &mut f0, &how(Score::Kl, choice)).unwrap();
-            results.push(Matrix { rows: 5, cols: 6, data: f0.into_iter().map(f64::from).collect() });
+            results.push(Matrix::new(5, 6, f0.into_iter().map(f64::from).collect()).unwrap());
         }
         assert!(relative(&results[0], &p.f0) > 1e-3, "{name}: it changes nothing");
         for result in &results[1..] {
@@ -725,7 +724,7 @@ fn what_is_wrong_is_said() {
 
 /// Widened exactly.
 fn values(m: &Matrix<f32>) -> Matrix {
-    Matrix { rows: m.rows, cols: m.cols, data: m.data.iter().map(|v| f64::from(*v)).collect() }
+    m.map(f64::from)
 }
 
 mod guidance {
@@ -755,14 +754,14 @@ mod guidance {
                     let got = read(&device, &cb, 12, len * dtype.size());
                     let got = fixtures::wide(RawMatrix::new(dtype, 1, len, &got).unwrap());
                     // Rounded once to the type; half an ulp of f16 is 4.9e-4, of bf16 3.9e-3.
-                    for (got, want) in got.data.iter().zip(&want.data) {
+                    for (got, want) in got.data().iter().zip(want.data()) {
                         let tolerance = [5e-7, 4.9e-4, 3.92e-3][dtype as usize] * want.abs() + 3e-6;
                         assert!((got - want).abs() <= tolerance, "{name} {dtype} {len}: {got} for {want}");
                     }
                 }
-                let mut host = narrow(&c).data;
-                guide_host(&mut host, &narrow(&u).data, omega).unwrap();
-                let error = relative(&values(&Matrix { rows: 1, cols: len, data: host }), &want);
+                let mut host = narrow(&c).into_data();
+                guide_host(&mut host, narrow(&u).data(), omega).unwrap();
+                let error = relative(&values(&Matrix::new(1, len, host).unwrap()), &want);
                 assert!(error <= 1e-7, "{error:e}");
             }
         }
@@ -782,7 +781,7 @@ mod guidance {
                 (Dtype::F16, f64::NAN, f64::NAN),
                 (Dtype::Bf16, f64::NAN, f64::NAN),
             ] {
-                let one = |v: f64| Matrix { rows: 1, cols: 2, data: vec![v, 1.0] };
+                let one = |v: f64| Matrix::new(1, 2, vec![v, 1.0]).unwrap();
                 let [cb, ub] = [one(c), one(0.0)].map(|m| upload(&device, &bytes(&m, dtype), 0));
                 let rows = |buffer| Activations::Buffer { buffer, offset: 0, dtype, tokens: 1, width: 2 };
                 let (gpu, queue) = device.wgpu().unwrap();
@@ -790,7 +789,7 @@ mod guidance {
                 guide(&device, &mut encoder, rows(&cb), rows(&ub), 3.0).unwrap();
                 queue.submit([encoder.finish()]);
                 let got = read(&device, &cb, 0, 4);
-                let got = fixtures::wide(RawMatrix::new(dtype, 1, 2, &got).unwrap()).data[0];
+                let got = fixtures::wide(RawMatrix::new(dtype, 1, 2, &got).unwrap()).data()[0];
                 let same =
                     got == want || (got.is_nan() && want.is_nan()) || (want == 65504.0 && got >= 65472.0);
                 assert!(same, "{name} {dtype}: {got} for {want}");
@@ -834,7 +833,7 @@ mod live {
                     if let Some(factors) = factors {
                         let bytes =
                             read(device, factors.a, factors.a_offset, 4 * factors.rank * factors.input);
-                        assert_eq!(bytemuck::pod_collect_to_vec::<u8, f32>(&bytes), a.data, "{name}");
+                        assert_eq!(bytemuck::pod_collect_to_vec::<u8, f32>(&bytes), a.data(), "{name}");
                     }
                 }
             }
@@ -862,7 +861,7 @@ mod live {
             {
                 let (a, b) = live.read(key).unwrap();
                 let mut want = fixtures::delta(of.find(key).unwrap());
-                want.data.iter_mut().for_each(|v| *v *= strength);
+                want.data_mut().iter_mut().for_each(|v| *v *= strength);
                 let error = relative(&product(&values(&b), &values(&a)), &want);
                 assert!(error <= 1e-6, "{name} {key}: {error:e}");
             }
@@ -887,7 +886,7 @@ mod schedules {
         // Plainly: all entries, sorted.
         let sums = |layer: &Layer, strength: f64, top: usize| {
             let mut entries: Vec<f64> =
-                fixtures::delta(layer).data.iter().map(|v| (v * strength).abs()).collect();
+                fixtures::delta(layer).data().iter().map(|v| (v * strength).abs()).collect();
             entries.sort_by(|x, y| y.total_cmp(x));
             (entries[..top].iter().sum::<f64>(), entries.iter().sum::<f64>())
         };
@@ -895,8 +894,8 @@ mod schedules {
             .layers()
             .iter()
             .map(|c| {
-                let s = style.layer(&c.key).unwrap();
-                (c.key.clone(), sums(c, 1.0, c.rank * s.rank), sums(s, 0.8, c.rank * s.rank))
+                let s = style.layer(c.key()).unwrap();
+                (c.key().clone(), sums(c, 1.0, c.rank() * s.rank()), sums(s, 0.8, c.rank() * s.rank()))
             })
             .collect();
         let gamma =
@@ -936,7 +935,7 @@ mod schedules {
         let (subject, style) = pair();
         // One layer whose ratio is an outlier.
         let strong = |i: usize, layer: &Layer| {
-            let scale = layer.scale.value;
+            let scale = layer.scale().value;
             if i == 3 { layer.with_scale(50.0 * scale) } else { layer.clone() }
         };
         let layers = subject.layers().iter().enumerate().map(|(i, layer)| strong(i, layer)).collect();
@@ -945,13 +944,14 @@ mod schedules {
             .layers()
             .iter()
             .map(|c| {
-                let s = style.layer(&c.key).unwrap();
+                let s = style.layer(c.key()).unwrap();
                 let sums = |layer: &Layer| {
-                    let mut entries: Vec<f64> = fixtures::delta(layer).data.iter().map(|v| v.abs()).collect();
+                    let mut entries: Vec<f64> =
+                        fixtures::delta(layer).data().iter().map(|v| v.abs()).collect();
                     entries.sort_by(|x, y| y.total_cmp(x));
-                    (entries[..c.rank * s.rank].iter().sum::<f64>(), entries.iter().sum::<f64>())
+                    (entries[..c.rank() * s.rank()].iter().sum::<f64>(), entries.iter().sum::<f64>())
                 };
-                (c.key.clone(), sums(c), sums(s))
+                (c.key().clone(), sums(c), sums(s))
             })
             .collect();
         let ratios: Vec<f64> = plain.iter().map(|(_, c, s)| c.1 / s.1).collect();
@@ -1009,17 +1009,17 @@ mod schedules {
         let options = EstOptions { alpha: 2.0, delta: 0.9 };
         let schedule = est(subject.at(1.0), style.at(1.5), &options).unwrap();
         for c in subject.layers() {
-            let layer = &schedule.layers[&c.key];
+            let layer = &schedule.layers[c.key()];
             let energy = |layer: &Layer, s: f64| {
-                fixtures::delta(layer).data.iter().map(|v| (v * s).powi(2)).sum::<f64>()
+                fixtures::delta(layer).data().iter().map(|v| (v * s).powi(2)).sum::<f64>()
             };
-            let (e_c, e_s) = (energy(c, 1.0), energy(style.layer(&c.key).unwrap(), 1.5));
-            assert!((layer.scores[0] / e_c - 1.0).abs() <= 1e-10, "{}", c.key);
-            assert!((layer.scores[1] / e_s - 1.0).abs() <= 1e-10, "{}", c.key);
-            for step in 0..30 {
+            let (e_c, e_s) = (energy(c, 1.0), energy(style.layer(c.key()).unwrap(), 1.5));
+            assert!((layer.scores[0] / e_c - 1.0).abs() <= 1e-10, "{}", c.key());
+            assert!((layer.scores[1] / e_s - 1.0).abs() <= 1e-10, "{}", c.key());
+            for step in 0..30_u32 {
                 let subject = e_c >= (2.0 * f64::from(step) / 30.0 + 1.0 - 0.9) * e_s;
                 let weights = schedule.weights(&layer.name, step as usize, 30).unwrap();
-                assert_eq!(weights, [f32::from(subject), f32::from(!subject)], "{} {step}", c.key);
+                assert_eq!(weights, [f32::from(subject), f32::from(!subject)], "{} {step}", c.key());
             }
         }
     }
@@ -1083,12 +1083,12 @@ mod schedules {
             let mut selector = p.selector(&device);
             for (step, acting) in [(0, &subject), (3, &style)] {
                 let how = schedule.selection(name, step, 4).unwrap();
-                let (x, mut f) = (narrow(&p.x), narrow(&p.f0).data);
-                selector.run(name, RawMatrix::from_f32(16, 128, &x.data).unwrap(), &mut f, &how).unwrap();
+                let (x, mut f) = (narrow(&p.x), narrow(&p.f0).into_data());
+                selector.run(name, RawMatrix::from_f32(16, 128, x.data()).unwrap(), &mut f, &how).unwrap();
                 let mut want = p.f0.clone();
                 let u = product(&p.x, &fixtures::delta(acting.find(name).unwrap()).transposed());
-                want.data.iter_mut().zip(&u.data).for_each(|(w, u)| *w += u);
-                let error = relative(&values(&Matrix { rows: 16, cols: 512, data: f }), &want);
+                want.data_mut().iter_mut().zip(u.data()).for_each(|(w, u)| *w += u);
+                let error = relative(&values(&Matrix::new(16, 512, f).unwrap()), &want);
                 assert!(error <= 2e-6, "{tier}: {error:e}");
             }
         }
@@ -1153,7 +1153,7 @@ mod refinement {
         }
 
         fn put(&self, m: &Matrix, values: ValuesMut<'_>) {
-            let narrow = narrow(m).data;
+            let narrow = narrow(m).into_data();
             match values {
                 ValuesMut::Host(out) => out.copy_from_slice(&narrow),
                 ValuesMut::Buffer(out) => {
@@ -1167,15 +1167,15 @@ mod refinement {
     }
 
     fn values_of(data: Vec<f32>, rows: usize, cols: usize) -> Matrix {
-        Matrix { rows, cols, data: data.into_iter().map(f64::from).collect() }
+        Matrix::new(rows, cols, data.into_iter().map(f64::from).collect()).unwrap()
     }
 
     impl Encoder for Layered {
         fn forward(&mut self, objective: usize, latents: Values<'_>, features: ValuesMut<'_>) -> Result<()> {
             let w = &self.weights[objective];
-            let x = self.get(latents, w.cols);
+            let x = self.get(latents, w.cols());
             let mut f = product(&x, &w.transposed());
-            f.data.iter_mut().for_each(|v| *v = v.tanh());
+            f.data_mut().iter_mut().for_each(|v| *v = v.tanh());
             self.put(&f, features);
             self.features[objective] = f;
             Ok(())
@@ -1183,8 +1183,8 @@ mod refinement {
 
         fn backward(&mut self, objective: usize, gradient: Values<'_>, latents: ValuesMut<'_>) -> Result<()> {
             let w = &self.weights[objective];
-            let mut g = self.get(gradient, w.rows);
-            g.data.iter_mut().zip(&self.features[objective].data).for_each(|(g, f)| *g *= 1.0 - f * f);
+            let mut g = self.get(gradient, w.rows());
+            g.data_mut().iter_mut().zip(self.features[objective].data()).for_each(|(g, f)| *g *= 1.0 - f * f);
             self.put(&product(&g, w), latents);
             Ok(())
         }
@@ -1197,11 +1197,11 @@ mod refinement {
             random.matrix(300, len, 1.0 / (len as f64).sqrt()),
         ];
         let references = |random: &mut Random, width| -> Vec<Vec<f32>> {
-            (0..3).map(|_| narrow(&random.matrix(1, width, 2.0)).data).collect()
+            (0..3).map(|_| narrow(&random.matrix(1, width, 2.0)).into_data()).collect()
         };
         let (style, subject) = (references(&mut random, 37), references(&mut random, 300));
         let of = |references: &[Vec<f32>]| Objective::new(references.iter().map(Vec::as_slice)).unwrap();
-        let latents = narrow(&random.matrix(samples, len, 1.0)).data;
+        let latents = narrow(&random.matrix(samples, len, 1.0)).into_data();
         let features = vec![Matrix::zeros(0, 0); 2];
         let encoder = Layered { device: device.clone(), weights, samples, features };
         (encoder, Objective::balanced(of(&style), of(&subject), 0.3), latents)
@@ -1240,7 +1240,7 @@ mod refinement {
                 let f: Vec<f32> = row.iter().map(|v| v.tanh() as f32).collect();
                 objective.evaluate(&f).unwrap().0
             };
-            (0..x.rows).map(|i| evaluate(f.row(i))).sum::<f64>()
+            (0..x.rows()).map(|i| evaluate(f.row(i))).sum::<f64>()
         };
         encoder.weights.iter().zip(objectives).map(of).sum()
     }
@@ -1250,9 +1250,9 @@ mod refinement {
         let mut random = Random(42);
         for width in [2, 3, 128, 511] {
             let references: Vec<Vec<f32>> =
-                (0..4).map(|_| narrow(&random.matrix(1, width, 1.0)).data).collect();
+                (0..4).map(|_| narrow(&random.matrix(1, width, 1.0)).into_data()).collect();
             let objective = Objective::new(references.iter().map(Vec::as_slice)).unwrap().at(0.7);
-            let f = narrow(&random.matrix(1, width, 3.0)).data;
+            let f = narrow(&random.matrix(1, width, 3.0)).into_data();
             let (got, gradient) = objective.evaluate(&f).unwrap();
             // By the definition: the mean of 1 − cos over the references.
             let plain = |f: &[f64]| {
@@ -1298,7 +1298,7 @@ mod refinement {
                     // Differences of features that are rounded to f32: of steps large enough for that.
                     let at = |h: f64| {
                         let mut moved = wide.clone();
-                        moved.data[i] += h;
+                        moved.data_mut()[i] += h;
                         loss(&encoder, &objectives, &moved)
                     };
                     let difference = (at(1e-2) - at(-1e-2)) / 2e-2;
@@ -1437,16 +1437,16 @@ fn real_adapters_choose_alike_on_every_device() {
     ];
     for layer in layers {
         let x = fixtures::Tensors::open(fixtures::activations("traj4", fixtures::POOL[1])).get(layer);
-        let output = adapters[0].find(layer).unwrap().output;
+        let output = adapters[0].find(layer).unwrap().output();
         // Outputs of a layer about as large as its inputs make them.
-        let p = Problem { f0: Random(51).matrix(x.rows, output, 1.0), x, adapters: adapters.clone() };
+        let p = Problem { f0: Random(51).matrix(x.rows(), output, 1.0), x, adapters: adapters.clone() };
         let mut twin = p.selector(&Device::cpu());
         let run = |device: &Device, selector: &mut Selector, how: &Selection| {
             let _ = device;
-            let (x, mut f) = (narrow(&p.x), narrow(&p.f0).data);
-            let x = RawMatrix::from_f32(x.rows, x.cols, &x.data).unwrap();
+            let (x, mut f) = (narrow(&p.x), narrow(&p.f0).into_data());
+            let x = RawMatrix::from_f32(x.rows(), x.cols(), x.data()).unwrap();
             selector.run(layer, x, &mut f, how).unwrap();
-            values(&Matrix { rows: p.f0.rows, cols: output, data: f })
+            values(&Matrix::new(p.f0.rows(), output, f).unwrap())
         };
         for score in Score::ALL {
             let how = how(score, Choice::Hard);
@@ -1459,7 +1459,7 @@ fn real_adapters_choose_alike_on_every_device() {
                 same(&selector.tokens().unwrap(), &decided, &how, &label, |same| {
                     let rows = |m: &Matrix| {
                         let data = same.iter().flat_map(|&token| m.row(token).to_vec()).collect();
-                        Matrix { rows: same.len(), cols: m.cols, data }
+                        Matrix::new(same.len(), m.cols(), data).unwrap()
                     };
                     let error = relative(&rows(&got), &rows(&want));
                     assert!(error <= 2e-6, "{label}: {error:e}");

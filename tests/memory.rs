@@ -22,7 +22,7 @@ const WIDTH: usize = 2048;
 
 /// f32 of them.
 fn narrow(m: &Matrix) -> Matrix<f32> {
-    Matrix { rows: m.rows, cols: m.cols, data: m.data.iter().map(|&v| v as f32).collect() }
+    m.map(|v| v as f32)
 }
 
 /// Layers of several shapes, of which a budget of 16 MiB holds one or two at a time.
@@ -44,8 +44,8 @@ fn open(memory: Option<u64>) -> Device {
 /// The same, but every row of A twice: its Gram matrices are singular.
 fn singular(adapter: &Adapter) -> Adapter {
     let twice = |layer: &Layer| {
-        let [a, b] = [layer.a(), layer.b()].map(|m| Matrix { rows: m.rows, cols: m.cols, data: m.to_vec() });
-        let a = Matrix::from_fn(a.rows, a.cols, |i, j| a[(i / 2, j)] as f32);
+        let [a, b] = [layer.a(), layer.b()].map(|m| Matrix::new(m.rows(), m.cols(), m.to_vec()).unwrap());
+        let a = Matrix::from_fn(a.rows(), a.cols(), |i, j| a[(i / 2, j)] as f32);
         layer.replaced(a, narrow(&b)).unwrap()
     };
     Adapter::new(adapter.name(), Format::Peft, adapter.layers().iter().map(twice).collect()).unwrap()
@@ -55,14 +55,14 @@ fn singular(adapter: &Adapter) -> Adapter {
 fn difference(x: &Adapter, y: &Adapter) -> f64 {
     let mut random = Random(9);
     let delta = |layer: &Layer, v: &Matrix| {
-        let wide = |m: RawMatrix<'_>| Matrix { rows: m.rows, cols: m.cols, data: m.to_vec() };
+        let wide = |m: RawMatrix<'_>| Matrix::new(m.rows(), m.cols(), m.to_vec()).unwrap();
         let mut out = common::product(&wide(layer.b()), &common::product(&wide(layer.a()), v));
-        out.data.iter_mut().for_each(|v| *v *= layer.scale.value);
+        out.data_mut().iter_mut().for_each(|v| *v *= layer.scale().value);
         out
     };
     let one = |(x, y): (&Layer, &Layer)| {
-        assert_eq!((x.name(), x.input, x.output), (y.name(), y.input, y.output));
-        let v = random.matrix(x.input, 3, 1.0);
+        assert_eq!((x.name(), x.input(), x.output()), (y.name(), y.input(), y.output()));
+        let v = random.matrix(x.input(), 3, 1.0);
         common::relative(&delta(x, &v), &delta(y, &v))
     };
     assert_eq!(x.layers().len(), y.layers().len());
@@ -233,9 +233,11 @@ fn calibrating_and_merging_stay_within_the_budget() {
     let layers = adapters[0].layers();
     let tokens = 600;
     let inputs: Vec<Vec<f32>> = [WIDTH, 3 * WIDTH]
-        .map(|width| Random(width as u64).matrix(tokens, width, 1.0).data.iter().map(|&v| v as f32).collect())
+        .map(|width| {
+            Random(width as u64).matrix(tokens, width, 1.0).data().iter().map(|&v| v as f32).collect()
+        })
         .into();
-    let of = |layer: &Layer| &inputs[usize::from(layer.input > WIDTH)];
+    let of = |layer: &Layer| &inputs[usize::from(layer.input() > WIDTH)];
     let calibrated = |device: &Device| {
         let wgpu = device.wgpu().unwrap();
         let buffer = wgpu.0.create_buffer(&wgpu::BufferDescriptor {
@@ -251,9 +253,9 @@ fn calibrating_and_merging_stay_within_the_budget() {
         let add = || {
             for task in 0..2 {
                 for layer in layers {
-                    let host = RawMatrix::from_f32(tokens, layer.input, of(layer)).unwrap();
+                    let host = RawMatrix::from_f32(tokens, layer.input(), of(layer)).unwrap();
                     let x = match task {
-                        1 if layer.input == WIDTH => Activations::Buffer {
+                        1 if layer.input() == WIDTH => Activations::Buffer {
                             buffer: &buffer,
                             offset: 0,
                             dtype: Dtype::F32,
@@ -261,9 +263,9 @@ fn calibrating_and_merging_stay_within_the_budget() {
                             width: WIDTH,
                         },
                         // Other inputs of each task.
-                        _ => Activations::Host(host.rows(100 * task, tokens)),
+                        _ => Activations::Host(host.row_range(100 * task, tokens)),
                     };
-                    calibration.accumulate(device, task, &layer.module, x).unwrap();
+                    calibration.accumulate(device, task, layer.module(), x).unwrap();
                 }
             }
         };

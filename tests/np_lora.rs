@@ -12,7 +12,7 @@ use loraweld::{
 };
 
 fn to_f32(m: &Matrix) -> Matrix<f32> {
-    Matrix { rows: m.rows, cols: m.cols, data: m.data.iter().map(|&v| v as f32).collect() }
+    m.map(|v| v as f32)
 }
 
 fn layer(name: &str, a: &Matrix, b: &Matrix) -> Layer {
@@ -25,11 +25,11 @@ fn made(name: &str, layers: Vec<Layer>) -> Adapter {
 
 fn norm(m: &Matrix) -> f64 {
     // Squares of 1e-30 and 1e30 are fine in f64.
-    m.data.iter().map(|v| v * v).sum::<f64>().sqrt()
+    m.data().iter().map(|v| v * v).sum::<f64>().sqrt()
 }
 
 fn minus(a: &Matrix, t: f64, b: &Matrix) -> Matrix {
-    Matrix { data: a.data.iter().zip(&b.data).map(|(a, b)| a - t * b).collect(), ..*a }
+    Matrix::from_fn(a.rows(), a.cols(), |i, j| a[(i, j)] - t * b[(i, j)])
 }
 
 fn plus(a: &Matrix, b: &Matrix) -> Matrix {
@@ -38,10 +38,11 @@ fn plus(a: &Matrix, b: &Matrix) -> Matrix {
 
 /// The right singular vectors of a dense matrix, as rows, of at most `most` singular values that are not negligible.
 fn directions(dense: &Matrix, most: usize) -> Matrix {
-    let svd = faer::MatRef::from_row_major_slice(&dense.data, dense.rows, dense.cols).thin_svd().unwrap();
+    let svd =
+        faer::MatRef::from_row_major_slice(dense.data(), dense.rows(), dense.cols()).thin_svd().unwrap();
     let (s, v) = (svd.S().column_vector(), svd.V());
     let k = (0..s.nrows()).filter(|&k| k < most && s[k] > 2.5e-7 * s[0] && s[k] > 0.0).count();
-    Matrix::from_fn(k, dense.cols, |k, i| v[(i, k)])
+    Matrix::from_fn(k, dense.cols(), |k, i| v[(i, k)])
 }
 
 /// M − t·(M·V)·Vᵀ.
@@ -52,7 +53,7 @@ fn off(m: &Matrix, v: &Matrix, t: f64) -> Matrix {
 /// The largest relative difference of ΔW over all layers.
 fn worst(merged: &Merged, want: impl Fn(&str) -> Matrix) -> f64 {
     let layers = merged.adapter.layers();
-    layers.iter().map(|layer| relative(&delta(layer), &want(&layer.module))).fold(0.0, f64::max)
+    layers.iter().map(|layer| relative(&delta(layer), &want(layer.module()))).fold(0.0, f64::max)
 }
 
 fn same(x: &Merged, y: &Merged) -> f64 {
@@ -70,7 +71,7 @@ fn merges_give_the_reference() {
                 let (s, c) = (style.find(layer).unwrap(), subject.find(layer).unwrap());
                 let a = reference.get(&format!("{name}/{layer}.lora_A.weight"));
                 let mut projected = product(&wide(c.b()), &a);
-                projected.data.iter_mut().for_each(|v| *v *= c.scale.value);
+                projected.data_mut().iter_mut().for_each(|v| *v *= c.scale().value);
                 plus(&delta(s), &projected)
             });
             println!("{name}, {}: {error:.1e}", case.name);
@@ -94,10 +95,10 @@ fn merges_give_the_fingerprints() {
     let subject = adapter("content_heart");
     let check = |what: &str, merged: Merged| {
         for layer in merged.adapter.layers() {
-            let probe = reference.get(&format!("probe.in{}", layer.input));
-            let want = reference.get(&format!("{what}/{}", layer.module));
+            let probe = reference.get(&format!("probe.in{}", layer.input()));
+            let want = reference.get(&format!("{what}/{}", layer.module()));
             let error = relative(&product(&delta(layer), &probe), &want);
-            assert!(error <= 1e-5, "{what}: {}: {error:e}", layer.module);
+            assert!(error <= 1e-5, "{what}: {}: {error:e}", layer.module());
         }
     };
     for name in ["style_shade", "style_gradient"] {
@@ -146,10 +147,10 @@ fn hard_layers() -> Vec<(&'static str, Matrix, Matrix, Matrix, Matrix)> {
     }
     push("blocks.0.duplicate_rows", duplicate);
     let mut zero = ordinary(4, 4, 20, 20, 1.0);
-    zero.1.data.fill(0.0);
+    zero.1.data_mut().fill(0.0);
     push("blocks.0.zero_style", zero);
     let mut zero = ordinary(4, 4, 20, 20, 1.0);
-    zero.3.data.fill(0.0);
+    zero.3.data_mut().fill(0.0);
     push("blocks.0.zero_subject", zero);
     // Unit vectors: all singular values are equal, and the subspaces are orthogonal, or the same.
     let unit = |rows: usize, cols: usize, first: usize| {
@@ -194,15 +195,15 @@ fn hard_inputs_give_the_formula_over_dense_svd() {
                 let v = directions(&product(b_s, a_s), most);
                 let mut d_s = product(b_s, a_s);
                 let mut d_c = product(b_c, a_c);
-                d_s.data.iter_mut().for_each(|v| *v *= s);
-                d_c.data.iter_mut().for_each(|v| *v *= c);
+                d_s.data_mut().iter_mut().for_each(|v| *v *= s);
+                d_c.data_mut().iter_mut().for_each(|v| *v *= c);
                 let error = relative(&delta(layer), &plus(&d_s, &off(&d_c, &v, t)));
                 assert!(error <= 1e-5, "{what}: {error:e}");
                 // The projected part alone.
                 let (a, b) = (wide(layer.a()), wide(layer.b()));
-                let rank = a_s.rows;
-                let a = Matrix::from_fn(a_c.rows, a.cols, |i, j| a[(rank + i, j)]);
-                let b = Matrix::from_fn(b.rows, a_c.rows, |i, j| b[(i, rank + j)]);
+                let rank = a_s.rows();
+                let a = Matrix::from_fn(a_c.rows(), a.cols(), |i, j| a[(rank + i, j)]);
+                let b = Matrix::from_fn(b.rows(), a_c.rows(), |i, j| b[(i, rank + j)]);
                 let left = norm(&product(&product(&b, &a), &v.transposed()));
                 let before = norm(&product(&d_c, &v.transposed()));
                 assert!(
@@ -211,7 +212,7 @@ fn hard_inputs_give_the_formula_over_dense_svd() {
                     norm(&d_c)
                 );
                 let report = &merged.report.layers.iter().find(|l| l.layer == *name).unwrap().projections[0];
-                assert_eq!(report.directions, v.rows, "{what}");
+                assert_eq!(report.directions, v.rows(), "{what}");
                 let share = if norm(&d_c) > 0.0 { before / norm(&d_c) } else { 0.0 };
                 assert!((report.before - share).abs() <= 1e-5, "{what}: {} {share}", report.before);
                 assert!(report.removed.is_finite() && report.angles.iter().all(|a| a.is_finite()), "{what}");
@@ -254,11 +255,11 @@ fn how_an_adapter_is_factored_does_not_matter() {
     let (a_c, b_c) = (random.matrix(6, 60, 0.1), random.matrix(50, 6, 0.1));
     let scaled = |a: &Matrix, b: &Matrix| {
         let d = |k: usize| 10f64.powi(3 * k as i32 - 9);
-        let a = Matrix::from_fn(a.rows, a.cols, |k, j| a[(k, j)] / d(k));
-        layer("x", &a, &Matrix::from_fn(b.rows, b.cols, |i, k| b[(i, k)] * d(k)))
+        let a = Matrix::from_fn(a.rows(), a.cols(), |k, j| a[(k, j)] / d(k));
+        layer("x", &a, &Matrix::from_fn(b.rows(), b.cols(), |i, k| b[(i, k)] * d(k)))
     };
     let rotated = |a: &Matrix, b: &Matrix| {
-        let n = a.rows;
+        let n = a.rows();
         // I − 2·w·wᵀ / wᵀw, its own inverse
         let w: Vec<f64> = (0..n).map(|k| 1.0 + k as f64).collect();
         let ww: f64 = w.iter().map(|w| w * w).sum();
@@ -302,17 +303,17 @@ fn later_subjects_give_way_to_all_before_them() {
             let subjects: Vec<_> = adapters[1..].iter().map(|a| a.at(1.0)).collect();
             let merged = method.merge(&case.device, adapters[0].at(1.0), &subjects).unwrap();
             for layer in merged.adapter.layers() {
-                let name = layer.module.as_str();
+                let name = layer.module();
                 let mut stack = Matrix::zeros(0, 40);
                 let mut want = Matrix::zeros(30, 40);
                 for adapter in &adapters {
                     let Some(layer) = adapter.find(name) else { continue };
                     let d = delta(layer);
                     let v =
-                        if stack.rows == 0 { Matrix::zeros(0, 40) } else { directions(&stack, usize::MAX) };
+                        if stack.rows() == 0 { Matrix::zeros(0, 40) } else { directions(&stack, usize::MAX) };
                     want = plus(&want, &off(&d, &v, t));
-                    stack.data.extend_from_slice(&d.data);
-                    stack.rows += d.rows;
+                    let rows = [stack.data(), d.data()].concat();
+                    stack = Matrix::new(stack.rows() + d.rows(), 40, rows).unwrap();
                 }
                 let error = relative(&delta(layer), &want);
                 assert!(error <= 1e-5, "{}: {name}, t = {t:.2}: {error:e}", case.name);
@@ -351,9 +352,9 @@ fn layers_of_one_adapter_pass_through_and_patterns_choose_mu() {
         assert_eq!((passed, merged.report.layers.len()), (14, 24));
         for (layer, report) in merged.adapter.layers().iter().zip(&merged.report.layers) {
             if report.action == Action::PassedThrough {
-                let alone = subject.find(&layer.module).unwrap();
-                assert_eq!(layer.a().bytes, alone.a().bytes);
-                assert_eq!(layer.b().bytes, alone.b().bytes);
+                let alone = subject.find(layer.module()).unwrap();
+                assert_eq!(layer.a().bytes(), alone.a().bytes());
+                assert_eq!(layer.b().bytes(), alone.b().bytes());
                 continue;
             }
             let share = if report.layer.starts_with("transformer_blocks.0.") { 1.0 } else { 0.0 };
@@ -370,7 +371,7 @@ fn runs_are_bit_identical() {
     for case in devices() {
         let run = || {
             let merged = NpLora::soft(0.5).merge(&case.device, style.at(1.0), &[subject.at(1.0)]).unwrap();
-            let bytes = |layer: &Layer| (layer.a().bytes.to_vec(), layer.b().bytes.to_vec());
+            let bytes = |layer: &Layer| (layer.a().bytes().to_vec(), layer.b().bytes().to_vec());
             merged.adapter.layers().iter().map(bytes).collect::<Vec<_>>()
         };
         assert!(run() == run(), "{}", case.name);

@@ -32,7 +32,7 @@ struct Stored {
 impl Stored {
     fn new(m: &Matrix, dtype: Dtype) -> Self {
         let bytes = m
-            .data
+            .data()
             .iter()
             .flat_map(|&v| match dtype {
                 Dtype::F32 => (v as f32).to_le_bytes().to_vec(),
@@ -40,7 +40,7 @@ impl Stored {
                 Dtype::Bf16 => half::bf16::from_f64(v).to_le_bytes().to_vec(),
             })
             .collect();
-        Self { dtype, rows: m.rows, cols: m.cols, bytes }
+        Self { dtype, rows: m.rows(), cols: m.cols(), bytes }
     }
 
     fn raw(&self) -> RawMatrix<'_> {
@@ -49,7 +49,7 @@ impl Stored {
 
     /// The values after rounding to the type.
     fn exact(&self) -> Matrix {
-        Matrix { rows: self.rows, cols: self.cols, data: self.raw().to_vec() }
+        Matrix::new(self.rows, self.cols, self.raw().to_vec()).unwrap()
     }
 }
 
@@ -117,15 +117,15 @@ fn rank_concat_copies_exactly() {
                 let mut first = 0;
                 for (part, scale) in row.iter().zip(scales) {
                     let want = part.exact();
-                    for i in 0..want.rows {
-                        for j in 0..want.cols {
+                    for i in 0..want.rows() {
+                        for j in 0..want.cols() {
                             let place = if axis == Axis::Rows { (first + i, j) } else { (i, first + j) };
                             assert_eq!(got[place], want[(i, j)] * f64::from(scale), "{}: {width}", case.name);
                         }
                     }
                     first += if axis == Axis::Rows { part.rows } else { part.cols };
                 }
-                assert_eq!(first, if axis == Axis::Rows { got.rows } else { got.cols });
+                assert_eq!(first, if axis == Axis::Rows { got.rows() } else { got.cols() });
             }
         }
     }
@@ -175,7 +175,7 @@ fn project_and_gram_match_f64_over_hard_shapes() {
         gram(device, &z, &mut sums).unwrap();
         for ((got, z), shape) in sums.download(device).unwrap().iter().zip(&want).zip(SHAPES) {
             let mut twice = product(&z.transposed(), z);
-            twice.data.iter_mut().for_each(|v| *v *= 2.0);
+            twice.data_mut().iter_mut().for_each(|v| *v *= 2.0);
             let error = relative(got, &twice);
             assert!(error <= 2.0 * tolerance, "{}: gram {shape:?}: {error:.1e}", case.name);
             assert_eq!(got, &got.transposed(), "{}: gram {shape:?} is not symmetric", case.name);
@@ -190,7 +190,7 @@ fn project_and_gram_match_f64_over_hard_shapes() {
         }
         for ((got, z), shape) in sums.download(device).unwrap().iter().zip(&want).zip(SHAPES) {
             let mut twice = product(&z.transposed(), z);
-            twice.data.iter_mut().for_each(|v| *v *= 2.0);
+            twice.data_mut().iter_mut().for_each(|v| *v *= 2.0);
             let error = relative(got, &twice);
             assert!(error <= 2.0 * tolerance, "{}: accumulate {shape:?}: {error:.1e}", case.name);
         }
@@ -235,7 +235,7 @@ fn accumulate_takes_activations_from_a_buffer() {
                     .map(|b| f64::from(f32::from_bits(u32::from_le_bytes([b[0], b[1], b[2], b[3]])))),
             )
             .collect();
-        let holder = Matrix { rows: 1, cols: words.len(), data: words };
+        let holder = Matrix::new(1, words.len(), words).unwrap();
         let holder = Batch::upload(device, Element::F32, &[holder]).unwrap();
         let a_exact = random.matrix(rank, width, 1.0);
         let a = Batch::upload(device, device.factor(), std::slice::from_ref(&a_exact)).unwrap();
@@ -266,7 +266,7 @@ fn a_million_tokens_lose_nothing() {
     for batch in &batches {
         let z = product(&batch.exact(), &a_exact.transposed());
         let g = product(&z.transposed(), &z);
-        want.data.iter_mut().zip(g.data).for_each(|(w, g)| *w += 125.0 * g);
+        want.data_mut().iter_mut().zip(g.data()).for_each(|(w, g)| *w += 125.0 * g);
     }
     for case in devices() {
         let device = &case.device;
@@ -308,13 +308,13 @@ fn spd(random: &mut Random, n: usize, condition: f64) -> Matrix {
 }
 
 fn frobenius(m: &Matrix) -> f64 {
-    m.data.iter().map(|v| v * v).sum::<f64>().sqrt()
+    m.data().iter().map(|v| v * v).sum::<f64>().sqrt()
 }
 
 /// ‖X·A − Q‖ / (‖X‖·‖A‖ + ‖Q‖)
 fn residual(x: &Matrix, a: &Matrix, q: &Matrix) -> f64 {
     let mut r = product(x, a);
-    r.data.iter_mut().zip(&q.data).for_each(|(r, q)| *r -= q);
+    r.data_mut().iter_mut().zip(q.data()).for_each(|(r, q)| *r -= q);
     frobenius(&r) / (frobenius(x) * frobenius(a) + frobenius(q))
 }
 
@@ -343,7 +343,7 @@ fn cholesky_and_solve_leave_small_residuals() {
     // Tiny and huge: powers of ten that squares of f32 would lose.
     for scale in [1e-18, 1e18] {
         let (mut a, q) = (spd(&mut random, 20, 1e6), random.matrix(20, 20, 1.0));
-        a.data.iter_mut().for_each(|v| *v *= scale);
+        a.data_mut().iter_mut().for_each(|v| *v *= scale);
         systems.push((a, q));
     }
     // Hilbert matrices: what is left of the diagonal falls to 1e-13 within one block.
@@ -380,7 +380,7 @@ fn check_systems(systems: &[(Matrix, Matrix)], cases: Vec<Case>) {
         assert_eq!(solve(device, &mut grams, &mut at_once).unwrap(), status, "{}", case.name);
         assert!(at_once.download(device).unwrap() == x, "{}: without a wait it differs", case.name);
         for (i, x) in x.iter().enumerate() {
-            let n = a[i].rows;
+            let n = a[i].rows();
             assert_eq!(status[i], Ok(()), "{}: order {n}", case.name);
             let u = &factors[i];
             let below = (0..n).flat_map(|r| (0..r).map(move |c| (r, c))).find(|&place| u[place] != 0.0);
@@ -424,7 +424,7 @@ fn cholesky_reports_what_is_not_positive_definite() {
         assert_eq!(factors[0], factors[6], "{}", case.name);
 
         let mut batch = Batch::upload(device, device.sum(), &all).unwrap();
-        let right = all.each_ref().map(|a| Matrix::from_fn(3, a.cols, |i, j| f64::from(u8::from(i == j))));
+        let right = all.each_ref().map(|a| Matrix::from_fn(3, a.cols(), |i, j| f64::from(u8::from(i == j))));
         let mut x = Batch::upload(device, device.sum(), &right).unwrap();
         assert_eq!(solve(device, &mut batch, &mut x).unwrap(), status, "{}", case.name);
         let x = x.download(device).unwrap();
@@ -487,7 +487,7 @@ fn what_is_not_finite_shows() {
             let mut sums = Batch::zeros(device, device.sum(), &[Shape::new(2, 2)]).unwrap();
             accumulate(device, &[(0, x.into())], &a, &mut sums).unwrap();
             let g = &sums.download(device).unwrap()[0];
-            assert!(g.data.iter().all(|v| !v.is_finite()), "{}: {bad} gave {:?}", case.name, g.data);
+            assert!(g.data().iter().all(|v| !v.is_finite()), "{}: {bad} gave {:?}", case.name, g.data());
         }
     }
 }

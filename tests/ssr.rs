@@ -27,7 +27,7 @@ fn tolerance(case: &Case, auto: f64) -> f64 {
 /// The largest relative difference of ΔW over all layers.
 fn worst(merged: &Merged, want: impl Fn(&str) -> Matrix) -> f64 {
     let layers = merged.adapter.layers();
-    let errors = layers.iter().map(|layer| relative(&delta(layer), &want(&layer.module)));
+    let errors = layers.iter().map(|layer| relative(&delta(layer), &want(layer.module())));
     errors.fold(0.0, f64::max)
 }
 
@@ -75,8 +75,8 @@ fn published_options_give_what_the_authors_code_gives() {
 fn wants(adapters: &[Weighted<'_>], set: &str, tasks: &[&str], formula: &Formula) -> Vec<(String, Matrix)> {
     let first = adapters[0].adapter;
     let of = |layer: &Layer| {
-        let want = plain(adapters, set, tasks, &layer.module).merged(set, &layer.module, formula);
-        (layer.module.clone(), want)
+        let want = plain(adapters, set, tasks, layer.module()).merged(set, layer.module(), formula);
+        (layer.module().to_owned().clone(), want)
     };
     first.layers().iter().map(of).collect()
 }
@@ -218,21 +218,21 @@ fn losses_are_those_of_the_tokens_themselves() {
     let (mut all, mut nothing) = ([0f64; 3], 0.0);
     for (layer, report) in merged.adapter.layers().iter().zip(&merged.report.layers) {
         let update = delta(layer);
-        let singles: Vec<_> = adapters.iter().map(|a| delta(a.find(&layer.module).unwrap())).collect();
+        let singles: Vec<_> = adapters.iter().map(|a| delta(a.find(layer.module()).unwrap())).collect();
         let (mut loss, mut none) = ([0f64; 3], 0.0);
         for (k, task) in POOL.iter().enumerate() {
-            let x = Tensors::open(activations("traj4", task)).get(&stored(&layer.module));
+            let x = Tensors::open(activations("traj4", task)).get(&stored(layer.module()));
             let out = |dw: &Matrix| product(&x, &dw.transposed());
             let want = out(&singles[k]);
-            let mut sum = Matrix::<f64>::zeros(want.rows, want.cols);
+            let mut sum = Matrix::<f64>::zeros(want.rows(), want.cols());
             for single in &singles {
-                sum.data.iter_mut().zip(out(single).data).for_each(|(s, v)| *s += v);
+                sum.data_mut().iter_mut().zip(out(single).data()).for_each(|(s, v)| *s += v);
             }
             let got = out(&update);
-            for (i, want) in want.data.iter().enumerate() {
-                loss[0] += (got.data[i] - want).powi(2);
-                loss[1] += f64::powi(sum.data[i] - want, 2);
-                loss[2] += (sum.data[i] / 4.0 - want).powi(2);
+            for (i, want) in want.data().iter().enumerate() {
+                loss[0] += (got.data()[i] - want).powi(2);
+                loss[1] += f64::powi(sum.data()[i] - want, 2);
+                loss[2] += (sum.data()[i] / 4.0 - want).powi(2);
                 none += want * want;
             }
         }
@@ -240,7 +240,11 @@ fn losses_are_those_of_the_tokens_themselves() {
         let measured = [losses.merged, losses.sum, losses.average];
         for i in 0..3 {
             // The result is rounded to f32, the statistics are f64.
-            assert!(((loss[i] / none).sqrt() - measured[i]).abs() <= 1e-5 * measured[i], "{}", layer.module);
+            assert!(
+                ((loss[i] / none).sqrt() - measured[i]).abs() <= 1e-5 * measured[i],
+                "{}",
+                layer.module()
+            );
             all[i] += loss[i];
         }
         nothing += none;
@@ -265,9 +269,9 @@ fn one_adapter_alone_stays_as_it_is() {
             for ssr in [Ssr::new(&calibration), Ssr::data_free()] {
                 let merged = ssr.merge(&case.device, &[adapter.at(1.0)]).unwrap();
                 for (got, want) in merged.adapter.layers().iter().zip(adapter.layers()) {
-                    assert_eq!(got.a().bytes, want.a().bytes);
-                    assert_eq!(got.b().bytes, want.b().bytes);
-                    assert_eq!(got.scale, want.scale);
+                    assert_eq!(got.a().bytes(), want.a().bytes());
+                    assert_eq!(got.b().bytes(), want.b().bytes());
+                    assert_eq!(got.scale(), want.scale());
                 }
                 assert!(merged.report.layers.iter().all(|l| l.action == Action::PassedThrough));
             }
@@ -296,7 +300,7 @@ fn spellings_mix() {
 
 #[test]
 fn layers_of_one_file_share_a_prefix() {
-    let few = |layer: &Layer| layer.module.contains("blocks.0.") || layer.module.contains("blocks_0_");
+    let few = |layer: &Layer| layer.module().contains("blocks.0.") || layer.module().contains("blocks_0_");
     let mirror = adapter("concept_c3_mirror");
     let part = |adapter: &Adapter, keep: &dyn Fn(&Layer) -> bool| {
         let layers = adapter.layers().iter().filter(|layer| keep(layer)).cloned().collect();
@@ -304,7 +308,7 @@ fn layers_of_one_file_share_a_prefix() {
     };
     let heart = part(&Adapter::open(data("loras/content_heart.peft")).unwrap(), &few);
     let thick = adapter("concept_c1_thick.kohya");
-    assert_ne!(heart.layers()[0].prefix, mirror.layers()[0].prefix);
+    assert_ne!(heart.layers()[0].prefix(), mirror.layers()[0].prefix());
     let folder = tempfile::tempdir().unwrap();
     let less = |adapter: &Adapter| part(adapter, &|layer| !few(layer));
     for (i, adapters) in
@@ -314,23 +318,19 @@ fn layers_of_one_file_share_a_prefix() {
         let path = folder.path().join(format!("{i}.safetensors"));
         merged.adapter.save(&path, &SaveOptions::default()).unwrap();
         let read = Adapter::open(&path).unwrap();
-        let prefix = &read.layers()[0].prefix;
+        let prefix = &read.layers()[0].prefix();
         assert_eq!(read.layers().len(), 24);
-        assert!(read.layers().iter().all(|layer| layer.prefix == *prefix), "{i}: not all have `{prefix}`");
+        assert!(read.layers().iter().all(|layer| layer.prefix() == *prefix), "{i}: not all have `{prefix}`");
     }
 }
 
 /// An adapter of some of the layers, with A and B multiplied.
 fn changed(adapter: &Adapter, keep: impl Fn(&Layer) -> bool, by_a: f32, by_b: f32) -> Adapter {
-    let times = |m: Matrix, by: f64| Matrix {
-        rows: m.rows,
-        cols: m.cols,
-        data: m.data.iter().map(|&v| (v * by) as f32).collect(),
-    };
+    let times = |m: Matrix, by: f64| m.map(|v| (v * by) as f32);
     let layers = adapter.layers().iter().filter(|layer| keep(layer)).map(|layer| {
         let a = times(wide(layer.a()), by_a.into());
-        let b = times(wide(layer.b()), f64::from(by_b) * layer.scale.value);
-        Layer::new(&format!("transformer.{}", layer.module), a, b).unwrap()
+        let b = times(wide(layer.b()), f64::from(by_b) * layer.scale().value);
+        Layer::new(&format!("transformer.{}", layer.module()), a, b).unwrap()
     });
     Adapter::new(adapter.name(), Format::Peft, layers.collect()).unwrap()
 }
@@ -340,21 +340,21 @@ fn layers_may_be_missing() {
     let mut adapters = pool();
     // Two share block 0, only the first has `to_out` of it, and the third lacks it.
     adapters.truncate(3);
-    let block = |layer: &Layer| layer.module.starts_with("transformer_blocks.0");
-    adapters[1] = changed(&adapters[1], |l| block(l) && !l.module.contains("to_out"), 1.0, 1.0);
+    let block = |layer: &Layer| layer.module().starts_with("transformer_blocks.0");
+    adapters[1] = changed(&adapters[1], |l| block(l) && !l.module().contains("to_out"), 1.0, 1.0);
     adapters[2] = changed(&adapters[2], |l| !block(l), 1.0, 1.0);
     let device = Device::cpu();
     let calibration = calibrated(&device, &adapters, "traj4", &POOL[..3]);
     let merged = Ssr::new(&calibration).merge(&device, &at_one(&adapters)).unwrap();
     for (layer, report) in merged.adapter.layers().iter().zip(&merged.report.layers) {
-        let members: Vec<usize> = (0..3).filter(|&i| adapters[i].find(&layer.module).is_some()).collect();
+        let members: Vec<usize> = (0..3).filter(|&i| adapters[i].find(layer.module()).is_some()).collect();
         assert_eq!(report.adapters, members);
         let alone = members.len() == 1;
         assert_eq!(
             report.action,
             if alone { Action::PassedThrough } else { Action::Routed },
             "{}",
-            layer.module
+            layer.module()
         );
         // All three tasks' tokens count, also those of the one that lacks the layer.
         assert_eq!(report.tokens, if alone { 0 } else { 3 * 192 });
@@ -395,8 +395,8 @@ fn statistics_of_nothing_are_summed() {
     let zeros = vec![0f32; 4 * 512];
     for layer in adapters[0].layers() {
         for task in 0..4 {
-            let x = loraweld::RawMatrix::from_f32(4, layer.input, &zeros[..4 * layer.input]).unwrap();
-            calibration.accumulate(&device, task, &layer.module, x).unwrap();
+            let x = loraweld::RawMatrix::from_f32(4, layer.input(), &zeros[..4 * layer.input()]).unwrap();
+            calibration.accumulate(&device, task, layer.module(), x).unwrap();
         }
     }
     let merged = Ssr::new(&calibration).merge(&device, &at_one(&adapters)).unwrap();
@@ -418,10 +418,10 @@ fn without_activations_a_layer_is_summed_aloud() {
 fn assert_summed(merged: &Merged, adapters: &[Adapter]) {
     for (layer, report) in merged.adapter.layers().iter().zip(&merged.report.layers) {
         assert!(matches!(&report.action, Action::Summed { why } if !why.is_empty()), "{report:?}");
-        let mut want = Matrix::zeros(layer.output, layer.input);
+        let mut want = Matrix::zeros(layer.output(), layer.input());
         for adapter in adapters {
-            let single = delta(adapter.find(&layer.module).unwrap());
-            want.data.iter_mut().zip(single.data).for_each(|(w, s)| *w += s);
+            let single = delta(adapter.find(layer.module()).unwrap());
+            want.data_mut().iter_mut().zip(single.data()).for_each(|(w, s)| *w += s);
         }
         // B is exact up to one rounding to f32.
         assert!(relative(&delta(layer), &want) <= 1e-7);
@@ -495,7 +495,7 @@ fn two_runs_write_the_same_bytes() {
     assert!(metadata["loraweld.inputs"].contains("concept_c7_rot90"), "{metadata:?}");
     assert!(metadata["loraweld.options"].contains("prior"), "{metadata:?}");
     assert!(!metadata.contains_key("lora_adapter_metadata"));
-    assert!(saved.layers().iter().all(|layer| layer.scale.value == 1.0 && layer.rank == 36));
+    assert!(saved.layers().iter().all(|layer| layer.scale().value == 1.0 && layer.rank() == 36));
 }
 
 #[test]
@@ -541,7 +541,7 @@ fn options_out_of_range_are_refused() {
 fn adapters_of_other_models_are_refused() {
     let good = adapter("concept_c3_mirror");
     let layer = &good.layers()[0];
-    let other = Layer::new(&layer.module, Matrix::zeros(2, 7), Matrix::zeros(layer.output, 2)).unwrap();
+    let other = Layer::new(layer.module(), Matrix::zeros(2, 7), Matrix::zeros(layer.output(), 2)).unwrap();
     let other = Adapter::new("other", Format::Peft, vec![other]).unwrap();
     for error in [
         loraweld::Plan::new(&[good.at(1.0), other.at(1.0)]).unwrap_err(),
@@ -549,7 +549,7 @@ fn adapters_of_other_models_are_refused() {
     ] {
         let text = error.to_string();
         assert!(text.contains("other") && text.contains("concept_c3_mirror") && text.contains('7'), "{text}");
-        assert!(text.contains(&format!("`{}`", layer.module)), "the dotted name: {text}");
+        assert!(text.contains(&format!("`{}`", layer.module())), "the dotted name: {text}");
     }
 }
 
@@ -572,9 +572,9 @@ fn truncating_keeps_the_largest_singular_values() {
         small.report.notes
     );
     for (layer, report) in small.adapter.layers().iter().zip(&small.report.layers) {
-        assert_eq!((layer.rank, report.rank), (8, 8));
-        let whole = delta(merged.adapter.layer(&layer.key).unwrap());
-        let dense = faer::Mat::from_fn(whole.rows, whole.cols, |i, j| whole[(i, j)]);
+        assert_eq!((layer.rank(), report.rank), (8, 8));
+        let whole = delta(merged.adapter.layer(layer.key()).unwrap());
+        let dense = faer::Mat::from_fn(whole.rows(), whole.cols(), |i, j| whole[(i, j)]);
         let values = dense.singular_values().unwrap();
         let norm = |values: &[f64]| values.iter().map(|v| v * v).sum::<f64>().sqrt();
         let want = norm(&values[8..]) / norm(&values);

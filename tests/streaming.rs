@@ -153,7 +153,7 @@ fn flux(seed: u64, alone: bool) -> Adapter {
             let mut b = matrix(3072, 2, seed + i as u64);
             if part == "to_k" {
                 // One column is enough.
-                b.data.chunks_exact_mut(2).for_each(|row| row[1] = 0.0);
+                b.data_mut().chunks_exact_mut(2).for_each(|row| row[1] = 0.0);
             }
             let name = module(&format!("transformer_blocks.{block}.attn.{part}"));
             layers.push(Layer::new(&name, matrix(2, 3072, 7 * seed), b).unwrap());
@@ -185,7 +185,7 @@ fn fused_modules_and_lower_ranks_find_their_places() {
         .unwrap();
     let ranks: Vec<_> = report.layers.iter().map(|layer| layer.rank).collect();
     let merged = Adapter::open(&path).unwrap();
-    assert_eq!(merged.layers().iter().map(|layer| layer.rank).collect::<Vec<_>>(), ranks);
+    assert_eq!(merged.layers().iter().map(|layer| layer.rank()).collect::<Vec<_>>(), ranks);
     assert!(ranks.contains(&1) && ranks.contains(&2) && ranks.contains(&3), "{ranks:?}");
 }
 
@@ -203,7 +203,13 @@ fn a_sum_is_truncated_as_svd_does_it() {
         let svd = SvdMerge::new(truncation).merge(&case.device, &weighted).unwrap();
         let merged = Adapter::open(&path).unwrap();
         for ((x, y), report) in merged.layers().iter().zip(svd.adapter.layers()).zip(&report.layers) {
-            assert_eq!((x.a().bytes, x.b().bytes), (y.a().bytes, y.b().bytes), "{}: {}", case.name, x.name());
+            assert_eq!(
+                (x.a().bytes(), x.b().bytes()),
+                (y.a().bytes(), y.b().bytes()),
+                "{}: {}",
+                case.name,
+                x.name()
+            );
             assert!(report.rank <= 6 && report.cut.is_some_and(|cut| cut > 0.0 && cut < 1.0));
         }
         assert_eq!(merged.metadata()["loraweld.method"], "linear");
@@ -291,7 +297,7 @@ fn compiled_pipelines_are_kept() {
         let merged = CoreMerge::tsv(Tsv::default())
             .merge(&device, &[adapters[0].at(1.0), adapters[1].at(1.0)])
             .unwrap();
-        merged.adapter.layers().iter().map(|layer| layer.a().bytes.to_vec()).collect::<Vec<_>>()
+        merged.adapter.layers().iter().map(|layer| layer.a().bytes().to_vec()).collect::<Vec<_>>()
     };
     let first = merged();
     let Some(file) = fs::read_dir(&caches).ok().and_then(|mut files| files.next()).map(|f| f.unwrap().path())

@@ -143,7 +143,7 @@ pub fn values(len: usize, seed: u64) -> impl Iterator<Item = f32> {
 }
 
 pub fn matrix<T: From<f32>>(rows: usize, cols: usize, seed: u64, scale: f32) -> Matrix<T> {
-    Matrix { rows, cols, data: values(rows * cols, seed).map(|v| T::from(v * scale)).collect() }
+    Matrix::new(rows, cols, values(rows * cols, seed).map(|v| T::from(v * scale)).collect()).unwrap()
 }
 
 /// Activations of a layer, and where they are: in the device's memory, or on the host for the CPU.
@@ -229,8 +229,8 @@ fn fill<const N: usize>(out: &mut [u8], values: impl Iterator<Item = [u8; N]>) {
 /// ‖got − want‖ / ‖want‖ in the Frobenius norm.
 pub fn relative(got: &Matrix, want: &Matrix) -> f64 {
     let norm = |values: &mut dyn Iterator<Item = f64>| values.map(|v| v * v).sum::<f64>().sqrt();
-    let error = norm(&mut got.data.iter().zip(&want.data).map(|(g, w)| g - w));
-    error / norm(&mut want.data.iter().copied())
+    let error = norm(&mut got.data().iter().zip(want.data()).map(|(g, w)| g - w));
+    error / norm(&mut want.data().iter().copied())
 }
 
 /// A layer's name, and its widths: in, out.

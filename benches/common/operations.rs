@@ -139,9 +139,9 @@ fn positive(order: usize, seed: u64) -> Matrix {
 }
 
 fn residual(g: &Matrix, q: &Matrix, r: &Matrix) -> f64 {
-    let norm = |m: &Matrix| m.data.iter().map(|v| v * v).sum::<f64>().sqrt();
+    let norm = |m: &Matrix| m.data().iter().map(|v| v * v).sum::<f64>().sqrt();
     let mut rest = q.clone();
-    rest.data.par_chunks_mut(q.cols).enumerate().for_each(|(i, row)| {
+    rest.data_mut().par_chunks_mut(q.cols()).enumerate().for_each(|(i, row)| {
         for (k, v) in r.row(i).iter().enumerate() {
             row.iter_mut().zip(g.row(k)).for_each(|(rest, g)| *rest -= v * g);
         }

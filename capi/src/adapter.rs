@@ -112,10 +112,10 @@ pub unsafe extern "C" fn loraweld_adapter_layer(
         };
         layer.write(LoraweldLayer {
             name: name.as_ptr(),
-            rank: of.rank,
-            input: of.input,
-            output: of.output,
-            scale: of.scale.value,
+            rank: of.rank(),
+            input: of.input(),
+            output: of.output(),
+            scale: of.scale().value,
         });
         Ok(())
     })

@@ -54,24 +54,24 @@ pub(super) fn split(
 /// The columns of each part, if B is zero everywhere else; all of them for those that share some, and none for a part
 /// that is zero. `None` if every part has all.
 fn blocks(b: RawMatrix<'_>, places: &[Range<usize>]) -> Option<Vec<Range<usize>>> {
-    let size = b.dtype.size();
+    let size = b.dtype().size();
     // Bits, so that a negative zero is not lost.
     let is_set = |row: usize, col: usize| {
-        let at = (row * b.cols + col) * size;
-        b.bytes[at..at + size].iter().any(|&byte| byte != 0)
+        let at = (row * b.cols() + col) * size;
+        b.bytes()[at..at + size].iter().any(|&byte| byte != 0)
     };
     // A look at one row tells of almost every other adapter that it is none of these.
-    if places.iter().all(|place| (0..b.cols).all(|col| is_set(place.start, col))) {
+    if places.iter().all(|place| (0..b.cols()).all(|col| is_set(place.start, col))) {
         return None;
     }
     let used: Vec<Option<Range<usize>>> = places
         .iter()
         .map(|place| {
-            let (mut first, mut last) = (b.cols, None);
+            let (mut first, mut last) = (b.cols(), None);
             for row in place.clone() {
                 first = (0..first).find(|&col| is_set(row, col)).unwrap_or(first);
                 let from = last.map_or(0, |last| last + 1);
-                last = (from..b.cols).rev().find(|&col| is_set(row, col)).or(last);
+                last = (from..b.cols()).rev().find(|&col| is_set(row, col)).or(last);
             }
             last.map(|last| first..last + 1)
         })
@@ -81,7 +81,7 @@ fn blocks(b: RawMatrix<'_>, places: &[Range<usize>]) -> Option<Vec<Range<usize>>
         return None;
     }
     // Equal shares are likelier than those that zeros at a border suggest.
-    let share = b.cols / present;
+    let share = b.cols() / present;
     let mut end = 0;
     let mut i = 0;
     let equal: Vec<Range<usize>> = used
@@ -95,10 +95,10 @@ fn blocks(b: RawMatrix<'_>, places: &[Range<usize>]) -> Option<Vec<Range<usize>>
     let inside = |(of, share): (&Option<Range<usize>>, &Range<usize>)| {
         of.as_ref().is_none_or(|of| share.start <= of.start && of.end <= share.end)
     };
-    if share * present == b.cols && used.iter().zip(&equal).all(inside) {
+    if share * present == b.cols() && used.iter().zip(&equal).all(inside) {
         return Some(equal);
     }
-    let whole = |of: &Option<Range<usize>>| if of.is_some() { 0..b.cols } else { 0..0 };
+    let whole = |of: &Option<Range<usize>>| if of.is_some() { 0..b.cols() } else { 0..0 };
     let shared = || (present < used.len()).then(|| used.iter().map(whole).collect());
     let mut blocks = Vec::with_capacity(used.len());
     let mut left = present;
@@ -111,7 +111,7 @@ fn blocks(b: RawMatrix<'_>, places: &[Range<usize>]) -> Option<Vec<Range<usize>>
         if of.start < end {
             return shared();
         }
-        let stop = if left == 0 { b.cols } else { of.end };
+        let stop = if left == 0 { b.cols() } else { of.end };
         blocks.push(end..stop);
         end = stop;
     }
@@ -120,9 +120,9 @@ fn blocks(b: RawMatrix<'_>, places: &[Range<usize>]) -> Option<Vec<Range<usize>>
 
 fn some_columns(b: &Tensor, columns: &Range<usize>) -> Tensor {
     let raw = b.raw();
-    let (width, size) = (raw.cols * raw.dtype.size(), raw.dtype.size());
+    let (width, size) = (raw.cols() * raw.dtype().size(), raw.dtype().size());
     let cut = |row: &[u8]| row[columns.start * size..columns.end * size].to_vec();
-    let bytes: Vec<u8> = raw.bytes.chunks_exact(width).flat_map(cut).collect();
+    let bytes: Vec<u8> = raw.bytes().chunks_exact(width).flat_map(cut).collect();
     Tensor { cols: columns.len(), data: TensorData::Bytes(Arc::new(bytes)), ..b.clone() }
 }
 
@@ -180,7 +180,7 @@ pub(crate) fn unstack(whole: &Layer, templates: &[&Layer]) -> Vec<Layer> {
 /// The lower half of the rows, and then the upper one.
 pub(super) fn swap_halves(b: &Tensor) -> Tensor {
     let raw = b.raw();
-    let (upper, lower) = raw.bytes.split_at(raw.rows / 2 * raw.cols * raw.dtype.size());
+    let (upper, lower) = raw.bytes().split_at(raw.rows() / 2 * raw.cols() * raw.dtype().size());
     Tensor { data: TensorData::Bytes(Arc::new([lower, upper].concat())), ..b.clone() }
 }
 

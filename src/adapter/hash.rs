@@ -32,9 +32,9 @@ pub(super) fn of_a(adapter: &Adapter) -> String {
     let (mut values, mut bytes) = (vec![0f32; CHUNK], Vec::with_capacity(4 * CHUNK));
     for layer in adapter.layers() {
         let a = layer.a();
-        for chunk in a.bytes.chunks(CHUNK * a.dtype.size()) {
-            let n = chunk.len() / a.dtype.size();
-            RawMatrix { dtype: a.dtype, rows: 1, cols: n, bytes: chunk }.widen_into(&mut values[..n]);
+        for chunk in a.bytes().chunks(CHUNK * a.dtype().size()) {
+            let n = chunk.len() / a.dtype().size();
+            RawMatrix::within(a.dtype(), 1, n, chunk).widen_into(&mut values[..n]);
             bytes.clear();
             bytes.extend(values[..n].iter().flat_map(|v| v.to_le_bytes()));
             sha.update(&bytes);

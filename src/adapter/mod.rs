@@ -332,11 +332,11 @@ impl Adapter {
         let first = |tensor| Some((tensor, Tensor::raw(tensor).first_non_finite()?));
         let Some((tensor, i)) = [&layer.a, &layer.b].into_iter().find_map(first) else { return Ok(()) };
         let raw = tensor.raw();
-        let size = raw.dtype.size();
-        let element = RawMatrix { rows: 1, cols: 1, bytes: &raw.bytes[i * size..(i + 1) * size], ..raw };
+        let size = raw.dtype().size();
+        let element = RawMatrix::within(raw.dtype(), 1, 1, &raw.bytes()[i * size..]);
         let value = element.to_vec::<f32>()[0];
-        let (row, col) = (i / raw.cols + tensor.first_row(), i % raw.cols);
-        let i = row * raw.cols + col;
+        let (row, col) = (i / raw.cols() + tensor.first_row(), i % raw.cols());
+        let i = row * raw.cols() + col;
         let reason = format!("element {i} (row {row}, column {col}) is {value}; every value must be finite");
         Err(Error::tensor(tensor.path().unwrap_or(self.path()), &tensor.key, reason))
     }
@@ -393,19 +393,19 @@ impl Adapter {
 #[derive(Clone, Debug)]
 pub struct Layer {
     /// The name that it is matched by.
-    pub key: LayerKey,
+    pub(crate) key: LayerKey,
     /// The module's path as the file spells it, without the prefix; of a part of a fused module, as diffusers does.
-    pub module: String,
+    pub(crate) module: String,
     /// What stands before the module's path in the file: `transformer.`, `lora_unet_`, ...
-    pub prefix: String,
+    pub(crate) prefix: String,
     /// Rows of A and columns of B.
-    pub rank: usize,
+    pub(crate) rank: usize,
     /// Columns of A: the width that the module reads.
-    pub input: usize,
+    pub(crate) input: usize,
     /// Rows of B: the width that the module writes.
-    pub output: usize,
+    pub(crate) output: usize,
     /// The factor on `B · A`.
-    pub scale: Scale,
+    pub(crate) scale: Scale,
     family: Family,
     spelling: Option<Arc<Spelling>>,
     /// Whether an inventory knows the module.
@@ -524,6 +524,41 @@ impl Layer {
         }
     }
 
+    /// The name that it is matched by.
+    pub fn key(&self) -> &LayerKey {
+        &self.key
+    }
+
+    /// The module's path as the file spells it, without the prefix; of a part of a fused module, as diffusers does.
+    pub fn module(&self) -> &str {
+        &self.module
+    }
+
+    /// What stands before the module's path in the file: `transformer.`, `lora_unet_`, ...
+    pub fn prefix(&self) -> &str {
+        &self.prefix
+    }
+
+    /// Rows of A and columns of B.
+    pub fn rank(&self) -> usize {
+        self.rank
+    }
+
+    /// Columns of A: the width that the module reads.
+    pub fn input(&self) -> usize {
+        self.input
+    }
+
+    /// Rows of B: the width that the module writes.
+    pub fn output(&self) -> usize {
+        self.output
+    }
+
+    /// The factor on `B · A`.
+    pub fn scale(&self) -> Scale {
+        self.scale
+    }
+
     /// Whether the module is one that some model family is known to have.
     pub fn is_known(&self) -> bool {
         self.known
@@ -640,14 +675,14 @@ impl Tensor {
             TensorData::Bytes(bytes) => bytes.as_slice(),
             TensorData::Planned(_) => &[],
         };
-        RawMatrix { dtype: self.dtype, rows: self.rows, cols: self.cols, bytes }
+        RawMatrix::within(self.dtype, self.rows, self.cols, bytes)
     }
 
     /// Some of the rows.
     fn rows(&self, rows: std::ops::Range<usize>) -> Self {
         let data = match &self.data {
             TensorData::File(file, first) => TensorData::File(file.clone(), first + rows.start),
-            _ => TensorData::Bytes(Arc::new(self.raw().rows(rows.start, rows.end).bytes.to_vec())),
+            _ => TensorData::Bytes(Arc::new(self.raw().row_range(rows.start, rows.end).bytes().to_vec())),
         };
         Self { rows: rows.len(), data, ..self.clone() }
     }
@@ -665,8 +700,9 @@ impl Tensor {
             _ => {}
         }
         let (x, y) = (self.raw(), other.raw());
-        let shape = |m: RawMatrix<'_>| (m.dtype, m.rows, m.cols, m.bytes.as_ptr());
-        shape(x) == shape(y) || ((x.dtype, x.rows, x.cols) == (y.dtype, y.rows, y.cols) && x.bytes == y.bytes)
+        let shape = |m: RawMatrix<'_>| (m.dtype(), m.rows(), m.cols(), m.bytes().as_ptr());
+        shape(x) == shape(y)
+            || ((x.dtype(), x.rows(), x.cols()) == (y.dtype(), y.rows(), y.cols()) && x.bytes() == y.bytes())
     }
 
     fn is_planned(&self) -> bool {

@@ -34,12 +34,12 @@ impl Layer {
 /// Products of rows, or of columns, with each other: rank x rank.
 fn gram(m: RawMatrix<'_>, rows: bool) -> Vec<f64> {
     let values: Vec<f64> = m.to_vec();
-    let n = if rows { m.rows } else { m.cols };
+    let n = if rows { m.rows() } else { m.cols() };
     let mut gram = vec![0.0; n * n];
     if rows {
         for i in 0..n {
             for j in 0..=i {
-                let (x, y) = (&values[i * m.cols..][..m.cols], &values[j * m.cols..][..m.cols]);
+                let (x, y) = (&values[i * m.cols()..][..m.cols()], &values[j * m.cols()..][..m.cols()]);
                 let dot = x.iter().zip(y).map(|(x, y)| x * y).sum();
                 (gram[i * n + j], gram[j * n + i]) = (dot, dot);
             }

@@ -13,7 +13,7 @@ use super::scale::{Scale, Scales};
 use super::spelling::Spelling;
 use super::{Format, Kernel, Layer, PartOf, Tensor, TensorData, fuse};
 use crate::safetensors_file::{FileDtype, SafetensorsFile, TensorRef};
-use crate::{Dtype, Error, Matrix, RawMatrix, Result};
+use crate::{Dtype, Error, Matrix, Result};
 
 /// What opening an adapter takes beyond its file.
 #[derive(Clone, Debug, Default)]
@@ -563,7 +563,7 @@ pub(super) fn number(path: &Path, t: &TensorRef, what: &str) -> Result<f64> {
 /// Elements of a tensor as a matrix, in f64.
 pub(super) fn wide(file: &SafetensorsFile, t: &TensorRef) -> Result<Matrix> {
     let tensor = factor(file, t, "a matrix")?;
-    let RawMatrix { rows, cols, .. } = tensor.raw();
+    let (rows, cols) = (tensor.raw().rows(), tensor.raw().cols());
     Ok(Matrix { rows, cols, data: tensor.raw().to_vec() })
 }
 

@@ -569,8 +569,8 @@ impl<'a> Module<'a> {
             && let [Piece { layer, fold, .. }] = &self.pieces[..]
         {
             let (b, half) = (layer.b(), self.output / 2);
-            convert(b.rows(half, self.output), *fold, dtype, layer, out)?;
-            return convert(b.rows(0, half), *fold, dtype, layer, out);
+            convert(b.row_range(half, self.output), *fold, dtype, layer, out)?;
+            return convert(b.row_range(0, half), *fold, dtype, layer, out);
         }
         let mut row = 0;
         for Piece { layer, row: start, col, fold } in &self.pieces {
@@ -584,7 +584,7 @@ impl<'a> Module<'a> {
             }
             for i in 0..layer.output {
                 zeros(*col, out)?;
-                convert(b.rows(i, i + 1), *fold, dtype, layer, out)?;
+                convert(b.row_range(i, i + 1), *fold, dtype, layer, out)?;
                 zeros(self.rank - col - layer.rank, out)?;
             }
         }
@@ -598,8 +598,8 @@ fn folds_exactly(b: RawMatrix<'_>, scale: f64, dtype: Dtype) -> bool {
     let power_of_two = scale.is_normal() && scale.to_bits() & MANTISSA == 0;
     power_of_two && {
         let mut values = vec![0f32; CHUNK];
-        b.bytes.chunks(CHUNK * b.dtype.size()).all(|chunk| {
-            widen(b.dtype, chunk, &mut values).iter().all(|&v| {
+        b.bytes().chunks(CHUNK * b.dtype().size()).all(|chunk| {
+            widen(b.dtype(), chunk, &mut values).iter().all(|&v| {
                 !v.is_finite() || round(f64::from(v) * scale, dtype) == round(v.into(), dtype) * scale
             })
         })
@@ -614,13 +614,13 @@ fn convert(
     layer: &Layer,
     out: &mut dyn Write,
 ) -> io::Result<()> {
-    if values.dtype == dtype && scale == 1.0 {
-        return out.write_all(values.bytes);
+    if values.dtype() == dtype && scale == 1.0 {
+        return out.write_all(values.bytes());
     }
     let (mut wide, mut bytes) = (vec![0f32; CHUNK], Vec::with_capacity(4 * CHUNK));
     let mut halves = vec![0u16; CHUNK];
-    for chunk in values.bytes.chunks(CHUNK * values.dtype.size()) {
-        let wide = widen(values.dtype, chunk, &mut wide);
+    for chunk in values.bytes().chunks(CHUNK * values.dtype().size()) {
+        let wide = widen(values.dtype(), chunk, &mut wide);
         let halves = &mut halves[..wide.len()];
         if scale == 1.0 && narrow(wide, dtype, halves) {
             out.write_all(bytemuck::cast_slice(halves))?;
@@ -684,7 +684,7 @@ fn put(
 
 fn widen<'a>(dtype: Dtype, bytes: &[u8], out: &'a mut [f32]) -> &'a [f32] {
     let cols = bytes.len() / dtype.size();
-    RawMatrix { dtype, rows: 1, cols, bytes }.widen_into(&mut out[..cols]);
+    RawMatrix::within(dtype, 1, cols, bytes).widen_into(&mut out[..cols]);
     &out[..cols]
 }
 

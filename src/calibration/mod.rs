@@ -402,9 +402,10 @@ impl Calibration {
             }
             let x = activations(path, &tensor)?;
             for (key, width) in targets {
-                if x.cols != width {
+                if x.cols() != width {
                     let (name, file) = self.source()?.describe(&key);
-                    let reason = format!("has width {}, but {file} reads {width} on layer `{name}`", x.cols);
+                    let reason =
+                        format!("has width {}, but {file} reads {width} on layer `{name}`", x.cols());
                     return Err(Error::tensor(path, tensor.name, reason));
                 }
                 if let Some(blocks) = self.layers.get(&key) {
@@ -418,7 +419,7 @@ impl Calibration {
                     cost = 0;
                 }
             }
-            summary.tokens += x.rows as u64;
+            summary.tokens += x.rows() as u64;
         }
         self.add_inputs(device, slot, &pending)?;
         control.finish("calibrate", total);

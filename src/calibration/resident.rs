@@ -53,7 +53,7 @@ pub(super) fn call_limit(device: &Device) -> u64 {
 
 /// Bytes that inputs take in a call: themselves, what A sees of them, and partial Gram matrices.
 pub(super) fn call_cost(x: RawMatrix<'_>, order: usize) -> u64 {
-    (x.bytes.len() + 8 * x.rows * order + ops::gram_bytes(x.rows, order)) as u64
+    (x.bytes().len() + 8 * x.rows() * order + ops::gram_bytes(x.rows(), order)) as u64
 }
 
 /// Bytes that one arena may have.

@@ -66,7 +66,7 @@ impl Inspect {
 fn one(adapter: &Adapter, norms: bool, out: &Output) -> anyhow::Result<()> {
     let layers = adapter.layers();
     let bytes = std::fs::metadata(adapter.path()).map(|meta| meta.len()).unwrap_or_default();
-    let prefixes: BTreeSet<_> = layers.iter().map(|layer| layer.prefix.as_str()).collect();
+    let prefixes: BTreeSet<_> = layers.iter().map(|layer| layer.prefix()).collect();
     let tags = tags(adapter);
     let metadata = METADATA
         .iter()
@@ -74,7 +74,8 @@ fn one(adapter: &Adapter, norms: bool, out: &Output) -> anyhow::Result<()> {
         .collect::<Vec<_>>();
 
     let loaders = Loader::ALL.map(|loader| (loader, adapter.not_taken(loader)));
-    let work: f64 = layers.iter().map(|l| (l.rank * l.rank) as f64 * (l.input + l.output) as f64).sum();
+    let work: f64 =
+        layers.iter().map(|l| (l.rank() * l.rank()) as f64 * (l.input() + l.output()) as f64).sum();
     let norms: Vec<f64> =
         if norms || work < SOON { layers.iter().map(Layer::norm).collect() } else { Vec::new() };
     let blocks = blocks(layers, &norms);
@@ -90,8 +91,8 @@ fn one(adapter: &Adapter, norms: bool, out: &Output) -> anyhow::Result<()> {
             "prefixes": prefixes,
             "dtype": adapter.dtype().name(),
             "layers": layers.len(),
-            "rank_min": layers.iter().map(|l| l.rank).min(),
-            "rank_max": layers.iter().map(|l| l.rank).max(),
+            "rank_min": layers.iter().map(|l| l.rank()).min(),
+            "rank_max": layers.iter().map(|l| l.rank()).max(),
             "metadata": metadata.iter().map(|(key, _, v)| ((*key).to_owned(), json!(v))).collect::<Map<_, _>>(),
             "tags": tags,
             "loaders": loaders.iter().map(|(loader, left)| (loader.name().to_owned(), json!({
@@ -111,13 +112,13 @@ fn one(adapter: &Adapter, norms: bool, out: &Output) -> anyhow::Result<()> {
     line("model", adapter.family().to_string())?;
     line("keys", format!("{}, prefix {prefixes}", adapter.format()))?;
     line("size", format!("{}, {}", size(bytes), adapter.dtype()))?;
-    line("layers", format!("{}, rank {}", layers.len(), range(layers.iter().map(|layer| layer.rank))))?;
+    line("layers", format!("{}, rank {}", layers.len(), range(layers.iter().map(|layer| layer.rank()))))?;
     for (loader, left) in &loaders {
         let text = match &left[..] {
             [] => "takes it whole".to_owned(),
             [first, ..] => {
                 let modules: BTreeSet<_> =
-                    layers.iter().map(|l| format!("{}{}", l.prefix, l.module)).collect();
+                    layers.iter().map(|l| format!("{}{}", l.prefix(), l.module())).collect();
                 let all = if left.len() >= modules.len() { ", all of them" } else { "" };
                 format!(
                     "not known to take {}{all}: `{}`, {}",
@@ -143,14 +144,14 @@ fn one(adapter: &Adapter, norms: bool, out: &Output) -> anyhow::Result<()> {
         line("tags", some(&tags, 8))?;
     }
     let mut table = Table::new(&["  module", ">layers", ">rank", ">in", ">out", ">scale"]);
-    let key = |layer: &Layer| (pattern(&layer.name()), layer.input, layer.output);
+    let key = |layer: &Layer| (pattern(&layer.name()), layer.input(), layer.output());
     for ((pattern, input, output), group) in group(layers.iter().map(|layer| (key(layer), layer))) {
-        let mut scales: Vec<_> = group.iter().map(|layer| layer.scale.value).collect();
+        let mut scales: Vec<_> = group.iter().map(|layer| layer.scale().value).collect();
         scales.sort_by(f64::total_cmp);
         table.row([
             format!("  {pattern}"),
             group.len().to_string(),
-            range(group.iter().map(|layer| layer.rank)),
+            range(group.iter().map(|layer| layer.rank())),
             input.to_string(),
             output.to_string(),
             match scales[..] {
@@ -205,7 +206,7 @@ fn decimal(value: f64) -> String {
 }
 
 fn scale(layer: &Layer) -> String {
-    let scale = layer.scale;
+    let scale = layer.scale();
     let divisor = if scale.rank_stabilized { ", divided by the root of the rank" } else { "" };
     match scale.alpha {
         Some(0.0) => format!("0: alpha 0 ({}), adds nothing", scale.rule),
@@ -215,13 +216,13 @@ fn scale(layer: &Layer) -> String {
 }
 
 fn describe(layer: &Layer, norm: Option<&f64>) -> Value {
-    let Layer { key, rank, input, output, scale, .. } = layer;
+    let scale = layer.scale();
     json!({
-        "key": key.as_str(),
-        "module": format!("{}{}", layer.prefix, layer.module),
-        "rank": rank,
-        "in": input,
-        "out": output,
+        "key": layer.key().as_str(),
+        "module": format!("{}{}", layer.prefix(), layer.module()),
+        "rank": layer.rank(),
+        "in": layer.input(),
+        "out": layer.output(),
         "kernel": layer.kernel(),
         "fused_in": layer.fused_in(),
         "norm": norm,
@@ -265,10 +266,10 @@ fn matches(adapters: &[Adapter], out: &Output) -> anyhow::Result<()> {
     let mut by_key: BTreeMap<&LayerKey, Vec<(usize, &Layer)>> = BTreeMap::new();
     for (i, adapter) in adapters.iter().enumerate() {
         for layer in adapter.layers() {
-            by_key.entry(&layer.key).or_default().push((i, layer));
+            by_key.entry(layer.key()).or_default().push((i, layer));
         }
     }
-    let shape = |layer: &Layer| format!("{} to {}", layer.input, layer.output);
+    let shape = |layer: &Layer| format!("{} to {}", layer.input(), layer.output());
     let disagree = |found: Found| found.iter().any(|(_, layer)| shape(layer) != shape(found[0].1));
     let keys = |wanted: &dyn Fn(Found) -> bool| {
         by_key.iter().filter(|(_, found)| wanted(found)).map(|(key, _)| *key).collect::<Vec<_>>()
@@ -292,7 +293,7 @@ fn matches(adapters: &[Adapter], out: &Output) -> anyhow::Result<()> {
             "conflicts": conflicts.iter().map(|(key, found)| json!({
                 "layer": key.as_str(),
                 "shapes": found.iter().map(|&(i, layer)| json!({
-                    "file": adapters[i].path(), "in": layer.input, "out": layer.output,
+                    "file": adapters[i].path(), "in": layer.input(), "out": layer.output(),
                 })).collect::<Vec<_>>(),
             })).collect::<Vec<_>>(),
         }),
@@ -329,7 +330,7 @@ fn why_alone(adapters: &[Adapter], file: usize, alone: &[&LayerKey]) -> Option<S
     if alone.len() < adapters[file].layers().len() {
         let component = first.component();
         let others = adapters.iter().enumerate().filter(|(i, _)| *i != file);
-        let has = others.flat_map(|(_, a)| a.layers()).any(|l| l.key.component() == component);
+        let has = others.flat_map(|(_, a)| a.layers()).any(|l| l.key().component() == component);
         return Some(match has {
             true => "no other file adapts them; a merge passes them through".into(),
             false => format!("no other file adapts a {component}; a merge passes them through"),
@@ -348,6 +349,6 @@ fn why_alone(adapters: &[Adapter], file: usize, alone: &[&LayerKey]) -> Option<S
         "nothing of this file matches: its layers are named like `{}`, others like `{}`; \
          another base model, or another trainer's names for the same one?",
         pattern(first.as_str()),
-        pattern(other.key.as_str())
+        pattern(other.key().as_str())
     ))
 }

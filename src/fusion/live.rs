@@ -87,7 +87,7 @@ impl LiveNpLora {
             };
             let split = subject_rows(layer, style.layer(&layer.key), subject.layer(&layer.key));
             let a0: Vec<f32> = layer.a().to_vec();
-            let a1: Vec<f32> = hard.a().rows(split, layer.rank).to_vec();
+            let a1: Vec<f32> = hard.a().row_range(split, layer.rank).to_vec();
             let b: Vec<f32> =
                 layer.b().to_vec::<f64>().iter().map(|v| (v * layer.scale.value) as f32).collect();
             let fits = |arena: &&mut Arena| {

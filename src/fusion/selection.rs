@@ -341,13 +341,13 @@ impl Selector {
         selection: &Selection,
     ) -> Result<()> {
         let (key, resident) = self.find(layer)?;
-        if f0.len() != x.rows * resident.output {
+        if f0.len() != x.rows() * resident.output {
             return Err(in_layer(
                 &resident.name,
                 Error::Invalid(format!(
                     "f0 holds {} values, but {} tokens of {} channels were expected",
                     f0.len(),
-                    x.rows,
+                    x.rows(),
                     resident.output
                 )),
             ));
@@ -355,8 +355,8 @@ impl Selector {
         if self.device.is_gpu() {
             return self.run_gpu(layer, x, f0, selection);
         }
-        let call = self.call(resident, x.rows, selection)?;
-        branches::check(&call, resident.input, shape(x), Shape::new(x.rows, resident.output), Dtype::F32)
+        let call = self.call(resident, x.rows(), selection)?;
+        branches::check(&call, resident.input, shape(x), Shape::new(x.rows(), resident.output), Dtype::F32)
             .map_err(|e| in_layer(&resident.name, e))?;
         let Backend::Cpu(running) = &self.backend else { return Ok(()) };
         let mut running = running[resident.index];
@@ -398,13 +398,13 @@ impl Selector {
             padded.resize(bytes.len().next_multiple_of(4), 0);
             gpu.write(&buffer, 0, &padded).map(|()| buffer)
         };
-        let (x_buffer, f0_buffer) = (upload(x.bytes)?, upload(bytemuck::cast_slice(f0))?);
+        let (x_buffer, f0_buffer) = (upload(x.bytes())?, upload(bytemuck::cast_slice(f0))?);
         let on_device =
-            |buffer, dtype, width| Activations::Buffer { buffer, offset: 0, dtype, tokens: x.rows, width };
-        let width = f0.len().checked_div(x.rows).unwrap_or(self.find(layer)?.1.output);
+            |buffer, dtype, width| Activations::Buffer { buffer, offset: 0, dtype, tokens: x.rows(), width };
+        let width = f0.len().checked_div(x.rows()).unwrap_or(self.find(layer)?.1.output);
         let mut encoder = gpu.device.create_command_encoder(&Default::default());
         let (x_rows, f0_rows) =
-            (on_device(&x_buffer, x.dtype, x.cols), on_device(&f0_buffer, Dtype::F32, width));
+            (on_device(&x_buffer, x.dtype(), x.cols()), on_device(&f0_buffer, Dtype::F32, width));
         self.encode(&mut encoder, layer, x_rows, f0_rows, selection)?;
         gpu.queue.submit([encoder.finish()]);
         f0.copy_from_slice(&bytemuck::pod_collect_to_vec::<_, f32>(
@@ -553,7 +553,7 @@ fn strength(name: &str, value: f64) -> Result<f32> {
 }
 
 fn shape(m: RawMatrix<'_>) -> Shape {
-    Shape::new(m.rows, m.cols)
+    Shape::new(m.rows(), m.cols())
 }
 
 fn in_layer(name: &str, error: Error) -> Error {
@@ -605,8 +605,8 @@ fn members<'a>(adapters: &[Weighted<'a>]) -> Result<BTreeMap<&'a LayerKey, Vec<(
 
 /// Whether B has more bits than the 11 that a half holds; of 16-bit values it has not.
 fn has_low(of: &[(usize, &Layer)]) -> bool {
-    let b = of.iter().map(|(_, layer)| layer.b()).filter(|b| b.dtype == Dtype::F32);
-    b.flat_map(|b| b.bytes.as_chunks().0).any(|v| u32::from_le_bytes(*v) & 0x1fff != 0)
+    let b = of.iter().map(|(_, layer)| layer.b()).filter(|b| b.dtype() == Dtype::F32);
+    b.flat_map(|b| b.bytes().as_chunks().0).any(|v| u32::from_le_bytes(*v) & 0x1fff != 0)
 }
 
 /// Device memory of a layer's factors.

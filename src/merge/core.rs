@@ -472,7 +472,7 @@ pub(super) fn finite(template: &Layer, a: Matrix<f32>, b: Matrix<f32>) -> Result
 }
 
 pub(super) fn wide(m: crate::RawMatrix<'_>) -> Matrix {
-    Matrix { rows: m.rows, cols: m.cols, data: m.to_vec() }
+    Matrix { rows: m.rows(), cols: m.cols(), data: m.to_vec() }
 }
 
 /// SVDs of one matrix of each layer.

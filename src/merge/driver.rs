@@ -68,7 +68,14 @@ impl<'a> Run<'a> {
     /// Into memory. Time and device memory count from here on, so that what a method looks at first is in its report.
     pub(super) fn new(device: &'a Device, adapters: &'a [Weighted<'a>], control: Control<'a>) -> Self {
         device.reset_memory_peak();
-        Self { device, adapters, control, truncation: Truncation::default(), output: None, start: Instant::now() }
+        Self {
+            device,
+            adapters,
+            control,
+            truncation: Truncation::default(),
+            output: None,
+            start: Instant::now(),
+        }
     }
 }
 

@@ -141,7 +141,7 @@ fn joined_b(members: &[(&Layer, f64)]) -> Matrix<f32> {
     for i in 0..rows {
         for (part, scale) in &parts {
             let start = data.len();
-            part.rows(i, i + 1).append_to(&mut data);
+            part.row_range(i, i + 1).append_to(&mut data);
             if *scale != 1.0 {
                 data[start..].iter_mut().for_each(|v| *v = (f64::from(*v) * scale) as f32);
             }

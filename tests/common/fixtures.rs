@@ -75,7 +75,7 @@ impl Tensors {
         };
         let shape = tensor.shape();
         let rows = shape.first().copied().unwrap_or(1);
-        Matrix { rows, cols: values.len() / rows, data: values }
+        Matrix::new(rows, values.len() / rows, values).unwrap()
     }
 
     pub fn names(&self) -> Vec<String> {
@@ -85,13 +85,13 @@ impl Tensors {
 }
 
 pub fn wide(m: RawMatrix<'_>) -> Matrix {
-    Matrix { rows: m.rows, cols: m.cols, data: m.to_vec() }
+    Matrix::new(m.rows(), m.cols(), m.to_vec()).unwrap()
 }
 
 /// scale · B · A.
 pub fn delta(layer: &Layer) -> Matrix {
     let mut delta = product(&wide(layer.b()), &wide(layer.a()));
-    delta.data.iter_mut().for_each(|v| *v *= layer.scale.value);
+    delta.data_mut().iter_mut().for_each(|v| *v *= layer.scale().value);
     delta
 }
 
@@ -142,26 +142,27 @@ pub fn stored(layer: &str) -> String {
 pub fn plain_gram(a: &Matrix, set: &str, task: &str, layer: &str) -> (Matrix, f64) {
     let x = Tensors::open(activations(set, task)).get(&stored(layer));
     let z = product(&x, &a.transposed());
-    (product(&z.transposed(), &z), x.rows as f64)
+    (product(&z.transposed(), &z), x.rows() as f64)
 }
 
 pub fn plain(adapters: &[Weighted<'_>], set: &str, tasks: &[&str], layer: &str) -> Plain {
     let layers: Vec<_> = adapters.iter().map(|w| (w.adapter.find(layer).unwrap(), w.strength)).collect();
-    let rank: usize = layers.iter().map(|(l, _)| l.rank).sum();
-    let (mut a, mut b) = (Matrix::zeros(rank, layers[0].0.input), Matrix::zeros(layers[0].0.output, rank));
+    let rank: usize = layers.iter().map(|(l, _)| l.rank()).sum();
+    let (mut a, mut b) =
+        (Matrix::zeros(rank, layers[0].0.input()), Matrix::zeros(layers[0].0.output(), rank));
     let (mut blocks, mut start) = (Vec::new(), 0);
     for (l, strength) in layers {
         let (la, lb) = (wide(l.a()), wide(l.b()));
-        for k in 0..l.rank {
-            for j in 0..la.cols {
+        for k in 0..l.rank() {
+            for j in 0..la.cols() {
                 a[(start + k, j)] = la[(k, j)];
             }
-            for i in 0..lb.rows {
-                b[(i, start + k)] = lb[(i, k)] * l.scale.value * strength;
+            for i in 0..lb.rows() {
+                b[(i, start + k)] = lb[(i, k)] * l.scale().value * strength;
             }
         }
-        blocks.push(start..start + l.rank);
-        start += l.rank;
+        blocks.push(start..start + l.rank());
+        start += l.rank();
     }
     let (grams, tokens) = tasks.iter().map(|task| plain_gram(&a, set, task, layer)).unzip();
     Plain { a, b, blocks, grams, tokens }
@@ -174,7 +175,7 @@ impl Plain {
     }
 
     pub fn router(&self, set: &str, layer: &str, formula: &Formula) -> Matrix {
-        let n = self.a.rows;
+        let n = self.a.rows();
         let mut w = formula.weights.clone();
         if formula.balance != 0.0 {
             let bb = product(&self.b.transposed(), &self.b);
@@ -218,7 +219,7 @@ impl Plain {
         let (mut g, mut q) = sum(if formula.data_free { &free } else { &self.grams }, &w);
         if let Some((task, w)) = formula.neutral {
             let (neutral, _) = plain_gram(&self.a, set, task, layer);
-            g.data.iter_mut().zip(&neutral.data).for_each(|(g, n)| *g += w * n);
+            g.data_mut().iter_mut().zip(neutral.data()).for_each(|(g, n)| *g += w * n);
         }
         let tokens: f64 = w.iter().zip(&self.tokens).map(|(w, n)| w * n).sum();
         // As methods.md has it: everything over tr(G), which an absolute ridge has to follow.
@@ -226,7 +227,7 @@ impl Plain {
         let (g_free, q_free) = sum(&free, &vec![1.0; free.len()]);
         let prior = if formula.data_free { 0.0 } else { formula.prior_weight / trace(&g_free) };
         let mix = |m: &mut Matrix, f: &Matrix| {
-            m.data.iter_mut().zip(&f.data).for_each(|(m, f)| *m = *m / unit + prior * f);
+            m.data_mut().iter_mut().zip(f.data()).for_each(|(m, f)| *m = *m / unit + prior * f);
         };
         mix(&mut g, &g_free);
         mix(&mut q, &q_free);
@@ -243,20 +244,20 @@ impl Plain {
 }
 
 pub fn trace(m: &Matrix) -> f64 {
-    (0..m.rows).map(|i| m[(i, i)]).sum()
+    (0..m.rows()).map(|i| m[(i, i)]).sum()
 }
 
 /// R of R·M = Q for symmetric M, by elimination with pivots.
 pub fn solve(mut m: Matrix, q: Matrix) -> Matrix {
     let mut x = q.transposed();
-    let n = m.rows;
+    let (n, width) = (m.rows(), x.cols());
     for k in 0..n {
         let pivot = (k..n).max_by(|&i, &j| m[(i, k)].abs().total_cmp(&m[(j, k)].abs())).unwrap();
         for j in 0..n {
-            m.data.swap(k * n + j, pivot * n + j);
+            m.data_mut().swap(k * n + j, pivot * n + j);
         }
-        for j in 0..x.cols {
-            x.data.swap(k * x.cols + j, pivot * x.cols + j);
+        for j in 0..width {
+            x.data_mut().swap(k * width + j, pivot * width + j);
         }
         for i in k + 1..n {
             let f = m[(i, k)] / m[(k, k)];
@@ -264,14 +265,14 @@ pub fn solve(mut m: Matrix, q: Matrix) -> Matrix {
                 for j in k..n {
                     m[(i, j)] -= f * m[(k, j)];
                 }
-                for j in 0..x.cols {
+                for j in 0..x.cols() {
                     x[(i, j)] -= f * x[(k, j)];
                 }
             }
         }
     }
     for k in (0..n).rev() {
-        for j in 0..x.cols {
+        for j in 0..x.cols() {
             let mut v = x[(k, j)];
             for i in k + 1..n {
                 v -= m[(k, i)] * x[(i, j)];

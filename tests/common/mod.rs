@@ -63,10 +63,10 @@ pub fn devices() -> Vec<Case> {
 
 /// ‖got − want‖ / ‖want‖ in the Frobenius norm; 0 if both are zero.
 pub fn relative(got: &Matrix, want: &Matrix) -> f64 {
-    assert_eq!((got.rows, got.cols), (want.rows, want.cols), "shapes differ");
+    assert_eq!((got.rows(), got.cols()), (want.rows(), want.cols()), "shapes differ");
     let norm = |values: &mut dyn Iterator<Item = f64>| values.map(|v| v * v).sum::<f64>().sqrt();
-    let error = norm(&mut got.data.iter().zip(&want.data).map(|(g, w)| g - w));
-    match norm(&mut want.data.iter().copied()) {
+    let error = norm(&mut got.data().iter().zip(want.data()).map(|(g, w)| g - w));
+    match norm(&mut want.data().iter().copied()) {
         0.0 => error,
         scale => error / scale,
     }
@@ -74,12 +74,12 @@ pub fn relative(got: &Matrix, want: &Matrix) -> f64 {
 
 /// A·B in f64, plainly.
 pub fn product(a: &Matrix, b: &Matrix) -> Matrix {
-    assert_eq!(a.cols, b.rows);
-    let mut c = Matrix::zeros(a.rows, b.cols);
-    for i in 0..a.rows {
-        for k in 0..a.cols {
+    assert_eq!(a.cols(), b.rows());
+    let mut c = Matrix::zeros(a.rows(), b.cols());
+    for i in 0..a.rows() {
+        for k in 0..a.cols() {
             let v = a[(i, k)];
-            for j in 0..b.cols {
+            for j in 0..b.cols() {
                 c[(i, j)] += v * b[(k, j)];
             }
         }
@@ -116,6 +116,6 @@ impl Random {
 
 /// Singular values, the largest first.
 pub fn singular_values(m: &Matrix) -> Vec<f64> {
-    let m = faer::Mat::from_fn(m.rows, m.cols, |i, j| m[(i, j)]);
+    let m = faer::Mat::from_fn(m.rows(), m.cols(), |i, j| m[(i, j)]);
     m.singular_values().unwrap()
 }

@@ -140,7 +140,7 @@ impl Method {
                 Linear.merge_with(&shares, control)
             }
             Self::Svd => {
-                let ranks = adapters.iter().flat_map(|w| w.adapter.layers()).map(|layer| layer.rank);
+                let ranks = adapters.iter().flat_map(|w| w.adapter.layers()).map(|layer| layer.rank());
                 let truncation = Truncation::rank(ranks.max().unwrap_or(1));
                 SvdMerge::new(truncation).merge_with(device, adapters, control)
             }
@@ -248,7 +248,8 @@ impl Row {
     fn new(method: String, merged: &Merged, inputs: &Inputs, seconds: f64) -> Self {
         let Merged { adapter, report } = merged;
         let layers = adapter.layers();
-        let elements: usize = layers.iter().map(|layer| layer.rank * (layer.input + layer.output)).sum();
+        let elements: usize =
+            layers.iter().map(|layer| layer.rank() * (layer.input() + layer.output())).sum();
         let bytes = (elements * inputs.dtype().size()) as u64;
         let worst = report.layers.iter().filter_map(|l| Some((l, l.losses?.merged)));
         let worst = worst.max_by(|x, y| x.1.total_cmp(&y.1));
@@ -257,7 +258,7 @@ impl Row {
             method.clone(),
             loss(report.losses.map(|l| l.merged)),
             loss(worst.map(|(_, loss)| loss)),
-            range(layers.iter().map(|layer| layer.rank)),
+            range(layers.iter().map(|layer| layer.rank())),
             size(bytes),
             format!("{seconds:.2}"),
             worst.map_or_else(String::new, |(layer, _)| layer.layer.clone()),

@@ -403,7 +403,7 @@ impl Inputs {
                     "layers": layers.len(),
                 }),
             )?;
-            let rank = range(layers.iter().map(|layer| layer.rank));
+            let rank = range(layers.iter().map(|layer| layer.rank()));
             let layers = count(layers.len(), "layer");
             out.info(format_args!("input      {} at {strength}: {layers}, rank {rank}", adapter.name()))?;
             for note in adapter.notes() {
@@ -435,8 +435,8 @@ impl Inputs {
             if self.adapters[..i].iter().any(|other| same_file(other.path(), adapter.path())) {
                 out.warn(format_args!("{}: given more than once", adapter.name()))?;
             }
-            let off = adapter.layers().iter().filter(|layer| layer.scale.value == 0.0);
-            let off: Vec<_> = off.map(|layer| &layer.key).collect();
+            let off = adapter.layers().iter().filter(|layer| layer.scale().value == 0.0);
+            let off: Vec<_> = off.map(|layer| layer.key()).collect();
             if !off.is_empty() {
                 let what = count(off.len(), "layer");
                 let names = self::some(&off, 3);

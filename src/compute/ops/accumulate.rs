@@ -39,7 +39,7 @@ impl Activations<'_> {
     /// Tokens × width.
     pub fn shape(&self) -> Shape {
         match *self {
-            Self::Host(matrix) => Shape::new(matrix.rows, matrix.cols),
+            Self::Host(matrix) => Shape::new(matrix.rows(), matrix.cols()),
             Self::Buffer { tokens, width, .. } => Shape::new(tokens, width),
         }
     }
@@ -47,7 +47,7 @@ impl Activations<'_> {
     /// Element type.
     pub fn dtype(&self) -> Dtype {
         match self {
-            Self::Host(matrix) => matrix.dtype,
+            Self::Host(matrix) => matrix.dtype(),
             Self::Buffer { dtype, .. } => *dtype,
         }
     }
@@ -122,16 +122,16 @@ fn accumulate_cpu(inputs: &[(usize, Activations)], a: &Batch, sums: &mut Batch) 
             continue;
         }
         // A fixed number of blocks at a time, added in their order: deterministic on any number of threads.
-        let blocks: Vec<_> = (0..x.rows).step_by(CPU_ROWS).collect();
+        let blocks: Vec<_> = (0..x.rows()).step_by(CPU_ROWS).collect();
         for group in blocks.chunks(16) {
             let partial: Vec<Vec<f64>> = group
                 .par_iter()
                 .map(|&first| {
-                    let block = x.rows(first, (first + CPU_ROWS).min(x.rows));
-                    let mut z = vec![0.0; block.rows * n];
+                    let block = x.row_range(first, (first + CPU_ROWS).min(x.rows()));
+                    let mut z = vec![0.0; block.rows() * n];
                     project_cpu(block, a, &mut z);
                     let mut g = vec![0.0; n * n];
-                    gram_cpu(&z, Shape::new(block.rows, n), &mut g);
+                    gram_cpu(&z, Shape::new(block.rows(), n), &mut g);
                     g
                 })
                 .collect();
@@ -277,7 +277,7 @@ impl<'a> Inputs<'a> {
     fn place(&mut self, window: &Window<'a>) -> (usize, usize) {
         match window.input {
             Activations::Host(matrix) => {
-                let bytes = matrix.rows(window.first, window.first + window.tokens).bytes;
+                let bytes = matrix.row_range(window.first, window.first + window.tokens).bytes();
                 let next = self.bytes;
                 let place = *self.host.entry((bytes.as_ptr(), bytes.len())).or_insert(next);
                 if place == next {

@@ -22,11 +22,11 @@ pub fn project(device: &Device, x: &[RawMatrix], a: &Batch) -> Result<Batch> {
         return Err(Error::Invalid(format!("project: {} inputs do not go with {} A", x.len(), a.len())));
     }
     for (x, a) in x.iter().zip(a.shapes()) {
-        if x.cols != a.cols {
-            return Err(mismatch("project", Shape::new(x.rows, x.cols), *a));
+        if x.cols() != a.cols {
+            return Err(mismatch("project", Shape::new(x.rows(), x.cols()), *a));
         }
     }
-    let shapes: Vec<_> = x.iter().zip(a.shapes()).map(|(x, a)| Shape::new(x.rows, a.rows)).collect();
+    let shapes: Vec<_> = x.iter().zip(a.shapes()).map(|(x, a)| Shape::new(x.rows(), a.rows)).collect();
     let mut z = Batch::unwritten(device, device.product(), &shapes)?;
     if let Some(outputs) = z.host_mut() {
         x.par_iter().zip(outputs).enumerate().for_each(|(i, (x, z))| {
@@ -41,12 +41,12 @@ pub fn project(device: &Device, x: &[RawMatrix], a: &Batch) -> Result<Batch> {
         jobs.push(ProjectJob {
             x: 0,
             x_word: words.len() / 4,
-            tokens: x.rows,
-            dtype: x.dtype,
+            tokens: x.rows(),
+            dtype: x.dtype(),
             a: i,
             z: z.offset(i),
         });
-        words.extend_from_slice(x.bytes);
+        words.extend_from_slice(x.bytes());
         words.resize(words.len().next_multiple_of(X_ALIGN), 0);
     }
     let source = gpu.scratch(words.len() as u64)?;
@@ -62,13 +62,13 @@ pub(super) fn project_cpu(x: RawMatrix, a: &[f64], z: &mut [f64]) {
     if z.is_empty() {
         return;
     }
-    let rank = z.len() / x.rows;
+    let rank = z.len() / x.rows();
     let wide: Vec<f64> = x.to_vec();
     faer::linalg::matmul::matmul(
-        view_mut(z, Shape::new(x.rows, rank)),
+        view_mut(z, Shape::new(x.rows(), rank)),
         faer::Accum::Replace,
-        view(&wide, Shape::new(x.rows, x.cols)),
-        view(a, Shape::new(rank, x.cols)).transpose(),
+        view(&wide, Shape::new(x.rows(), x.cols())),
+        view(a, Shape::new(rank, x.cols())).transpose(),
         1.0,
         faer::Par::Seq,
     );

@@ -55,7 +55,7 @@ pub fn rank_concat(device: &Device, axis: Axis, jobs: &[&[Factor]]) -> Result<Ba
 fn joined_shape(axis: Axis, factors: &[Factor]) -> Result<Shape> {
     let mut shape = Shape::new(0, 0);
     for (i, factor) in factors.iter().enumerate() {
-        let (rows, cols) = (factor.matrix.rows, factor.matrix.cols);
+        let (rows, cols) = (factor.matrix.rows(), factor.matrix.cols());
         let (rank, other, known) = match axis {
             Axis::Rows => (&mut shape.rows, cols, &mut shape.cols),
             Axis::Columns => (&mut shape.cols, rows, &mut shape.rows),
@@ -75,8 +75,8 @@ fn places<'a>(axis: Axis, factors: &'a [Factor], shape: Shape) -> impl Iterator<
     factors.iter().map(move |factor| {
         let place = next;
         next += match axis {
-            Axis::Rows => factor.matrix.rows * shape.cols,
-            Axis::Columns => factor.matrix.cols,
+            Axis::Rows => factor.matrix.rows() * shape.cols,
+            Axis::Columns => factor.matrix.cols(),
         };
         place
     })
@@ -86,9 +86,9 @@ fn rank_concat_cpu(axis: Axis, jobs: &[&[Factor]], joined: &mut Batch) {
     let shapes = joined.shapes().to_vec();
     for ((factors, shape), out) in jobs.iter().zip(shapes).zip(joined.host_mut().unwrap_or_default()) {
         for (factor, place) in factors.iter().zip(places(axis, factors, shape)) {
-            let mut row = vec![0.0; factor.matrix.cols];
-            for i in 0..factor.matrix.rows {
-                factor.matrix.rows(i, i + 1).widen_into(&mut row);
+            let mut row = vec![0.0; factor.matrix.cols()];
+            for i in 0..factor.matrix.rows() {
+                factor.matrix.row_range(i, i + 1).widen_into(&mut row);
                 let start = place + i * shape.cols;
                 for (o, v) in out[start..start + row.len()].iter_mut().zip(&row) {
                     *o = v * f64::from(factor.scale);
@@ -145,25 +145,25 @@ fn rank_concat_gpu(device: &Device, axis: Axis, jobs: &[&[Factor]], joined: &Bat
     for (i, factors) in jobs.iter().enumerate() {
         let shape = joined.shapes()[i];
         for (factor, place) in factors.iter().zip(places(axis, factors, shape)) {
-            let rows_at_once = (limit / (factor.matrix.cols * factor.matrix.dtype.size()).max(1)).max(1);
-            for first in (0..factor.matrix.rows).step_by(rows_at_once) {
-                let last = (first + rows_at_once).min(factor.matrix.rows);
-                let piece = factor.matrix.rows(first, last);
-                if bytes > 0 && bytes + piece.bytes.len() > limit {
+            let rows_at_once = (limit / (factor.matrix.cols() * factor.matrix.dtype().size()).max(1)).max(1);
+            for first in (0..factor.matrix.rows()).step_by(rows_at_once) {
+                let last = (first + rows_at_once).min(factor.matrix.rows());
+                let piece = factor.matrix.row_range(first, last);
+                if bytes > 0 && bytes + piece.bytes().len() > limit {
                     flush(bytes, &mut pieces, &mut table)?;
                     bytes = 0;
                 }
                 table.push(Job {
                     source: (bytes / 4) as u32,
-                    dtype: dtype_code(piece.dtype),
-                    rows: piece.rows as u32,
-                    cols: piece.cols as u32,
+                    dtype: dtype_code(piece.dtype()),
+                    rows: piece.rows() as u32,
+                    cols: piece.cols() as u32,
                     destination: (joined.offset(i) + place + first * shape.cols) as u32,
                     stride: shape.cols as u32,
                     scale: factor.scale,
                 });
-                pieces.push((bytes, piece.bytes));
-                bytes += piece.bytes.len().next_multiple_of(4);
+                pieces.push((bytes, piece.bytes()));
+                bytes += piece.bytes().len().next_multiple_of(4);
             }
         }
     }

@@ -98,8 +98,8 @@ pub(super) fn stacked_shape(side: Side, parts: &[RawMatrix<'_>]) -> Result<Shape
     let mut shape = Shape::new(0, 0);
     for (i, part) in parts.iter().enumerate() {
         let (rank, width) = match side {
-            Side::Input => (part.rows, part.cols),
-            Side::Output => (part.cols, part.rows),
+            Side::Input => (part.rows(), part.cols()),
+            Side::Output => (part.cols(), part.rows()),
         };
         if i > 0 && shape.cols != width {
             return Err(Error::Invalid(format!(
@@ -115,7 +115,7 @@ pub(super) fn stacked_shape(side: Side, parts: &[RawMatrix<'_>]) -> Result<Shape
 /// The exponent of the largest magnitude of each rank, as far as its inverse is a normal f32.
 fn exponents(side: Side, part: RawMatrix<'_>) -> Vec<i32> {
     // Without the sign, magnitudes are ordered as their bits are.
-    let largest: Vec<f32> = match part.dtype {
+    let largest: Vec<f32> = match part.dtype() {
         Dtype::F32 => largest(side, part, u32::from_le_bytes, 0x7fff_ffff, f32::from_bits),
         Dtype::F16 => largest(side, part, u16::from_le_bytes, 0x7fff, |v| half::f16::from_bits(v).to_f32()),
         Dtype::Bf16 => largest(side, part, u16::from_le_bytes, 0x7fff, |v| half::bf16::from_bits(v).to_f32()),
@@ -133,15 +133,15 @@ fn largest<T, const N: usize>(
 where
     T: Copy + Ord + Default + std::ops::BitAnd<Output = T>,
 {
-    let (values, _) = part.bytes.as_chunks::<N>();
+    let (values, _) = part.bytes().as_chunks::<N>();
     let bits: Vec<T> = match side {
         Side::Input => {
             let row = |row: &[[u8; N]]| row.iter().fold(T::default(), |max, &v| max.max(read(v) & mask));
-            (0..part.rows).map(|k| row(&values[k * part.cols..][..part.cols])).collect()
+            (0..part.rows()).map(|k| row(&values[k * part.cols()..][..part.cols()])).collect()
         }
         Side::Output => {
             // Rows of a low rank are looked at some together, many values at a time.
-            let cols = part.cols.max(1);
+            let cols = part.cols().max(1);
             let mut all = vec![T::default(); cols * 256usize.div_ceil(cols)];
             for rows in values.chunks(all.len()) {
                 for (max, &v) in all.iter_mut().zip(rows) {
@@ -152,7 +152,7 @@ where
             for row in rest.chunks_exact(cols) {
                 first.iter_mut().zip(row).for_each(|(max, v)| *max = (*max).max(*v));
             }
-            all.truncate(part.cols);
+            all.truncate(part.cols());
             all
         }
     };
@@ -165,8 +165,8 @@ fn rows_cpu(side: Side, parts: &[RawMatrix<'_>], exponents: &[i32], out: &mut [f
     for part in parts {
         let values: Vec<f64> = part.to_vec();
         let (rank, width) = match side {
-            Side::Input => (part.rows, part.cols),
-            Side::Output => (part.cols, part.rows),
+            Side::Input => (part.rows(), part.cols()),
+            Side::Output => (part.cols(), part.rows()),
         };
         let out = &mut out[first * width..(first + rank) * width];
         match side {
@@ -223,7 +223,7 @@ fn rows_gpu(
     // Of all rows so far.
     let mut all: Vec<i32> = Vec::with_capacity(ranks);
     // Factors go up in groups that one binding holds; one of B as a whole.
-    let largest = stacks.iter().flatten().map(|part| part.bytes.len()).max().unwrap_or(0);
+    let largest = stacks.iter().flatten().map(|part| part.bytes().len()).max().unwrap_or(0);
     let limit = match side {
         Side::Input => gpu.source_limit(UPLOAD) as usize,
         Side::Output => (gpu.source_limit(UPLOAD) as usize).max(largest).min(gpu.max_arena() as usize),
@@ -235,7 +235,7 @@ fn rows_gpu(
             return Ok(());
         }
         let source = gpu.scratch(bytes as u64)?;
-        let places: Vec<_> = pieces.iter().map(|(place, piece)| (*place, piece.bytes)).collect();
+        let places: Vec<_> = pieces.iter().map(|(place, piece)| (*place, piece.bytes())).collect();
         // While one thread waits for the bus, the others find magnitudes.
         let (written, found) = rayon::join(
             || gpu.write_pieces(&source, &places),
@@ -265,32 +265,33 @@ fn rows_gpu(
         let mut destination = rows.offset(i);
         for part in parts {
             // What one binding does not hold goes in pieces: rows of A, or of B with all of its columns.
-            let at_once = (limit / (part.cols * part.dtype.size()).max(1)).max(1);
-            for first in (0..part.rows.max(1)).step_by(at_once) {
-                let piece = part.rows(first, (first + at_once).min(part.rows));
-                if upload.bytes > 0 && upload.bytes + piece.bytes.len() > limit {
+            let at_once = (limit / (part.cols() * part.dtype().size()).max(1)).max(1);
+            for first in (0..part.rows().max(1)).step_by(at_once) {
+                let piece = part.row_range(first, (first + at_once).min(part.rows()));
+                if upload.bytes > 0 && upload.bytes + piece.bytes().len() > limit {
                     flush(&mut upload)?;
                 }
-                if side == Side::Output && piece.rows < part.rows {
+                if side == Side::Output && piece.rows() < part.rows() {
                     return Err(Error::Device(format!(
                         "a factor of {} x {} is more than {limit} bytes, which are uploaded at once",
-                        part.rows, part.cols
+                        part.rows(),
+                        part.cols()
                     )));
                 }
                 upload.jobs.push(Job {
                     source: (upload.bytes / 4) as u32,
-                    dtype: dtype_code(piece.dtype),
-                    rows: piece.rows as u32,
-                    cols: piece.cols as u32,
+                    dtype: dtype_code(piece.dtype()),
+                    rows: piece.rows() as u32,
+                    cols: piece.cols() as u32,
                     transposed: u32::from(side == Side::Output),
-                    destination: (destination + first * part.cols) as u32,
+                    destination: (destination + first * part.cols()) as u32,
                     scales: scale as u32,
                 });
-                scale += if side == Side::Input { piece.rows } else { piece.cols };
+                scale += if side == Side::Input { piece.rows() } else { piece.cols() };
                 upload.pieces.push((upload.bytes, piece));
-                upload.bytes = (upload.bytes + piece.bytes.len()).next_multiple_of(4);
+                upload.bytes = (upload.bytes + piece.bytes().len()).next_multiple_of(4);
             }
-            destination += part.rows * part.cols;
+            destination += part.rows() * part.cols();
         }
     }
     flush(&mut upload)?;

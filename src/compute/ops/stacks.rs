@@ -135,7 +135,8 @@ impl<'a> Stacks<'a> {
             let values = &mut values[..rank * n];
             match self.side {
                 Side::Input => {
-                    let rows = parts.iter().flat_map(|part| (0..part.rows).map(move |k| part.rows(k, k + 1)));
+                    let rows =
+                        parts.iter().flat_map(|part| (0..part.rows()).map(move |k| part.row_range(k, k + 1)));
                     for (row, out) in rows.zip(values.chunks_exact_mut(n)) {
                         row.columns(first, first + n).widen_into(out);
                     }
@@ -143,13 +144,13 @@ impl<'a> Stacks<'a> {
                 }
                 Side::Output => {
                     match &parts[..] {
-                        [part] => part.rows(first, first + n).widen_into(values),
+                        [part] => part.row_range(first, first + n).widen_into(values),
                         _ => {
                             for (k, out) in values.chunks_exact_mut(rank).enumerate() {
                                 let mut start = 0;
                                 for part in parts {
-                                    let end = start + part.cols;
-                                    part.rows(first + k, first + k + 1).widen_into(&mut out[start..end]);
+                                    let end = start + part.cols();
+                                    part.row_range(first + k, first + k + 1).widen_into(&mut out[start..end]);
                                     start = end;
                                 }
                             }
