@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
 use assert_cmd::cargo::cargo_bin;
+use loraweld::{Adapter, Format, Layer, Matrix, SaveOptions};
 use serde_json::{Map, Value, json};
 use tempfile::TempDir;
 
@@ -806,6 +807,44 @@ fn a_reader_that_leaves_is_no_failure() {
         let stderr = streams(&output).1;
         assert!(output.status.success() && !stderr.contains("panic"), "{args:?}: {stderr}");
     }
+}
+
+/// The first signal ends a conversion, and what it leaves, even after the second, is nothing or the whole file.
+#[cfg(unix)]
+#[test]
+fn a_stopped_conversion_leaves_nothing() {
+    let sandbox = Sandbox::new();
+    // Large enough to be met while it is written.
+    let factor = || Matrix::from_fn(1024, 16 << 10, |i, j| (i + j) as f32);
+    let (a, b) = (factor(), factor().transposed());
+    let layer = Layer::new("transformer.transformer_blocks.0.attn.to_q", a, b).unwrap();
+    let input = sandbox.path("in.safetensors");
+    let adapter = Adapter::new("large", Format::Peft, vec![layer]).unwrap();
+    adapter.save(&input, &SaveOptions::default()).unwrap();
+    let run = ["convert", "in.safetensors", "-o", "out", "--dtype", "bf16", "--format", "same", "-q"];
+    let start = std::time::Instant::now();
+    sandbox.succeeds(&run);
+    let (whole, time) = (fs::read(sandbox.path("out")).unwrap(), start.elapsed());
+    let mut stopped = 0;
+    for i in 0..8 {
+        let _ = fs::remove_file(sandbox.path("out"));
+        let mut child =
+            command().args(run).current_dir(sandbox.dir.path()).stderr(Stdio::null()).spawn().unwrap();
+        std::thread::sleep(time * (i + 1) / 10);
+        for _ in 0..1 + i % 2 {
+            let _ =
+                Command::new("kill").args(["-INT", &child.id().to_string()]).stderr(Stdio::null()).status();
+        }
+        let status = child.wait().unwrap();
+        if status.success() {
+            assert!(fs::read(sandbox.path("out")).unwrap() == whole, "half a file");
+        } else {
+            stopped += 1;
+            let names: Vec<_> = sandbox.files().into_keys().filter(|path| *path != input).collect();
+            assert!(names.is_empty(), "{status} left {names:?}");
+        }
+    }
+    assert!(stopped >= 2, "{stopped} of 8 signals were heard");
 }
 
 /// However it is stopped, the target is not there or whole, and the next run cleans up.

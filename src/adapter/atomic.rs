@@ -1,12 +1,13 @@
 //! Files that are written whole or not at all.
 
+use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufWriter, Seek};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -44,7 +45,7 @@ pub(super) struct AtomicFile {
 
 enum Place {
     /// Beside the target, which it is to replace.
-    Beside { target: Target, temp: tempfile::TempPath, overwrite: bool },
+    Beside { target: Target, temp: tempfile::TempPath, listed: Listed, overwrite: bool },
     /// In a file without a name, to be copied into what is no regular file.
     Elsewhere,
 }
@@ -64,7 +65,8 @@ impl AtomicFile {
         remove_stale(&target.folder, &prefix);
         let (file, temp) = create_locked(&target.folder, &prefix)
             .map_err(|e| Error::io(path, "create a temporary file in its folder", e))?;
-        Ok(Self { file, place: Place::Beside { target, temp, overwrite } })
+        let listed = Listed::new(&temp);
+        Ok(Self { file, place: Place::Beside { target, temp, listed, overwrite } })
     }
 
     /// What is written to.
@@ -74,7 +76,7 @@ impl AtomicFile {
 
     /// Puts it in the target's place, on disk. `path`: the target, as errors name it.
     pub fn commit(mut self, path: &Path) -> Result<()> {
-        let Place::Beside { target, temp, overwrite } = self.place else {
+        let Place::Beside { target, temp, listed: _listed, overwrite } = self.place else {
             let mut out =
                 OpenOptions::new().write(true).open(path).map_err(|e| Error::io(path, "open", e))?;
             let copied = self.file.rewind().and_then(|()| io::copy(&mut self.file, &mut out));
@@ -100,6 +102,35 @@ impl AtomicFile {
         tracing::info!(file = %target.display(), "wrote");
         Ok(())
     }
+}
+
+/// Temporary files that are being written.
+static TEMPORARY: Mutex<BTreeSet<PathBuf>> = Mutex::new(BTreeSet::new());
+
+fn temporary() -> MutexGuard<'static, BTreeSet<PathBuf>> {
+    TEMPORARY.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// One of them, until it is dropped.
+struct Listed(PathBuf);
+
+impl Listed {
+    fn new(path: &Path) -> Self {
+        temporary().insert(path.to_owned());
+        Self(path.to_owned())
+    }
+}
+
+impl Drop for Listed {
+    fn drop(&mut self) {
+        temporary().remove(&self.0);
+    }
+}
+
+/// Removes the temporary files of all writes that are under way, for a program that ends without waiting for them.
+pub fn remove_temporary_files() {
+    // Nothing is left to be done about one that does not go.
+    temporary().iter().for_each(|path| drop(fs::remove_file(path)));
 }
 
 /// Sends a file to the disk while it is written, so that little is left to wait for when it is whole.

@@ -30,7 +30,7 @@ use std::sync::{Arc, OnceLock};
 
 use rayon::prelude::*;
 
-pub use self::atomic::{check_target, same_file, write_atomic};
+pub use self::atomic::{check_target, remove_temporary_files, same_file, write_atomic};
 pub use self::blocks::{BlockPreset, Strengths};
 pub(crate) use self::draft::{Draft, save_while};
 pub use self::families::Family;

@@ -81,7 +81,7 @@ impl Convert {
                 out.warn(format_args!("`{name}` {what}: it {reason}"))?;
             }
         }
-        adapter.save(&self.output, &options)?;
+        out.long(|control| adapter.save_with(&self.output, &options, *control))?;
         let bytes = std::fs::metadata(&self.output).map(|meta| meta.len()).unwrap_or_default();
         let format = options.format.unwrap_or(adapter.format());
         let dtype = dtype.unwrap_or(adapter.dtype());

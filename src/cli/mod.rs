@@ -21,7 +21,7 @@ use clap::{Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
 
 use self::args::Global;
-use self::output::{CANCEL, Output};
+use self::output::{CANCEL, CANCELLABLE, Output};
 
 /// Merge LoRA adapters of diffusion models without training, on any GPU.
 #[derive(Parser, Debug)]
@@ -86,7 +86,9 @@ pub fn main() -> ExitCode {
     log(verbose);
     // Without a handler, Ctrl-C ends the program as ever; only a temporary file may stay.
     let _ = ctrlc::set_handler(|| {
-        if CANCEL.swap(true, Ordering::Relaxed) {
+        // Who is asked for the second time, or does nothing that can be cancelled, ends at once.
+        if CANCEL.swap(true, Ordering::Relaxed) || !CANCELLABLE.load(Ordering::Relaxed) {
+            loraweld::adapter::remove_temporary_files();
             std::process::exit(130);
         }
     });

@@ -15,6 +15,9 @@ use serde_json::{Value, json};
 /// Set by Ctrl-C and SIGTERM: long calls then stop and remove their temporary file.
 pub static CANCEL: AtomicBool = AtomicBool::new(false);
 
+/// Whether something runs that looks at it.
+pub static CANCELLABLE: AtomicBool = AtomicBool::new(false);
+
 /// At most this often, progress is an event.
 const EVENTS_EVERY: Duration = Duration::from_millis(100);
 
@@ -104,7 +107,9 @@ impl Output {
                 let _ = self.event("progress", &fields);
             }
         };
+        CANCELLABLE.store(true, Ordering::Relaxed);
         let result = call(&Control { progress: Some(&progress), cancel: Some(&CANCEL) });
+        CANCELLABLE.store(false, Ordering::Relaxed);
         bar.finish_and_clear();
         *lock(&self.bar) = None;
         result
