@@ -1,12 +1,10 @@
 //! Merging into a file while it is computed: the file that saving writes, or none.
 
-mod common;
-
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use common::{devices, gpus};
+use crate::common::{devices, gpus};
 use loraweld::compute::{DeviceOptions, Select};
 use loraweld::merge::Rule;
 use loraweld::{

@@ -1,10 +1,6 @@
 //! Fusing while a model generates: parity of every kernel with its f64 twin, the published rules, and real adapters.
 
-mod common;
-#[path = "common/fixtures.rs"]
-mod fixtures;
-
-use common::{Case, Random, product, relative};
+use crate::common::{Case, Random, product, relative};
 use loraweld::compute::Disable;
 use loraweld::compute::ops::Activations;
 use loraweld::fusion::{Choice, Scope, Score, Selection, Selector, SelectorOptions};
@@ -23,11 +19,11 @@ struct Problem {
 
 /// All tiers of the GPU, and selection's kernels for matrix units, which need none.
 fn gpus() -> Vec<Case> {
-    common::gpus().into_iter().chain(common::software_units()).collect()
+    crate::common::gpus().into_iter().chain(crate::common::software_units()).collect()
 }
 
 fn devices() -> Vec<Case> {
-    common::devices().into_iter().chain(common::software_units()).collect()
+    crate::common::devices().into_iter().chain(crate::common::software_units()).collect()
 }
 
 fn problem(tokens: usize, input: usize, output: usize, ranks: &[usize], size: f64, seed: u64) -> Problem {
@@ -69,7 +65,7 @@ impl Problem {
     /// u_k of every adapter, plainly.
     fn updates(&self) -> Vec<Matrix> {
         let layers = self.adapters.iter().map(|adapter| &adapter.layers()[0]);
-        layers.map(|layer| product(&self.x, &fixtures::delta(layer).transposed())).collect()
+        layers.map(|layer| product(&self.x, &crate::common::fixtures::delta(layer).transposed())).collect()
     }
 }
 
@@ -141,7 +137,7 @@ fn encode(
         .unwrap();
     queue.submit([encoder.finish()]);
     let content = read(device, &f0, offset, bytes(&p.f0, dtypes[1]).len());
-    fixtures::wide(RawMatrix::new(dtypes[1], p.f0.rows(), p.f0.cols(), &content).unwrap())
+    crate::common::fixtures::wide(RawMatrix::new(dtypes[1], p.f0.rows(), p.f0.cols(), &content).unwrap())
 }
 
 fn run(device: &Device, selector: &mut Selector, p: &Problem, how: &Selection) -> Matrix {
@@ -433,7 +429,9 @@ fn a_call_is_deterministic_and_strengths_are_live() {
         selector.set_strength(1, -0.5).unwrap();
         queue.submit([encoder.finish()]);
         let got = read(&device, &f0, 0, p.f0.data().len() * 4);
-        let got = fixtures::wide(RawMatrix::new(Dtype::F32, p.f0.rows(), p.f0.cols(), &got).unwrap());
+        let got = crate::common::fixtures::wide(
+            RawMatrix::new(Dtype::F32, p.f0.rows(), p.f0.cols(), &got).unwrap(),
+        );
         let updates = p.updates();
         let mut want = p.f0.clone();
         for (i, w) in want.data_mut().iter_mut().enumerate() {
@@ -537,7 +535,9 @@ fn x_and_f0_may_share_a_buffer() {
         selector.encode(&mut encoder, LAYER, rows(0, &p.x), rows(f0_offset, &p.f0), &how).unwrap();
         queue.submit([encoder.finish()]);
         let got = read(&device, &buffer, f0_offset, f0.len());
-        let got = fixtures::wide(RawMatrix::new(Dtype::F16, p.f0.rows(), p.f0.cols(), &got).unwrap());
+        let got = crate::common::fixtures::wide(
+            RawMatrix::new(Dtype::F16, p.f0.rows(), p.f0.cols(), &got).unwrap(),
+        );
         assert_eq!(got, want, "{name}");
     }
 }
@@ -545,7 +545,7 @@ fn x_and_f0_may_share_a_buffer() {
 /// A binding of WebGPU's default limits holds 128 MiB; these matrices take 144.
 #[test]
 fn features_larger_than_a_binding_go_through_in_windows() {
-    let Some(Case { name, device }) = common::gpus().pop() else { return };
+    let Some(Case { name, device }) = crate::common::gpus().pop() else { return };
     assert_eq!(device.capabilities().unwrap().max_binding, 128 << 20, "{name}");
     for (input, output) in [(4, 32768), (32768, 4)] {
         let p = problem(1100, input, output, &[1, 1], 0.5, 15);
@@ -622,7 +622,7 @@ fn layers_of_one_adapter_are_its_own() {
         let got = run(&device, &mut selector, &p, &Selection::default());
         let mut want = p.f0.clone();
         let layer = &p.adapters[0].layers()[0];
-        let u = product(&p.x, &fixtures::delta(layer).transposed());
+        let u = product(&p.x, &crate::common::fixtures::delta(layer).transposed());
         want.data_mut().iter_mut().zip(u.data()).for_each(|(w, u)| *w += u);
         let error = relative(&got, &want);
         assert!(error <= 2e-6, "{name}: {error:e}");
@@ -737,8 +737,9 @@ mod guidance {
         for len in [1, 2, 7, 255, 513, 4099] {
             let (c, u) = (random.matrix(1, len, 3.0), random.matrix(1, len, 3.0));
             for dtype in [Dtype::F32, Dtype::F16, Dtype::Bf16] {
-                let round =
-                    |m: &Matrix| fixtures::wide(RawMatrix::new(dtype, 1, len, &bytes(m, dtype)).unwrap());
+                let round = |m: &Matrix| {
+                    crate::common::fixtures::wide(RawMatrix::new(dtype, 1, len, &bytes(m, dtype)).unwrap())
+                };
                 let (c, u) = (round(&c), round(&u));
                 let omega = 3.5;
                 let want = Matrix::from_fn(1, len, |_, j| (1.0 + omega) * c[(0, j)] - omega * u[(0, j)]);
@@ -752,7 +753,7 @@ mod guidance {
                     assert!(guide(&device, &mut encoder, rows(&cb), rows(&cb), omega).is_err());
                     queue.submit([encoder.finish()]);
                     let got = read(&device, &cb, 12, len * dtype.size());
-                    let got = fixtures::wide(RawMatrix::new(dtype, 1, len, &got).unwrap());
+                    let got = crate::common::fixtures::wide(RawMatrix::new(dtype, 1, len, &got).unwrap());
                     // Rounded once to the type; half an ulp of f16 is 4.9e-4, of bf16 3.9e-3.
                     for (got, want) in got.data().iter().zip(want.data()) {
                         let tolerance = [5e-7, 4.9e-4, 3.92e-3][dtype as usize] * want.abs() + 3e-6;
@@ -789,7 +790,7 @@ mod guidance {
                 guide(&device, &mut encoder, rows(&cb), rows(&ub), 3.0).unwrap();
                 queue.submit([encoder.finish()]);
                 let got = read(&device, &cb, 0, 4);
-                let got = fixtures::wide(RawMatrix::new(dtype, 1, 2, &got).unwrap()).data()[0];
+                let got = crate::common::fixtures::wide(RawMatrix::new(dtype, 1, 2, &got).unwrap()).data()[0];
                 let same =
                     got == want || (got.is_nan() && want.is_nan()) || (want == 65504.0 && got >= 65472.0);
                 assert!(same, "{name} {dtype}: {got} for {want}");
@@ -805,7 +806,10 @@ mod live {
 
     #[test]
     fn sliders_give_what_a_merge_gives() {
-        let (heart, shade) = (fixtures::adapter("content_heart"), fixtures::adapter("style_shade"));
+        let (heart, shade) = (
+            crate::common::fixtures::adapter("content_heart"),
+            crate::common::fixtures::adapter("style_shade"),
+        );
         let cases = devices();
         // Merging is the same on every tier; the kernel under test has one.
         for Case { name, device } in [&cases[0], &cases[3], &cases[cases.len() - 1]] {
@@ -826,7 +830,8 @@ mod live {
                 assert_eq!(live.layers().count(), merged.layers().len());
                 for layer in merged.layers().iter().step_by(7) {
                     let (a, b) = live.read(&layer.name()).unwrap();
-                    let error = relative(&product(&values(&b), &values(&a)), &fixtures::delta(layer));
+                    let error =
+                        relative(&product(&values(&b), &values(&a)), &crate::common::fixtures::delta(layer));
                     assert!(error <= 1e-6, "{name} {projection:?} {}: {error:e}", layer.name());
                     let factors = live.factors(&layer.name());
                     assert_eq!(factors.is_some(), device.is_gpu());
@@ -860,7 +865,7 @@ mod live {
                 [("b.1.p", &style, 2.0), ("b.2.p", &subject, 3.0), ("b.3.p", &style, 2.0)]
             {
                 let (a, b) = live.read(key).unwrap();
-                let mut want = fixtures::delta(of.find(key).unwrap());
+                let mut want = crate::common::fixtures::delta(of.find(key).unwrap());
                 want.data_mut().iter_mut().for_each(|v| *v *= strength);
                 let error = relative(&product(&values(&b), &values(&a)), &want);
                 assert!(error <= 1e-6, "{name} {key}: {error:e}");
@@ -875,7 +880,7 @@ mod schedules {
     use loraweld::fusion::{Balance, EstOptions, KLoraOptions, Schedule, craft, est, k_lora};
 
     fn pair() -> (Adapter, Adapter) {
-        (fixtures::adapter("content_heart"), fixtures::adapter("style_shade"))
+        (crate::common::fixtures::adapter("content_heart"), crate::common::fixtures::adapter("style_shade"))
     }
 
     #[test]
@@ -886,7 +891,7 @@ mod schedules {
         // Plainly: all entries, sorted.
         let sums = |layer: &Layer, strength: f64, top: usize| {
             let mut entries: Vec<f64> =
-                fixtures::delta(layer).data().iter().map(|v| (v * strength).abs()).collect();
+                crate::common::fixtures::delta(layer).data().iter().map(|v| (v * strength).abs()).collect();
             entries.sort_by(|x, y| y.total_cmp(x));
             (entries[..top].iter().sum::<f64>(), entries.iter().sum::<f64>())
         };
@@ -947,7 +952,7 @@ mod schedules {
                 let s = style.layer(c.key()).unwrap();
                 let sums = |layer: &Layer| {
                     let mut entries: Vec<f64> =
-                        fixtures::delta(layer).data().iter().map(|v| v.abs()).collect();
+                        crate::common::fixtures::delta(layer).data().iter().map(|v| v.abs()).collect();
                     entries.sort_by(|x, y| y.total_cmp(x));
                     (entries[..c.rank() * s.rank()].iter().sum::<f64>(), entries.iter().sum::<f64>())
                 };
@@ -1011,7 +1016,7 @@ mod schedules {
         for c in subject.layers() {
             let layer = &schedule.layers[c.key()];
             let energy = |layer: &Layer, s: f64| {
-                fixtures::delta(layer).data().iter().map(|v| (v * s).powi(2)).sum::<f64>()
+                crate::common::fixtures::delta(layer).data().iter().map(|v| (v * s).powi(2)).sum::<f64>()
             };
             let (e_c, e_s) = (energy(c, 1.0), energy(style.layer(c.key()).unwrap(), 1.5));
             assert!((layer.scores[0] / e_c - 1.0).abs() <= 1e-10, "{}", c.key());
@@ -1086,7 +1091,8 @@ mod schedules {
                 let (x, mut f) = (narrow(&p.x), narrow(&p.f0).into_data());
                 selector.run(name, RawMatrix::from_f32(16, 128, x.data()).unwrap(), &mut f, &how).unwrap();
                 let mut want = p.f0.clone();
-                let u = product(&p.x, &fixtures::delta(acting.find(name).unwrap()).transposed());
+                let u =
+                    product(&p.x, &crate::common::fixtures::delta(acting.find(name).unwrap()).transposed());
                 want.data_mut().iter_mut().zip(u.data()).for_each(|(w, u)| *w += u);
                 let error = relative(&values(&Matrix::new(16, 512, f).unwrap()), &want);
                 assert!(error <= 2e-6, "{tier}: {error:e}");
@@ -1429,14 +1435,18 @@ mod refinement {
 /// Inputs of real layers, features of a real size: each adapter's calibration inputs mostly choose that adapter.
 #[test]
 fn real_adapters_choose_alike_on_every_device() {
-    let adapters = fixtures::pool();
+    let adapters = crate::common::fixtures::pool();
     let layers = [
         "transformer_blocks.0.attn.to_q",
         "transformer_blocks.2.ff.net.0.proj",
         "transformer_blocks.3.ff.net.2",
     ];
     for layer in layers {
-        let x = fixtures::Tensors::open(fixtures::activations("traj4", fixtures::POOL[1])).get(layer);
+        let x = crate::common::fixtures::Tensors::open(crate::common::fixtures::activations(
+            "traj4",
+            crate::common::fixtures::POOL[1],
+        ))
+        .get(layer);
         let output = adapters[0].find(layer).unwrap().output();
         // Outputs of a layer about as large as its inputs make them.
         let p = Problem { f0: Random(51).matrix(x.rows(), output, 1.0), x, adapters: adapters.clone() };

@@ -1,12 +1,11 @@
 //! The DigitDiT fixtures in `tests/data`, and SSR in plain f64 to compare with.
-#![allow(dead_code, reason = "each test file uses its own part")]
 
 use std::path::{Path, PathBuf};
 
 use loraweld::{Adapter, Calibration, Control, Device, Layer, Matrix, RawMatrix, Source, Weighted};
 use safetensors::SafeTensors;
 
-use super::common::product;
+use crate::common::product;
 
 /// The adapters of the references, in their order.
 pub const POOL: [&str; 4] =

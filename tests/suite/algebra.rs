@@ -1,8 +1,6 @@
 //! The factor-space algebra (SVD, QR, projections) against plain f64, on the CPU and in every tier of the GPU.
 
-mod common;
-
-use common::{Random, devices, product, relative};
+use crate::common::{Random, devices, product, relative};
 use loraweld::compute::ops::{
     Root, ScaledRows, Side, Stacks, Svd, inner, jacobi_svd, project_off, qr, qr_l, rank_update,
 };

@@ -1,11 +1,7 @@
 //! NP-LoRA and the sum against the f64 references and the formula over dense SVD.
 
-mod common;
-#[path = "common/fixtures.rs"]
-mod fixtures;
-
-use common::{Random, devices, product, relative};
-use fixtures::{Tensors, adapter, data, delta, wide};
+use crate::common::fixtures::{Tensors, adapter, data, delta, wide};
+use crate::common::{Random, devices, product, relative};
 use loraweld::{
     Action, Adapter, Directions, Error, Format, Layer, Linear, Matrix, Merged, NpLora, NpLoraOptions,
     Projection,

@@ -1,12 +1,8 @@
 //! The baselines as their authors and PEFT define them, against those definitions in dense f64, on the CPU and in every
 //! tier of the GPU.
 
-mod common;
-#[path = "common/fixtures.rs"]
-mod fixtures;
-
-use common::{Case, Random, devices, product, relative};
-use fixtures::{adapter, delta, pool, wide};
+use crate::common::fixtures::{adapter, delta, pool, wide};
+use crate::common::{Case, Random, devices, product, relative};
 use loraweld::{
     Action, Adapter, Alone, Bases, CoreMerge, Dare, Device, Elect, EntryMerge, Format, Iso, Layer, LayerKey,
     Matrix, Merged, Plan, Rule, Scope, Ties, Tsv, Weighted, ZeroSum,

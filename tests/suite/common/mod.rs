@@ -1,5 +1,9 @@
 //! What several test files share: the devices under test, and measures of error.
-#![allow(dead_code, reason = "each test file uses its own part")]
+
+pub mod files;
+pub mod fixtures;
+
+use std::sync::LazyLock;
 
 use loraweld::Matrix;
 use loraweld::compute::{Device, DeviceOptions, Disable, Precision, Select};
@@ -8,6 +12,7 @@ use loraweld::compute::{Device, DeviceOptions, Disable, Precision, Select};
 pub const ALLOW_NO_GPU: &str = "LORAWELD_ALLOW_NO_GPU";
 
 /// A device and the name of its tier.
+#[derive(Clone)]
 pub struct Case {
     pub name: &'static str,
     pub device: Device,
@@ -28,8 +33,8 @@ fn open(name: &'static str, precision: Precision, disable: Disable) -> Option<Ca
     }
 }
 
-/// The tiers that a GPU can be forced into.
-pub fn gpus() -> Vec<Case> {
+/// The tiers that a GPU can be forced into. All tests share them, since pipelines take longer to make than to run here.
+static GPUS: LazyLock<Vec<Case>> = LazyLock::new(|| {
     let none = Disable::default();
     [
         open("f64", Precision::F64, none),
@@ -47,11 +52,19 @@ pub fn gpus() -> Vec<Case> {
     .into_iter()
     .flatten()
     .collect()
+});
+
+/// The tiers that a GPU can be forced into.
+pub fn gpus() -> Vec<Case> {
+    GPUS.clone()
 }
 
 /// The GPU with selection kernels that are made for matrix units, which need none.
 pub fn software_units() -> Option<Case> {
-    open("auto, software units", Precision::Auto, Disable { software_units: true, ..Default::default() })
+    static UNITS: LazyLock<Option<Case>> = LazyLock::new(|| {
+        open("auto, software units", Precision::Auto, Disable { software_units: true, ..Default::default() })
+    });
+    UNITS.clone()
 }
 
 /// The CPU and all tiers of the GPU.

@@ -1,14 +1,10 @@
 //! Calibration: statistics against the references, additivity, slicing, files and their faults.
 
-mod common;
-#[path = "common/fixtures.rs"]
-mod fixtures;
-
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use common::{Case, devices, relative};
-use fixtures::{POOL, Tensors, activations, adapter, calibrated, data, pool, stored};
+use crate::common::fixtures::{POOL, Tensors, activations, adapter, calibrated, data, pool, stored};
+use crate::common::{Case, devices, relative};
 use loraweld::compute::ops::Activations;
 use loraweld::{
     Adapter, Calibration, Control, Device, DeviceOptions, Dtype, Error, Matrix, Precision, RawMatrix, Select,

@@ -352,11 +352,14 @@ fn every_command(device: &'static str) {
         events.iter().filter(|e| e["event"] == "method").map(name).collect()
     };
     assert_eq!(names(&events).len(), 13);
-    let variants = ["--methods", "linear,ties,dare,knots,core,tsv,iso-c", "--variants", "--rank", "4"];
-    let events = sandbox.events(&args(&[&compare[..], &variants].concat()));
-    let want = "linear ties ties-paper ties-peft dare dare-paper knots knots-paper core core-paper tsv tsv-paper iso-c \
-                iso-c-paper";
-    assert_eq!(names(&events), want.split(' ').collect::<Vec<_>>());
+    // What a list has does not depend on the device, and entries take a software adapter long.
+    if device == "cpu" {
+        let variants = ["--methods", "linear,ties,dare,knots,core,tsv,iso-c", "--variants", "--rank", "4"];
+        let events = sandbox.events(&args(&[&compare[..], &variants].concat()));
+        let want = "linear ties ties-paper ties-peft dare dare-paper knots knots-paper core core-paper tsv tsv-paper iso-c \
+                    iso-c-paper";
+        assert_eq!(names(&events), want.split(' ').collect::<Vec<_>>());
+    }
 
     let events = sandbox.events(&args(&["inspect", "merged", "f16", "alone", "styled", "sum-of-two", &peft]));
     assert_eq!(event(&events, "match")["in_all"], 24);

@@ -1,16 +1,12 @@
 //! SSR against the f64 references, the authors' code, and the formula in plain f64.
 
-mod common;
-#[path = "common/fixtures.rs"]
-mod fixtures;
-
 use std::sync::Mutex;
 use std::sync::atomic::AtomicBool;
 
-use common::{Case, devices, product, relative};
-use fixtures::{
+use crate::common::fixtures::{
     Formula, POOL, Tensors, activations, adapter, at_one, calibrated, data, delta, plain, pool, stored, wide,
 };
+use crate::common::{Case, devices, product, relative};
 use loraweld::{
     Action, Adapter, Calibration, Control, Device, Error, Format, Layer, Matrix, Merged, Precision, Prior,
     Ridge, SaveOptions, Source, Ssr, SsrOptions, Truncation, Weighted,

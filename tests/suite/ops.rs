@@ -1,8 +1,6 @@
 //! Parity of every operation with plain f64, on the CPU and in every tier of the GPU.
 
-mod common;
-
-use common::{Case, Random, devices, gpus, product, relative};
+use crate::common::{Case, Random, devices, gpus, product, relative};
 use loraweld::compute::ops::{
     Activations, Axis, Factor, accumulate, cholesky, cholesky_solve, gram, matmul, project, rank_concat,
     solve,

@@ -11,10 +11,7 @@ use loraweld::{Calibration, Control, Device, Layer, LayerKey, Linear, Matrix, Ra
 use proptest::prelude::*;
 use tempfile::TempDir;
 
-#[path = "common/files.rs"]
-mod files;
-
-use files::{Raw, Tensors, f32s, file_of, tensors};
+use crate::common::files::{Raw, Tensors, f32s, file_of, tensors};
 
 /// The width of everything.
 const H: usize = 8;

@@ -1,5 +1,4 @@
 //! Safetensors files made by hand.
-#![allow(dead_code, reason = "each test file uses its own part")]
 
 use std::collections::BTreeMap;
 

@@ -11,13 +11,8 @@ use loraweld::{Adapter, Family, Format, Matrix};
 use safetensors::SafeTensors;
 use tempfile::TempDir;
 
-#[path = "common/mod.rs"]
-mod common;
-#[path = "common/fixtures.rs"]
-mod fixtures;
-
-use common::product;
-use fixtures::{Tensors, data, delta};
+use crate::common::fixtures::{Tensors, data, delta};
+use crate::common::product;
 
 fn path(name: &str) -> PathBuf {
     data(&format!("field/{name}"))
@@ -542,7 +537,7 @@ fn the_rank_asked_for_is_the_rank_in_the_file() {
         assert!(fs::metadata(&out).unwrap().len() <= size + 512, "rank {rank}");
         for (module, update) in updates(&out) {
             // The nearest of that rank, of the whole module: bf16 rounds factors by 2⁻⁹.
-            let values = common::singular_values(&before[&module]);
+            let values = crate::common::singular_values(&before[&module]);
             let squares = |values: &[f64]| values.iter().map(|v| v * v).sum::<f64>();
             let best = (squares(&values[rank.min(values.len())..]) / squares(&values)).sqrt();
             let error = apart(&update, &before[&module]);

@@ -1,11 +1,7 @@
 //! The baselines against references, the dense definitions and their invariants, on the CPU and in every tier of the GPU.
 
-mod common;
-#[path = "common/fixtures.rs"]
-mod fixtures;
-
-use common::{Case, Random, devices, product, relative};
-use fixtures::{Tensors, adapter, at_one, calibrated, data, delta, pool, wide};
+use crate::common::fixtures::{Tensors, adapter, at_one, calibrated, data, delta, pool, wide};
+use crate::common::{Case, Random, devices, product, relative};
 use loraweld::{
     Action, Adapter, Control, CoreMerge, Dare, Device, EntryMerge, Error, Format, Iso, Layer, Linear, Matrix,
     Merged, NpLora, Rule, Spectrum, Ssr, SvdMerge, Ties, Truncation, Tsv, Weighted,
@@ -511,7 +507,7 @@ fn svd_merges_give_the_fingerprints() {
 fn every_method_is_measured_alike() {
     let cpu = Device::cpu();
     let adapters = pool();
-    let calibration = calibrated(&cpu, &adapters, "traj4", &fixtures::POOL);
+    let calibration = calibrated(&cpu, &adapters, "traj4", &crate::common::fixtures::POOL);
     let weighted = at_one(&adapters);
     let control = Control::default();
     let ssr = Ssr::new(&calibration).merge(&cpu, &weighted).unwrap();
@@ -537,8 +533,8 @@ fn every_method_is_measured_alike() {
     let merged = measured(merged);
     for (layer, report) in merged.adapter.layers().iter().zip(&merged.report.layers).take(3) {
         let (mut lost, mut nothing) = (0.0, 0.0);
-        for (adapter, task) in adapters.iter().zip(fixtures::POOL) {
-            let inputs = Tensors::open(fixtures::activations("traj4", task));
+        for (adapter, task) in adapters.iter().zip(crate::common::fixtures::POOL) {
+            let inputs = Tensors::open(crate::common::fixtures::activations("traj4", task));
             let Some(name) = inputs.names().into_iter().find(|name| *name == layer.module()) else {
                 continue;
             };

@@ -9,10 +9,7 @@ use loraweld::Adapter;
 use serde_json::Value;
 use tempfile::TempDir;
 
-#[path = "common/files.rs"]
-mod files;
-
-use files::{Raw, f32s, file_of, tensors};
+use crate::common::files::{Raw, f32s, file_of, tensors};
 
 struct Folder(TempDir);
 

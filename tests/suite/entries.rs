@@ -1,8 +1,6 @@
 //! Entries of updates, tile by tile, against plain f64, on the CPU and in every tier of the GPU.
 
-mod common;
-
-use common::{Random, devices, product};
+use crate::common::{Random, devices, product};
 use loraweld::compute::Batch;
 use loraweld::compute::ops::{BUCKETS, EntryMember, EntryRule, entries, magnitudes};
 use loraweld::{Device, Matrix};

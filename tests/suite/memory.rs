@@ -1,11 +1,9 @@
 //! Merges and calibrations stay within the device memory that they are allowed, and the budget does not change what they give.
 
-mod common;
-
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use common::{Random, gpus};
+use crate::common::{Random, gpus};
 use loraweld::calibration::Activations;
 use loraweld::compute::{DeviceOptions, Disable, Precision, Select};
 use loraweld::merge::Rule;
@@ -56,14 +54,14 @@ fn difference(x: &Adapter, y: &Adapter) -> f64 {
     let mut random = Random(9);
     let delta = |layer: &Layer, v: &Matrix| {
         let wide = |m: RawMatrix<'_>| Matrix::new(m.rows(), m.cols(), m.to_vec()).unwrap();
-        let mut out = common::product(&wide(layer.b()), &common::product(&wide(layer.a()), v));
+        let mut out = crate::common::product(&wide(layer.b()), &crate::common::product(&wide(layer.a()), v));
         out.data_mut().iter_mut().for_each(|v| *v *= layer.scale().value);
         out
     };
     let one = |(x, y): (&Layer, &Layer)| {
         assert_eq!((x.name(), x.input(), x.output()), (y.name(), y.input(), y.output()));
         let v = random.matrix(x.input(), 3, 1.0);
-        common::relative(&delta(x, &v), &delta(y, &v))
+        crate::common::relative(&delta(x, &v), &delta(y, &v))
     };
     assert_eq!(x.layers().len(), y.layers().len());
     x.layers().iter().zip(y.layers()).map(one).fold(0.0, f64::max)

@@ -1,0 +1,23 @@
+//! What loraweld promises, held against definitions in f64, real files and the command line; on the CPU and in all tiers of
+//! a GPU. One program, so that it is linked once and its devices are opened once.
+
+mod common;
+
+mod adapter;
+mod algebra;
+mod baselines;
+mod calibration;
+mod cli;
+mod convert;
+mod definitions;
+mod entries;
+mod families;
+mod field;
+mod fusion;
+mod known_issues;
+mod memory;
+mod np_lora;
+mod ops;
+mod portability;
+mod ssr;
+mod streaming;
