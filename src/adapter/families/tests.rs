@@ -407,4 +407,8 @@ fn the_table_of_models_lists_every_family() {
     }
     let rows = table.lines().filter(|line| line.contains("| yes |") || line.contains("| - |")).count();
     assert_eq!(rows, records().len(), "docs/models.md has rows of models that there are not");
+    let count = format!("{} families", records().len());
+    for (name, text) in [("README.md", include_str!("../../../README.md")), ("docs/models.md", table)] {
+        assert!(text.contains(&count), "{name} does not say that there are {count}");
+    }
 }
