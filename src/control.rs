@@ -25,7 +25,8 @@ pub struct Control<'a> {
 /// How far a long call is.
 #[derive(Clone, Copy, Debug)]
 pub struct Progress<'a> {
-    /// What is being done: `calibrate`, `survey` (what a merge must know of all layers first), `merge`, `truncate`, `measure`.
+    /// What is being done: `calibrate`, `survey` (what a merge must know of all layers first), `merge`, `truncate`, `measure`,
+    /// `schedule`.
     pub stage: &'static str,
     /// The layer or the file that comes next; empty at the end.
     pub item: &'a str,

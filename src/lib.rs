@@ -59,6 +59,7 @@ mod error;
 mod matrix;
 mod power;
 pub(crate) mod safetensors_file;
+mod words;
 
 pub mod adapter;
 pub mod calibration;

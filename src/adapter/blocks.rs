@@ -4,6 +4,7 @@ use std::fmt;
 
 use super::families::{self, Family, Names};
 use super::{Adapter, Format, Layer};
+use crate::words::count;
 use crate::{Error, Result};
 
 /// Factors on the scales of an adapter's layers. The last one that a layer matches counts, after those of blocks.
@@ -103,7 +104,11 @@ impl BlockPreset {
         let n = blocks.unwrap_or(0);
         Err(Error::Invalid(match lengths[..] {
             [] => format!("there are no block strengths for this model ({family}); give strengths by name"),
-            _ => format!("{n} block strengths, but for {family} a list has {} of them", lengths.join(" or ")),
+            _ => format!(
+                "{}, but for {family} a list has {} of them",
+                count(n, "block strength"),
+                lengths.join(" or ")
+            ),
         }))
     }
 
@@ -252,8 +257,9 @@ impl Strengths {
         let layers: Vec<Layer> = layers.collect();
         let note = (outside > 0).then(|| {
             format!(
-                "`{}`: {outside} layers are in no block of the list, and are at strength 1",
-                adapter.name()
+                "`{}`: {} in no block of the list, at strength 1",
+                adapter.name(),
+                count(outside, "layer")
             )
         });
         Ok((layers, note))

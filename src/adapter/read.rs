@@ -13,6 +13,7 @@ use super::scale::{Scale, Scales};
 use super::spelling::Spelling;
 use super::{Format, Kernel, Layer, PartOf, Tensor, TensorData, fuse};
 use crate::safetensors_file::{FileDtype, SafetensorsFile, TensorRef};
+use crate::words::count;
 use crate::{Dtype, Error, Matrix, Result};
 
 /// What opening an adapter takes beyond its file.
@@ -143,7 +144,7 @@ pub(super) fn read(
         notes.push(format!(
             "`{}` holds {} under two names each, with equal values; each counts once",
             file_name(path),
-            other::count(before - layers.len())
+            count(before - layers.len(), "layer")
         ));
     }
     notes.extend(other::notes(lost.into_iter().flatten()));

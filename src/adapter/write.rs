@@ -13,6 +13,7 @@ use super::scale::ScaleRule;
 use super::spelling::{Spelling, Usual};
 use super::{Adapter, Format, Kernel, Layer, LayerKey, Tensor, families};
 use crate::safetensors_file::{FileDtype, TensorOut};
+use crate::words::count;
 use crate::{Dtype, Error, RawMatrix, Result};
 
 /// How an adapter is written.
@@ -269,9 +270,10 @@ fn unnamed(refused: &[(&Layer, String)], layers: usize, format: Format) -> Error
     Error::layer(
         first.name(),
         format!(
-            "it {reason}. {} of {layers} layers have no known name in {format}: {}{more}. `--skip-unnamed` leaves them \
+            "it {reason}. No name in {format} is known for {} of {}: {}{more}. `--skip-unnamed` leaves them \
              out, `--keep-unnamed` keeps the names that the file has, `--model` says which model it is",
             refused.len(),
+            count(layers, "layer"),
             names.join(", ")
         ),
     )
@@ -401,7 +403,8 @@ impl Target {
     }
 }
 
-/// Puts layers together: over one A if they share it, else as blocks.
+/// Puts the parts of a module together. Parts that have the same A keep it once, with their B below each other; others
+/// keep an A each, with their B as blocks on the diagonal.
 fn joined<'a>(name: String, gathered: Gathered<'a>) -> Result<Module<'a>> {
     let Gathered { prefix, fused, swap, spelling, parts, .. } = gathered;
     let Some(&(_, layer)) = parts.first() else {

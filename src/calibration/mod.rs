@@ -21,6 +21,7 @@ pub(crate) use self::resident::arena;
 use crate::adapter::dotted;
 pub use crate::compute::ops::Activations;
 use crate::safetensors_file::{FileDtype, SafetensorsFile, TensorRef};
+use crate::words::count;
 use crate::{Adapter, Control, Device, Dtype, Error, Layer, LayerKey, Matrix, RawMatrix, Result};
 
 /// Which inputs activations are.
@@ -470,8 +471,8 @@ impl Calibration {
     pub fn add(&mut self, other: &Self) -> Result<()> {
         if other.tasks.len() != self.tasks.len() {
             return Err(other.error(format!(
-                "is a calibration of {} adapters and cannot be added to one of {}; they must be of the same pool",
-                other.tasks.len(),
+                "is a calibration of {} and cannot be added to one of {}; they must be of the same pool",
+                count(other.tasks.len(), "adapter"),
                 self.tasks.len()
             )));
         }
@@ -675,8 +676,8 @@ impl Calibration {
             Source::Neutral => Ok(self.tasks.len()),
             Source::Task(task) if task < self.tasks.len() => Ok(task),
             Source::Task(task) => Err(Error::Invalid(format!(
-                "there is no task {task}; the pool has {} adapters, counted from 0",
-                self.tasks.len()
+                "there is no task {task}; the pool has {}, counted from 0",
+                count(self.tasks.len(), "adapter")
             ))),
         }
     }

@@ -153,7 +153,7 @@ impl Show {
         out.result("")?;
         match neutral {
             0 => out.result("no neutral inputs")?,
-            n => out.result(format_args!("neutral inputs: {n} tokens in all"))?,
+            n => out.result(format_args!("neutral inputs: {} in all", count(n as usize, "token")))?,
         }
         for (i, task) in pool.iter().enumerate() {
             let keys: Vec<_> = missing.iter().filter(|m| m.1 == i).map(|m| &m.0).collect();

@@ -5,7 +5,7 @@ use loraweld::compute::{AdapterSummary, Capabilities, Device, DeviceOptions, Pre
 use serde_json::{Value, json};
 
 use super::args::Global;
-use super::output::{Output, Table, size};
+use super::output::{Output, Table, count, size};
 
 /// List the devices, what they can do, and which one `--device` takes.
 #[derive(Args, Debug)]
@@ -70,7 +70,7 @@ impl Devices {
         }
         let threads = std::thread::available_parallelism().map_or(1, Into::into);
         out.event("cpu", &json!({ "threads": threads }))?;
-        out.result(format_args!("`--device cpu` always works: f64 on {threads} threads"))
+        out.result(format_args!("`--device cpu` always works: f64 on {}", count(threads, "thread")))
     }
 }
 
@@ -131,7 +131,7 @@ fn abilities(adapters: &[AdapterSummary]) -> Table {
             subgroups(c),
             match c.cooperative_matrix.len() {
                 0 => "no".into(),
-                n => format!("{n} shapes"),
+                n => count(n, "shape"),
             },
             size(c.max_binding),
             size(c.max_buffer),

@@ -18,7 +18,9 @@ use std::process::ExitCode;
 use std::sync::atomic::Ordering;
 
 use clap::{Parser, Subcommand};
-use tracing_subscriber::EnvFilter;
+use tracing::Level;
+use tracing_subscriber::filter::Targets;
+use tracing_subscriber::prelude::*;
 
 use self::args::Global;
 use self::output::{CANCEL, CANCELLABLE, Output};
@@ -137,17 +139,18 @@ fn refuse(error: &clap::Error) -> ExitCode {
     ExitCode::from(if error.use_stderr() { 2 } else { 0 })
 }
 
-/// Logs to stderr; `RUST_LOG` says what in more detail than `-v`.
+/// Logs to stderr. `RUST_LOG` says what in more detail than `-v`: levels and `target=level`, with commas between them.
 fn log(verbose: u8) {
-    let level = match verbose {
-        0 => "off",
-        1 => "loraweld=info",
-        2 => "loraweld=debug",
-        _ => "trace",
-    };
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(level));
+    let levels = std::env::var("RUST_LOG").ok().and_then(|text| text.parse().ok());
+    let filter = levels.unwrap_or_else(|| match verbose {
+        0 => Targets::new(),
+        1 => Targets::new().with_target("loraweld", Level::INFO),
+        2 => Targets::new().with_target("loraweld", Level::DEBUG),
+        _ => Targets::new().with_default(Level::TRACE),
+    });
     let colours = io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty());
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).with_ansi(colours).init();
+    let lines = tracing_subscriber::fmt::layer().with_writer(io::stderr).with_ansi(colours);
+    tracing_subscriber::registry().with(lines.with_filter(filter)).init();
 }
 
 #[cfg(test)]

@@ -12,6 +12,8 @@ use loraweld::{Control, Progress};
 use serde::Serialize;
 use serde_json::{Value, json};
 
+pub(crate) use crate::words::count;
+
 /// Set by Ctrl-C and SIGTERM: long calls then stop and remove their temporary file.
 pub static CANCEL: AtomicBool = AtomicBool::new(false);
 
@@ -203,11 +205,6 @@ pub fn size(bytes: u64) -> String {
     }
 }
 
-/// `1 layer`, `2 layers`.
-pub fn count(n: usize, noun: &str) -> String {
-    format!("{n} {noun}{}", if n == 1 { "" } else { "s" })
-}
-
 /// The first few of a list, and how many more there are.
 pub fn some<T: Display>(items: impl IntoIterator<Item = T>, limit: usize) -> String {
     let mut items = items.into_iter();
@@ -239,6 +236,5 @@ mod tests {
             (size(12), size(1536), size(3 << 30)),
             ("12 B".into(), "1.5 KiB".into(), "3.0 GiB".into())
         );
-        assert_eq!((count(1, "layer"), count(0, "layer")), ("1 layer".into(), "0 layers".into()));
     }
 }

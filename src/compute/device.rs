@@ -8,6 +8,7 @@ use super::capabilities::{Capabilities, Disable, Precision, Tier, wanted_feature
 use super::gpu::Gpu;
 use super::self_test;
 use super::shaders::Kernel;
+use crate::words::count;
 use crate::{Error, Result};
 
 /// Which device to take.
@@ -325,7 +326,7 @@ impl Device {
             (_, Tier::Host) => "f32 products, sums and factorisations on the CPU in f64",
         };
         match &self.backend {
-            Backend::Cpu => format!("CPU ({} threads), f64", rayon::current_num_threads()),
+            Backend::Cpu => format!("CPU ({}), f64", count(rayon::current_num_threads(), "thread")),
             Backend::Gpu(gpu) => format!("{}, {arithmetic}", gpu.name),
         }
     }

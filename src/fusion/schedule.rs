@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{Choice, Selection};
 use crate::adapter::{dotted, write_atomic};
+use crate::words::count;
 use crate::{Adapter, Control, Error, Layer, LayerKey, Matrix, Result, Weighted};
 
 const KIND: &str = "loraweld.schedule";
@@ -121,8 +122,8 @@ impl Schedule {
     pub fn check(&self, adapters: &[&Adapter]) -> Result<()> {
         if adapters.len() != self.adapters.len() {
             return Err(Error::Invalid(format!(
-                "the schedule is of {} adapters, but {} were given",
-                self.adapters.len(),
+                "the schedule is of {}, not of {}",
+                count(self.adapters.len(), "adapter"),
                 adapters.len()
             )));
         }

@@ -188,7 +188,7 @@ impl Selector {
     pub fn new(device: &Device, adapters: &[Weighted<'_>], options: SelectorOptions) -> Result<Self> {
         if !(1..=MAX_BRANCHES).contains(&adapters.len()) {
             return Err(Error::Invalid(format!(
-                "a selector takes 1 to {MAX_BRANCHES} adapters, but {} were given",
+                "a selector takes 1 to {MAX_BRANCHES} adapters, not {}",
                 adapters.len()
             )));
         }

@@ -53,7 +53,8 @@ pub enum Bases {
 /// | [`iso_c`](Self::iso_c) (Iso-C, arXiv 2502.04959) | `core` with [`Rule::Iso`] |
 ///
 /// Any bases of the stacked factors serve the rules that do not look at entries; for TIES and DARE they count, and
-/// [`bases`](Self::bases) offers the paper's. Signs of singular vectors are arbitrary, but no rule sees them unless
+/// [`bases`](Self::bases) offers the paper's. KnOTS works on the columns of the updates as they are, so with TIES or DARE it
+/// also leaves the span of the rows of A, in which all else here stays. Signs of singular vectors are arbitrary, but no rule sees them unless
 /// entries cancel exactly. Thin QR of the stacked factors gives all of it, ΔW is never formed. Small matrices are f64 or
 /// double-single, the result is rounded once to f32; its rank is at most R. Layers of one adapter pass through unchanged,
 /// unless [`Ties::alone`](super::Ties::alone) or [`Dare::alone`](super::Dare::alone) say otherwise.

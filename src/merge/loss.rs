@@ -7,6 +7,7 @@ use rayon::prelude::*;
 
 use super::core::wide;
 use super::{Action, LayerReport, Losses, Merged, Plan, PlannedLayer};
+use crate::words;
 use crate::{Calibration, Control, Layer, Matrix, RawMatrix, Result, Weighted};
 
 /// Squared reconstruction errors.
@@ -94,8 +95,8 @@ impl Merged {
     ///
     /// For each layer that several adapters have, with `A' ≈ C·A_cat` by least squares, the loss is
     /// `Σ_k ‖B'·C·Z_k − s_k·B_k·A_k·X_k‖²` relative to merging nothing ([`Losses`]), in f64 on the CPU. The statistics know
-    /// inputs only by what A_cat sees of them. Merges in factor space see no more; of one that does (`ties`, `dare`),
-    /// the share of the update that the loss does not know is noted.
+    /// inputs only by what A_cat sees of them. Most merges stay in the span of its rows; of one that leaves it (`ties`,
+    /// `dare`, and `knots` with a rule on entries), the share of the update that the loss does not know is noted.
     ///
     /// `adapters`: those of the merge, at the same strengths, of which the calibration must have been made.
     ///
@@ -160,17 +161,17 @@ impl Merged {
         }
         if count > 0 {
             self.report.notes.push(format!(
-                "the losses of {count} layers leave out what they read outside of the adapters' own directions, up to \
-                 {:.0} % of an update",
+                "the losses of {} leave out what the merge reads outside of the adapters' own directions, up to {:.0} % of \
+                 an update",
+                words::count(count, "layer"),
                 100.0 * unseen
             ));
         }
         let lacking = |l: &&LayerReport| l.action != Action::PassedThrough && l.losses.is_none();
         let lacking = self.report.layers.iter().filter(lacking).count();
         if lacking > 0 {
-            let note =
-                format!("{lacking} shared layers have no calibration tokens, so no loss is known of them");
-            self.report.notes.push(note);
+            let layers = words::count(lacking, "shared layer");
+            self.report.notes.push(format!("no loss is known of {layers} without calibration tokens"));
         }
         self.report.losses = total.relative();
         Ok(self)

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use crate::adapter::dotted;
+use crate::words::count;
 use crate::{Error, Layer, LayerKey, Result, Weighted};
 
 /// Which layers a merge has, and which adapters each comes from.
@@ -65,9 +66,9 @@ impl Plan {
             let silent = layers.iter().filter(|layer| layer.silent.contains(&i)).count();
             if silent > 0 && *strength != 0.0 {
                 notes.push(format!(
-                    "`{}` adds nothing on {silent} of its {} layers: alpha or strength is 0 there",
+                    "`{}` adds nothing on {silent} of its {}: alpha or strength is 0 there",
                     adapter.name(),
-                    adapter.layers().len()
+                    count(adapter.layers().len(), "layer")
                 ));
             }
         }

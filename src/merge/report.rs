@@ -8,6 +8,7 @@ use serde::Serialize;
 
 use super::PlannedLayer;
 use crate::Device;
+use crate::words::count;
 
 /// What a merge did.
 #[derive(Clone, Debug, Serialize)]
@@ -187,31 +188,31 @@ impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(
             f,
-            "{} on {}: {} layers in {:.1} s",
+            "{} on {}: {} in {:.1} s",
             self.method,
             self.device,
-            self.layers.len(),
+            count(self.layers.len(), "layer"),
             self.seconds
         )?;
         if let Some(memory) = self.memory {
             writeln!(f, "  device memory: {memory}")?;
         }
         for input in &self.inputs {
-            writeln!(f, "  {} at {}, {} layers", input.name, input.strength, input.layers)?;
+            writeln!(f, "  {} at {}, {}", input.name, input.strength, count(input.layers, "layer"))?;
         }
-        let count = |of: fn(&Action) -> bool| self.layers.iter().filter(|layer| of(&layer.action)).count();
-        let passed = count(|a| *a == Action::PassedThrough);
-        let projected = count(|a| *a == Action::Projected);
+        let number = |of: fn(&Action) -> bool| self.layers.iter().filter(|layer| of(&layer.action)).count();
+        let passed = number(|a| *a == Action::PassedThrough);
+        let projected = number(|a| *a == Action::Projected);
         let mut parts: Vec<String> = [
-            (count(|a| *a == Action::Routed), "routed"),
+            (number(|a| *a == Action::Routed), "routed"),
             (projected, "projected"),
-            (count(|a| *a == Action::Concatenated), "concatenated"),
-            (count(|a| *a == Action::Combined), "combined"),
-            (count(|a| matches!(a, Action::Summed { .. })), "summed"),
+            (number(|a| *a == Action::Concatenated), "concatenated"),
+            (number(|a| *a == Action::Combined), "combined"),
+            (number(|a| matches!(a, Action::Summed { .. })), "summed"),
         ]
         .into_iter()
-        .filter(|(count, _)| *count > 0)
-        .map(|(count, what)| format!("{count} layers {what}"))
+        .filter(|(n, _)| *n > 0)
+        .map(|(n, what)| format!("{} {what}", count(n, "layer")))
         .collect();
         parts.push(format!("{passed} passed through (one adapter)"));
         writeln!(f, "{}", parts.join(", "))?;
@@ -230,8 +231,7 @@ impl fmt::Display for Report {
             writeln!(f, "note: {note}")?;
         }
         for (note, layers) in why {
-            let s = if layers == 1 { "" } else { "s" };
-            writeln!(f, "note: {layers} layer{s}: {note}")?;
+            writeln!(f, "note: {}: {note}", count(layers, "layer"))?;
         }
         Ok(())
     }

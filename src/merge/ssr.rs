@@ -14,6 +14,7 @@ use crate::calibration::LayerStatistics;
 use crate::compute::ops::{self, Axis, Factor};
 use crate::compute::{Batch, Shape};
 use crate::power::{exponent, exponent_of, pow2};
+use crate::words::count;
 use crate::{Calibration, Control, Device, Error, Layer, LayerKey, Matrix, Result, Weighted};
 
 /// How strongly the router is held to its prior R₀.
@@ -187,9 +188,10 @@ impl<'a> Ssr<'a> {
         if let Some(weights) = task_weights
             && weights.len() != adapters
         {
-            let count = weights.len();
             return Err(Error::Invalid(format!(
-                "{count} task weights for {adapters} adapters; give one for each"
+                "task weights: {} for {}; give one for each",
+                weights.len(),
+                count(adapters, "adapter")
             )));
         }
         match self.calibration {
@@ -448,10 +450,8 @@ impl Method for Ssr<'_> {
             );
         }
         if summed > 0 {
-            let total = measured.len();
-            report
-                .notes
-                .push(format!("{summed} of {total} shared layers could not be routed and were summed"));
+            let total = count(measured.len(), "shared layer");
+            report.notes.push(format!("summed {summed} of {total}, which could not be routed"));
         }
         // Of a truncated merge, other losses would have to be found.
         if !report.layers.iter().any(|layer| layer.cut.is_some()) {

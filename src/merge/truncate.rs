@@ -11,6 +11,7 @@ use super::driver::TOO_LARGE;
 use super::loss::times;
 use super::{DeviceMemory, Merged};
 use crate::compute::ops::{self, Root, Side, Stacks, Svd};
+use crate::words;
 use crate::{Adapter, Control, Device, Error, Layer, LayerKey, Matrix, RawMatrix, Result, SaveOptions};
 
 /// How many singular values of an update to keep: the fewest that a limit asks for, and at least one.
@@ -239,8 +240,8 @@ impl Cuts {
         let all = if *whole > 0.0 { 100.0 * (off / whole).sqrt() } else { 0.0 };
         (*count > 0).then(|| {
             format!(
-                "{count} of {layers} layers were truncated, which cuts off {all:.1} % of their update, and {:.1} % of \
-                 `{layer}`",
+                "truncated {count} of {}, which cuts off {all:.1} % of the update there, and {:.1} % of that of `{layer}`",
+                words::count(layers, "layer"),
                 100.0 * share
             )
         })

@@ -563,7 +563,7 @@ fn truncating_keeps_the_largest_singular_values() {
 
     let small = merged.clone().truncated(&device, &Truncation::rank(8), &control).unwrap();
     assert!(
-        small.report.notes.iter().any(|note| note.contains("24 of 24 layers were truncated")),
+        small.report.notes.iter().any(|note| note.contains("truncated 24 of 24 layers")),
         "{:?}",
         small.report.notes
     );

@@ -13,6 +13,7 @@ use super::keys::{Bare, Hada, LayerKey, Lokr, Part, prefix};
 use super::read::{AlphaRank, Factors, Group, Source, factor, lora, number, shards, wide};
 use super::{Kernel, OpenOptions, Tensor};
 use crate::safetensors_file::SafetensorsFile;
+use crate::words::count;
 use crate::{Error, Matrix, Result};
 
 /// A kind of adapter.
@@ -93,7 +94,8 @@ pub(super) fn notes(lost: impl Iterator<Item = (LayerKey, Lost)>) -> Vec<String>
     let note = |(kind, lost): (Other, Vec<(LayerKey, Lost)>)| {
         let of = |lost: &Lost| error(lost.cut, lost.whole);
         let rank = lost.iter().map(|(_, l)| l.rank).max().unwrap_or(0);
-        let layers = format!("{} of {} became LoRAs of rank {rank} at most", count(lost.len()), kind.name());
+        let layers =
+            format!("{} of {} became LoRAs of rank {rank} at most", count(lost.len(), "layer"), kind.name());
         let cut: Vec<_> = lost.iter().filter(|(_, l)| l.cut > 0.0).collect();
         let Some((key, most)) = cut.iter().max_by(|x, y| of(&x.1).total_cmp(&of(&y.1))) else {
             return format!("{layers}, exactly");
@@ -101,16 +103,12 @@ pub(super) fn notes(lost: impl Iterator<Item = (LayerKey, Lost)>) -> Vec<String>
         let (all, whole) = cut.iter().fold((0.0, 0.0), |(all, whole), (_, l)| (all + l.cut, whole + l.whole));
         format!(
             "{layers}; of the updates of {} {:.2}% was cut off (relative Frobenius norm), at most {:.2}% (`{key}`)",
-            count(cut.len()),
+            count(cut.len(), "layer"),
             100.0 * error(all, whole),
             100.0 * of(most)
         )
     };
     kinds.into_iter().map(note).collect()
-}
-
-pub(super) fn count(layers: usize) -> String {
-    format!("{layers} layer{}", if layers == 1 { "" } else { "s" })
 }
 
 /// The rank that an update is truncated to, if it is of a higher one. The error says how to allow it.

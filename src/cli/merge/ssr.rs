@@ -88,8 +88,9 @@ impl Options {
         if let Some(weights) = &self.task_weights {
             if weights.len() != adapters {
                 return Err(usage(format!(
-                    "--task-weights has {}, but there are {adapters} adapters; give one for each, in order",
-                    count(weights.len(), "weight")
+                    "--task-weights has {} for {}; give one for each, in order",
+                    count(weights.len(), "weight"),
+                    count(adapters, "adapter")
                 )));
             }
             if weights.iter().all(|w| *w == 0.0) {
