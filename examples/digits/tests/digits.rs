@@ -224,7 +224,7 @@ fn a_calibration_comes_from_the_running_model() {
         by_hand.accumulate(&cpu, 1, layer, x).unwrap();
         let gram = |calibration: &Calibration| calibration.gram(&LayerKey::parse(layer), 1).unwrap().unwrap();
         let (got, want) = (gram(&calibration), gram(&by_hand));
-        let narrow = |m: &loraweld::Matrix| m.data.iter().map(|v| *v as f32).collect::<Vec<_>>();
+        let narrow = |m: &loraweld::Matrix| m.data().iter().map(|v| *v as f32).collect::<Vec<_>>();
         assert!(error(&narrow(&got), &narrow(&want)) <= 2e-6, "{layer}");
     }
 }
