@@ -77,10 +77,10 @@ pub use control::{Control, Progress};
 pub use error::{Error, Result};
 pub use matrix::{Dtype, Matrix, RawMatrix};
 pub use merge::{
-    Action, Alone, Bases, CoreMerge, Dare, Destination, DeviceMemory, Directions, Elect, EntryMerge,
-    InputReport, Iso, IsoMean, Keep, LayerReport, Linear, Losses, Merged, Method, NpLora, NpLoraOptions,
-    Plan, PlannedLayer, Prior, Projection, ProjectionReport, Report, Ridge, Rule, Scope, Spectrum, Ssr,
-    SsrOptions, SvdMerge, Ties, Truncation, Tsv, ZeroSum,
+    Absent, Action, Alone, Bases, CoreMerge, Dare, Destination, DeviceMemory, Directions, Elect, EntryMerge,
+    InputReport, Iso, IsoMean, Keep, LayerReport, Linear, Losses, METHODS, Merged, Method, MethodEntry,
+    NpLora, NpLoraOptions, Plan, PlannedLayer, Prior, Projection, ProjectionReport, Report, Ridge, Rule,
+    Scope, Spectrum, Ssr, SsrOptions, SvdMerge, Ties, Truncation, Tsv, ZeroSum,
 };
 pub use wgpu;
 

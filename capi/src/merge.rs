@@ -76,13 +76,12 @@ pub unsafe extern "C" fn loraweld_merge(
         if adapters.is_empty() {
             return Err(Failure::invalid("`count` is 0; a merge takes at least one adapter"));
         }
-        let method = Method::parse(method, options)?;
+        let method = Method::parse(method, options, calibration.as_deref())?;
         let weighted: Vec<Weighted<'_>> =
             adapters.iter().zip(strengths).map(|(handle, &strength)| handle.adapter.at(strength)).collect();
         // SAFETY: as above.
-        let Merged { adapter, report } = unsafe {
-            controlled(control, |control| method.merge(device, &weighted, calibration.as_deref(), control))
-        }?;
+        let Merged { adapter, report } =
+            unsafe { controlled(control, |control| method.merge(device, &weighted, control)) }?;
         let json = serde_json::to_string(&report)
             .map_err(|e| Failure::internal(format!("the report cannot be written as JSON: {e}")))?;
         let files = report.inputs.into_iter().map(|input| input.path).collect();

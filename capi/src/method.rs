@@ -1,82 +1,28 @@
 //! A method's name and its options in JSON.
 
-use loraweld::{
-    Bases, Calibration, Control, CoreMerge, Device, EntryMerge, Linear, Merged, NpLora, NpLoraOptions, Rule,
-    Ssr, SsrOptions, SvdMerge, Truncation, Weighted,
-};
-use serde_json::{Map, Value};
+use loraweld::merge::{Options, method};
+use loraweld::{Calibration, Control, Device, Merged, Truncation, Weighted};
 
 use crate::status::{Failure, Result};
 
-/// How to merge, and to what to truncate the result.
-pub(crate) struct Method {
-    kind: Kind,
+/// How to merge, to what to truncate the result, and by what to measure it.
+pub(crate) struct Method<'a> {
+    method: Box<dyn loraweld::Method + 'a>,
     truncate: Truncation,
+    calibration: Option<&'a Calibration>,
 }
 
-enum Kind {
-    Ssr { options: SsrOptions, data_free: bool },
-    NpLora(NpLora),
-    Linear,
-    Svd(SvdMerge),
-    Entries(EntryMerge),
-    Core(CoreMerge),
-}
-
-const NAMES: &str = "ssr, ssr-data-free, np-lora, linear, svd, ties, dare, knots, core, tsv, iso-c";
-
-type Options = Map<String, Value>;
-
-impl Method {
-    pub(crate) fn parse(name: &str, options: Option<&str>) -> Result<Self> {
+impl<'a> Method<'a> {
+    pub(crate) fn parse(
+        name: &str,
+        options: Option<&str>,
+        calibration: Option<&'a Calibration>,
+    ) -> Result<Self> {
         let bad = |e: serde_json::Error| Failure::invalid(format!("options of {name}: {e}"));
         let mut options: Options = serde_json::from_str(options.unwrap_or("{}")).map_err(bad)?;
         let truncate = options.remove("truncate").map(serde_json::from_value).transpose().map_err(bad)?;
-        let ssr = |data_free| move |options| Kind::Ssr { options, data_free };
-        let kind = match name {
-            "ssr" | "ssr-data-free" => {
-                serde_json::from_value(options.into()).map(ssr(name != "ssr")).map_err(bad)?
-            }
-            "np-lora" => {
-                let options: NpLoraOptions = serde_json::from_value(options.into()).map_err(bad)?;
-                Kind::NpLora(NpLora::default().options(options))
-            }
-            "linear" => {
-                known(name, &options, &Options::new())?;
-                Kind::Linear
-            }
-            "svd" => Kind::Svd(SvdMerge::new(serde_json::from_value(options.into()).map_err(bad)?)),
-            "ties" | "dare" => {
-                let rank: Option<usize> =
-                    options.remove("rank").map(serde_json::from_value).transpose().map_err(bad)?.flatten();
-                let merge = match rule(name, options, Some(name))? {
-                    Rule::Ties(ties) => EntryMerge::ties(ties),
-                    Rule::Dare(dare) => EntryMerge::dare(dare),
-                    rule => return Err(Failure::internal(format!("{name} has become {rule:?}"))),
-                };
-                Kind::Entries(match rank {
-                    Some(rank) => merge.rank(rank),
-                    None => merge,
-                })
-            }
-            "knots" => Kind::Core(CoreMerge::knots(rule(name, options, None)?)),
-            "core" => {
-                let bases: Option<Bases> =
-                    options.remove("bases").map(serde_json::from_value).transpose().map_err(bad)?;
-                let merge = CoreMerge::core(rule(name, options, None)?);
-                Kind::Core(merge.bases(bases.unwrap_or_default()))
-            }
-            "tsv" => Kind::Core(match rule(name, options, Some("tsv"))? {
-                Rule::Tsv(tsv) => CoreMerge::tsv(tsv),
-                rule => return Err(Failure::internal(format!("{name} has become {rule:?}"))),
-            }),
-            "iso-c" => Kind::Core(match rule(name, options, Some("iso"))? {
-                Rule::Iso(iso) => CoreMerge::iso_c(iso),
-                rule => return Err(Failure::internal(format!("{name} has become {rule:?}"))),
-            }),
-            _ => return Err(Failure::invalid(format!("method: `{name}`, but it is one of {NAMES}"))),
-        };
-        Ok(Self { kind, truncate: truncate.unwrap_or_default() })
+        let method = method(name, options, calibration)?;
+        Ok(Self { method, truncate: truncate.unwrap_or_default(), calibration })
     }
 
     /// Merges, truncates, and measures by the calibration what the method did not.
@@ -84,29 +30,13 @@ impl Method {
         &self,
         device: &Device,
         adapters: &[Weighted<'_>],
-        calibration: Option<&Calibration>,
         control: Control<'_>,
     ) -> Result<Merged> {
-        let mut merged = match &self.kind {
-            Kind::Ssr { options, data_free: true } => {
-                Ssr::data_free().options(options.clone()).merge_with(device, adapters, control)
-            }
-            Kind::Ssr { options, .. } => {
-                let calibration = calibration.ok_or_else(|| {
-                    Failure::invalid("`calibration` is NULL; ssr takes one (ssr-data-free goes without)")
-                })?;
-                Ssr::new(calibration).options(options.clone()).merge_with(device, adapters, control)
-            }
-            Kind::NpLora(method) => method.merge_with(device, adapters[0], &adapters[1..], control),
-            Kind::Linear => Linear.merge_with(adapters, control),
-            Kind::Svd(method) => method.merge_with(device, adapters, control),
-            Kind::Entries(method) => method.merge_with(device, adapters, control),
-            Kind::Core(method) => method.merge_with(device, adapters, control),
-        }?;
+        let mut merged = self.method.merge_any(device, adapters, control)?;
         if !self.truncate.is_none() {
             merged = merged.truncated(device, &self.truncate, &control)?;
         }
-        match calibration {
+        match self.calibration {
             Some(calibration) if merged.report.losses.is_none() => {
                 Ok(merged.measured(calibration, adapters, &control)?)
             }
@@ -115,42 +45,31 @@ impl Method {
     }
 }
 
-/// The rule of options that may name it: `fixed`, or any, TIES by default.
-fn rule(method: &str, mut options: Options, fixed: Option<&str>) -> Result<Rule> {
-    let name = options.entry("rule").or_insert_with(|| fixed.unwrap_or("ties").into());
-    if let Some(fixed) = fixed
-        && name != fixed
-    {
-        return Err(Failure::invalid(format!("options of {method}: its rule is \"{fixed}\", not {name}")));
-    }
-    let bad = |e| Failure::invalid(format!("options of {method}: {e}"));
-    let rule: Rule = serde_json::from_value(options.clone().into()).map_err(bad)?;
-    // Of a rule without options, serde lets any pass.
-    if let Ok(Value::Object(takes)) = serde_json::to_value(&rule) {
-        known(method, &options, &takes)?;
-    }
-    Ok(rule)
-}
-
-fn known(method: &str, options: &Options, takes: &Options) -> Result<()> {
-    match options.keys().find(|key| !takes.contains_key(*key)) {
-        Some(key) => Err(Failure::invalid(format!("options of {method}: it takes no `{key}`"))),
-        None => Ok(()),
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use loraweld::{Adapter, Format, Layer, METHODS, Matrix, NpLoraOptions, Rule, SsrOptions};
+
     use super::*;
 
     fn message(name: &str, options: &str) -> String {
-        Method::parse(name, Some(options)).err().map(|e| format!("{e:?}")).unwrap_or_default()
+        let adapters = [Adapter::new("a", Format::Peft, vec![layer()]).unwrap()];
+        let calibration = Calibration::new(&adapters).unwrap();
+        let method = Method::parse(name, Some(options), Some(&calibration));
+        method.err().map(|e| format!("{e:?}")).unwrap_or_default()
+    }
+
+    fn layer() -> Layer {
+        Layer::new("a", Matrix::zeros(1, 1), Matrix::zeros(1, 1)).unwrap()
+    }
+
+    fn names() -> impl Iterator<Item = &'static str> {
+        METHODS.iter().flat_map(|e| [e.name].into_iter().chain(e.variants.iter().map(|variant| variant.name)))
     }
 
     #[test]
     fn every_method_has_defaults() {
-        for name in NAMES.split(", ") {
-            assert!(Method::parse(name, None).is_ok(), "{name}");
+        for name in names() {
+            assert_eq!(message(name, "{}"), "");
             assert_eq!(message(name, r#"{"truncate": {"rank": 4, "spectrum": {"ratio": 50.0}}}"#), "");
             let wrong = message(name, r#"{"densty": 1}"#);
             assert!(wrong.contains("densty") && wrong.contains(name), "{name}: {wrong}");

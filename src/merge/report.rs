@@ -4,11 +4,21 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::path::PathBuf;
 
-use serde::Serialize;
+use serde::{Serialize, Serializer};
 
 use super::PlannedLayer;
-use crate::Device;
 use crate::words::count;
+use crate::{Adapter, Device, Weighted};
+
+/// What a merge gives.
+#[derive(Clone, Debug)]
+pub struct Merged {
+    /// The merged adapter. Its metadata is what is common to the inputs, and how it was made
+    /// (`loraweld.method`, `loraweld.options`, `loraweld.inputs`, `loraweld.version`).
+    pub adapter: Adapter,
+    /// What was done, and what it lost.
+    pub report: Report,
+}
 
 /// What a merge did.
 #[derive(Clone, Debug, Serialize)]
@@ -67,9 +77,9 @@ impl fmt::Display for DeviceMemory {
 /// One adapter that went in.
 #[derive(Clone, Debug, Serialize)]
 pub struct InputReport {
-    /// [`Adapter::name`](crate::Adapter::name).
+    /// [`Adapter::name`].
     pub name: String,
-    /// [`Adapter::path`](crate::Adapter::path).
+    /// [`Adapter::path`].
     pub path: PathBuf,
     /// SHA-256 of the file; `None` for an adapter that was made in memory.
     pub sha256: Option<String>,
@@ -79,12 +89,25 @@ pub struct InputReport {
     pub layers: usize,
 }
 
+impl InputReport {
+    /// Before its hash is known.
+    pub(super) fn new(Weighted { adapter, strength }: &Weighted<'_>) -> Self {
+        Self {
+            name: adapter.name().to_owned(),
+            path: adapter.path().to_owned(),
+            sha256: None,
+            strength: *strength,
+            layers: adapter.layers().len(),
+        }
+    }
+}
+
 /// What was done to one layer.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug)]
 pub struct LayerReport {
     /// Its name, with dots where they are known.
     pub layer: String,
-    /// How it was merged.
+    /// How it was merged, with what that tells.
     pub action: Action,
     /// Which of [`Report::inputs`] it comes from.
     pub adapters: Vec<usize>,
@@ -92,18 +115,10 @@ pub struct LayerReport {
     pub rank: usize,
     /// Share of the update's norm that was cut off, if it was truncated ([`Merged::truncated`](super::Merged::truncated)).
     pub cut: Option<f64>,
-    /// Share of the squared norm of the merged update that its approximation holds, where the update itself has no low
-    /// rank ([`EntryMerge`](super::EntryMerge)).
-    pub captured: Option<f64>,
-    /// Calibration tokens that its router was solved from.
-    pub tokens: u64,
-    /// The ridge that was used, in units of G/N; 0 unless routed.
-    pub ridge: f64,
-    /// Its losses, if it was routed by measured statistics.
+    /// Calibration tokens that its router was solved from, or its losses measured by; `None` without a calibration.
+    pub tokens: Option<u64>,
+    /// Its losses; `None` if they are not known.
     pub losses: Option<Losses>,
-    /// What each subject gave up, in order, if it was projected.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
-    pub projections: Vec<ProjectionReport>,
     /// What the user should know about it.
     pub notes: Vec<String>,
 }
@@ -117,11 +132,8 @@ impl LayerReport {
             adapters: planned.members.clone(),
             rank: planned.rank,
             cut: None,
-            captured: None,
-            tokens: 0,
-            ridge: 0.0,
+            tokens: None,
             losses: None,
-            projections: Vec::new(),
             notes: Vec::new(),
         }
     }
@@ -148,17 +160,26 @@ pub struct ProjectionReport {
 }
 
 /// How a layer was merged.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-#[serde(tag = "kind", rename_all = "kebab-case")]
+#[derive(Clone, Debug, PartialEq)]
 pub enum Action {
     /// Through a router that was solved for.
-    Routed,
+    Routed {
+        /// λ, the ridge that was used, in units of G/N.
+        ridge: f64,
+    },
     /// Subjects were projected off what comes before them.
-    Projected,
+    Projected {
+        /// What each subject gave up, in order.
+        projections: Vec<ProjectionReport>,
+    },
     /// As the exact sum that was asked for.
     Concatenated,
     /// By the method's rule, in the core or entry by entry.
-    Combined,
+    Combined {
+        /// Share of the squared norm of the merged update that its approximation holds, where the update itself has no low
+        /// rank ([`EntryMerge`](super::EntryMerge)).
+        captured: Option<f64>,
+    },
     /// Only one adapter has it, or adds anything to it: its factors are unchanged.
     PassedThrough,
     /// Plain sum (identity router).
@@ -166,6 +187,87 @@ pub enum Action {
         /// Why it was not routed.
         why: String,
     },
+}
+
+impl Action {
+    /// Its name in JSON: `routed`, `projected`, `concatenated`, `combined`, `passed-through`, `summed`.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::Routed { .. } => "routed",
+            Self::Projected { .. } => "projected",
+            Self::Concatenated => "concatenated",
+            Self::Combined { .. } => "combined",
+            Self::PassedThrough => "passed-through",
+            Self::Summed { .. } => "summed",
+        }
+    }
+}
+
+impl LayerReport {
+    /// What each subject gave up, in order, if it was projected.
+    pub fn projections(&self) -> &[ProjectionReport] {
+        match &self.action {
+            Action::Projected { projections } => projections,
+            _ => &[],
+        }
+    }
+
+    /// Share of the squared norm of the merged update that its approximation holds, if it is one.
+    pub fn captured(&self) -> Option<f64> {
+        match self.action {
+            Action::Combined { captured } => captured,
+            _ => None,
+        }
+    }
+}
+
+/// In JSON, what an action tells stands beside it: only of `summed`, `why` is within.
+impl Serialize for LayerReport {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        #[derive(Serialize)]
+        struct Kind<'a> {
+            kind: &'static str,
+            #[serde(skip_serializing_if = "Option::is_none")]
+            why: Option<&'a str>,
+        }
+        #[derive(Serialize)]
+        struct Flat<'a> {
+            layer: &'a str,
+            action: Kind<'a>,
+            adapters: &'a [usize],
+            rank: usize,
+            cut: Option<f64>,
+            #[serde(skip_serializing_if = "Option::is_none")]
+            captured: Option<f64>,
+            #[serde(skip_serializing_if = "Option::is_none")]
+            tokens: Option<u64>,
+            #[serde(skip_serializing_if = "Option::is_none")]
+            ridge: Option<f64>,
+            losses: Option<Losses>,
+            #[serde(skip_serializing_if = "<[_]>::is_empty")]
+            projections: &'a [ProjectionReport],
+            notes: &'a [String],
+        }
+        let (why, ridge) = match &self.action {
+            Action::Summed { why } => (Some(why.as_str()), None),
+            Action::Routed { ridge } => (None, Some(*ridge)),
+            _ => (None, None),
+        };
+        let flat = Flat {
+            layer: &self.layer,
+            action: Kind { kind: self.action.kind(), why },
+            adapters: &self.adapters,
+            rank: self.rank,
+            cut: self.cut,
+            captured: self.captured(),
+            tokens: self.tokens,
+            ridge,
+            losses: self.losses,
+            projections: self.projections(),
+            notes: &self.notes,
+        };
+        flat.serialize(serializer)
+    }
 }
 
 /// Relative reconstruction errors `sqrt(L(R) / L(0))` on the calibration tokens: 0 reproduces every adapter on
@@ -200,20 +302,14 @@ impl fmt::Display for Report {
         for input in &self.inputs {
             writeln!(f, "  {} at {}, {}", input.name, input.strength, count(input.layers, "layer"))?;
         }
-        let number = |of: fn(&Action) -> bool| self.layers.iter().filter(|layer| of(&layer.action)).count();
-        let passed = number(|a| *a == Action::PassedThrough);
-        let projected = number(|a| *a == Action::Projected);
-        let mut parts: Vec<String> = [
-            (number(|a| *a == Action::Routed), "routed"),
-            (projected, "projected"),
-            (number(|a| *a == Action::Concatenated), "concatenated"),
-            (number(|a| *a == Action::Combined), "combined"),
-            (number(|a| matches!(a, Action::Summed { .. })), "summed"),
-        ]
-        .into_iter()
-        .filter(|(n, _)| *n > 0)
-        .map(|(n, what)| format!("{} {what}", count(n, "layer")))
-        .collect();
+        let number = |kind: &str| self.layers.iter().filter(|layer| layer.action.kind() == kind).count();
+        let passed = number("passed-through");
+        let mut parts: Vec<String> = ["routed", "projected", "concatenated", "combined", "summed"]
+            .into_iter()
+            .map(|kind| (number(kind), kind))
+            .filter(|(n, _)| *n > 0)
+            .map(|(n, kind)| format!("{} {kind}", count(n, "layer")))
+            .collect();
         parts.push(format!("{passed} passed through (one adapter)"));
         writeln!(f, "{}", parts.join(", "))?;
         self.fmt_losses(f)?;
@@ -241,7 +337,7 @@ impl Report {
     /// What was removed of each subject, where it is most.
     fn fmt_projections(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut most: Vec<_> =
-            self.layers.iter().flat_map(|l| l.projections.iter().map(|p| (&l.layer, p))).collect();
+            self.layers.iter().flat_map(|l| l.projections().iter().map(|p| (&l.layer, p))).collect();
         if most.is_empty() {
             return Ok(());
         }
@@ -285,7 +381,12 @@ impl Report {
         row("relative loss", "", "", Default::default())?;
         row(first, "rank", "tokens", ["merged", "sum", "average"].map(str::to_owned))?;
         for (layer, losses) in &worst {
-            row(&layer.layer, &layer.rank.to_string(), &layer.tokens.to_string(), numbers(*losses))?;
+            row(
+                &layer.layer,
+                &layer.rank.to_string(),
+                &layer.tokens.unwrap_or(0).to_string(),
+                numbers(*losses),
+            )?;
         }
         if rest > 0 {
             row(&format!("... and {rest} more"), "", "", Default::default())?;

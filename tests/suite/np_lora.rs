@@ -73,8 +73,8 @@ fn merges_give_the_reference() {
             println!("{name}, {}: {error:.1e}", case.name);
             assert!(error <= 1e-5, "{name}, {}: {error:e}", case.name);
             for layer in &merged.report.layers {
-                let p = &layer.projections[0];
-                assert_eq!((layer.rank, layer.action.clone(), p.directions), (16, Action::Projected, 8));
+                let p = &layer.projections()[0];
+                assert_eq!((layer.rank, layer.action.kind(), p.directions), (16, "projected", 8));
                 assert!(p.angles.is_sorted() && p.angles.len() == 8, "{:?}", p.angles);
                 let t = p.share;
                 assert!((p.after - (1.0 - t) * p.before).abs() <= 1e-6, "{}: {p:?}", case.name);
@@ -207,7 +207,8 @@ fn hard_inputs_give_the_formula_over_dense_svd() {
                     "{what}: {left:e} of {:e}",
                     norm(&d_c)
                 );
-                let report = &merged.report.layers.iter().find(|l| l.layer == *name).unwrap().projections[0];
+                let report =
+                    &merged.report.layers.iter().find(|l| l.layer == *name).unwrap().projections()[0];
                 assert_eq!(report.directions, v.rows(), "{what}");
                 let share = if norm(&d_c) > 0.0 { before / norm(&d_c) } else { 0.0 };
                 assert!((report.before - share).abs() <= 1e-5, "{what}: {} {share}", report.before);
@@ -316,7 +317,7 @@ fn later_subjects_give_way_to_all_before_them() {
             }
             let directions = |name: &str| -> Vec<usize> {
                 let layer = merged.report.layers.iter().find(|l| l.layer == name).unwrap();
-                layer.projections.iter().map(|p| p.directions).collect()
+                layer.projections().iter().map(|p| p.directions).collect()
             };
             assert_eq!((directions("x"), directions("y")), (vec![3, 7, 12], vec![3, 7]), "{}", case.name);
         }
@@ -354,7 +355,7 @@ fn layers_of_one_adapter_pass_through_and_patterns_choose_mu() {
                 continue;
             }
             let share = if report.layer.starts_with("transformer_blocks.0.") { 1.0 } else { 0.0 };
-            assert_eq!(report.projections[0].share, share, "{}", report.layer);
+            assert_eq!(report.projections()[0].share, share, "{}", report.layer);
         }
         assert!(merged.report.notes.iter().any(|note| note.contains("nothing.*")));
         assert!(merged.report.to_string().contains("10 layers projected, 14 passed through"));

@@ -2,13 +2,11 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, ValueEnum};
+use clap::Args;
+use clap::builder::{PossibleValue, PossibleValuesParser};
 use loraweld::adapter::{check_target, write_atomic};
-use loraweld::merge::Report;
-use loraweld::{
-    Calibration, Control, CoreMerge, Dare, Device, EntryMerge, Iso, Linear, Merged, NpLora, Rule, Ssr,
-    SvdMerge, Ties, Truncation, Tsv, Weighted,
-};
+use loraweld::merge::{METHODS, MethodEntry, Needs, Options, Report, Variant, method};
+use loraweld::{Calibration, Control, Device, Merged, Weighted};
 use serde_json::{Value, json};
 
 use super::{Inputs, Truncate};
@@ -37,8 +35,8 @@ pub struct Compare {
     #[arg(long, value_name = "FILE")]
     calibration: PathBuf,
     /// Methods, in the order of the table.
-    #[arg(long, value_enum, value_delimiter = ',', default_values_t = Method::ALL)]
-    methods: Vec<Method>,
+    #[arg(long, value_delimiter = ',', value_parser = Named::parser(), default_values = Named::usual())]
+    methods: Vec<String>,
     /// List beside each method what its paper's authors and PEFT make of it, where that is something else.
     #[arg(long)]
     variants: bool,
@@ -58,66 +56,58 @@ pub struct Compare {
     reading: Reading,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum Method {
-    Ssr,
-    SsrDataFree,
-    Linear,
-    Average,
-    Svd,
-    NpLora,
-    NpLoraHard,
-    Ties,
-    /// As in the authors' code.
-    TiesPaper,
-    /// As `ties_svd` of PEFT.
-    TiesPeft,
-    Dare,
-    /// As in the authors' code, and as `dare_linear_svd` of PEFT.
-    #[value(alias = "dare-peft")]
-    DarePaper,
-    Knots,
-    /// As in the authors' code.
-    KnotsPaper,
-    Core,
-    /// As in the authors' code.
-    CorePaper,
-    Tsv,
-    /// As in the authors' code.
-    TsvPaper,
-    IsoC,
-    /// As in the authors' code.
-    IsoCPaper,
+/// A method, or a variant of one.
+#[derive(Clone, Copy)]
+struct Named {
+    entry: &'static MethodEntry,
+    variant: Option<&'static Variant>,
 }
 
-impl Method {
-    const ALL: [Self; 13] = [
-        Self::Ssr,
-        Self::SsrDataFree,
-        Self::Linear,
-        Self::Average,
-        Self::Svd,
-        Self::NpLora,
-        Self::NpLoraHard,
-        Self::Ties,
-        Self::Dare,
-        Self::Knots,
-        Self::Core,
-        Self::Tsv,
-        Self::IsoC,
-    ];
+impl Named {
+    /// All there are: each method, and then its variants.
+    fn all() -> impl Iterator<Item = Self> {
+        let of = |entry: &'static MethodEntry| {
+            let variants = entry.variants.iter().map(Some);
+            std::iter::once(None).chain(variants).map(move |variant| Self { entry, variant })
+        };
+        METHODS.iter().flat_map(of)
+    }
+
+    fn parser() -> PossibleValuesParser {
+        let value = |named: Self| {
+            let value = PossibleValue::new(named.name());
+            let Some(variant) = named.variant else { return value };
+            let value = value.aliases(variant.aliases);
+            variant.whose.into_iter().fold(value, PossibleValue::help)
+        };
+        PossibleValuesParser::new(Self::all().map(value))
+    }
+
+    /// Those that are compared unless others are asked for: ours.
+    fn usual() -> impl Iterator<Item = &'static str> {
+        Self::all().filter(|named| !named.is_of_others()).map(Self::name)
+    }
+
+    fn of(name: &str) -> Option<Self> {
+        let is = |named: &Self| {
+            named.name() == name || named.variant.is_some_and(|variant| variant.aliases.contains(&name))
+        };
+        Self::all().find(is)
+    }
+
+    fn name(self) -> &'static str {
+        self.variant.map_or(self.entry.name, |variant| variant.name)
+    }
+
+    fn is_of_others(&self) -> bool {
+        self.variant.is_some_and(|variant| variant.whose.is_some())
+    }
 
     /// The method, and what it is as others define it.
-    fn variants(self) -> Vec<Self> {
-        match self {
-            Self::Ties => vec![self, Self::TiesPaper, Self::TiesPeft],
-            Self::Dare => vec![self, Self::DarePaper],
-            Self::Knots => vec![self, Self::KnotsPaper],
-            Self::Core => vec![self, Self::CorePaper],
-            Self::Tsv => vec![self, Self::TsvPaper],
-            Self::IsoC => vec![self, Self::IsoCPaper],
-            _ => vec![self],
-        }
+    fn with_others(self) -> impl Iterator<Item = Self> {
+        let is_method = self.variant.is_none();
+        let of = move |other: &Self| is_method && other.entry.name == self.entry.name && other.is_of_others();
+        std::iter::once(self).chain(Self::all().filter(of))
     }
 
     fn merge(
@@ -127,43 +117,12 @@ impl Method {
         calibration: &Calibration,
         control: Control<'_>,
     ) -> loraweld::Result<Merged> {
-        let entries = |method: EntryMerge| method.merge_with(device, adapters, control);
-        let core = |method: CoreMerge| method.merge_with(device, adapters, control);
-        let np = |method: NpLora| method.merge_with(device, adapters[0], &adapters[1..], control);
-        match self {
-            Self::Ssr => Ssr::new(calibration).merge_with(device, adapters, control),
-            Self::SsrDataFree => Ssr::data_free().merge_with(device, adapters, control),
-            Self::Linear => Linear.merge_with(adapters, control),
-            Self::Average => {
-                let share = 1.0 / adapters.len() as f64;
-                let shares: Vec<_> = adapters.iter().map(|w| w.adapter.at(w.strength * share)).collect();
-                Linear.merge_with(&shares, control)
-            }
-            Self::Svd => {
-                let ranks = adapters.iter().flat_map(|w| w.adapter.layers()).map(|layer| layer.rank());
-                let truncation = Truncation::rank(ranks.max().unwrap_or(1));
-                SvdMerge::new(truncation).merge_with(device, adapters, control)
-            }
-            Self::NpLora => np(NpLora::default()),
-            Self::NpLoraHard => np(NpLora::hard()),
-            Self::Ties => entries(EntryMerge::ties(Ties::default())),
-            Self::TiesPaper => entries(EntryMerge::ties(Ties::paper())),
-            Self::TiesPeft => entries(EntryMerge::ties(Ties::peft())),
-            Self::Dare => entries(EntryMerge::dare(Dare::default())),
-            Self::DarePaper => entries(EntryMerge::dare(Dare::paper())),
-            Self::Knots => core(CoreMerge::knots(Rule::Ties(Ties::default()))),
-            Self::KnotsPaper => core(CoreMerge::knots(Rule::Ties(Ties::paper()))),
-            Self::Core => core(CoreMerge::core(Rule::Ties(Ties::default()))),
-            Self::CorePaper => core(CoreMerge::core_paper()),
-            Self::Tsv => core(CoreMerge::tsv(Tsv::default())),
-            Self::TsvPaper => core(CoreMerge::tsv(Tsv::paper())),
-            Self::IsoC => core(CoreMerge::iso_c(Iso::default())),
-            Self::IsoCPaper => core(CoreMerge::iso_c(Iso::paper())),
+        let mut options = Options::new();
+        if self.entry.needs == Needs::Truncation {
+            let ranks = adapters.iter().flat_map(|w| w.adapter.layers()).map(|layer| layer.rank());
+            options.insert("rank".into(), ranks.max().unwrap_or(1).into());
         }
-    }
-
-    fn name(self) -> String {
-        self.to_possible_value().map_or_else(String::new, |value| value.get_name().to_owned())
+        method(self.name(), options, Some(calibration))?.merge_any(device, adapters, control)
     }
 }
 
@@ -191,9 +150,10 @@ impl Compare {
             ">seconds",
             "where it loses most",
         ]);
-        let methods: Vec<Method> = match self.variants {
-            true => self.methods.iter().flat_map(|method| method.variants()).collect(),
-            false => self.methods,
+        let methods = self.methods.iter().filter_map(|name| Named::of(name));
+        let methods: Vec<Named> = match self.variants {
+            true => methods.flat_map(Named::with_others).collect(),
+            false => methods.collect(),
         };
         for method in &methods {
             let weighted = inputs.weighted();
@@ -245,7 +205,7 @@ struct Row {
 }
 
 impl Row {
-    fn new(method: String, merged: &Merged, inputs: &Inputs, seconds: f64) -> Self {
+    fn new(method: &str, merged: &Merged, inputs: &Inputs, seconds: f64) -> Self {
         let Merged { adapter, report } = merged;
         let layers = adapter.layers();
         let elements: usize =
@@ -255,7 +215,7 @@ impl Row {
         let worst = worst.max_by(|x, y| x.1.total_cmp(&y.1));
         let loss = |loss: Option<f64>| loss.map_or_else(|| "-".into(), |loss| format!("{loss:.3}"));
         let cells = [
-            method.clone(),
+            method.to_owned(),
             loss(report.losses.map(|l| l.merged)),
             loss(worst.map(|(_, loss)| loss)),
             range(layers.iter().map(|layer| layer.rank())),

@@ -1,25 +1,21 @@
-//! `loraweld merge`: one file a method; here is what they share.
+//! `loraweld merge`: what its methods share, from arguments to the report. [`methods`] makes the methods themselves.
 
 mod compare;
-mod core;
-mod entrywise;
-mod linear;
-mod np_lora;
-mod ssr;
-mod svd;
+mod methods;
+mod resize;
 
 pub use compare::Compare;
-pub use svd::Resize;
+pub use resize::Resize;
 
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
-use clap::{Args, Subcommand};
+use clap::Args;
 use loraweld::adapter::{check_target, same_file, write_atomic};
 use loraweld::merge::{Action, Losses, PlannedLayer, Report};
 use loraweld::{
-    Adapter, Calibration, Control, Destination, Device, Dtype, Method as MergeMethod, Plan, SaveOptions,
-    Spectrum, Truncation, Unnamed, Weighted,
+    Adapter, Calibration, Control, Destination, Device, Dtype, Method, Plan, SaveOptions, Spectrum,
+    Truncation, Unnamed, Weighted,
 };
 use serde_json::json;
 
@@ -34,37 +30,12 @@ use super::usage;
 #[derive(Args, Debug)]
 pub struct Merge {
     #[command(subcommand)]
-    method: Method,
-}
-
-#[derive(Subcommand, Debug)]
-enum Method {
-    Ssr(ssr::SsrMerge),
-    NpLora(np_lora::NpLoraMerge),
-    Linear(linear::LinearMerge),
-    Svd(svd::SvdCommand),
-    Ties(entrywise::TiesMerge),
-    Dare(entrywise::DareMerge),
-    Knots(core::KnotsMerge),
-    Core(core::CoreSpaceMerge),
-    Tsv(core::TsvMerge),
-    IsoC(core::IsoCMerge),
+    method: methods::Chosen,
 }
 
 impl Merge {
     pub fn run(self, global: &Global, out: &Output) -> anyhow::Result<()> {
-        match self.method {
-            Method::Ssr(method) => method.run(global, out),
-            Method::NpLora(method) => method.run(global, out),
-            Method::Linear(method) => method.run(global, out),
-            Method::Svd(method) => method.run(global, out),
-            Method::Ties(method) => method.run(global, out),
-            Method::Dare(method) => method.run(global, out),
-            Method::Knots(method) => method.run(global, out),
-            Method::Core(method) => method.run(global, out),
-            Method::Tsv(method) => method.run(global, out),
-            Method::IsoC(method) => method.run(global, out),
-        }
+        self.method.run(global, out)
     }
 }
 
@@ -150,21 +121,11 @@ fn ratio(text: &str) -> Result<f64, String> {
 }
 
 /// What a merge is measured by.
-#[derive(Args, Debug, Default)]
+#[derive(Args, Debug)]
 struct Measure {
     /// Measure what the merge loses on a calibration that `loraweld calibrate` wrote for these adapters.
     #[arg(long, value_name = "FILE")]
     calibration: Option<PathBuf>,
-}
-
-impl Measure {
-    fn open(&self, inputs: &Inputs) -> anyhow::Result<Option<Calibration>> {
-        let calibration = self.calibration.as_ref().map(Calibration::open).transpose()?;
-        if let Some(calibration) = &calibration {
-            calibration.select(&inputs.adapters.iter().collect::<Vec<_>>())?;
-        }
-        Ok(calibration)
-    }
 }
 
 /// What is merged, opened and checked.
@@ -241,24 +202,6 @@ impl Common {
         Ok(())
     }
 
-    /// The whole of a method that needs nothing else.
-    fn run(
-        &self,
-        loras: &[LoraArg],
-        measure: &Measure,
-        global: &Global,
-        out: &Output,
-        method: &dyn MergeMethod,
-    ) -> anyhow::Result<()> {
-        let others: Vec<&Path> = measure.calibration.iter().map(PathBuf::as_path).collect();
-        let inputs = self.open(loras, &others, out)?;
-        let calibration = measure.open(&inputs)?;
-        match self.dry_run {
-            true => self.dry_run(&inputs, out),
-            false => self.finish(global, &inputs, calibration.as_ref(), out, method),
-        }
-    }
-
     /// Says what a merge would do.
     fn dry_run(&self, inputs: &Inputs, out: &Output) -> anyhow::Result<()> {
         let dtype = self.dtype.unwrap_or(inputs.dtype());
@@ -312,7 +255,7 @@ impl Common {
         inputs: &Inputs,
         calibration: Option<&Calibration>,
         out: &Output,
-        method: &dyn MergeMethod,
+        method: &dyn Method,
     ) -> anyhow::Result<()> {
         // clap asks for it.
         let output = self.output.as_ref().context("no output was named")?;
@@ -369,7 +312,7 @@ impl Common {
 
 /// Merges, measures and then writes: losses are found of factors that are in memory.
 fn merge_and_measure(
-    method: &dyn MergeMethod,
+    method: &dyn Method,
     device: &Device,
     weighted: &[Weighted<'_>],
     calibration: &Calibration,
@@ -461,7 +404,9 @@ fn say_notes(report: &Report, plan: &Plan, out: &Output) -> anyhow::Result<()> {
     }
     let names = |layers: &[&str]| some(layers, 3);
     let actions = report.layers.iter().filter_map(|layer| match &layer.action {
-        Action::Routed | Action::Projected | Action::Concatenated | Action::Combined => None,
+        Action::Routed { .. } | Action::Projected { .. } | Action::Concatenated | Action::Combined { .. } => {
+            None
+        }
         Action::PassedThrough => {
             let input = report.inputs.get(*layer.adapters.first()?)?;
             // Of one adapter alone there is nothing to say, and of strength 0 it was said.
@@ -499,7 +444,7 @@ const WORST: usize = 5;
 /// What subjects gave up: where it is most.
 fn projections(report: &Report) -> Option<Table> {
     let mut most: Vec<_> =
-        report.layers.iter().flat_map(|l| l.projections.iter().map(|p| (&l.layer, p))).collect();
+        report.layers.iter().flat_map(|l| l.projections().iter().map(|p| (&l.layer, p))).collect();
     most.sort_by(|x, y| y.1.removed.total_cmp(&x.1.removed));
     let mut table = Table::new(&["projected", "subject", ">directions", ">removed", ">before", ">after"]);
     for (layer, p) in most.iter().take(WORST) {
@@ -517,7 +462,7 @@ fn projections(report: &Report) -> Option<Table> {
 
 /// How much of a merge of entries its ranks hold: where it is least.
 fn captured(report: &Report) -> Option<Table> {
-    let mut least: Vec<_> = report.layers.iter().filter_map(|l| Some((l, l.captured?))).collect();
+    let mut least: Vec<_> = report.layers.iter().filter_map(|l| Some((l, l.captured()?))).collect();
     least.sort_by(|x, y| x.1.total_cmp(&y.1));
     let mut table = Table::new(&["approximated", ">rank", ">energy held"]);
     for (layer, share) in least.iter().take(WORST) {

@@ -1,16 +1,17 @@
 //! What TIES finds out before it merges entries: how large they must be, and what a sum of zero elects; in one layer or in
 //! all.
 
-use super::driver::{Run, in_turn};
-use super::rule::Rule;
-use super::{Plan, PlannedLayer};
+use super::rule::{EntryOptions, Scope};
 use crate::compute::ops::BUCKETS;
+use crate::merge::engine::chunks::{chunks, in_turn};
+use crate::merge::engine::driver::Run;
+use crate::merge::{Plan, PlannedLayer};
 use crate::{Device, Result};
 
 /// Finds the n-th largest magnitude of each of several sets, exactly, by counting bits of f32 twice: first the upper 16,
 /// then, of what shares them with the one that is looked for, the lower 15.
 #[derive(Clone, Debug)]
-pub(super) struct Ranking {
+pub(crate) struct Ranking {
     counts: Vec<Vec<u64>>,
     /// Of the second pass: the upper bits of each set, and how many of those are wanted.
     found: Option<(Vec<u32>, Vec<u64>)>,
@@ -91,7 +92,7 @@ fn last(counts: &[u64], mut wanted: u64) -> (u32, u64) {
 
 /// What a rule must know of all layers of a file together.
 #[derive(Clone, Debug, Default)]
-pub(super) struct FileWide {
+pub(crate) struct FileWide {
     /// Of each adapter, how large an entry must be, divided by `2^exponent`; `None` if that is no matter of the file.
     pub thresholds: Option<Vec<f32>>,
     pub exponent: i32,
@@ -100,8 +101,8 @@ pub(super) struct FileWide {
 }
 
 /// What a method does for [`FileWide`] with one layer, on a device that has room for it.
-pub(super) trait Survey: Sync {
-    /// Counts the entries of the layer's [voters](Rule::voters), which are the sets, divided by `2^exponent`; gives how
+pub(crate) trait Survey: Sync {
+    /// Counts the entries of the layer's [voters](EntryOptions::voters), which are the sets, divided by `2^exponent`; gives how
     /// many entries each of them has.
     fn count(&self, on: &Device, layer: &PlannedLayer, exponent: i32, ranking: &mut Ranking) -> Result<u64>;
 
@@ -117,13 +118,13 @@ impl FileWide {
     /// whole numbers, so that their order does not count. `size`: bytes of a layer's largest buffer, and in all;
     /// `exponent`: of the largest update.
     pub fn find(
-        rule: &Rule,
+        rule: &EntryOptions,
         run: &Run<'_>,
         survey: &impl Survey,
         size: impl Fn(&PlannedLayer) -> (u64, u64),
         exponent: impl FnOnce(&Plan) -> i32,
     ) -> Result<Self> {
-        let (ranks, votes) = (rule.ranks_file(), rule.votes_in_file());
+        let (ranks, votes) = (rule.ranks_file(), rule.majority == Some(Scope::File));
         if !ranks && !votes {
             return Ok(Self::default());
         }
@@ -131,7 +132,7 @@ impl FileWide {
         let plan = Plan::new(adapters)?;
         let all: Vec<&PlannedLayer> = plan.layers().iter().collect();
         // Where the merge will compute them, so that entries are rounded alike.
-        let layers: Vec<(&PlannedLayer, Device)> = super::chunks(device, &all, size, |_| 0, 1)
+        let layers: Vec<(&PlannedLayer, Device)> = chunks(device, &all, size, |_| 0, 1)
             .into_iter()
             .flat_map(|(layers, on)| layers.into_iter().map(move |layer| (layer, on.clone())))
             .collect();

@@ -1,16 +1,18 @@
 //! Truncating a merge to a rank.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Instant;
 
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
-use super::core::{Factored, Lifted, NEGLIGIBLE, cores, finite, significant, size, unconverged};
+use super::chunks::chunks;
 use super::driver::TOO_LARGE;
-use super::loss::times;
-use super::{DeviceMemory, Merged};
-use crate::compute::ops::{self, Root, Side, Stacks, Svd};
+use crate::compute::ops::{Root, Side, Stacks, Svd};
+use crate::merge::algebra::{directions, gram_first, significant, sum, svds, times};
+use crate::merge::factored::{Factored, Lifted, cores, size};
+use crate::merge::members::finite;
+use crate::merge::{DeviceMemory, Merged};
 use crate::words;
 use crate::{Adapter, Control, Device, Error, Layer, LayerKey, Matrix, RawMatrix, Result, SaveOptions};
 
@@ -53,11 +55,7 @@ impl Truncation {
         *self == Self::default()
     }
 
-    pub(super) fn json(&self) -> Result<String> {
-        serde_json::to_string(self).map_err(|e| Error::Invalid(format!("the truncation: {e}")))
-    }
-
-    pub(super) fn check(&self) -> Result<()> {
+    pub(crate) fn check(&self) -> Result<()> {
         let share = |name: &str, x: f64| match x > 0.0 && x <= 1.0 {
             true => Ok(()),
             false => Err(Error::Invalid(format!("sv-{name}: {x}, but it must be above 0 and at most 1"))),
@@ -77,9 +75,9 @@ impl Truncation {
     }
 
     /// How many of the descending values are kept; those that rounding left of zero are not.
-    pub(super) fn kept(&self, values: &[f64]) -> usize {
+    pub(crate) fn kept(&self, values: &[f64]) -> usize {
         let largest = values.first().copied().unwrap_or(0.0);
-        let all = significant(values, NEGLIGIBLE * largest);
+        let all = directions(values);
         // Relative to the largest, so that squares stay in range.
         let enough = |power: i32, share: f64| {
             let of = |v: &f64| (v / largest).powi(power);
@@ -103,6 +101,67 @@ impl Truncation {
     }
 }
 
+/// The key that a truncation is recorded under in a file's metadata.
+const RECORD: &str = "loraweld.truncation";
+
+/// What a method truncates to of itself, and then what is asked for: each counts what the one before has left, as if a
+/// merge were truncated twice.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Truncations {
+    pub own: Truncation,
+    pub asked: Truncation,
+}
+
+impl From<Truncation> for Truncations {
+    fn from(asked: Truncation) -> Self {
+        Self { asked, ..Self::default() }
+    }
+}
+
+impl Truncations {
+    /// Whether everything is kept.
+    pub fn is_none(&self) -> bool {
+        self.own.is_none() && self.asked.is_none()
+    }
+
+    pub fn check(&self) -> Result<()> {
+        self.own.check()?;
+        self.asked.check()
+    }
+
+    /// The highest rank that may be left.
+    pub fn rank(&self) -> usize {
+        [self.own, self.asked].iter().filter_map(|truncation| truncation.rank).min().unwrap_or(usize::MAX)
+    }
+
+    /// Whether something of this rank may be cut off. Whether a rank is low enough shows without singular values; what a
+    /// spectrum asks for does not.
+    pub fn may_cut(&self, rank: impl FnOnce() -> usize) -> bool {
+        let by_spectrum = self.own.spectrum.is_some() || self.asked.spectrum.is_some();
+        let most = self.rank();
+        by_spectrum || (most < usize::MAX && most < rank())
+    }
+
+    fn kept(&self, values: &[f64]) -> usize {
+        let left = if self.own.is_none() { values.len() } else { self.own.kept(values).min(values.len()) };
+        self.asked.kept(&values[..left])
+    }
+
+    /// Writes down what a file is truncated to, beside what it was truncated to before.
+    pub fn record(&self, metadata: &mut BTreeMap<String, String>) -> Result<()> {
+        let before = metadata.get(RECORD).and_then(|text| serde_json::from_str::<Truncation>(text).ok());
+        let steps = [before.unwrap_or_default(), self.own, self.asked];
+        let rank = steps.iter().filter_map(|step| step.rank).min();
+        let spectrum = steps.iter().rev().find_map(|step| step.spectrum);
+        if !self.is_none() {
+            let text = serde_json::to_string(&Truncation { rank, spectrum });
+            let text = text.map_err(|e| Error::Invalid(format!("the truncation: {e}")))?;
+            metadata.insert(RECORD.to_owned(), text);
+        }
+        Ok(())
+    }
+}
+
 impl Merged {
     /// Truncates every layer of a higher rank to what `truncation` keeps, by the singular value decomposition of its
     /// update: nothing of that rank is nearer to it (Eckart and Young).
@@ -111,7 +170,7 @@ impl Merged {
     /// `A' = Σ^½·Vᵀ·Q_a`, `B' = Q_bᵀ·U·Σ^½` of the largest values. Sums are f64 or double-single, the result is rounded once
     /// to f32. Layers that keep their rank stay as they are.
     ///
-    /// The report tells what is cut off ([`LayerReport::cut`](super::LayerReport::cut)); its losses are dropped, since
+    /// The report tells what is cut off ([`LayerReport::cut`](crate::LayerReport::cut)); its losses are dropped, since
     /// they were those of the merge before: [`measured`](Self::measured) finds the new ones.
     ///
     /// # Errors
@@ -134,6 +193,7 @@ impl Merged {
     ) -> Result<Self> {
         let start = Instant::now();
         device.reset_memory_peak();
+        let truncation = Truncations::from(*truncation);
         truncation.check()?;
         let Self { adapter, mut report } = self;
         let mut layers = adapter.layers().to_vec();
@@ -144,12 +204,11 @@ impl Merged {
             groups.iter().map(|group| group.iter().filter_map(place).collect()).collect();
         let grouped: BTreeSet<usize> = units.iter().flatten().copied().collect();
         units.extend((0..layers.len()).filter(|i| !grouped.contains(i)).map(|i| vec![i]));
-        // Whether a rank is low enough shows without its singular values; what a spectrum asks for does not.
         let rank = |unit: &[usize]| {
             let updates: Vec<Update<'_>> = unit.iter().map(|&i| Update::of(&layers[i])).collect();
             Unit { parts: updates }.rank()
         };
-        units.retain(|unit| truncation.spectrum.is_some() || truncation.rank.is_some_and(|n| n < rank(unit)));
+        units.retain(|unit| truncation.may_cut(|| rank(unit)));
         units.sort();
         let places: Vec<&[usize]> = units.iter().map(Vec::as_slice).collect();
         let (mut cuts, mut done) = (Cuts::default(), 0);
@@ -159,12 +218,12 @@ impl Merged {
             let sum = |of: fn(&Layer) -> usize| unit.iter().map(|&i| of(&layers[i])).sum();
             size(device, sum(|l| l.rank), layers[unit[0]].input, sum(|l| l.output))
         };
-        for (chunk, on) in super::chunks(device, &places, room, |_| 0, at_once) {
+        for (chunk, on) in chunks(device, &places, room, |_| 0, at_once) {
             control.step("truncate", &layers[chunk[0][0]].name(), done, places.len())?;
             done += chunk.len();
             let unit =
                 |unit: &&[usize]| Unit { parts: unit.iter().map(|&i| Update::of(&layers[i])).collect() };
-            let results = truncated_units(&on, &chunk.iter().map(unit).collect::<Vec<_>>(), truncation)?;
+            let results = truncated_units(&on, &chunk.iter().map(unit).collect::<Vec<_>>(), &truncation)?;
             for (unit, Truncated { layers: parts, cut }) in chunk.into_iter().zip(results) {
                 for (n, (&i, layer)) in unit.iter().zip(parts).enumerate() {
                     // Reports and layers are both sorted by key.
@@ -188,7 +247,7 @@ impl Merged {
             report.layers.iter_mut().for_each(|layer| layer.losses = None);
         }
         let mut metadata = adapter.metadata().clone();
-        metadata.insert("loraweld.truncation".into(), truncation.json()?);
+        truncation.record(&mut metadata)?;
         let adapter = Adapter::new(adapter.name(), adapter.format(), layers)?
             .spelled_like(&adapter)
             .with_metadata(metadata);
@@ -202,7 +261,7 @@ impl Merged {
 
 /// What truncation cuts off one layer: squared norms.
 #[derive(Clone, Copy)]
-pub(super) struct Cut {
+pub(crate) struct Cut {
     off: f64,
     whole: f64,
 }
@@ -216,7 +275,7 @@ impl Cut {
 
 /// What truncation cuts off all layers.
 #[derive(Default)]
-pub(super) struct Cuts {
+pub(crate) struct Cuts {
     off: f64,
     whole: f64,
     count: usize,
@@ -249,7 +308,7 @@ impl Cuts {
 }
 
 /// A sum of layers, with the factor on each, that is to be truncated.
-pub(super) struct Update<'a> {
+pub(crate) struct Update<'a> {
     /// The layer whose spelling the result takes.
     pub template: &'a Layer,
     pub members: Vec<(&'a Layer, f64)>,
@@ -264,7 +323,7 @@ impl<'a> Update<'a> {
 
 /// What is truncated as one: a layer, or the parts of a module that the output keeps fused, whose rank is that of the
 /// whole.
-pub(super) struct Unit<'a> {
+pub(crate) struct Unit<'a> {
     pub parts: Vec<Update<'a>>,
 }
 
@@ -280,17 +339,17 @@ impl Unit<'_> {
 }
 
 /// What became of a unit.
-pub(super) struct Truncated {
+pub(crate) struct Truncated {
     /// Its parts; none if it keeps its rank.
     pub layers: Vec<Layer>,
     pub cut: Cut,
 }
 
 /// Truncates units, each as a whole.
-pub(super) fn truncated_units(
+pub(crate) fn truncated_units(
     device: &Device,
     units: &[Unit<'_>],
-    truncation: &Truncation,
+    truncation: &Truncations,
 ) -> Result<Vec<Truncated>> {
     let stack = |unit: &Unit<'_>| match &unit.parts[..] {
         [_] => Vec::new(),
@@ -330,20 +389,19 @@ struct One {
     cut: Cut,
 }
 
-fn truncated(device: &Device, updates: &[Update<'_>], truncation: &Truncation) -> Result<Vec<One>> {
-    let mut results = truncated_by_grams(device, updates, truncation)?;
-    let rest: Vec<usize> = (0..updates.len()).filter(|&i| results[i].is_none()).collect();
-    if !rest.is_empty() {
-        let members: Vec<&[(&Layer, f64)]> = rest.iter().map(|&i| &updates[i].members[..]).collect();
+fn truncated(device: &Device, updates: &[Update<'_>], truncation: &Truncations) -> Result<Vec<One>> {
+    let by_qr = |updates: &[&Update<'_>]| {
+        let members: Vec<&[(&Layer, f64)]> = updates.iter().map(|update| &update.members[..]).collect();
         let factored = Factored::new(device, &members)?;
         let cores: Vec<Matrix> = factored.cores.iter().map(|cores| sum(cores)).collect();
-        let templates: Vec<&Layer> = rest.iter().map(|&i| updates[i].template).collect();
-        let lifted = factored.lifted(device, &templates, &cores, truncation)?;
-        for (i, Lifted { layer, values }) in rest.into_iter().zip(lifted) {
-            results[i] = Some(updates[i].truncated(truncation, &values, layer));
-        }
-    }
-    Ok(results.into_iter().flatten().collect())
+        let templates: Vec<&Layer> = updates.iter().map(|update| update.template).collect();
+        let lifted = factored.lifted(device, &templates, &cores, |values| truncation.kept(values))?;
+        let one = |(update, Lifted { layer, values }): (&&Update<'_>, Lifted)| {
+            update.truncated(truncation, &values, layer)
+        };
+        Ok(updates.iter().zip(lifted).map(one).collect())
+    };
+    gram_first(updates, |updates| truncated_by_grams(device, updates, truncation), by_qr)
 }
 
 /// How far singular vectors may be off for [`truncated_by_grams`]: less than f32 rounds them by.
@@ -355,7 +413,7 @@ const MAX_ERROR: f64 = 1e-8;
 fn truncated_by_grams(
     device: &Device,
     updates: &[Update<'_>],
-    truncation: &Truncation,
+    truncation: &Truncations,
 ) -> Result<Vec<Option<One>>> {
     let stacks = |side: Side, factor: for<'l> fn(&'l Layer) -> RawMatrix<'l>| {
         let parts =
@@ -373,10 +431,7 @@ fn truncated_by_grams(
         None => Matrix::default(),
     };
     let all: Vec<Matrix> = (updates, &roots).into_par_iter().map(core).collect();
-    let svds = ops::jacobi_svd(device, &all)?;
-    if let Some(k) = svds.iter().position(|svd| !svd.converged) {
-        return Err(unconverged(&updates[k].template.name()));
-    }
+    let svds = svds(device, &all, |k| updates[k].template.name())?;
     let halves = |of: fn(&Svd) -> &Matrix, side: usize| -> Vec<Matrix> {
         let half = |(update, (svd, roots)): (&Update<'_>, (&Svd, &Option<[Root; 2]>))| match roots {
             Some(roots) => {
@@ -401,7 +456,7 @@ fn truncated_by_grams(
 
 impl Update<'_> {
     /// What became of it, `layer`, by its singular values.
-    fn truncated(&self, truncation: &Truncation, values: &[f64], layer: Layer) -> One {
+    fn truncated(&self, truncation: &Truncations, values: &[f64], layer: Layer) -> One {
         let squares = |values: &[f64]| values.iter().map(|v| v * v).sum::<f64>();
         let kept = truncation.kept(values);
         let cut = Cut { off: squares(&values[kept..]), whole: squares(values) };
@@ -411,15 +466,6 @@ impl Update<'_> {
     fn rank(&self) -> usize {
         self.members.iter().map(|(layer, _)| layer.rank).sum()
     }
-}
-
-fn sum(cores: &[Matrix]) -> Matrix {
-    let mut cores = cores.iter();
-    let mut sum = cores.next().cloned().unwrap_or_default();
-    for core in cores {
-        sum.data.iter_mut().zip(&core.data).for_each(|(s, v)| *s += v);
-    }
-    sum
 }
 
 #[cfg(test)]

@@ -1,10 +1,32 @@
 //! The weighted sum, truncated.
 
-use super::{Linear, Merged, Method, Run, Truncation};
-use crate::{Control, Device, Result, Weighted};
+use super::Linear;
+use super::entry::{MethodEntry, Needs, Options, over};
+use crate::merge::engine::driver::{Method, Run};
+use crate::merge::engine::truncate::Truncations;
+use crate::merge::{Merged, Truncation};
+use crate::{Calibration, Control, Device, Result, Weighted};
+
+pub(super) const ENTRY: MethodEntry = MethodEntry {
+    name: "svd",
+    summary: "The sum of adapters at their strengths, as well as an adapter of lower rank can hold it",
+    notes: "\
+Examples:
+  loraweld merge svd cat.safetensors dog.safetensors:0.8 --rank 16 -o both.safetensors
+  loraweld merge svd cat.safetensors dog.safetensors --sv-fro 0.95 -o both.safetensors",
+    needs: Needs::Truncation,
+    own_rank: false,
+    options: &[],
+    build,
+    variants: &[],
+};
+
+fn build<'a>(options: Options, _: Option<&'a Calibration>) -> Result<Box<dyn Method + 'a>> {
+    Ok(Box::new(SvdMerge::new(over(&Truncation::default(), options)?)))
+}
 
 /// The sum of adapters at their strengths, as well as fewer ranks can hold it: [`Linear`] and [`Merged::truncated`] in one,
-/// without rounding in between.
+/// without rounding in between. What is truncated further, in memory or into a file, counts what this leaves.
 /// Of one adapter, it resizes that.
 ///
 /// # Example
@@ -51,10 +73,13 @@ impl SvdMerge {
 }
 
 impl Method for SvdMerge {
+    fn check(&self, _: usize) -> Result<()> {
+        self.truncation.check()
+    }
+
     fn run(&self, run: &Run<'_>) -> Result<Merged> {
         let method = if run.adapters.len() == 1 { "resize" } else { "svd" };
-        // What is asked for beside it can only be more.
-        let truncation = if run.truncation.is_none() { self.truncation } else { run.truncation };
+        let truncation = Truncations { own: self.truncation, ..run.truncation };
         let mut merged = Linear.run_as(method, &Run { truncation, ..*run })?;
         merged.report.device = run.device.describe();
         Ok(merged)

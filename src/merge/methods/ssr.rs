@@ -1,21 +1,112 @@
 //! SSR-Merge (arXiv 2606.10617): a router between B_cat and A_cat, solved from calibration statistics.
 
-use std::collections::BTreeMap;
 use std::ops::Range;
-use std::sync::{Mutex, PoisonError};
 
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
-use super::driver::{self, Done, Method, Run, Spec};
-use super::loss::{Outputs, Squares, Statistics, add, dot, times};
-use super::{Action, LayerReport, Losses, Merged, PlannedLayer};
+use super::entry::{
+    MethodEntry, MethodOption, Needs, Number, Only, OptionGroup, Options, Takes, Variant, json, over, take,
+};
 use crate::calibration::LayerStatistics;
 use crate::compute::ops::{self, Axis, Factor};
 use crate::compute::{Batch, Shape};
+use crate::merge::algebra::{add, dot, times};
+use crate::merge::engine::driver::{self, Done, Method, Run, Spec};
+use crate::merge::engine::measure::{Outputs, Squares, Statistics};
+use crate::merge::members::{blocks, joined, joined_a, joined_layer};
+use crate::merge::{Action, LayerReport, Losses, Merged, PlannedLayer, Report};
 use crate::power::{exponent, exponent_of, pow2};
-use crate::words::count;
-use crate::{Calibration, Control, Device, Error, Layer, LayerKey, Matrix, Result, Weighted};
+use crate::words;
+use crate::{Calibration, Control, Device, Error, Layer, Matrix, Result, Weighted};
+
+pub(super) const ENTRY: MethodEntry = MethodEntry {
+    name: "ssr",
+    summary: "SSR-Merge: route each input to the adapters that know it, by a calibration",
+    notes: "\
+Examples:
+  loraweld merge ssr cat.safetensors dog.safetensors:0.8 \\
+      --calibration pets.calibration.safetensors -o pets.safetensors
+  loraweld merge ssr cat.safetensors dog.safetensors --calibration none --dry-run
+  loraweld merge ssr cat.safetensors dog.safetensors --calibration pets.calibration.safetensors \\
+      --as-published -o as-published.safetensors",
+    needs: Needs::Calibration { or: "ssr-data-free" },
+    own_rank: false,
+    options: &[OptionGroup {
+        heading: Some("SSR options"),
+        options: &[
+            MethodOption::new(
+                "ridge",
+                Takes::Number("X", Number::NotNegative),
+                "Ridge, added to the mean Gram matrix as it is (the paper's: 1e-4)",
+            )
+            .key("ridge.absolute"),
+            MethodOption::new(
+                "ridge-relative",
+                Takes::Number("X", Number::NotNegative),
+                "Ridge, as a multiple of the mean Gram matrix's diagonal [default: 1e-3]",
+            )
+            .key("ridge.relative")
+            .conflicts("ridge"),
+            MethodOption::new(
+                "prior",
+                Takes::Word("PRIOR", &[("adapters", ""), ("sum", ""), ("zero", ""), ("average", "")]),
+                "What to assume of inputs that the calibration has not seen: what the adapters' own weights say, or that \
+                 they should get the sum, nothing (the paper's), or the average of the adapters",
+            )
+            .default("adapters"),
+            MethodOption::new(
+                "prior-weight",
+                Takes::Number("W", Number::NotNegative),
+                "Weight of `--prior adapters` against the calibration [default: 0.03]",
+            )
+            .key("prior_weight")
+            .only(Only { with: "prior", is: &["adapters"], or: None, why: "the ridge weighs the others" }),
+            MethodOption::new(
+                "absent",
+                Takes::Word("ABSENT", &[("count", ""), ("skip", "")]),
+                "Inputs of an adapter on a layer that it lacks: `count` them, so that the merge does nothing on them there, or \
+                 `skip` them (the authors' code)",
+            )
+            .default("count"),
+            MethodOption::new(
+                "as-published",
+                Takes::Nothing("true"),
+                "As the authors' code has it: `--ridge 1e-4 --prior zero --absent skip`, each of which can be given besides",
+            )
+            .key("as_published"),
+            MethodOption::new(
+                "task-weights",
+                Takes::PerAdapter("W,W,...", Number::NotNegative),
+                "How much each adapter's own inputs count, in the order of the adapters [default: 1 each]",
+            )
+            .key("task_weights"),
+            MethodOption::new(
+                "balance",
+                Takes::Number("P", Number::NotNegative),
+                "Count adapters with a strong output less, by its energy to this power; 0 is off",
+            )
+            .default("0"),
+            MethodOption::new(
+                "neutral-weight",
+                Takes::Number("W", Number::NotNegative),
+                "How much the calibration's neutral inputs count, on which the merge should do nothing",
+            )
+            .key("neutral_weight")
+            .default("0"),
+        ],
+    }],
+    build,
+    variants: &[Variant { name: "ssr-data-free", aliases: &[], whose: None, build: data_free }],
+};
+
+fn build<'a>(options: Options, calibration: Option<&'a Calibration>) -> Result<Box<dyn Method + 'a>> {
+    Ok(Box::new(Ssr { calibration, options: SsrOptions::parse(options)? }))
+}
+
+fn data_free<'a>(options: Options, _: Option<&'a Calibration>) -> Result<Box<dyn Method + 'a>> {
+    build(options, None)
+}
 
 /// How strongly the router is held to its prior R₀.
 #[derive(Clone, Copy, Debug, PartialEq, Deserialize, Serialize)]
@@ -41,6 +132,23 @@ pub enum Prior {
     Average,
 }
 
+/// What becomes of the inputs of an adapter on a layer that it lacks, where the calibration has some.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Absent {
+    /// They count in G and N: the merge is to do nothing on them there, as the adapter itself does. The default.
+    #[default]
+    Count,
+    /// They count nowhere, as in the authors' code, which records an adapter's inputs only where it has a layer.
+    Skip,
+}
+
+impl Absent {
+    fn is_count(&self) -> bool {
+        *self == Self::Count
+    }
+}
+
 /// Options of [`Ssr`].
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
@@ -58,6 +166,9 @@ pub struct SsrOptions {
     pub balance: f64,
     /// Weight of the neutral inputs, on which the merge should do nothing; 0 by default.
     pub neutral_weight: f64,
+    /// Inputs of adapters that lack a layer; counted by default.
+    #[serde(skip_serializing_if = "Absent::is_count")]
+    pub absent: Absent,
 }
 
 impl Default for SsrOptions {
@@ -69,14 +180,21 @@ impl Default for SsrOptions {
             task_weights: None,
             balance: 0.0,
             neutral_weight: 0.0,
+            absent: Absent::default(),
         }
     }
 }
 
 impl SsrOptions {
-    /// As the authors' code has it: an absolute ridge of 1e-4 toward zero.
+    /// As the authors' code has it: an absolute ridge of 1e-4 toward zero, and nothing of inputs on layers that their
+    /// adapter lacks.
     pub fn published() -> Self {
-        Self { ridge: Ridge::Absolute(1e-4), prior: Prior::Zero, ..Self::default() }
+        Self { ridge: Ridge::Absolute(1e-4), prior: Prior::Zero, absent: Absent::Skip, ..Self::default() }
+    }
+
+    fn parse(mut options: Options) -> Result<Self> {
+        let as_published = take(&mut options, "as_published")?.unwrap_or(false);
+        over(&if as_published { Self::published() } else { Self::default() }, options)
     }
 }
 
@@ -92,9 +210,11 @@ impl SsrOptions {
 /// R* = (Q' + λ·R₀)·(G' + λ·I)⁻¹
 /// ```
 ///
-/// G_k of an adapter that lacks the layer count, if it has tokens there: the merge is to do nothing on them. G_f is
+/// G_k of an adapter that lacks the layer count, if it has tokens there: the merge is to do nothing on them (with
+/// [`Absent::Skip`], its G_k and N_k are left out). G_f is
 /// the data-free proxy: with `C = A_cat·A_catᵀ`, `G_f,k = C[:, k]·C[k, :]` at trace 1, summed; Q_f its rows as above.
-/// With R₀ = I, λ and w pull toward the plain sum. As published, R₀ = 0, w = 0 and λ = 1e-4.
+/// With R₀ = I, λ and w pull toward the plain sum. As published ([`SsrOptions::published`]), R₀ = 0,
+/// w = 0 and λ = 1e-4, and adapters that lack the layer are left out.
 ///
 /// It minimises `Σ_k ‖B_cat·R·Z_k − s_k·B_k·A_k·X_k‖²`, regularised. Layers of one adapter pass through unchanged.
 /// Statistics and products are of the device's precision, the solve f64 or double-single, the result f32.
@@ -150,7 +270,7 @@ impl<'a> Ssr<'a> {
     ///
     /// # Errors
     /// [`Error::Invalid`] for options out of range and for adapters that the calibration was not made for; as
-    /// [`Plan::new`](super::Plan::new); [`Error::Tensor`] for NaN or infinity in an adapter; [`Error::Layer`] if a result or a sum of
+    /// [`Plan::new`](crate::Plan::new); [`Error::Tensor`] for NaN or infinity in an adapter; [`Error::Layer`] if a result or a sum of
     /// the calibration overflows; [`Error::Device`]; [`Error::Cancelled`].
     pub fn merge_with(
         &self,
@@ -159,10 +279,6 @@ impl<'a> Ssr<'a> {
         control: Control<'_>,
     ) -> Result<Merged> {
         self.run(&Run::new(device, adapters, control))
-    }
-
-    fn options_json(&self) -> Result<serde_json::Value> {
-        serde_json::to_value(&self.options).map_err(|e| Error::Invalid(format!("the options: {e}")))
     }
 
     /// Checks the options for a merge of so many adapters, which [`merge`](Self::merge) does as well.
@@ -191,7 +307,7 @@ impl<'a> Ssr<'a> {
             return Err(Error::Invalid(format!(
                 "task weights: {} for {}; give one for each",
                 weights.len(),
-                count(adapters, "adapter")
+                words::count(adapters, "adapter")
             )));
         }
         match self.calibration {
@@ -206,12 +322,12 @@ impl<'a> Ssr<'a> {
     }
 
     /// Merges layers on a device that has room for them.
-    fn chunk(&self, device: &Device, jobs: &[Job<'_>]) -> Result<Vec<Merge>> {
+    fn chunk(&self, device: &Device, jobs: &[Job<'_>]) -> Result<Vec<Done>> {
         let ready: Vec<&Job<'_>> = jobs.iter().filter(|job| job.lacking.is_none()).collect();
         let mut routed = self.route(device, &ready)?.into_iter();
         jobs.iter()
             .map(|job| match &job.lacking {
-                Some(why) => Merge::summed(job, why.clone()),
+                Some(why) => self.summed(job, why.clone()),
                 None => {
                     routed.next().ok_or_else(|| Error::layer(job.planned.name.as_str(), "was not merged"))
                 }
@@ -220,12 +336,12 @@ impl<'a> Ssr<'a> {
     }
 
     /// Solves for the routers of layers that have statistics, and applies them.
-    fn route(&self, device: &Device, jobs: &[&Job<'_>]) -> Result<Vec<Merge>> {
+    fn route(&self, device: &Device, jobs: &[&Job<'_>]) -> Result<Vec<Done>> {
         if jobs.is_empty() {
             return Ok(Vec::new());
         }
         let proxies = self.proxies(device, jobs)?;
-        let (b, scales) = joined(device, jobs, Axis::Columns)?;
+        let (b, scales) = sized(device, jobs, Axis::Columns)?;
         let bb = output_grams(device, &b, &scales)?;
         let systems: Vec<_> = (0..jobs.len())
             .into_par_iter()
@@ -251,13 +367,13 @@ impl<'a> Ssr<'a> {
         let all = jobs.par_iter().zip(merged).zip(solved.par_iter().zip(&bb));
         all.map(|((job, b), (solved, bb))| match solved {
             Ok(solved) => self.routed(job, b, bb, solved),
-            Err(why) => Merge::summed(job, why.clone()),
+            Err(why) => self.summed(job, why.clone()),
         })
         .collect()
     }
 
     /// A layer whose B is `b`, the routed B_cat. `bb`: BᵀB.
-    fn routed(&self, job: &Job<'_>, b: Matrix<f32>, bb: &Matrix, solved: &Solved) -> Result<Merge> {
+    fn routed(&self, job: &Job<'_>, b: Matrix<f32>, bb: &Matrix, solved: &Solved) -> Result<Done> {
         let mut notes = Vec::new();
         if solved.raised {
             notes.push("its statistics are singular at the ridge asked for, which was raised".to_owned());
@@ -265,14 +381,24 @@ impl<'a> Ssr<'a> {
         if self.options.neutral_weight > 0.0 && job.neutral.is_none() {
             notes.push("no neutral inputs came for it".to_owned());
         }
-        Ok(Merge {
-            layer: super::joined_layer(&job.members, super::joined_a(&job.members), b)?,
-            action: Action::Routed,
-            tokens: job.tokens(),
-            ridge: solved.ridge,
+        let action = Action::Routed { ridge: solved.ridge };
+        Ok(Done {
+            layer: joined_layer(&job.members, joined_a(&job.members), b)?,
+            report: LayerReport { tokens: self.tokens(job), notes, ..LayerReport::new(job.planned, action) },
             squares: self.calibration.map(|_| job.squares(bb, &solved.router)),
-            notes,
         })
+    }
+
+    /// A layer that cannot be routed.
+    fn summed(&self, job: &Job<'_>, why: String) -> Result<Done> {
+        let action = Action::Summed { why };
+        let report = LayerReport { tokens: self.tokens(job), ..LayerReport::new(job.planned, action) };
+        Ok(Done::new(joined(&job.members)?, report))
+    }
+
+    /// Calibration tokens of a layer.
+    fn tokens(&self, job: &Job<'_>) -> Option<u64> {
+        self.calibration.map(|_| job.tasks.iter().map(|task| task.tokens).sum())
     }
 
     /// The data-free statistics G_f,k of each member of each layer, where the options ask for them.
@@ -281,7 +407,7 @@ impl<'a> Ssr<'a> {
         if self.calibration.is_some() && !prior {
             return Ok(Vec::new());
         }
-        let (a, scales) = joined(device, jobs, Axis::Rows)?;
+        let (a, scales) = sized(device, jobs, Axis::Rows)?;
         let products = ops::inner_as(device, &a, &a, device.product())?.download(device)?;
         Ok((0..jobs.len())
             .into_par_iter()
@@ -314,8 +440,10 @@ impl<'a> Ssr<'a> {
                 let of = |t: &'_ TaskStatistics| {
                     t.gram.is_some().then_some((t.member, t.tokens as f64, t.adapter))
                 };
+                let counts = |t: &&TaskStatistics| t.member.is_some() || options.absent == Absent::Count;
                 job.tasks
                     .iter()
+                    .filter(counts)
                     .filter_map(|t| of(t).and_then(|(k, n, i)| Some((k, t.gram.as_ref()?, n, i))))
                     .collect()
             }
@@ -388,6 +516,10 @@ impl<'a> Ssr<'a> {
 }
 
 impl Method for Ssr<'_> {
+    fn check(&self, adapters: usize) -> Result<()> {
+        Ssr::check(self, adapters)
+    }
+
     fn run(&self, run: &Run<'_>) -> Result<Merged> {
         let adapters = run.adapters;
         self.check(adapters.len())?;
@@ -407,8 +539,6 @@ impl Method for Ssr<'_> {
                 |c: &Calibration| c.statistics(&planned.key, &of(&active), &of(&planned.members));
             self.calibration.map(statistics).transpose()
         };
-        // Sums are in the order of the keys, whichever layer is done first.
-        let measured: Mutex<BTreeMap<LayerKey, Option<Squares>>> = Mutex::default();
         let merge = |on: &Device, jobs: &[driver::Job<'_>]| {
             let ours: Vec<Job<'_>> = jobs
                 .par_iter()
@@ -416,76 +546,41 @@ impl Method for Ssr<'_> {
                     Ok(Job::new(planned, members.clone(), adapters, &active, statistics(planned)?))
                 })
                 .collect::<Result<_>>()?;
-            let merges = self.chunk(on, &ours)?;
-            let mut measured = measured.lock().unwrap_or_else(PoisonError::into_inner);
-            let done = jobs.iter().zip(merges).map(|(job, merge)| {
-                measured.insert(job.planned.key.clone(), merge.squares);
-                let Merge { layer, action, tokens, ridge, squares, notes } = merge;
-                let losses = squares.and_then(|squares| squares.relative());
-                let report =
-                    LayerReport { tokens, ridge, losses, notes, ..LayerReport::new(job.planned, action) };
-                Done { layer, report }
-            });
-            Ok(done.collect())
+            self.chunk(on, &ours)
         };
         let spec = Spec {
             method: if self.calibration.is_some() { "ssr" } else { "ssr-data-free" },
-            options: self.options_json()?,
+            options: json(&self.options)?,
             size: &size,
             rank: &|layer| layer.rank,
             merge: &merge,
             alone: false,
             is_sum: false,
+            notes: &|report| self.notes(report),
         };
-        let mut merged = driver::run(run, &spec)?;
-
-        let measured = measured.into_inner().unwrap_or_else(PoisonError::into_inner);
-        let report = &mut merged.report;
-        let summed =
-            report.layers.iter().filter(|layer| matches!(layer.action, Action::Summed { .. })).count();
-        if self.calibration.is_none() && !measured.is_empty() {
-            report.notes.push(
-                "no calibration: the routers follow a data-free proxy, the adapters' own A; the losses are unknown"
-                    .into(),
-            );
-        }
-        if summed > 0 {
-            let total = count(measured.len(), "shared layer");
-            report.notes.push(format!("summed {summed} of {total}, which could not be routed"));
-        }
-        // Of a truncated merge, other losses would have to be found.
-        if !report.layers.iter().any(|layer| layer.cut.is_some()) {
-            let mut total = Squares::default();
-            measured.values().flatten().for_each(|squares| total.add(squares));
-            report.losses = total.relative();
-            report.notes.extend(report.losses.and_then(worse));
-        } else {
-            report.layers.iter_mut().for_each(|layer| layer.losses = None);
-        }
-        Ok(merged)
+        driver::run(run, &spec)
     }
 }
 
-/// What one layer becomes.
-struct Merge {
-    layer: Layer,
-    action: Action,
-    tokens: u64,
-    ridge: f64,
-    squares: Option<Squares>,
-    notes: Vec<String>,
-}
-
-impl Merge {
-    fn summed(job: &Job<'_>, why: String) -> Result<Self> {
-        Ok(Self {
-            layer: super::joined(&job.members)?,
-            action: Action::Summed { why },
-            tokens: job.tokens(),
-            ridge: 0.0,
-            squares: None,
-            notes: Vec::new(),
-        })
+impl Ssr<'_> {
+    /// What the user should know about a whole merge.
+    fn notes(&self, report: &Report) -> Vec<String> {
+        let count = |of: fn(&Action) -> bool| report.layers.iter().filter(|layer| of(&layer.action)).count();
+        let summed = count(|action| matches!(action, Action::Summed { .. }));
+        let shared = summed + count(|action| matches!(action, Action::Routed { .. }));
+        let mut notes = Vec::new();
+        if self.calibration.is_none() && shared > 0 {
+            notes.push(
+                "no calibration: the routers follow a data-free proxy, the adapters' own A; the losses are unknown"
+                    .to_owned(),
+            );
+        }
+        if summed > 0 {
+            let total = words::count(shared, "shared layer");
+            notes.push(format!("summed {summed} of {total}, which could not be routed"));
+        }
+        notes.extend(report.losses.and_then(worse));
+        notes
     }
 }
 
@@ -518,7 +613,7 @@ impl<'a> Job<'a> {
         active: &[usize],
         statistics: Option<LayerStatistics>,
     ) -> Self {
-        let blocks = super::blocks(&members);
+        let blocks = blocks(&members);
         let mut job = Self { planned, members, blocks, tasks: Vec::new(), neutral: None, lacking: None };
         let Some(statistics) = statistics else { return job };
         job.neutral = statistics.neutral;
@@ -533,10 +628,6 @@ impl<'a> Job<'a> {
             job.lacking = Some(format!("the calibration has no activations of {}", names.join(", ")));
         }
         job
-    }
-
-    fn tokens(&self) -> u64 {
-        self.tasks.iter().map(|task| task.tokens).sum()
     }
 
     /// Losses on the calibration tokens as they are, whatever the options weigh.
@@ -630,7 +721,7 @@ fn solve(
 
 /// A_cat (by rows) or B_cat (by columns) of each layer, every block brought to size 1 by a power of two, so that f32 holds
 /// products of tiny and huge factors, and the factor that each rank lacks then.
-fn joined(device: &Device, jobs: &[&Job<'_>], axis: Axis) -> Result<(Batch, Vec<Vec<f64>>)> {
+fn sized(device: &Device, jobs: &[&Job<'_>], axis: Axis) -> Result<(Batch, Vec<Vec<f64>>)> {
     let (factors, scales): (Vec<Vec<Factor<'_>>>, Vec<Vec<f64>>) = jobs
         .par_iter()
         .map(|job| {

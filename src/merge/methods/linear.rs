@@ -2,9 +2,34 @@
 
 use rayon::prelude::*;
 
-use super::driver::{self, Done, Job, Method, Run, Spec};
-use super::{Action, LayerReport, Merged};
-use crate::{Control, Device, Result, Weighted};
+use super::entry::{MethodEntry, Needs, Options, Variant, no_more};
+use crate::merge::engine::driver::{self, Done, Job, Method, Run, Spec};
+use crate::merge::members::joined;
+use crate::merge::{Action, LayerReport, Merged};
+use crate::{Calibration, Control, Device, Result, Weighted};
+
+pub(super) const ENTRY: MethodEntry = MethodEntry {
+    name: "linear",
+    summary: "The sum of adapters at their strengths (task arithmetic), exactly, by joining ranks",
+    notes: "\
+Examples:
+  loraweld merge linear cat.safetensors:0.5 dog.safetensors:0.5 -o average.safetensors",
+    needs: Needs::Nothing,
+    own_rank: false,
+    options: &[],
+    build,
+    variants: &[Variant { name: "average", aliases: &[], whose: None, build: average }],
+};
+
+fn build<'a>(options: Options, _: Option<&'a Calibration>) -> Result<Box<dyn Method + 'a>> {
+    no_more(&options)?;
+    Ok(Box::new(Linear))
+}
+
+fn average<'a>(options: Options, _: Option<&'a Calibration>) -> Result<Box<dyn Method + 'a>> {
+    no_more(&options)?;
+    Ok(Box::new(Average))
+}
 
 /// The sum of adapters, `ΔW = Σ w_k·ΔW_k`, w: strengths.
 ///
@@ -36,7 +61,7 @@ impl Linear {
     /// Merges, with progress and cancellation. Nothing is computed on a device.
     ///
     /// # Errors
-    /// As [`Plan::new`](super::Plan::new); [`Error::Tensor`](crate::Error::Tensor) for NaN or infinity in an adapter;
+    /// As [`Plan::new`](crate::Plan::new); [`Error::Tensor`](crate::Error::Tensor) for NaN or infinity in an adapter;
     /// [`Error::Layer`](crate::Error::Layer) if a result overflows f32;
     /// [`Error::Cancelled`](crate::Error::Cancelled).
     pub fn merge_with(&self, adapters: &[Weighted<'_>], control: Control<'_>) -> Result<Merged> {
@@ -51,7 +76,7 @@ impl Linear {
         let merge = |_: &Device, jobs: &[Job<'_>]| {
             let sum = |Job { planned, members }: &Job<'_>| {
                 let report = LayerReport::new(planned, Action::Concatenated);
-                Ok(Done { layer: super::joined(members)?, report })
+                Ok(Done::new(joined(members)?, report))
             };
             jobs.par_iter().map(sum).collect()
         };
@@ -65,6 +90,7 @@ impl Linear {
                 merge: &merge,
                 alone: false,
                 is_sum: true,
+                notes: &|_| Vec::new(),
             },
         )?;
         if exact {
@@ -77,5 +103,17 @@ impl Linear {
 impl Method for Linear {
     fn run(&self, run: &Run<'_>) -> Result<Merged> {
         self.run_as("linear", run)
+    }
+}
+
+/// The sum of adapters at their strengths divided by their number.
+struct Average;
+
+impl Method for Average {
+    fn run(&self, run: &Run<'_>) -> Result<Merged> {
+        let share = 1.0 / run.adapters.len() as f64;
+        let adapters: Vec<Weighted<'_>> =
+            run.adapters.iter().map(|weighted| weighted.adapter.at(weighted.strength * share)).collect();
+        Linear.run(&Run { adapters: &adapters, ..*run })
     }
 }

@@ -5,14 +5,15 @@ use std::ops::Range;
 use faer::Mat;
 use rayon::prelude::*;
 
-use super::core::wide;
-use super::{Action, LayerReport, Losses, Merged, Plan, PlannedLayer};
+use crate::merge::algebra::{add, dot, times, wide};
+use crate::merge::members::{blocks, members};
+use crate::merge::{Action, LayerReport, Losses, Merged, Plan, PlannedLayer};
 use crate::words;
 use crate::{Calibration, Control, Layer, Matrix, RawMatrix, Result, Weighted};
 
 /// Squared reconstruction errors.
 #[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Squares {
+pub(crate) struct Squares {
     merged: f64,
     sum: f64,
     average: f64,
@@ -21,7 +22,7 @@ pub(super) struct Squares {
 }
 
 /// Gram matrices of the outputs of a merge `B'·C·A_cat`.
-pub(super) struct Outputs<'a> {
+pub(crate) struct Outputs<'a> {
     /// `B'ᵀ·B'`, of the merge.
     pub merged: &'a Matrix,
     /// `B'ᵀ·B_cat`.
@@ -33,7 +34,7 @@ pub(super) struct Outputs<'a> {
 }
 
 /// `Σ_k G_k` of a layer's tasks, and Q, the rows of each G_k that are its own.
-pub(super) struct Statistics {
+pub(crate) struct Statistics {
     pub g: Matrix,
     pub q: Matrix,
 }
@@ -116,7 +117,7 @@ impl Merged {
         let active: Vec<usize> = (0..adapters.len()).filter(|&i| adapters[i].strength != 0.0).collect();
         let tasks: Vec<usize> = active.iter().map(|&i| pool[i]).collect();
         let one = |planned: &PlannedLayer, merged: &Layer| {
-            let members = super::members(planned, adapters);
+            let members = members(planned, adapters);
             if members.len() < 2 {
                 return Ok(None);
             }
@@ -133,7 +134,7 @@ impl Merged {
             if parts.iter().any(|(member, gram)| member.is_some() && gram.is_none()) {
                 return Ok(None);
             }
-            let blocks = super::blocks(&members);
+            let blocks = blocks(&members);
             let statistics = Statistics::new(&parts, &blocks);
             Ok(Some(Measured { tokens, ..measure(merged, &members, &statistics, &blocks) }))
         };
@@ -152,7 +153,7 @@ impl Merged {
             report.losses = None;
             let Some(measured) = measured else { continue };
             total.add(&measured.squares);
-            report.tokens = measured.tokens;
+            report.tokens = Some(measured.tokens);
             report.losses = measured.squares.relative();
             if measured.unseen > UNSEEN {
                 count += 1;
@@ -277,29 +278,4 @@ fn coefficients(a: &Matrix, target: &Matrix) -> Matrix {
 
 fn dot_rows(row: &[f64]) -> f64 {
     row.iter().map(|v| v * v).sum()
-}
-
-/// `to[rows, :] += w · from[rows, :]`.
-pub(super) fn add(to: &mut Matrix, from: &Matrix, w: f64, rows: Range<usize>) {
-    let span = rows.start * to.cols..rows.end * to.cols;
-    to.data[span.clone()].iter_mut().zip(&from.data[span]).for_each(|(t, f)| *t += w * f);
-}
-
-/// ⟨A, B⟩.
-pub(super) fn dot(a: &Matrix, b: &Matrix) -> f64 {
-    a.data.iter().zip(&b.data).map(|(a, b)| a * b).sum()
-}
-
-/// A·B on one thread.
-pub(super) fn times(a: &Matrix, b: &Matrix) -> Matrix {
-    let mut c = Matrix::zeros(a.rows, b.cols);
-    faer::linalg::matmul::matmul(
-        faer::MatMut::from_row_major_slice_mut(&mut c.data, a.rows, b.cols),
-        faer::Accum::Replace,
-        faer::MatRef::from_row_major_slice(&a.data, a.rows, a.cols),
-        faer::MatRef::from_row_major_slice(&b.data, b.rows, b.cols),
-        1.0,
-        faer::Par::Seq,
-    );
-    c
 }

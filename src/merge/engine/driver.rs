@@ -2,13 +2,17 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError, channel};
-use std::time::{Duration, Instant};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
 
-use super::truncate::{self, Cut, Cuts};
-use super::{Action, DeviceMemory, InputReport, LayerReport, Merged, Plan, PlannedLayer, Report, Truncation};
+use super::chunks::{IN_FLIGHT, chunks, in_turn, room};
+use super::measure::Squares;
+use super::truncate::{self, Cut, Cuts, Truncations};
 use crate::adapter::{Draft, save_while, stacked_rank};
+use crate::merge::members::{joined, members, passed_through, template};
+use crate::merge::{
+    Action, DeviceMemory, InputReport, LayerReport, Merged, Plan, PlannedLayer, Report, Truncation, factored,
+};
 use crate::{Adapter, Control, Device, Layer, LayerKey, Result, SaveOptions, Weighted};
 
 /// Where a merge goes while it is computed.
@@ -24,6 +28,15 @@ pub struct Destination<'a> {
 
 /// A method of merging.
 pub trait Method: Sync {
+    /// Checks its options for a merge of so many adapters, which a merge does as well.
+    ///
+    /// # Errors
+    /// As a merge: [`Error::Invalid`](crate::Error::Invalid) for values out of range.
+    fn check(&self, adapters: usize) -> Result<()> {
+        let _ = adapters;
+        Ok(())
+    }
+
     /// Merges, into memory or into a file.
     #[doc(hidden)]
     fn run(&self, run: &Run<'_>) -> Result<Merged>;
@@ -48,7 +61,8 @@ pub trait Method: Sync {
         to: &Destination<'_>,
         control: Control<'_>,
     ) -> Result<Report> {
-        let run = Run { output: Some(to), truncation: to.truncation, ..Run::new(device, adapters, control) };
+        let run =
+            Run { output: Some(to), truncation: to.truncation.into(), ..Run::new(device, adapters, control) };
         Ok(self.run(&run)?.report)
     }
 }
@@ -56,23 +70,23 @@ pub trait Method: Sync {
 /// A merge that is asked for.
 #[derive(Clone, Copy)]
 pub struct Run<'a> {
-    pub(super) device: &'a Device,
-    pub(super) adapters: &'a [Weighted<'a>],
-    pub(super) control: Control<'a>,
-    pub(super) truncation: Truncation,
-    pub(super) output: Option<&'a Destination<'a>>,
-    pub(super) start: Instant,
+    pub(crate) device: &'a Device,
+    pub(crate) adapters: &'a [Weighted<'a>],
+    pub(crate) control: Control<'a>,
+    pub(crate) truncation: Truncations,
+    pub(crate) output: Option<&'a Destination<'a>>,
+    pub(crate) start: Instant,
 }
 
 impl<'a> Run<'a> {
     /// Into memory. Time and device memory count from here on, so that what a method looks at first is in its report.
-    pub(super) fn new(device: &'a Device, adapters: &'a [Weighted<'a>], control: Control<'a>) -> Self {
+    pub(crate) fn new(device: &'a Device, adapters: &'a [Weighted<'a>], control: Control<'a>) -> Self {
         device.reset_memory_peak();
         Self {
             device,
             adapters,
             control,
-            truncation: Truncation::default(),
+            truncation: Truncations::default(),
             output: None,
             start: Instant::now(),
         }
@@ -80,10 +94,10 @@ impl<'a> Run<'a> {
 }
 
 /// Merges layers on a device that has room for them.
-pub(super) type MergeJobs<'a> = dyn Fn(&Device, &[Job<'_>]) -> Result<Vec<Done>> + Sync + 'a;
+pub(crate) type MergeJobs<'a> = dyn Fn(&Device, &[Job<'_>]) -> Result<Vec<Done>> + Sync + 'a;
 
 /// What a method is, to the driver.
-pub(super) struct Spec<'a> {
+pub(crate) struct Spec<'a> {
     pub method: &'a str,
     pub options: serde_json::Value,
     /// Bytes of a layer's largest buffer, and in all.
@@ -96,35 +110,62 @@ pub(super) struct Spec<'a> {
     pub alone: bool,
     /// Whether the result is the plain sum, which is truncated without being formed.
     pub is_sum: bool,
+    /// What the user should know about the whole merge, beside what the driver says.
+    pub notes: &'a (dyn Fn(&Report) -> Vec<String> + Sync),
 }
 
 /// A layer, and what it is made of.
-pub(super) struct Job<'a> {
+pub(crate) struct Job<'a> {
     pub planned: &'a PlannedLayer,
     /// The members' layers, in order, with the factor on each: scale times strength.
     pub members: Vec<(&'a Layer, f64)>,
 }
 
+impl Job<'_> {
+    /// The layer whose spelling the result takes.
+    pub fn template(&self) -> &Layer {
+        template(&self.members)
+    }
+}
+
 /// What a [`Job`] became.
-pub(super) struct Done {
+pub(crate) struct Done {
     pub layer: Layer,
     pub report: LayerReport,
+    /// What it loses, of a method that has measured that.
+    pub squares: Option<Squares>,
+}
+
+impl Done {
+    /// Of a layer whose losses are not known.
+    pub fn new(layer: Layer, report: LayerReport) -> Self {
+        Self { layer, report, squares: None }
+    }
 }
 
 /// What is left of a [`Done`] once it is written, or all of it.
 struct Kept {
     layer: Option<Layer>,
     report: LayerReport,
+    squares: Option<Squares>,
     cut: Option<Cut>,
 }
 
+impl From<Done> for Kept {
+    fn from(Done { layer, report, squares }: Done) -> Self {
+        Self { layer: Some(layer), report, squares, cut: None }
+    }
+}
+
 /// Merges the layers that several adapters have, in chunks that the device has room for, and passes the others through.
-pub(super) fn run(run: &Run<'_>, spec: &Spec<'_>) -> Result<Merged> {
+pub(crate) fn run(run: &Run<'_>, spec: &Spec<'_>) -> Result<Merged> {
     run.truncation.check()?;
     let plan = Plan::new(run.adapters)?;
     let inputs: Vec<_> = run.adapters.iter().map(InputReport::new).collect();
     let finish = |inputs: &[InputReport], layers| {
-        super::finish(spec.method, &spec.options, &run.truncation, inputs, run.adapters, layers)
+        let first = run.adapters[0].adapter;
+        let metadata = metadata(run, spec, inputs)?;
+        Ok(Adapter::new("merged", first.format(), layers)?.spelled_like(first).with_metadata(metadata))
     };
     let mut merging = Merging { run, spec, plan: &plan, groups: HashMap::new(), spent: Spent::default() };
     let options = run.output.map_or_else(SaveOptions::default, |to| to.options.clone());
@@ -155,8 +196,7 @@ pub(super) fn run(run: &Run<'_>, spec: &Spec<'_>) -> Result<Merged> {
             let skeleton = finish(&before, plan.layers().iter().map(|l| merging.planned(l)).collect())?;
             let (inputs, kept) = save_while(&skeleton, path, options, &run.control, |draft| {
                 let (inputs, kept) = merging.all(inputs, Some(draft))?;
-                let metadata =
-                    super::metadata(spec.method, &spec.options, &run.truncation, &inputs, run.adapters)?;
+                let metadata = metadata(run, spec, &inputs)?;
                 Ok(((inputs, kept), metadata))
             })?;
             (skeleton, inputs, kept)
@@ -164,29 +204,42 @@ pub(super) fn run(run: &Run<'_>, spec: &Spec<'_>) -> Result<Merged> {
     };
 
     notes.extend(run.device.note().map(str::to_owned));
-    let mut cuts = Cuts::default();
-    let layers = kept.into_iter().map(|kept| {
-        if let Some(cut) = kept.cut {
-            cuts.add(&kept.report.layer, &cut);
+    let (mut cuts, mut losses) = (Cuts::default(), Squares::default());
+    // In order of the plan, whichever layer was done first: sums do not depend on that.
+    let mut layers = Vec::with_capacity(kept.len());
+    for Kept { mut report, squares, cut, .. } in kept {
+        if let Some(cut) = cut {
+            cuts.add(&report.layer, &cut);
         }
-        kept.report
-    });
-    let layers: Vec<_> = layers.collect();
-    notes.extend(cuts.note(layers.len()));
+        if let Some(squares) = squares {
+            losses.add(&squares);
+            report.losses = squares.relative();
+        }
+        layers.push(report);
+    }
+    let mut losses = losses.relative();
+    // Of a truncated merge, other losses would have to be found.
+    if let Some(note) = cuts.note(layers.len()) {
+        notes.push(note);
+        losses = None;
+        layers.iter_mut().for_each(|layer| layer.losses = None);
+    }
     let memory = DeviceMemory::of(run.device);
     notes.extend(memory.and_then(DeviceMemory::note));
-    let report = Report {
+    let mut report = Report {
         method: spec.method.to_owned(),
         device: run.device.describe(),
         inputs,
         options: spec.options.clone(),
         layers,
-        losses: None,
+        losses,
         notes,
         memory,
         seconds: run.start.elapsed().as_secs_f64(),
         version: env!("CARGO_PKG_VERSION").to_owned(),
     };
+    let notes = (spec.notes)(&report);
+    report.notes.extend(notes);
     tracing::info!(method = spec.method, layers = report.layers.len(), seconds = report.seconds, "merged");
     merging.spent.log();
     Ok(Merged { adapter, report })
@@ -202,7 +255,7 @@ fn truncates(group: &[LayerKey], run: &Run<'_>) -> bool {
         .map(|layer| [(layer, layer.scale.value)])
         .collect();
     let parts: Vec<&[(&Layer, f64)]> = layers.iter().map(|part| &part[..]).collect();
-    run.truncation.spectrum.is_some() || run.truncation.rank.is_some_and(|n| n < stacked_rank(&parts))
+    run.truncation.may_cut(|| stacked_rank(&parts))
 }
 
 /// What is said of layers that have no known name in the output's spelling.
@@ -219,7 +272,7 @@ fn kept_names(merged: &Adapter, options: &SaveOptions) -> Option<String> {
 }
 
 /// What is said of a layer that the device has no room for.
-pub(super) const TOO_LARGE: &str = "too large for the device; computed on the CPU";
+pub(crate) const TOO_LARGE: &str = "too large for the device; computed on the CPU";
 
 struct Merging<'a> {
     run: &'a Run<'a>,
@@ -242,21 +295,20 @@ impl Merging<'_> {
         let units = self.units();
         let units: Vec<&[(usize, &PlannedLayer)]> = units.iter().map(Vec::as_slice).collect();
         let host = |unit: &[(usize, &PlannedLayer)]| {
-            let rank = |l| self.rank(l).min(self.run.truncation.rank.unwrap_or(usize::MAX));
+            let rank = |l| self.rank(l).min(self.run.truncation.rank());
             unit.iter().map(|(_, l)| 4 * (rank(l) * (l.input + l.output)) as u64).sum()
         };
         let unit_size = |unit: &[(usize, &PlannedLayer)]| self.unit_size(unit);
-        let chunks: Vec<(Vec<(usize, &PlannedLayer)>, Device)> =
-            super::chunks(device, &units, unit_size, host, 1)
-                .into_iter()
-                .map(|(units, on)| (units.concat(), on))
-                .collect();
+        let chunks: Vec<(Vec<(usize, &PlannedLayer)>, Device)> = chunks(device, &units, unit_size, host, 1)
+            .into_iter()
+            .map(|(units, on)| (units.concat(), on))
+            .collect();
         let mut results = BTreeMap::new();
         let total = self.plan.layers().len();
         let at_once = match device.is_gpu() {
             false => rayon::current_num_threads(),
             // A layer that takes more than a chunk's room has the device to itself.
-            true if units.iter().any(|unit| self.unit_size(unit).1 > super::room(device)) => 1,
+            true if units.iter().any(|unit| self.unit_size(unit).1 > room(device)) => 1,
             true => IN_FLIGHT,
         };
         let task = |i: usize| {
@@ -287,19 +339,22 @@ impl Merging<'_> {
 
     /// The layers of the plan, those that are truncated as one together.
     fn units(&self) -> Vec<Vec<(usize, &PlannedLayer)>> {
-        let mut units: Vec<Vec<(usize, &PlannedLayer)>> = Vec::new();
+        self.grouped(self.plan.layers().iter().enumerate(), |(_, planned)| &planned.key)
+    }
+
+    /// Puts together what belongs to layers that are truncated as one, in the order in which they begin.
+    fn grouped<'k, T>(&self, all: impl Iterator<Item = T>, key: impl Fn(&T) -> &'k LayerKey) -> Vec<Vec<T>> {
+        let mut units: Vec<Vec<T>> = Vec::new();
         let mut places: HashMap<usize, usize> = HashMap::new();
-        for (i, planned) in self.plan.layers().iter().enumerate() {
-            match self.groups.get(&planned.key) {
-                None => units.push(vec![(i, planned)]),
-                Some((group, _)) => {
-                    let place = *places.entry(*group).or_insert_with(|| {
-                        units.push(Vec::new());
-                        units.len() - 1
-                    });
-                    units[place].push((i, planned));
-                }
+        for one in all {
+            let place = match self.groups.get(key(&one)) {
+                None => units.len(),
+                Some((group, _)) => *places.entry(*group).or_insert(units.len()),
+            };
+            if place == units.len() {
+                units.push(Vec::new());
             }
+            units[place].push(one);
         }
         units
     }
@@ -311,7 +366,7 @@ impl Merging<'_> {
         if let [(_, first), _, ..] = unit {
             let sum = |of: &dyn Fn(&PlannedLayer) -> usize| unit.iter().map(|(_, l)| of(l)).sum::<usize>();
             let (rank, output) = (sum(&|l| self.rank(l)), sum(&|l| l.output));
-            let stacked = super::core::size(self.run.device, rank, first.input, output);
+            let stacked = factored::size(self.run.device, rank, first.input, output);
             (largest, all) = (largest.max(stacked.0), all.max(stacked.1));
         }
         (largest, all)
@@ -324,7 +379,7 @@ impl Merging<'_> {
             if merged && !(truncated && self.spec.is_sum) { (self.spec.size)(planned) } else { (0, 0) };
         if truncated {
             let PlannedLayer { rank, input, output, .. } = *planned;
-            let (largest, all) = super::core::size(self.run.device, rank, input, output);
+            let (largest, all) = factored::size(self.run.device, rank, input, output);
             size = (size.0.max(largest), size.1.max(all));
         }
         size
@@ -337,28 +392,27 @@ impl Merging<'_> {
 
     /// Whether the method has anything to do. An update of zero has nothing to merge.
     fn is_merged(&self, planned: &PlannedLayer) -> bool {
-        let is_zero = || super::members(planned, self.run.adapters).iter().all(|(_, scale)| *scale == 0.0);
+        let is_zero = || members(planned, self.run.adapters).iter().all(|(_, scale)| *scale == 0.0);
         planned.members.len() > 1 || (self.spec.alone && !is_zero())
     }
 
     /// Whether a rank is low enough shows without its singular values; what a spectrum asks for does not.
     fn is_truncated(&self, planned: &PlannedLayer) -> bool {
-        let Truncation { rank, spectrum } = self.run.truncation;
         // What is fused may have a higher rank than each of its parts.
         let fused = self.groups.contains_key(&planned.key);
-        spectrum.is_some() || rank.is_some_and(|n| fused || n < self.rank(planned))
+        self.run.truncation.may_cut(|| if fused { usize::MAX } else { self.rank(planned) })
     }
 
     /// The layer that is to be written, or a place for it.
     fn planned(&self, planned: &PlannedLayer) -> Layer {
-        let passed = super::passed_through(planned, self.run.adapters);
+        let passed = passed_through(planned, self.run.adapters);
         match passed.filter(|_| !self.is_merged(planned) && !self.is_truncated(planned)) {
             Some(layer) => layer,
             None => {
-                let members = super::members(planned, self.run.adapters);
-                let most = self.run.truncation.rank.unwrap_or(usize::MAX);
+                let members = members(planned, self.run.adapters);
+                let most = self.run.truncation.rank();
                 let group = self.groups.get(&planned.key).map_or(0, |(group, _)| *group);
-                super::template(&members).planned(self.rank(planned).min(most), group)
+                template(&members).planned(self.rank(planned).min(most), group)
             }
         }
     }
@@ -368,19 +422,17 @@ impl Merging<'_> {
         let Self { run, spec, spent, .. } = self;
         run.control.check()?;
         spent.time(&spent.check, || self.check(planned))?;
-        let job = |&planned| Job { planned, members: super::members(planned, run.adapters) };
+        let job = |&planned| Job { planned, members: members(planned, run.adapters) };
         let jobs: Vec<Job<'_>> = planned.iter().map(job).collect();
         tracing::trace!(layers = jobs.len(), gpu = on.is_gpu(), "merging a chunk");
         let mut kept: Vec<Option<Kept>> = jobs.iter().map(|_| None).collect();
-        let of = |done: Done| Kept { layer: Some(done.layer), report: done.report, cut: None };
-
         let (sums, merged): (Vec<usize>, Vec<usize>) = (0..jobs.len())
             .partition(|&i| !self.is_merged(planned[i]) || (spec.is_sum && self.is_truncated(planned[i])));
         let chosen: Vec<Job<'_>> = merged.iter().map(|&i| job(&planned[i])).collect();
         if !chosen.is_empty() {
             let done = spent.time(&spent.merge, || (spec.merge)(on, &chosen))?;
             for (i, done) in merged.into_iter().zip(done) {
-                kept[i] = Some(of(done));
+                kept[i] = Some(done.into());
             }
         }
         let places: Vec<usize> = (0..jobs.len()).filter(|&i| self.is_truncated(planned[i])).collect();
@@ -389,7 +441,9 @@ impl Merging<'_> {
                 Some(layer) => truncate::Update::of(layer),
                 None => truncate::Update { template: jobs[i].template(), members: jobs[i].members.clone() },
             };
-            let together = self.together(planned, &places);
+            let mut together = self.grouped(places.into_iter(), |&i| &planned[i].key);
+            let part = |i: &usize| self.groups.get(&planned[*i].key).map(|(_, part)| *part);
+            together.iter_mut().for_each(|unit| unit.sort_by_key(part));
             let units: Vec<truncate::Unit<'_>> = together
                 .iter()
                 .map(|unit| truncate::Unit { parts: unit.iter().map(|&i| update(i)).collect() })
@@ -401,7 +455,7 @@ impl Merging<'_> {
                     let action =
                         if jobs[i].members.len() > 1 { Action::Concatenated } else { Action::PassedThrough };
                     let kept = kept[i].get_or_insert_with(|| {
-                        of(Done { layer: layer.clone(), report: LayerReport::new(planned[i], action) })
+                        Done::new(layer.clone(), LayerReport::new(planned[i], action)).into()
                     });
                     kept.report.rank = layer.rank;
                     kept.report.cut = Some(truncated.cut.share());
@@ -416,11 +470,11 @@ impl Merging<'_> {
             if kept[i].is_some() {
                 continue;
             }
-            let (layer, action) = match super::passed_through(planned[i], run.adapters) {
+            let (layer, action) = match passed_through(planned[i], run.adapters) {
                 Some(layer) => (layer, Action::PassedThrough),
-                None => (super::joined(&jobs[i].members)?, Action::Concatenated),
+                None => (joined(&jobs[i].members)?, Action::Concatenated),
             };
-            kept[i] = Some(of(Done { layer, report: LayerReport::new(planned[i], action) }));
+            kept[i] = Some(Done::new(layer, LayerReport::new(planned[i], action)).into());
         }
         let mut kept: Vec<Kept> = kept.into_iter().flatten().collect();
         if on.is_gpu() != run.device.is_gpu() {
@@ -430,27 +484,6 @@ impl Merging<'_> {
             spent.time(&spent.write, || draft.put_all(kept.iter_mut().filter_map(|k| k.layer.take())))?;
         }
         Ok(kept)
-    }
-
-    /// Which of the layers are truncated together, by their places.
-    fn together(&self, planned: &[&PlannedLayer], places: &[usize]) -> Vec<Vec<usize>> {
-        let mut units: Vec<Vec<usize>> = Vec::new();
-        let mut of_group: HashMap<usize, usize> = HashMap::new();
-        for &i in places {
-            match self.groups.get(&planned[i].key) {
-                None => units.push(vec![i]),
-                Some((group, _)) => {
-                    let place = *of_group.entry(*group).or_insert_with(|| {
-                        units.push(Vec::new());
-                        units.len() - 1
-                    });
-                    units[place].push(i);
-                }
-            }
-        }
-        let part = |i: &usize| self.groups.get(&planned[*i].key).map(|(_, part)| *part);
-        units.iter_mut().for_each(|unit| unit.sort_by_key(part));
-        units
     }
 
     /// Refuses NaN and infinity in what any adapter has of these layers.
@@ -463,79 +496,6 @@ impl Merging<'_> {
                 adapter.layer(&planned.key).map_or(Ok(()), |layer| adapter.check_layer(layer))
             })
         })
-    }
-}
-
-/// Chunks that a GPU has at once: while one is downloaded, converted and written, another is uploaded and computed.
-pub(super) const IN_FLIGHT: usize = 2;
-
-/// Runs tasks on the threads of rayon's pool, some at once and begun in order, and hands what they give to `done`, on the
-/// calling thread. Ends with the first error.
-pub(super) fn in_turn<T: Send>(
-    tasks: usize,
-    at_once: usize,
-    control: &Control<'_>,
-    task: &(dyn Fn(usize) -> Result<T> + Sync),
-    mut done: impl FnMut(usize, T) -> Result<()>,
-) -> Result<()> {
-    let turns = Turns { tasks, task, next: AtomicUsize::new(0), stop: AtomicBool::new(false) };
-    let (send, receive) = channel();
-    rayon::in_place_scope(|scope| {
-        (0..at_once.min(tasks)).for_each(|_| turns.spawn(scope, send.clone()));
-        drop(send);
-        let mut all = || {
-            while let Some((i, result)) = wait(&receive, control)? {
-                done(i, result?)?;
-            }
-            Ok(())
-        };
-        let result = all();
-        turns.stop.store(true, Ordering::Relaxed);
-        result
-    })
-}
-
-struct Turns<'a, T> {
-    tasks: usize,
-    task: &'a (dyn Fn(usize) -> Result<T> + Sync),
-    next: AtomicUsize,
-    stop: AtomicBool,
-}
-
-impl<T: Send> Turns<'_, T> {
-    /// Has a thread run the next task, and then one run what follows. Each is a job of its own: a thread that waits for parts
-    /// of one may take up another meanwhile, and must not be kept from its own until the last is done.
-    fn spawn<'s>(&'s self, scope: &rayon::Scope<'s>, send: Sender<(usize, Result<T>)>)
-    where
-        T: 's,
-    {
-        scope.spawn(move |scope| {
-            let i = self.next.fetch_add(1, Ordering::Relaxed);
-            let goes_on = i < self.tasks && !self.stop.load(Ordering::Relaxed);
-            if goes_on && send.send((i, (self.task)(i))).is_ok() {
-                self.spawn(scope, send);
-            }
-        });
-    }
-}
-
-/// What comes next; `None` when nothing more will. A thread of rayon's works meanwhile, for the tasks may need it.
-fn wait<T>(receive: &Receiver<T>, control: &Control<'_>) -> Result<Option<T>> {
-    loop {
-        control.check()?;
-        let result = match rayon::yield_now() {
-            Some(rayon::Yield::Executed) => receive.try_recv().map_err(|e| match e {
-                TryRecvError::Empty => RecvTimeoutError::Timeout,
-                TryRecvError::Disconnected => RecvTimeoutError::Disconnected,
-            }),
-            Some(rayon::Yield::Idle) => receive.recv_timeout(Duration::from_millis(1)),
-            None => receive.recv_timeout(Duration::from_millis(50)),
-        };
-        match result {
-            Ok(value) => return Ok(Some(value)),
-            Err(RecvTimeoutError::Disconnected) => return Ok(None),
-            Err(RecvTimeoutError::Timeout) => {}
-        }
     }
 }
 
@@ -568,4 +528,21 @@ impl Spent {
             "seconds, of all threads together"
         );
     }
+}
+
+/// What all inputs agree on, and how the merge was made; nothing in it differs between two runs.
+fn metadata(run: &Run<'_>, spec: &Spec<'_>, inputs: &[InputReport]) -> Result<BTreeMap<String, String>> {
+    let mut metadata = Adapter::common_metadata(run.adapters.iter().map(|weighted| weighted.adapter));
+    let inputs: Vec<_> = inputs
+        .iter()
+        .map(|i| serde_json::json!({ "name": i.name, "sha256": i.sha256, "strength": i.strength }))
+        .collect();
+    metadata.extend([
+        ("loraweld.method".to_owned(), spec.method.to_owned()),
+        ("loraweld.options".to_owned(), spec.options.to_string()),
+        ("loraweld.inputs".to_owned(), serde_json::Value::from(inputs).to_string()),
+        ("loraweld.version".to_owned(), env!("CARGO_PKG_VERSION").to_owned()),
+    ]);
+    run.truncation.record(&mut metadata)?;
+    Ok(metadata)
 }

@@ -3,16 +3,85 @@
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
-use super::core::{NEGLIGIBLE, significant, size};
-use super::driver::{self, Done, Job, Method, Run, Spec};
-use super::loss::times;
-use super::{Action, LayerReport, Merged, ProjectionReport};
+use super::entry::{
+    MethodEntry, MethodOption, Needs, Number, OptionGroup, Options, Takes, Variant, json, over, with,
+};
 use crate::compute::Batch;
 use crate::compute::ops::{self, Root, ScaledRows, Side, Stacks, Svd};
+use crate::merge::algebra::{directions, gram_first, significant, svds, times};
+use crate::merge::engine::driver::{self, Done, Job, Method, Run, Spec};
+use crate::merge::factored::size;
+use crate::merge::members::{joined_b, joined_layer};
+use crate::merge::{Action, LayerReport, Merged, ProjectionReport, Report};
 use crate::power::pow2;
-use crate::{Control, Device, Error, Layer, Matrix, RawMatrix, Result, Weighted};
+use crate::{Calibration, Control, Device, Error, Layer, Matrix, RawMatrix, Result, Weighted};
 
-/// The same for what a hard projection left, which is f32 as well, relative to what there was before.
+pub(super) const ENTRY: MethodEntry = MethodEntry {
+    name: "np-lora",
+    summary: "NP-LoRA: keep a style whole, and project subjects off the directions that it reads",
+    notes: "\
+Examples:
+  loraweld merge np-lora --style ink.safetensors --subject cat.safetensors -o ink-cat.safetensors
+  loraweld merge np-lora --style ink.safetensors --subject cat.safetensors:0.9 --subject hat.safetensors \\
+      --hard -o ink-cat-hat.safetensors
+  loraweld merge np-lora --style ink.safetensors --subject cat.safetensors --mu 0.5 \\
+      --mu-for 'single_transformer_blocks.*=0.2' -o ink-cat.safetensors",
+    needs: Needs::Style,
+    own_rank: false,
+    options: &[OptionGroup {
+        heading: Some("NP-LoRA options"),
+        options: &[
+            MethodOption::new(
+                "mu",
+                Takes::Number("MU", Number::NotNegative),
+                "How far a subject gives way: it keeps 1/(1 + MU) of what it has in the style's directions. 0 is the plain \
+                 sum",
+            )
+            .key("projection.soft")
+            .default("0.5"),
+            MethodOption::new("hard", Takes::Nothing("\"hard\""), "Give way wholly: MU is infinite")
+                .key("projection")
+                .conflicts("mu"),
+            MethodOption::new(
+                "mu-for",
+                Takes::ByLayer {
+                    name: "PATTERN=MU|hard",
+                    key: "soft",
+                    number: Number::NotNegative,
+                    word: "hard",
+                },
+                "MU of the layers whose name matches; `*` stands for anything. Repeatable; the last match counts",
+            )
+            .key("by_layer"),
+            MethodOption::new(
+                "directions",
+                Takes::Number("N", Number::Count),
+                "Keep clear only the style's N strongest directions in each layer [default: all]",
+            )
+            .key("directions.count")
+            .conflicts("energy"),
+            MethodOption::new(
+                "energy",
+                Takes::Number("SHARE", Number::Share),
+                "Keep clear as few of the style's directions as hold this share of its energy, above 0 and at most 1",
+            )
+            .key("directions.energy"),
+        ],
+    }],
+    build,
+    variants: &[Variant {
+        name: "np-lora-hard",
+        aliases: &[],
+        whose: None,
+        build: |options, calibration| build(with(options, "projection", "hard"), calibration),
+    }],
+};
+
+fn build<'a>(options: Options, _: Option<&'a Calibration>) -> Result<Box<dyn Method + 'a>> {
+    Ok(Box::new(NpLora::default().options(over(&NpLoraOptions::default(), options)?)))
+}
+
+/// Directions of what a hard projection left, which is f32, count as none below this share of what there was before.
 const LEFT_OVER: f64 = 1e-6;
 
 /// How far rounding may bend directions that Gram matrices tell: less than f32 does.
@@ -133,7 +202,7 @@ impl NpLora {
     /// Merges, with progress and cancellation.
     ///
     /// # Errors
-    /// [`Error::Invalid`] without subjects and for options out of range; as [`Plan::new`](super::Plan::new); [`Error::Tensor`] for NaN
+    /// [`Error::Invalid`] without subjects and for options out of range; as [`Plan::new`](crate::Plan::new); [`Error::Tensor`] for NaN
     /// or infinity in an adapter; [`Error::Layer`] if a result overflows f32; [`Error::Device`]; [`Error::Cancelled`].
     pub fn merge_with(
         &self,
@@ -146,26 +215,6 @@ impl NpLora {
         self.run(&Run::new(device, &adapters, control))
     }
 
-    fn check_options(&self) -> Result<()> {
-        let NpLoraOptions { projection, by_layer, directions } = &self.options;
-        for projection in std::iter::once(projection).chain(by_layer.iter().map(|(_, p)| p)) {
-            if let Projection::Soft(mu) = projection
-                && (mu.is_nan() || *mu < 0.0)
-            {
-                return Err(Error::Invalid(format!("mu: {mu}, but it must not be negative")));
-            }
-        }
-        match directions {
-            Directions::Energy(share) if !(*share > 0.0 && *share <= 1.0) => {
-                Err(Error::Invalid(format!("energy: {share}, but it must be above 0 and at most 1")))
-            }
-            Directions::Count(0) => Err(Error::Invalid(
-                "directions: 0 would be the plain sum; take 1 or more, or `merge linear`".into(),
-            )),
-            _ => Ok(()),
-        }
-    }
-
     /// By a layer's name in the spelling of any member's file, or of its model.
     fn projection(&self, members: &[(&Layer, f64)]) -> Projection {
         let mut by_layer = self.options.by_layer.iter().rev();
@@ -175,7 +224,7 @@ impl NpLora {
 
     /// How many of the singular values of the style count.
     fn count(&self, values: &[f64]) -> usize {
-        let all = significant(values, NEGLIGIBLE * values.first().unwrap_or(&0.0));
+        let all = directions(values);
         match self.options.directions {
             Directions::All => all,
             Directions::Count(n) => n.min(all),
@@ -194,15 +243,7 @@ impl NpLora {
 
     /// Merges layers on a device that has room for them; each has two members at least.
     fn chunk(&self, device: &Device, jobs: &[Job<'_>]) -> Result<Vec<Done>> {
-        let mut done = self.by_grams(device, jobs)?;
-        let rest: Vec<usize> = (0..jobs.len()).filter(|&i| done[i].is_none()).collect();
-        if !rest.is_empty() {
-            let others: Vec<&Job<'_>> = rest.iter().map(|&i| &jobs[i]).collect();
-            for (i, other) in rest.into_iter().zip(self.by_bases(device, &others)?) {
-                done[i] = Some(other);
-            }
-        }
-        Ok(done.into_iter().flatten().collect())
+        gram_first(jobs, |jobs| self.by_grams(device, jobs), |jobs| self.by_bases(device, jobs))
     }
 
     /// Where a layer has one subject and A is far enough from singular, Gram matrices tell all: V is a small matrix times
@@ -244,11 +285,11 @@ impl NpLora {
             .map(|(&(i, k), b)| Member::new(b, jobs[i].members[k].1, &roots[i][k].left))
             .collect();
         let cores: Vec<Matrix> = members.iter().map(|member| member.core.clone()).collect();
-        let svds = self.svds(device, &jobs, &entries, &cores)?;
+        let svds = svds(device, &cores, |k| jobs[entries[k].0].planned.name.clone())?;
         // Vᵀ = T·A of each member.
         let count = |i: usize| match i % 2 {
             0 => self.count(&svds[i].values),
-            _ => significant(&svds[i].values, NEGLIGIBLE * svds[i].values.first().unwrap_or(&0.0)),
+            _ => directions(&svds[i].values),
         };
         let counts: Vec<usize> = (0..svds.len()).map(count).collect();
         let bases: Vec<Matrix> = (0..svds.len())
@@ -295,9 +336,8 @@ impl NpLora {
         style.a().append_to(&mut data);
         data.extend_from_slice(subjects);
         let a = Matrix { rows: job.planned.rank, cols: style.input, data };
-        let layer = super::joined_layer(&job.members, a, super::joined_b(&job.members))?;
-        let report = LayerReport { projections, ..LayerReport::new(job.planned, Action::Projected) };
-        Ok(Done { layer, report })
+        let layer = joined_layer(&job.members, a, joined_b(&job.members))?;
+        Ok(Done::new(layer, LayerReport::new(job.planned, Action::Projected { projections })))
     }
 
     /// With bases of the size of factors, which more subjects and any A need.
@@ -325,13 +365,13 @@ impl NpLora {
             .map(|((&(i, m), b), l)| Member::new(&b, jobs[i].members[m].1, l))
             .collect();
         let cores: Vec<Matrix> = members.iter().map(|member| member.core.clone()).collect();
-        let svds = self.svds(device, jobs, &entries, &cores)?;
+        let svds = svds(device, &cores, |k| jobs[entries[k].0].planned.name.clone())?;
         let counts: Vec<usize> = entries
             .iter()
             .zip(&svds)
             .map(|((_, m), svd)| match m {
                 0 => self.count(&svd.values),
-                _ => significant(&svd.values, NEGLIGIBLE * svd.values.first().unwrap_or(&0.0)),
+                _ => directions(&svd.values),
             })
             .collect();
         let v = spanned(device, &svds, &counts, &factors.q)?;
@@ -389,23 +429,6 @@ impl NpLora {
             .collect()
     }
 
-    fn svds(
-        &self,
-        device: &Device,
-        jobs: &[&Job<'_>],
-        entries: &[(usize, usize)],
-        cores: &[Matrix],
-    ) -> Result<Vec<Svd>> {
-        let svds = ops::jacobi_svd(device, cores)?;
-        match svds.iter().position(|svd| !svd.converged) {
-            None => Ok(svds),
-            Some(k) => Err(Error::layer(
-                jobs[entries[k].0].planned.name.as_str(),
-                "its singular values could not be found; are its scale and strength right?",
-            )),
-        }
-    }
-
     /// How many directions each basis has.
     fn kept(&self, device: &Device, basis: &Batch) -> Result<Vec<usize>> {
         let grams = ops::inner(device, basis, basis)?.download(device)?;
@@ -415,32 +438,52 @@ impl NpLora {
 
 /// The first adapter is the style.
 impl Method for NpLora {
-    fn run(&self, run: &Run<'_>) -> Result<Merged> {
-        self.check_options()?;
-        if run.adapters.len() < 2 {
+    fn check(&self, adapters: usize) -> Result<()> {
+        if adapters < 2 {
             return Err(Error::Invalid("np-lora needs a subject beside the style".into()));
         }
-        let options =
-            serde_json::to_value(&self.options).map_err(|e| Error::Invalid(format!("the options: {e}")))?;
-        let mut merged = driver::run(
+        let NpLoraOptions { projection, by_layer, directions } = &self.options;
+        for projection in std::iter::once(projection).chain(by_layer.iter().map(|(_, p)| p)) {
+            if let Projection::Soft(mu) = projection
+                && (mu.is_nan() || *mu < 0.0)
+            {
+                return Err(Error::Invalid(format!("mu: {mu}, but it must not be negative")));
+            }
+        }
+        match directions {
+            Directions::Energy(share) if !(*share > 0.0 && *share <= 1.0) => {
+                Err(Error::Invalid(format!("energy: {share}, but it must be above 0 and at most 1")))
+            }
+            Directions::Count(0) => Err(Error::Invalid(
+                "directions: 0 would be the plain sum; take 1 or more, or the method linear".into(),
+            )),
+            _ => Ok(()),
+        }
+    }
+
+    fn run(&self, run: &Run<'_>) -> Result<Merged> {
+        self.check(run.adapters.len())?;
+        let unmatched = |_: &Report| {
+            let layers: Vec<&Layer> = run.adapters.iter().flat_map(|w| w.adapter.layers()).collect();
+            let patterns = self.options.by_layer.iter().map(|(pattern, _)| pattern);
+            patterns
+                .filter(|pattern| !layers.iter().any(|layer| layer.matches(pattern)))
+                .map(|pattern| format!("no layer matches `{pattern}`"))
+                .collect()
+        };
+        driver::run(
             run,
             &Spec {
                 method: "np-lora",
-                options,
+                options: json(&self.options)?,
                 size: &|layer| size(run.device, layer.rank, layer.input, layer.output),
                 rank: &|layer| layer.rank,
                 merge: &|on, jobs| self.chunk(on, jobs),
                 alone: false,
                 is_sum: false,
+                notes: &unmatched,
             },
-        )?;
-        for (pattern, _) in &self.options.by_layer {
-            let mut layers = run.adapters.iter().flat_map(|weighted| weighted.adapter.layers());
-            if !layers.any(|layer| layer.matches(pattern)) {
-                merged.report.notes.push(format!("no layer matches `{pattern}`"));
-            }
-        }
-        Ok(merged)
+        )
     }
 }
 
@@ -525,16 +568,21 @@ fn report(
 
 /// L of each B, `L·Lᵀ = BᵀB`.
 fn lefts(device: &Device, b: &[RawMatrix<'_>]) -> Result<Vec<Matrix>> {
-    let stacks: Vec<_> = b.iter().map(|&b| vec![b]).collect();
-    let grams = Stacks::new(device, Side::Output, stacks.clone())?.grams(device)?;
-    let roots: Option<Vec<Matrix>> = grams
-        .par_iter()
-        .map(|gram| Root::new(device, gram).filter(|root| root.error <= MAX_BEND).map(|root| root.left))
-        .collect();
-    match roots {
-        Some(roots) => Ok(roots),
-        None => ops::qr_l(device, &ScaledRows::new(device, Side::Output, &stacks)?),
-    }
+    gram_first(
+        b,
+        |b| {
+            let grams =
+                Stacks::new(device, Side::Output, b.iter().map(|&b| vec![b]).collect())?.grams(device)?;
+            let left = |gram: &Matrix| {
+                Root::new(device, gram).filter(|root| root.error <= MAX_BEND).map(|root| root.left)
+            };
+            Ok(grams.par_iter().map(left).collect())
+        },
+        |b| {
+            let stacks: Vec<_> = b.iter().map(|&&b| vec![b]).collect();
+            ops::qr_l(device, &ScaledRows::new(device, Side::Output, &stacks)?)
+        },
+    )
 }
 
 /// ‖M‖ in the Frobenius norm, for any scale.

@@ -1,18 +1,22 @@
 //! TIES and DARE on the entries of ΔW, made panel by panel and never held whole.
 
-use std::time::Instant;
+mod rule;
+mod sketch;
+mod survey;
 
 use rayon::prelude::*;
 
-use super::core::{rounded, unconverged};
-use super::driver::{self, Done, Job, Method, Run, Spec};
-use super::rule::{Dare, Rule, Ties, Voter};
-use super::trim::{FileWide, Ranking, Survey};
-use super::truncate::Truncation;
-use super::{Action, LayerReport, Merged, Plan, PlannedLayer};
-use crate::compute::ops::{self, Axis, EntryRule, Factor, ScaledRows};
-use crate::compute::{Batch, Shape};
-use crate::power::{exponent, exponent_of, pow2};
+pub use self::rule::{Alone, Elect, Scope, ZeroSum};
+pub(super) use self::rule::{EntryOptions, Trim, Voter};
+use self::sketch::{Sketch, panel_rows, sized};
+pub(super) use self::survey::{FileWide, Ranking, Survey};
+use super::algebra::svds;
+use super::engine::driver::{self, Done, Job, Method, Run, Spec};
+use super::members::rounded;
+use super::{Action, LayerReport, Merged, Plan, PlannedLayer, Truncation};
+use crate::compute::Batch;
+use crate::compute::ops::{self, ScaledRows};
+use crate::power::{exponent_of, pow2};
 use crate::{Control, Device, Matrix, Result, Weighted};
 
 /// TIES or DARE on the entries of the updates ΔW_k.
@@ -24,8 +28,8 @@ use crate::{Control, Device, Matrix, Result, Weighted};
 /// threshold of TIES is exact, by counting magnitudes (as f32) twice, in each layer or in all of them beforehand.
 ///
 /// Products of entries are of [`Device::product`]. The report tells how much of ‖M‖² the result captures
-/// ([`LayerReport::captured`]). Layers of one adapter pass through unchanged, unless [`Ties::alone`] or [`Dare::alone`] say
-/// otherwise.
+/// ([`Action::Combined`]). Layers of one adapter pass through unchanged, unless [`Ties::alone`](super::Ties::alone) or
+/// [`Dare::alone`](super::Dare::alone) say otherwise.
 ///
 /// # Example
 /// ```no_run
@@ -41,7 +45,8 @@ use crate::{Control, Device, Matrix, Result, Weighted};
 #[derive(Clone, Debug)]
 pub struct EntryMerge {
     name: &'static str,
-    rule: Rule,
+    options: serde_json::Value,
+    rule: EntryOptions,
     rank: Option<usize>,
 }
 
@@ -49,22 +54,11 @@ pub struct EntryMerge {
 const OVERSAMPLED: usize = 8;
 /// Steps of subspace iteration.
 const STEPS: usize = 2;
-/// Bytes of a panel on a GPU, at most, and its part of the budget; and on the CPU, where each thread has one.
-const PANEL: u64 = 64 << 20;
-const PANEL_PART: u64 = 16;
-const CPU_PANEL: usize = 4 << 20;
-/// A kernel's loops run through the rows of a panel.
-const PANEL_ROWS: usize = 8192;
 
 impl EntryMerge {
-    /// TIES.
-    pub fn ties(options: Ties) -> Self {
-        Self { name: "ties", rule: Rule::Ties(options), rank: None }
-    }
-
-    /// DARE.
-    pub fn dare(options: Dare) -> Self {
-        Self { name: "dare", rule: Rule::Dare(options), rank: None }
+    /// By a rule on entries, whose options are these in a report.
+    pub(super) fn new(name: &'static str, options: serde_json::Value, rule: EntryOptions) -> Self {
+        Self { name, options, rule, rank: None }
     }
 
     /// Sets the rank of the result.
@@ -133,17 +127,17 @@ impl EntryMerge {
     ) -> Result<Sketch<'a>> {
         let voters = self.rule.weighed(layer, run.adapters);
         let mut sketch = Sketch::new(device, layer, &voters, &self.rule, None, &run.control)?;
-        match (&file.thresholds, &self.rule) {
+        match (&file.thresholds, self.rule.trim) {
             (Some(thresholds), _) => {
                 let size = pow2(file.exponent - sketch.exponent);
                 for (member, voter) in sketch.rule.members.iter_mut().zip(&voters) {
                     member.threshold = (f64::from(thresholds[voter.adapter]) * size) as f32;
                 }
             }
-            (None, Rule::Ties(_)) => sketch.trim(self.rule.kept(layer.input * layer.output))?,
-            _ => {}
+            (None, Some(_)) => sketch.trim(self.rule.kept(layer.input * layer.output))?,
+            (None, None) => {}
         }
-        sketch.rule.zero_is_minus = match self.rule.votes_in_layer() {
+        sketch.rule.zero_is_minus = match self.rule.majority == Some(Scope::Layer) {
             true => sketch.signs()? <= 0,
             false => file.zero_is_minus.unwrap_or(false),
         };
@@ -170,10 +164,7 @@ impl EntryMerge {
                 (y.q, y.l[0].transposed(), w, square)
             }
         };
-        let svd = ops::jacobi_svd(device, &[core])?.remove(0);
-        if !svd.converged {
-            return Err(unconverged(&job.planned.name));
-        }
+        let svd = svds(device, &[core], |_| job.planned.name.clone())?.remove(0);
         let count = Truncation::rank(rank).kept(&svd.values);
         let size = pow2(sketch.exponent);
         let half = |vectors: &Matrix| {
@@ -186,28 +177,27 @@ impl EntryMerge {
         let layer = rounded(job.template(), &lift(&svd.right, &w)?, &lift(&svd.left, &y)?)?;
         let held: f64 = svd.values[..count].iter().map(|v| v * v).sum();
         let captured = if square > 0.0 { (held / square).min(1.0) } else { 1.0 };
-        let report = LayerReport {
-            rank: count,
-            captured: Some(captured),
-            ..LayerReport::new(job.planned, Action::Combined)
-        };
-        Ok(Done { layer, report })
+        let action = Action::Combined { captured: Some(captured) };
+        Ok(Done::new(layer, LayerReport { rank: count, ..LayerReport::new(job.planned, action) }))
     }
 }
 
 impl Method for EntryMerge {
-    fn run(&self, run: &Run<'_>) -> Result<Merged> {
+    fn check(&self, _: usize) -> Result<()> {
         self.rule.check()?;
-        let mut options = self.rule.json();
+        self.rank.map_or(Ok(()), |rank| Truncation::rank(rank).check())
+    }
+
+    fn run(&self, run: &Run<'_>) -> Result<Merged> {
+        self.check(run.adapters.len())?;
+        let mut options = self.options.clone();
         if let Some(rank) = self.rank {
-            Truncation::rank(rank).check()?;
             options["rank"] = rank.into();
         }
-        let start = Instant::now();
         let size = |layer: &PlannedLayer| self.size(run, layer);
         let survey = Surveyed { merge: self, run };
         let file = FileWide::find(&self.rule, run, &survey, size, |plan| self.exponent(plan, run))?;
-        let mut merged = driver::run(
+        driver::run(
             run,
             &Spec {
                 method: self.name,
@@ -216,12 +206,11 @@ impl Method for EntryMerge {
                 rank: &|layer| self.directions(layer).0,
                 // One layer fills a GPU.
                 merge: &|on, jobs| jobs.iter().map(|job| self.layer(on, job, run, &file)).collect(),
-                alone: self.rule.merges_alone(),
+                alone: self.rule.alone,
                 is_sum: false,
+                notes: &|_| Vec::new(),
             },
-        )?;
-        merged.report.seconds = start.elapsed().as_secs_f64();
-        Ok(merged)
+        )
     }
 }
 
@@ -270,159 +259,8 @@ impl EntryMerge {
     }
 }
 
-/// Rows of a panel.
-fn panel_rows(device: &Device, width: usize) -> usize {
-    let elements = match device.is_gpu() {
-        true => PANEL.min(device.memory() / PANEL_PART) as usize / 4,
-        false => CPU_PANEL / 8,
-    };
-    (elements / width.max(1)).clamp(1, PANEL_ROWS)
-}
-
 fn identity(order: usize) -> Matrix {
     Matrix::from_fn(order, order, |i, j| f64::from(u8::from(i == j)))
-}
-
-/// The merged update M of one layer, divided by `2^exponent`, as far as products with it show.
-struct Sketch<'a> {
-    device: &'a Device,
-    control: &'a Control<'a>,
-    name: &'a str,
-    a: Batch,
-    b: Batch,
-    rule: EntryRule,
-    exponent: i32,
-    shape: Shape,
-}
-
-/// The exponents of a voter's factors, and its factor on the update of factors of size 1.
-fn sized(voter: &Voter<'_>) -> (i32, i32, f64) {
-    let [a, b] = [voter.layer.a(), voter.layer.b()].map(|m| exponent(m).unwrap_or(0));
-    (a, b, voter.scale * pow2(a) * pow2(b))
-}
-
-impl<'a> Sketch<'a> {
-    /// With everything kept. `exponent`: that of the largest factor, by default of this layer's.
-    fn new(
-        device: &'a Device,
-        layer: &'a PlannedLayer,
-        voters: &[Voter<'a>],
-        rule: &Rule,
-        exponent: Option<i32>,
-        control: &'a Control<'a>,
-    ) -> Result<Self> {
-        // Factors are brought to size 1 by powers of two, and all updates by a common one.
-        let (mut a, mut b, mut scales) = (Vec::new(), Vec::new(), Vec::new());
-        for voter in voters {
-            let (a_size, b_size, scale) = sized(voter);
-            a.push(Factor { matrix: voter.layer.a(), scale: pow2(-a_size) as f32 });
-            b.push(Factor { matrix: voter.layer.b(), scale: pow2(-b_size) as f32 });
-            scales.push(scale);
-        }
-        let own = || exponent_of(scales.iter().fold(0.0, |max, s| s.abs().max(max)));
-        let exponent = exponent.unwrap_or_else(own);
-        scales.iter_mut().for_each(|s| *s *= pow2(-exponent));
-        Ok(Self {
-            device,
-            control,
-            name: &layer.name,
-            a: ops::rank_concat(device, Axis::Rows, &[&a])?,
-            b: ops::rank_concat(device, Axis::Columns, &[&b])?,
-            rule: rule.entries(&layer.key, voters, &scales),
-            exponent,
-            shape: Shape::new(layer.output, layer.input),
-        })
-    }
-
-    /// Calls `each` with panels of rows, one after the other.
-    fn panels(&self, mut each: impl FnMut(std::ops::Range<usize>) -> Result<()>) -> Result<()> {
-        let rows = panel_rows(self.device, self.shape.cols);
-        for first in (0..self.shape.rows).step_by(rows) {
-            self.control.check()?;
-            each(first..(first + rows).min(self.shape.rows))?;
-        }
-        Ok(())
-    }
-
-    /// Counts the magnitudes of each member, as far as the pass of the ranking asks for.
-    fn rank(&self, ranking: &mut Ranking) -> Result<()> {
-        let prefixes = ranking.prefixes().map(<[u32]>::to_vec);
-        self.panels(|rows| {
-            let (members, counts) = (&self.rule.members, ranking.counts());
-            ops::magnitudes(self.device, &self.a, &self.b, members, prefixes.as_deref(), rows, counts)
-        })
-    }
-
-    /// Sets the thresholds so that each member keeps its `count` largest entries, and what is as large as the last.
-    fn trim(&mut self, count: usize) -> Result<()> {
-        let mut ranking = Ranking::new(self.rule.members.len());
-        self.rank(&mut ranking)?;
-        ranking.narrow(count as u64);
-        self.rank(&mut ranking)?;
-        for (member, threshold) in self.rule.members.iter_mut().zip(ranking.thresholds()) {
-            member.threshold = threshold;
-        }
-        Ok(())
-    }
-
-    /// How many sums of what counts are above zero, less how many are below.
-    fn signs(&self) -> Result<i64> {
-        let mut signs = 0;
-        self.panels(|rows| {
-            signs += ops::entries(self.device, &self.a, &self.b, &self.rule, rows)?.signs;
-            Ok(())
-        })?;
-        Ok(signs)
-    }
-
-    /// `W·Mᵀ·M`, of W's shape.
-    fn squared(&self, w: &Batch) -> Result<Matrix> {
-        let mut sum: Option<Batch> = None;
-        self.panels(|rows| {
-            let panel = ops::entries(self.device, &self.a, &self.b, &self.rule, rows)?.values;
-            let part = ops::inner_as(self.device, w, &panel, self.device.product())?;
-            sum = Some(ops::rank_update(self.device, sum.as_ref(), &part, &panel)?);
-            Ok(())
-        })?;
-        self.one(sum)
-    }
-
-    /// `W·Mᵀ`, directions × out, and ‖M‖².
-    fn applied(&self, w: &Batch) -> Result<(Matrix, f64)> {
-        let mut product = Matrix::zeros(w.shapes()[0].rows, self.shape.rows);
-        let mut square = 0.0;
-        self.panels(|rows| {
-            let panel = ops::entries(self.device, &self.a, &self.b, &self.rule, rows.clone())?;
-            square += panel.square;
-            let part = ops::inner_as(self.device, w, &panel.values, self.device.product())?;
-            let part = self.one(Some(part))?;
-            for k in 0..product.rows {
-                let to = k * product.cols + rows.start;
-                product.data[to..to + rows.len()].copy_from_slice(part.row(k));
-            }
-            Ok(())
-        })?;
-        Ok((product, square))
-    }
-
-    /// M itself, and ‖M‖².
-    fn whole(&self) -> Result<(Matrix, f64)> {
-        let mut whole = Matrix { rows: self.shape.rows, cols: self.shape.cols, data: Vec::new() };
-        let mut square = 0.0;
-        self.panels(|rows| {
-            let panel = ops::entries(self.device, &self.a, &self.b, &self.rule, rows)?;
-            square += panel.square;
-            whole.data.extend(self.one(Some(panel.values))?.data);
-            Ok(())
-        })?;
-        Ok((whole, square))
-    }
-
-    fn one(&self, batch: Option<Batch>) -> Result<Matrix> {
-        let matrix = batch.map(|batch| batch.download(self.device)).transpose()?;
-        let empty = || crate::Error::layer(self.name, "it has no rows");
-        matrix.and_then(|mut all| all.pop()).ok_or_else(empty)
-    }
 }
 
 /// Signs at random, the same for ever: they meet every direction about as well as normal numbers.
