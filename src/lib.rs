@@ -57,6 +57,7 @@
 mod control;
 mod error;
 mod matrix;
+mod names;
 mod power;
 pub(crate) mod safetensors_file;
 mod words;
@@ -74,7 +75,7 @@ pub use adapter::{
 pub use calibration::{Activations, Calibration, FileSummary, Source, Task};
 pub use compute::{Device, DeviceOptions, Disable, Precision, Select};
 pub use control::{Control, Progress};
-pub use error::{Error, Result};
+pub use error::{Error, Remedy, Result};
 pub use matrix::{Dtype, Matrix, RawMatrix};
 pub use merge::{
     Absent, Action, Alone, Bases, CoreMerge, Dare, Destination, DeviceMemory, Directions, Elect, EntryMerge,

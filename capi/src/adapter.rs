@@ -3,7 +3,7 @@
 use std::ffi::{CString, c_char};
 use std::path::PathBuf;
 
-use loraweld::{Adapter, Dtype, Format, SaveOptions, Unnamed};
+use loraweld::{Adapter, SaveOptions, Unnamed};
 
 use crate::ffi::{self, Out};
 use crate::status::{Failure, LoraweldStatus, Result, guard};
@@ -143,8 +143,8 @@ pub unsafe extern "C" fn loraweld_adapter_save(
                     )
                 };
                 SaveOptions {
-                    dtype: dtype.map(dtype_of).transpose()?,
-                    format: format.map(format_of).transpose()?,
+                    dtype: dtype.map(str::parse).transpose()?,
+                    format: format.map(str::parse).transpose()?,
                     // A host can say no more of them; the names of its files are the best there are.
                     unnamed: Unnamed::Keep,
                     overwrite: options.overwrite,
@@ -161,18 +161,4 @@ pub unsafe extern "C" fn loraweld_adapter_save(
 pub unsafe extern "C" fn loraweld_adapter_free(adapter: *mut LoraweldAdapter) {
     // SAFETY: the caller keeps what the header asks for.
     unsafe { ffi::free(adapter) }
-}
-
-pub(crate) fn dtype_of(name: &str) -> Result<Dtype> {
-    [Dtype::F32, Dtype::F16, Dtype::Bf16]
-        .into_iter()
-        .find(|dtype| dtype.name() == name)
-        .ok_or_else(|| Failure::invalid(format!("dtype: `{name}`, but it is `f32`, `f16` or `bf16`")))
-}
-
-fn format_of(name: &str) -> Result<Format> {
-    Format::ALL.into_iter().find(|format| format.name() == name).ok_or_else(|| {
-        let names = Format::ALL.map(|format| format!("`{format}`")).join(", ");
-        Failure::invalid(format!("format: `{name}`, but it is one of {names}"))
-    })
 }

@@ -4,9 +4,9 @@ use std::ffi::{c_char, c_void};
 use std::path::Path;
 use std::sync::{RwLock, RwLockReadGuard, RwLockWriteGuard};
 
-use loraweld::{Calibration, RawMatrix, Source};
+use loraweld::{Calibration, Dtype, RawMatrix, Source};
 
-use crate::adapter::{LoraweldAdapter, dtype_of};
+use crate::adapter::LoraweldAdapter;
 use crate::control::{LoraweldControl, controlled};
 use crate::device::LoraweldDevice;
 use crate::ffi::{self, Out};
@@ -88,7 +88,7 @@ pub unsafe extern "C" fn loraweld_calibration_accumulate(
             )
         };
         // SAFETY: as above.
-        let dtype = dtype_of(unsafe { ffi::text(inputs.dtype, "inputs.dtype") }?)?;
+        let dtype: Dtype = unsafe { ffi::text(inputs.dtype, "inputs.dtype") }?.parse()?;
         let LoraweldMatrix { rows, cols, values, .. } = *inputs;
         let bytes = rows.checked_mul(cols).and_then(|n| n.checked_mul(dtype.size())).ok_or_else(|| {
             Failure::invalid(format!("`inputs` of {rows} x {cols} elements is larger than memory"))

@@ -2,10 +2,10 @@
 
 use std::ffi::{CString, c_char};
 
-use loraweld::{Device, DeviceOptions, Precision};
+use loraweld::{Device, DeviceOptions};
 
 use crate::ffi::{self, Out};
-use crate::status::{Failure, LoraweldStatus, Result, guard};
+use crate::status::{LoraweldStatus, guard};
 
 /// Where merges are computed: a GPU or the CPU.
 pub struct LoraweldDevice {
@@ -36,7 +36,7 @@ pub unsafe extern "C" fn loraweld_device_open(
         };
         let device = Device::open(&DeviceOptions {
             select: select.unwrap_or("auto").parse()?,
-            precision: precision_of(name.unwrap_or("auto"))?,
+            precision: name.unwrap_or("auto").parse()?,
             memory: (memory > 0).then_some(memory),
             ..DeviceOptions::default()
         })?;
@@ -44,17 +44,6 @@ pub unsafe extern "C" fn loraweld_device_open(
         out.put(LoraweldDevice { device, description });
         Ok(())
     })
-}
-
-fn precision_of(name: &str) -> Result<Precision> {
-    match name {
-        "auto" => Ok(Precision::Auto),
-        "f64" => Ok(Precision::F64),
-        "double-single" => Ok(Precision::DoubleSingle),
-        _ => {
-            Err(Failure::invalid(format!("precision: `{name}`, but it is `auto`, `f64` or `double-single`")))
-        }
-    }
 }
 
 /// What the device is, and in which arithmetic it computes. Owned by the device; NULL for NULL.

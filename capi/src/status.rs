@@ -52,8 +52,10 @@ impl From<Error> for Failure {
         let status = match &error {
             Error::Invalid(_) => LoraweldStatus::Invalid,
             Error::Io { .. } => LoraweldStatus::Io,
-            Error::File { .. } | Error::Tensor { .. } => LoraweldStatus::File,
-            Error::Layer { .. } => LoraweldStatus::Layer,
+            Error::File { .. } | Error::Tensor { .. } | Error::NotMergeable { .. } | Error::Exists { .. } => {
+                LoraweldStatus::File
+            }
+            Error::Layer { .. } | Error::Unnamed { .. } => LoraweldStatus::Layer,
             Error::Device(_) => LoraweldStatus::Device,
             Error::Cancelled => LoraweldStatus::Cancelled,
             _ => LoraweldStatus::Internal,

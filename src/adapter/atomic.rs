@@ -267,7 +267,7 @@ fn resolve(path: &Path, overwrite: bool, protect: &[PathBuf]) -> Result<Option<T
 }
 
 fn exists(path: &Path) -> Error {
-    Error::file(path, "exists already; ask for overwriting (--force) or choose another name")
+    Error::Exists { path: path.to_owned() }
 }
 
 /// Creates a temporary file and locks it while it is written, so that others can tell it from a stale one.

@@ -14,7 +14,7 @@ use super::spelling::Spelling;
 use super::{Format, Kernel, Layer, PartOf, Tensor, TensorData, fuse};
 use crate::safetensors_file::{FileDtype, SafetensorsFile, TensorRef};
 use crate::words::count;
-use crate::{Dtype, Error, Matrix, Result};
+use crate::{Dtype, Error, Matrix, Remedy, Result};
 
 /// What opening an adapter takes beyond its file.
 #[derive(Clone, Debug, Default)]
@@ -209,15 +209,15 @@ fn groups<'a>(file: &'a SafetensorsFile, options: &OpenOptions) -> Result<(Group
         } else {
             "it holds no LoRA layers; is it a checkpoint of a whole model?"
         };
-        return Err(Error::file(
-            path,
-            format!(
-                "{what}: {}; expected are keys that end in `.lora_A.weight` and `.lora_B.weight`, or \
-                 `.lora_down.weight` and `.lora_up.weight`{}",
-                some(&unknown),
-                if holds { "; `--skip-unsupported` leaves the others out" } else { "" }
-            ),
-        ));
+        let what = format!(
+            "{what}: {}; expected are keys that end in `.lora_A.weight` and `.lora_B.weight`, or `.lora_down.weight` and \
+             `.lora_up.weight`",
+            some(&unknown)
+        );
+        return Err(match holds {
+            true => Error::not_mergeable(path, format!("{what}; others can be left out"), Remedy::Skip),
+            false => Error::file(path, what),
+        });
     }
     if !unknown.is_empty() {
         skipped.insert("no known kind", unknown);
@@ -251,11 +251,8 @@ fn foreign<'a>(
         skipped.entry(kind).or_default().push(key);
         return Ok(());
     }
-    Err(Error::tensor(
-        path,
-        key,
-        format!("belongs to {kind}, which cannot be merged; `--skip-unsupported` leaves such tensors out"),
-    ))
+    let what = format!("`{key}`: belongs to {kind}, which cannot be merged but left out");
+    Err(Error::not_mergeable(path, what, Remedy::Skip))
 }
 
 /// Whose names most modules of the main model have.

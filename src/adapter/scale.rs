@@ -46,7 +46,7 @@ pub enum ScaleRule {
 impl fmt::Display for ScaleRule {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Self::Override => "--alpha",
+            Self::Override => "alpha that was asked for",
             Self::AlphaTensor => "alpha tensor",
             Self::AdapterMetadata => "lora_adapter_metadata",
             Self::AdapterConfig => "adapter_config.json",

@@ -267,16 +267,16 @@ fn unnamed(refused: &[(&Layer, String)], layers: usize, format: Format) -> Error
         0 => String::new(),
         more => format!(" and {more} more"),
     };
-    Error::layer(
-        first.name(),
-        format!(
-            "it {reason}. No name in {format} is known for {} of {}: {}{more}. `--skip-unnamed` leaves them \
-             out, `--keep-unnamed` keeps the names that the file has, `--model` says which model it is",
+    Error::Unnamed {
+        layer: first.name(),
+        reason: format!(
+            "it {reason}. No name in {format} is known for {} of {}: {}{more}. They can be left out, keep the \
+             names that the file has, or have others if it is known which model they are of",
             refused.len(),
             count(layers, "layer"),
             names.join(", ")
         ),
-    )
+    }
 }
 
 impl Adapter {

@@ -7,7 +7,7 @@ use clap::Args;
 use clap::builder::{OsStringValueParser, TypedValueParser, ValueParser};
 use loraweld::adapter::BlockPreset;
 use loraweld::compute::{Device, DeviceOptions, Precision, Select};
-use loraweld::{Adapter, Dtype, Family, Format, OpenOptions, Strengths};
+use loraweld::{Adapter, Family, Format, OpenOptions, Strengths};
 
 use super::output::Output;
 
@@ -29,14 +29,7 @@ pub struct Global {
     pub device: Select,
 
     /// Arithmetic: `auto` (f32 products, wider sums and factorisations), `f64` or `double-single` throughout.
-    #[arg(
-        long,
-        global = true,
-        value_name = "TIER",
-        default_value = "auto",
-        value_parser = precision,
-        help_heading = "Global options"
-    )]
+    #[arg(long, global = true, value_name = "TIER", default_value = "auto", help_heading = "Global options")]
     pub precision: Precision,
 
     /// Print events and results as JSON lines on stdout.
@@ -91,24 +84,6 @@ pub struct Memory {
     pub mib: Option<u64>,
 }
 
-/// Names of precisions on the command line.
-fn precision(text: &str) -> Result<Precision, String> {
-    match text {
-        "auto" => Ok(Precision::Auto),
-        "f64" => Ok(Precision::F64),
-        "double-single" => Ok(Precision::DoubleSingle),
-        _ => Err("expected `auto`, `f64` or `double-single`".into()),
-    }
-}
-
-/// Names of element types on the command line.
-pub fn dtype(text: &str) -> Result<Dtype, String> {
-    [Dtype::F16, Dtype::Bf16, Dtype::F32]
-        .into_iter()
-        .find(|dtype| dtype.name() == text)
-        .ok_or_else(|| "expected `f16`, `bf16` or `f32`".into())
-}
-
 /// How the output's keys are spelled.
 #[derive(Clone, Copy, Debug)]
 pub enum OutputFormat {
@@ -126,18 +101,16 @@ impl OutputFormat {
             Self::As(format) => Some(format),
         }
     }
+}
 
-    /// Names of spellings on the command line.
-    pub fn parse(text: &str) -> Result<Self, String> {
-        if text == "same" {
-            return Ok(Self::Same);
+impl std::str::FromStr for OutputFormat {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "same" => Ok(Self::Same),
+            _ => text.parse().map(Self::As).map_err(|e| format!("`same` or another; {e}")),
         }
-        if text == "diffusers" {
-            return Ok(Self::As(Format::Peft));
-        }
-        Format::ALL.into_iter().find(|format| format.name() == text).map(Self::As).ok_or_else(|| {
-            "expected `same`, `peft` (or `diffusers`), `kohya`, `comfyui`, `bfl` or `xlabs`".into()
-        })
     }
 }
 

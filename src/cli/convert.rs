@@ -6,7 +6,7 @@ use clap::Args;
 use loraweld::{Dtype, SaveOptions, Unnamed};
 use serde_json::json;
 
-use super::args::{ByLayer, LoraArg, OutputFormat, Reading, dtype, open_adapters};
+use super::args::{ByLayer, LoraArg, OutputFormat, Reading, open_adapters};
 use super::output::{Output, count, size};
 use super::usage;
 
@@ -29,10 +29,10 @@ pub struct Convert {
     #[arg(short, long, value_name = "OUT")]
     output: PathBuf,
     /// Spelling of the keys: `peft` (or `diffusers`), `kohya`, `comfyui`, `bfl`, `xlabs`, or `same`.
-    #[arg(long, value_name = "FORMAT", value_parser = OutputFormat::parse)]
+    #[arg(long, value_name = "FORMAT")]
     format: OutputFormat,
     /// Type of the tensors: `f16`, `bf16` or `f32` [default: the input's].
-    #[arg(long, value_name = "TYPE", value_parser = dtype)]
+    #[arg(long, value_name = "TYPE")]
     dtype: Option<Dtype>,
     /// Leave out layers that have no known name in that spelling, and list them, instead of refusing the file.
     #[arg(long, conflicts_with = "keep_unnamed")]

@@ -18,6 +18,7 @@ use std::process::ExitCode;
 use std::sync::atomic::Ordering;
 
 use clap::{Parser, Subcommand};
+use loraweld::{Error, Remedy};
 use tracing::Level;
 use tracing_subscriber::filter::Targets;
 use tracing_subscriber::prelude::*;
@@ -118,11 +119,34 @@ fn run(cli: Cli, out: &Output) -> anyhow::Result<()> {
     }
 }
 
-/// The error and its causes, but for those that the message before already tells.
+/// The error and its causes, but for those that the message before already tells, and which option helps.
 fn chain(error: &anyhow::Error) -> String {
-    error.chain().skip(1).fold(error.to_string(), |text, cause| match cause.to_string() {
+    let text = error.chain().skip(1).fold(error.to_string(), |text, cause| match cause.to_string() {
         cause if text.contains(&cause) => text,
         cause => format!("{text}: {cause}"),
+    });
+    match error.chain().find_map(|cause| cause.downcast_ref().and_then(remedy)) {
+        Some(remedy) => format!("{text}; {remedy}"),
+        None => text,
+    }
+}
+
+/// The option that lets a command do what the library has refused.
+fn remedy(error: &loraweld::Error) -> Option<&'static str> {
+    Some(match error {
+        Error::Exists { .. } => "`--force` overwrites it",
+        Error::NotMergeable { remedy: Remedy::Skip, .. } => "`--skip-unsupported` leaves such tensors out",
+        Error::NotMergeable { remedy: Remedy::Rank, .. } => {
+            "`--allow-truncate RANK` reads it as a LoRA of that rank, and says what is lost"
+        }
+        Error::NotMergeable { remedy: Remedy::Base, .. } => {
+            "`--base FILE` gives the weights, and `--allow-truncate RANK` the rank"
+        }
+        Error::Unnamed { .. } => {
+            "`--skip-unnamed` leaves them out, `--keep-unnamed` keeps the names that the file has, `--model` says which \
+             model it is"
+        }
+        _ => return None,
     })
 }
 

@@ -378,15 +378,15 @@ fn other_adapters_are_refused_by_name() {
         error(one(A, B, &[], &[(&format!("transformer.m.0.to_q.{suffix}"), "F32", shape, bytes)]))
     };
     for (suffix, kind, hint) in [
-        ("dora_scale", "DoRA", "--base"),
-        ("lora_magnitude_vector.weight", "DoRA", "--base"),
+        ("dora_scale", "DoRA", "base model's weights"),
+        ("lora_magnitude_vector.weight", "DoRA", "base model's weights"),
         ("hada_w1_a", "LoHa", "beside"),
         ("lokr_w1", "LoKr", "beside"),
-        ("oft_blocks", "OFT", "--skip-unsupported"),
-        ("diff", "norm", "--skip-unsupported"),
-        ("diff_b", "bias", "--skip-unsupported"),
-        ("w_norm", "norm", "--skip-unsupported"),
-        ("lora_B.bias", "bias", "--skip-unsupported"),
+        ("oft_blocks", "OFT", "left out"),
+        ("diff", "norm", "left out"),
+        ("diff_b", "bias", "left out"),
+        ("w_norm", "norm", "left out"),
+        ("lora_B.bias", "bias", "left out"),
     ] {
         let shape: &[usize] =
             if suffix.starts_with(['h', 'l']) && suffix.contains('w') { &[2, 1] } else { &[2] };
@@ -649,7 +649,7 @@ fn targets_are_protected() {
 
     adapter.save(at("out.safetensors"), &SaveOptions::default()).unwrap();
     let again = text(adapter.save(at("out.safetensors"), &SaveOptions::default()));
-    assert_contains(&again, &["out.safetensors", "exists already", "--force"]);
+    assert_contains(&again, &["out.safetensors", "exists already", "overwriting"]);
     adapter.save(at("out.safetensors"), &force).unwrap();
 
     // The adapter's own file, by several names, and a file that the caller names.

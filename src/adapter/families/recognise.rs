@@ -61,7 +61,7 @@ pub(in crate::adapter) fn recognise(clues: &[Clue], metadata: &BTreeMap<String, 
     }
     let note = format!(
         "its metadata says `{word}`, which is {said}, but its layers have the names of {likely}: the model counts as \
-         unknown; `--model` tells it"
+         unknown unless it is told"
     );
     Recognised { family: Family::UNKNOWN, note: Some(note) }
 }

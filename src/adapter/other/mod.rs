@@ -14,7 +14,7 @@ use super::read::{AlphaRank, Factors, Group, Source, factor, lora, number, shard
 use super::{Kernel, OpenOptions, Tensor};
 use crate::safetensors_file::SafetensorsFile;
 use crate::words::count;
-use crate::{Error, Matrix, Result};
+use crate::{Error, Matrix, Remedy, Result};
 
 /// A kind of adapter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -116,16 +116,14 @@ fn bound(source: &Source, key: &LayerKey, kind: Other, exact: usize) -> Result<O
     match source.options.truncate {
         Some(rank) => Ok((exact > rank).then_some(rank)),
         None if exact <= OpenOptions::EXACT_RANK => Ok(None),
-        None => Err(Error::layer(
-            key.as_str(),
-            format!(
-                "{}: this is {}, as a LoRA of rank {exact}, and without a loss at most {} is read; \
-                 `--allow-truncate RANK` reads it as a LoRA of that rank, and says what is lost",
-                source.file.path().display(),
-                kind.name(),
-                OpenOptions::EXACT_RANK
-            ),
-        )),
+        None => {
+            let (key, kind, most) = (key.as_str(), kind.name(), OpenOptions::EXACT_RANK);
+            let what = format!(
+                "layer `{key}`: this is {kind}, as a LoRA of rank {exact}, and without a loss at most {most} is read; a \
+                 rank to cut to is needed"
+            );
+            Err(Error::not_mergeable(source.file.path(), what, Remedy::Rank))
+        }
     }
 }
 
@@ -261,10 +259,13 @@ pub(super) fn factors(source: &Source, key: &LayerKey, group: &Group, kind: Othe
         }
         Other::DoRA => {
             let Some(base) = &source.base else {
-                let reason = "belongs to DoRA, whose update depends on the base model's weights and has full rank: \
-                              `--base FILE` gives them, and `--allow-truncate RANK` the rank to cut to";
                 let norms = group.parts.get(&Part::Magnitude).or(group.parts.get(&Part::DoraScale));
-                return Err(Error::tensor(file.path(), norms.unwrap_or(&group.module), reason));
+                let what = format!(
+                    "`{}`: belongs to DoRA, whose update depends on the base model's weights and has full rank: these and a \
+                     rank to cut to are needed",
+                    norms.unwrap_or(&group.module)
+                );
+                return Err(Error::not_mergeable(file.path(), what, Remedy::Base));
             };
             let update = Update::read(source, group)?;
             kernel = update.kernel();
@@ -276,9 +277,11 @@ pub(super) fn factors(source: &Source, key: &LayerKey, group: &Group, kind: Othe
             };
             kernel = diff.shape.get(2..).filter(|dims| !dims.is_empty()).map(<[usize]>::to_vec);
             let Some(rank) = source.options.truncate else {
-                let reason = "belongs to a full weight difference; `--allow-truncate RANK` reads it as a LoRA of that \
-                              rank, and says what is lost";
-                return Err(Error::tensor(file.path(), diff.name, reason));
+                let what = format!(
+                    "`{}`: belongs to a full weight difference; a rank to cut to is needed",
+                    diff.name
+                );
+                return Err(Error::not_mergeable(file.path(), what, Remedy::Rank));
             };
             low_rank::truncate(&wide(file, &diff)?, rank)
         }

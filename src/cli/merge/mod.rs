@@ -19,12 +19,10 @@ use loraweld::{
 };
 use serde_json::json;
 
-use super::args::{
-    ByLayer, Global, LoraArg, Memory, OutputFormat, Reading, dtype, finite, open_adapters, share,
-};
+use super::args::{ByLayer, Global, LoraArg, Memory, OutputFormat, Reading, finite, open_adapters, share};
 use super::layers::{group, pattern, range};
 use super::output::{Output, Table, count, size, some};
-use super::usage;
+use super::{chain, usage};
 
 /// Merge adapters into one.
 #[derive(Args, Debug)]
@@ -48,11 +46,11 @@ struct Common {
     #[command(flatten)]
     truncate: Truncate,
     /// Type of the output's tensors: `f16`, `bf16` or `f32` [default: the widest input's].
-    #[arg(long, value_name = "TYPE", value_parser = dtype)]
+    #[arg(long, value_name = "TYPE")]
     dtype: Option<Dtype>,
     /// Spelling of the output's keys: `same` (as the first input), `peft` (or `diffusers`), `kohya`, `comfyui`, `bfl` or
     /// `xlabs`.
-    #[arg(long, value_name = "FORMAT", default_value = "same", value_parser = OutputFormat::parse)]
+    #[arg(long, value_name = "FORMAT", default_value = "same")]
     format: OutputFormat,
     /// Say what matches, its shapes, ranks and bytes, and write nothing.
     #[arg(long)]
@@ -192,7 +190,9 @@ impl Common {
         for path in self.output.iter().chain(&self.report) {
             match check_target(path, self.force, files) {
                 // Nothing is going to be written: this is part of what there is to say.
-                Err(e) if self.dry_run => out.warn(format_args!("this merge would be refused: {e}"))?,
+                Err(e) if self.dry_run => {
+                    out.warn(format_args!("this merge would be refused: {}", chain(&e.into())))?;
+                }
                 other => other?,
             }
         }
