@@ -59,7 +59,7 @@ impl FromArgMatches for Chosen {
 /// The command of a method: adapters, its own options, what all methods take, its options under a heading.
 fn of(entry: &'static MethodEntry) -> Command {
     let lora = |name| Arg::new(name).value_name("LORA").required(true).value_parser(LoraArg::parser());
-    let mut command = Command::new(entry.name).about(entry.summary).after_help(entry.notes);
+    let mut command = Command::new(entry.name);
     command = match entry.needs {
         Needs::Style => command
             .arg(
@@ -96,7 +96,8 @@ fn of(entry: &'static MethodEntry) -> Command {
         Needs::Calibration { .. } => command.arg(calibration),
         _ => Measure::augment_args(command),
     };
-    add(Common::augment_args(command), headed)
+    // Last, since arguments that are added bring what they say of themselves.
+    add(Common::augment_args(command), headed).about(entry.summary).after_help(entry.notes)
 }
 
 /// One option.
