@@ -26,13 +26,15 @@ pub struct LoraweldMerged {
 /// `method` and its `options`, a JSON object, NULL or keys left out for the defaults:
 ///
 /// - `ssr`: `ridge` (`{"relative": 1e-3}` or `{"absolute": 1e-4}`), `prior` (`"adapters"`, `"sum"`, `"zero"`, `"average"`),
-///   `prior_weight`, `task_weights`, `balance`, `neutral_weight`. It takes a calibration; `ssr-data-free` goes without.
+///   `prior_weight`, `task_weights`, `balance`, `neutral_weight`, `absent` (`"count"`, `"skip"`), and
+///   `as_published`, which begins with the authors' ridge, prior and absent. It takes a calibration; `ssr-data-free` goes without.
 /// - `np-lora`, with the style first: `projection` (`{"soft": 0.5}` or `"hard"`), `by_layer` (`[["PATTERN", "hard"]]`),
 ///   `directions` (`"all"`, `{"count": 8}`, `{"energy": 0.9}`)
 /// - `linear`: none
 /// - `svd`: `rank`, `spectrum` (`{"ratio": 100}`, `{"frobenius": 0.95}`, `{"cumulative": 0.95}`)
 /// - `ties`: `density`, `lambda`, `rank`, `scope` (`"layer"`, `"file"`), `one_more`, `elect` (`"weighted"`, `"unweighted"`),
-///   `zero` (`"plus"`, `"majority"`), `alone` (`"keep"`, `"merge"`)
+///   `zero` (`"plus"`, `"majority"`), `alone` (`"keep"`, `"merge"`), and `as`, whose definition the others begin with
+///   (`"loraweld"`, `"paper"`, `"peft"`)
 /// - `dare`: the same but for `scope` and `one_more`, and `seed`, `ties`
 /// - `tsv`: `keep` (`"all"`, `"share"`); `iso-c`: `mean` (`"directions"`, `"width"`)
 /// - `knots`, `core`: `rule` (`"ties"`, `"dare"`, `"sum"`, `"mean"`, `"tsv"`, `"iso"`; ties by default) and its options but

@@ -260,6 +260,12 @@ fn every_command(device: &'static str) {
     let small = event(&sandbox.events(&args(&["inspect", "small"])), "adapter").clone();
     assert_eq!((&small["rank_min"], &small["rank_max"]), (&json!(12), &json!(12)));
 
+    let events = sandbox.events(&merge(&four, "more", &["-o", "published", "--as-published"]));
+    let report = &event(&events, "result")["report"];
+    let published = json!({ "ridge": { "absolute": 1e-4 }, "prior": "zero", "absent": "skip" });
+    for (key, value) in published.as_object().unwrap() {
+        assert_eq!(&report["options"][key], value, "{key}");
+    }
     let (_, stderr) = sandbox.succeeds(&merge(&four, "none", &["-o", "free"]));
     assert!(stderr.contains("data-free proxy"), "{stderr}");
     let peft = text(data("loras/content_heart.peft"));

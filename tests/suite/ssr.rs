@@ -8,8 +8,8 @@ use crate::common::fixtures::{
 };
 use crate::common::{Case, devices, product, relative};
 use loraweld::{
-    Action, Adapter, Calibration, Control, Device, Error, Format, Layer, Matrix, Merged, Precision, Prior,
-    Ridge, SaveOptions, Source, Ssr, SsrOptions, Truncation, Weighted,
+    Absent, Action, Adapter, Calibration, Control, Device, Error, Format, Layer, Matrix, Merged, Precision,
+    Prior, Ridge, SaveOptions, Source, Ssr, SsrOptions, Truncation, Weighted,
 };
 
 /// The wide tiers are held to what an f32 result carries, over a condition of 1e5; f32 statistics to `auto`.
@@ -346,7 +346,12 @@ fn layers_may_be_missing() {
         let members: Vec<usize> = (0..3).filter(|&i| adapters[i].find(layer.module()).is_some()).collect();
         assert_eq!(report.adapters, members);
         let alone = members.len() == 1;
-        assert_eq!(report.action, if alone { "passed-through" } else { "routed" }, "{}", layer.module());
+        assert_eq!(
+            report.action.kind(),
+            if alone { "passed-through" } else { "routed" },
+            "{}",
+            layer.module()
+        );
         // All three tasks' tokens count, also those of the one that lacks the layer.
         assert_eq!(report.tokens, if alone { None } else { Some(3 * 192) });
     }
@@ -613,4 +618,35 @@ fn progress_is_told_and_cancelling_stops() {
     let control = Control { progress: None, cancel: Some(&cancel) };
     let result = Ssr::new(&calibration).merge_with(&device, &at_one(&adapters), control);
     assert!(matches!(result, Err(Error::Cancelled)));
+}
+
+#[test]
+fn as_published_inputs_count_only_where_their_adapter_has_the_layer() {
+    let mut adapters = pool();
+    adapters.truncate(3);
+    let block = |layer: &Layer| layer.module().starts_with("transformer_blocks.0");
+    adapters[2] = changed(&adapters[2], |layer| !block(layer), 1.0, 1.0);
+    let device = Device::cpu();
+    let calibration = calibrated(&device, &adapters, "traj4", &POOL[..3]);
+    let merged = |options: SsrOptions, adapters: &[Adapter]| {
+        Ssr::new(&calibration).options(options).merge(&device, &at_one(adapters)).unwrap().adapter
+    };
+    let all = merged(SsrOptions::published(), &adapters);
+    let pair = merged(SsrOptions::published(), &adapters[..2]);
+    let counted = merged(SsrOptions { absent: Absent::Count, ..SsrOptions::published() }, &adapters);
+    for layer in all.layers().iter().filter(|layer| block(layer)) {
+        let b = |adapter: &Adapter| adapter.find(layer.module()).unwrap().b().to_vec();
+        assert_eq!(layer.b().to_vec(), b(&pair), "{}", layer.module());
+        assert_ne!(layer.b().to_vec(), b(&counted), "{}", layer.module());
+    }
+    // By name as well, and each can be given besides.
+    let json = |options: &str| serde_json::from_str(options).unwrap();
+    let named = |options: &str| {
+        let method = loraweld::merge::method("ssr", json(options), Some(&calibration)).unwrap();
+        method.merge_any(&device, &at_one(&adapters), Control::default()).unwrap().report.options
+    };
+    assert_eq!(named(r#"{"as_published": true}"#), serde_json::to_value(SsrOptions::published()).unwrap());
+    let counts = named(r#"{"as_published": true, "absent": "count", "ridge": {"relative": 0.5}}"#);
+    assert!(counts["absent"].is_null() && counts["ridge"]["relative"] == 0.5, "{counts}");
+    assert_eq!(counts["prior"], "zero");
 }

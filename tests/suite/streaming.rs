@@ -314,3 +314,38 @@ fn compiled_pipelines_are_kept() {
     }
     assert_eq!(fs::read_dir(&caches).unwrap().count(), 1);
 }
+
+#[test]
+fn svd_keeps_what_both_its_own_rank_and_the_files_allow() {
+    let adapters = [fixture("concept_c3_mirror"), fixture("style_shade")];
+    let weighted = [adapters[0].at(1.0), adapters[1].at(-0.7)];
+    let folder = TempDir::new().unwrap();
+    let options = SaveOptions { overwrite: true, ..Default::default() };
+    let fro = |rank| Truncation { rank, spectrum: Some(Spectrum::Frobenius(0.9)) };
+    for (own, asked, most) in [
+        (Truncation::rank(4), Truncation::rank(9), 4),
+        (Truncation::rank(9), Truncation::rank(4), 4),
+        (Truncation::rank(3), fro(None), 3),
+        (fro(None), Truncation::rank(3), 3),
+        (fro(Some(5)), Truncation::spectrum(Spectrum::Ratio(1.5)), 5),
+    ] {
+        let svd = SvdMerge::new(own);
+        let path = folder.path().join("out");
+        let to = Destination { path: &path, options: &options, truncation: asked };
+        let direct = svd.merge_into(&Device::cpu(), &weighted, &to, Control::default()).unwrap();
+        let merged = svd.merge(&Device::cpu(), &weighted).unwrap();
+        let merged = merged.truncated(&Device::cpu(), &asked, &Control::default()).unwrap();
+        let ranks = |report: &Report| report.layers.iter().map(|layer| layer.rank).collect::<Vec<_>>();
+        assert_eq!(ranks(&direct), ranks(&merged.report), "{own:?}, {asked:?}");
+        assert!(ranks(&direct).iter().all(|rank| *rank <= most), "{own:?}, {asked:?}: {:?}", ranks(&direct));
+        // Nothing that either would cut off is left, and the file says so.
+        let alone = ranks(&svd.merge(&Device::cpu(), &weighted).unwrap().report);
+        assert!(ranks(&direct).iter().zip(&alone).all(|(both, own)| both <= own), "{own:?}, {asked:?}");
+        let record =
+            |metadata: &std::collections::BTreeMap<String, String>| metadata["loraweld.truncation"].clone();
+        let read = Adapter::open(&path).unwrap();
+        assert_eq!(record(read.metadata()), record(merged.adapter.metadata()));
+        let rank = own.rank.into_iter().chain(asked.rank).min().map_or("null".to_owned(), |n| n.to_string());
+        assert!(record(read.metadata()).starts_with(&format!("{{\"rank\":{rank},")), "{:?}", read.metadata());
+    }
+}

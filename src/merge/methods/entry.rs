@@ -264,3 +264,47 @@ pub(super) fn tagged(rule: &str, options: &impl Serialize) -> Value {
     }
     all.into()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Adapter, Format, Layer, Matrix};
+
+    #[test]
+    fn every_method_can_be_made_by_its_name() {
+        let layer = Layer::new("a", Matrix::zeros(1, 1), Matrix::zeros(1, 1)).unwrap();
+        let calibration = Calibration::new(&[Adapter::new("a", Format::Peft, vec![layer]).unwrap()]).unwrap();
+        let mut seen = std::collections::BTreeSet::new();
+        for entry in METHODS {
+            let variants = entry.variants.iter().flat_map(|v| std::iter::once(&v.name).chain(v.aliases));
+            for name in std::iter::once(&entry.name).chain(variants) {
+                assert!(seen.insert(*name), "{name} twice");
+                let made = method(name, Options::new(), Some(&calibration)).unwrap();
+                made.check(2).unwrap();
+            }
+            for option in entry.all_options() {
+                assert!(!option.help.ends_with('.'), "{}", option.name);
+                let named = |other| entry.all_options().any(|option| option.name == other);
+                assert!(option.conflicts.is_none_or(named), "{}", option.name);
+            }
+            let (readme, name) = (include_str!("../../../README.md"), entry.name);
+            assert!(
+                readme.contains(&format!("`{name}`")) || readme.contains(&format!("`merge {name}")),
+                "{name}"
+            );
+        }
+        assert!(method("ssr", Options::new(), None).is_err());
+        assert!(method("ssr-data-free", Options::new(), None).is_ok());
+    }
+
+    #[test]
+    fn what_is_given_goes_over_what_a_variant_says() {
+        let made =
+            |name, options: &str| method(name, serde_json::from_str(options).unwrap(), None).map(|_| ());
+        assert!(made("tsv-paper", r#"{"keep": "all"}"#).is_ok());
+        let refused = |name, options| made(name, options).unwrap_err().to_string();
+        assert!(refused("tsv", r#"{"kept": "all"}"#).contains("options of tsv: unknown field `kept`"));
+        assert!(refused("core", r#"{"rule": "sum", "density": 0.5}"#).contains("there is no `density`"));
+        assert!(refused("median", "{}").contains("one of ssr, ssr-data-free, np-lora,"));
+    }
+}
