@@ -3,7 +3,7 @@
 // Work: (job, first element). Each workgroup handles CHUNK elements. Bindings: 3 a and b, 4 out, 5 controls:
 // (t, strength) of each adapter.
 
-#import params
+#import shared/params
 
 struct Job {
     a: u32,     // first element

@@ -13,9 +13,9 @@
 // Work: (job, first panel, end panel): a launch factors some panels of a matrix, so that none takes too long.
 // Bindings: 3 A, 4 status.
 
-#import params
+#import shared/params
 #import real
-#import strip
+#import shared/strip
 
 struct Job {
     matrix: u32,    // first element

@@ -10,9 +10,9 @@
 // Work: (job, row block, first step, end step): a step solves a panel, forwards and then backwards; a launch
 // takes some of them, so that none takes too long. Bindings: 3 U, 4 Q.
 
-#import params
+#import shared/params
 #import real
-#import strip
+#import shared/strip
 
 struct Job {
     factor: u32,    // first element

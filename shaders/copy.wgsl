@@ -1,6 +1,8 @@
 // Copies whole vectors: `copy_buffer_to_buffer` reaches a fifth of an H200's bandwidth.
 //
-// Grid: 1,024 vectors a workgroup. Bindings: 3 source, 4 destination.
+// Workgroups of 1,024 vectors, numbered through. Bindings: 3 source, 4 destination.
+
+#import shared/line
 
 struct Job {
     vectors: u32,
@@ -16,7 +18,7 @@ fn main(
     @builtin(num_workgroups) workgroups: vec3<u32>,
     @builtin(local_invocation_index) t: u32,
 ) {
-    let first = (workgroup.y * workgroups.x + workgroup.x) * 1024u + t;
+    let first = workgroup_number(workgroup, workgroups) * 1024u + t;
     for (var e = first; e < min(first + 1024u, jobs[0].vectors); e += 256u) {
         destination[e] = source[e];
     }

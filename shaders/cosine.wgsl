@@ -5,9 +5,12 @@
 //   features, gradient: samples × width, f32      reference r: width, or samples × width      losses: samples
 //
 // Features that are all zero have no direction: L = weight, gradient 0.
-// Grid: a workgroup for each sample. Bindings: 3 features, 4 reference, 5 gradient, 6 losses.
+// A workgroup for each sample, numbered through. Bindings: 3 features, 4 reference, 5 gradient, 6 losses.
+
+#import shared/line
 
 struct Job {
+    samples: u32,
     width: u32,
     reference_stride: u32,  // 0: one for all
     weight: f32,
@@ -20,27 +23,27 @@ struct Job {
 @group(0) @binding(5) var<storage, read_write> gradient: array<f32>;
 @group(0) @binding(6) var<storage, read_write> losses: array<f32>;
 
-var<workgroup> pool: array<vec2<f32>, 256>;
+alias Value = vec2<f32>;
+#import shared/tree
 
 @compute @workgroup_size(256)
-fn main(@builtin(workgroup_id) work: vec3<u32>, @builtin(local_invocation_index) t: u32) {
+fn main(
+    @builtin(workgroup_id) workgroup: vec3<u32>,
+    @builtin(num_workgroups) workgroups: vec3<u32>,
+    @builtin(local_invocation_index) t: u32,
+) {
     let job = jobs[0];
-    let first = work.x * job.width;
-    let direction = work.x * job.reference_stride;
+    let sample = workgroup_number(workgroup, workgroups);
+    if (sample >= job.samples) {
+        return;
+    }
+    let first = sample * job.width;
+    let direction = sample * job.reference_stride;
     var most = 0.0;
     for (var i = t; i < job.width; i += 256u) {
         most = max(most, abs(features[first + i]));
     }
-    pool[t] = vec2<f32>(most, 0.0);
-    for (var half = 128u; half > 0u; half /= 2u) {
-        workgroupBarrier();
-        if (t < half) {
-            pool[t] = max(pool[t], pool[t + half]);
-        }
-    }
-    workgroupBarrier();
-    most = pool[0].x;
-    workgroupBarrier();
+    most = largest_of_all(vec2<f32>(most, 0.0), t).x;
     // In relation to the largest value, so that squares neither overflow nor vanish.
     let scale = select(1.0, most, most > 0.0);
     var sums = vec2<f32>(0.0);
@@ -48,23 +51,16 @@ fn main(@builtin(workgroup_id) work: vec3<u32>, @builtin(local_invocation_index)
         let f = features[first + i] / scale;
         sums += vec2<f32>(f * f, f * reference[direction + i]);
     }
-    pool[t] = sums;
-    for (var half = 128u; half > 0u; half /= 2u) {
-        workgroupBarrier();
-        if (t < half) {
-            pool[t] += pool[t + half];
-        }
-    }
-    workgroupBarrier();
+    sums = sum_of_all(sums, t);
     let zero = most == 0.0;
-    let norm = select(sqrt(pool[0].x), 1.0, zero);
-    let cosine = select(pool[0].y / norm, 0.0, zero);
+    let norm = select(sqrt(sums.x), 1.0, zero);
+    let cosine = select(sums.y / norm, 0.0, zero);
     for (var i = t; i < job.width; i += 256u) {
         let unit = features[first + i] / scale / norm;
         let g = -job.weight * (reference[direction + i] - cosine * unit) / norm / scale;
         gradient[first + i] = select(g, 0.0, zero);
     }
     if (t == 0u) {
-        losses[job.losses + work.x] = job.weight * (1.0 - cosine);
+        losses[job.losses + sample] = job.weight * (1.0 - cosine);
     }
 }

@@ -7,7 +7,7 @@
 // Work: (job, tile row, tile column, slot of its tally). A thread makes one entry of a 16 × 16 tile.
 // Bindings: 3 A, 4 B, 5 members, 6 C, 7 tallies of each tile: its sum of squares, and of the signs of sums.
 
-#import params
+#import shared/params
 #import real
 
 struct Job {
@@ -30,9 +30,10 @@ struct Job {
 @group(0) @binding(6) var<storage, read_write> c: array<f32>;
 @group(0) @binding(7) var<storage, read_write> tallies: array<vec2<f32>>;
 
-#import entry
+#import shared/entry
 
-var<workgroup> tile_tallies: array<vec2<f32>, 256>;
+alias Value = vec2<f32>;
+#import shared/tree
 
 fn step(v: u32) -> u32 {
     return v * 1664525u + 1013904223u;
@@ -102,14 +103,8 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
         c[(row - job.first_row) * job.cols + column] = merged;
     }
 
-    tile_tallies[t] = select(vec2(0.0), vec2(merged * merged, sign(sum)), inside);
-    for (var half = 128u; half > 0u; half /= 2u) {
-        workgroupBarrier();
-        if (t < half) {
-            tile_tallies[t] += tile_tallies[t + half];
-        }
-    }
+    let tally = sum_of_all(select(vec2(0.0), vec2(merged * merged, sign(sum)), inside), t);
     if (t == 0u) {
-        tallies[work.w] = tile_tallies[0];
+        tallies[work.w] = tally;
     }
 }

@@ -1,17 +1,17 @@
 // Classifier-free guidance, in place: c += ω·(c - u), so c becomes (1 + ω)·c - ω·u.
 //
-// Grid: workgroups of 256 words (x + y·width of the grid). Bindings: 3 c as raw words, 4 u as raw words.
+// Workgroups of 256 words, numbered through. Bindings: 3 c as raw words, 4 u as raw words.
 // The permutation sets DTYPE. The half beyond an odd length is written as it was.
 
-#import words
-#import pack
+#import shared/line
+#import shared/words
+#import shared/pack
 
 struct Job {
     c: u32,         // first word
     u: u32,         // first word
     len: u32,       // elements
     scale: f32,     // ω
-    grid_width: u32,
 }
 
 @group(0) @binding(1) var<storage, read> jobs: array<Job>;
@@ -19,9 +19,13 @@ struct Job {
 @group(0) @binding(4) var<storage, read> unconditional: array<u32>;
 
 @compute @workgroup_size(256)
-fn main(@builtin(workgroup_id) work: vec3<u32>, @builtin(local_invocation_index) t: u32) {
+fn main(
+    @builtin(workgroup_id) workgroup: vec3<u32>,
+    @builtin(num_workgroups) workgroups: vec3<u32>,
+    @builtin(local_invocation_index) t: u32,
+) {
     let job = jobs[0];
-    let word = (work.y * job.grid_width + work.x) * 256u + t;
+    let word = workgroup_number(workgroup, workgroups) * 256u + t;
     if (DTYPE == F32) {
         if (word < job.len) {
             let c = bitcast<f32>(conditional[job.c + word]);

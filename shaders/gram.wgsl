@@ -8,8 +8,8 @@
 // Bindings: 3 Z, 4 partial G. The permutation sets TILE, COLUMNS and THREADS_N = TILE /
 // COLUMNS; see tile_f32.wgsl.
 
-#import params
-#import tile_f32
+#import shared/params
+#import shared/tile_f32
 
 struct Job {
     z: u32,     // first element

@@ -12,8 +12,11 @@
 // row >= column are written. gram_reduce.wgsl adds the parts.
 // Bindings: 3 Z, 4 partial G, 5 scales of the tokens.
 
-#import params
-#import exponents
+enable f16;
+enable wgpu_cooperative_matrix;
+
+#import shared/params
+#import shared/exponents
 
 struct Job {
     z: u32,     // first element, a multiple of 4

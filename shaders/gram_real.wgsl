@@ -4,10 +4,11 @@
 //
 // Work: (job, tile row, tile column, part). A workgroup makes one 16 × 16 tile of one partial G, a thread
 // one element; only elements with row >= column are written. gram_reduce.wgsl adds the parts.
-// Bindings: 3 Z as Part, 4 partial G. The permutation sets Part and part_value().
+// Bindings: 3 Z as Part, 4 partial G. `part` says what they are.
 
-#import params
+#import shared/params
 #import real
+#import part
 
 struct Job {
     z: u32,     // first element

@@ -4,10 +4,11 @@
 //   S += Σ_p G_p        S, G_p: rank × rank
 //
 // Work: (job, first element). Each workgroup handles 256 elements, counted over the full square.
-// Bindings: 3 partial G as Part, 4 sums as Real. The permutation sets Part and part_value().
+// Bindings: 3 partial G as Part, 4 sums as Real. `part` says what they are.
 
-#import params
+#import shared/params
 #import real
+#import part
 
 struct Job {
     gram: u32,  // first element of part 0

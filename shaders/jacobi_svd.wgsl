@@ -11,7 +11,7 @@
 // Work: (job, first step, end step): a launch makes some steps, so that none takes too long.
 // Bindings: 3 [A | J].
 
-#import params
+#import shared/params
 #import real
 
 struct Job {

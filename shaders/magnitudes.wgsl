@@ -5,7 +5,7 @@
 // Work: (job, tile row, tile column, member). A thread makes one entry of a 16 × 16 tile.
 // Bindings: 3 A, 4 B, 5 members, 6 counts: 65536 for each member.
 
-#import params
+#import shared/params
 #import real
 
 struct Job {
@@ -24,7 +24,7 @@ struct Job {
 @group(0) @binding(5) var<storage, read> members: array<Member>;
 @group(0) @binding(6) var<storage, read_write> counts: array<atomic<u32>>;
 
-#import entry
+#import shared/entry
 
 @compute @workgroup_size(256)
 fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) t: u32) {

@@ -6,7 +6,7 @@
 // columns that are 16 apart, so that neighbours read neighbouring elements of R.
 // Bindings: 3 B, 4 R, 5 C.
 
-#import params
+#import shared/params
 #import real
 
 struct Job {

@@ -7,10 +7,10 @@
 // Bindings: 3 X as raw words, 4 A, 5 Z or its parts.
 // The permutation sets DTYPE, TILE_M, TILE_N, COLUMNS and THREADS_N = TILE_N / COLUMNS; see tile_f32.wgsl.
 
-#import params
-#import words
-#import fetch
-#import tile_f32
+#import shared/params
+#import shared/words
+#import shared/fetch
+#import shared/tile_f32
 
 struct Job {
     x: u32,     // first word

@@ -16,14 +16,17 @@
 // Bindings: 3 X as raw words, 4 high and 5 low parts of A, 6 parts, 7 scales of rows of A.
 // The permutation sets DTYPE and TILE_N, 32 or 64. A subgroup has 32 × 32 of the tile.
 
-#import params
-#import words
-#import exponents
+enable f16;
+enable wgpu_cooperative_matrix;
+
+#import shared/params
+#import shared/words
+#import shared/exponents
 
 struct Job {
     x: u32,     // first word, a multiple of 4
     a: u32,     // first element of high and of low, a multiple of 4
-    parts: u32, // first element
+    z: u32,     // first element in parts
     tokens: u32,
     rank: u32,
     width: u32,
@@ -183,7 +186,7 @@ fn main(
     let tile_column = subgroup % SUBGROUPS_N * 32u;
     let out_row = first_row + tile_row;
     let rows = (job.tokens + TILE_M - 1u) / TILE_M * TILE_M;
-    let out = job.parts + (work.w * rows + out_row) * job.stride + first_column + tile_column;
+    let out = job.z + (work.w * rows + out_row) * job.stride + first_column + tile_column;
 
     var c00: coop_mat16x16<f32, C>;
     var c10: coop_mat16x16<f32, C>;

@@ -6,8 +6,8 @@
 // i + 16, columns j and j + 16. What the next step needs is read while this one computes.
 // Bindings: 3 X as raw words, 4 A, 5 Z.
 
-#import params
-#import words
+#import shared/params
+#import shared/words
 #import real
 
 struct Job {

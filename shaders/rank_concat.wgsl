@@ -6,8 +6,8 @@
 // wider matrix. Work: (job, first element). Each workgroup copies CHUNK elements.
 // Bindings: 3 sources as raw words, 4 target.
 
-#import params
-#import words
+#import shared/params
+#import shared/words
 
 struct Job {
     source: u32,    // first word

@@ -5,7 +5,7 @@
 // Work: (job, tile row, tile column). A workgroup makes one 32 × 64 tile of C, a thread eight elements of it: in rows i
 // and i + 16, columns j, j + 16, j + 32 and j + 48. Bindings: 3 A (anything where `add` is 0), 4 S, 5 M, 6 C.
 
-#import params
+#import shared/params
 #import real
 
 struct Job {

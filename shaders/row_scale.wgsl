@@ -5,8 +5,8 @@
 // Values that are not finite count as zero, and rows that are all zero get the largest scale. For adapters with
 // subgroups of 32, each of which does one row. Work: (job, first of 8 rows). Bindings: 3 matrix, 4 scales.
 
-#import params
-#import exponents
+#import shared/params
+#import shared/exponents
 
 struct Job {
     matrix: u32,    // first element, a multiple of 4

@@ -6,8 +6,8 @@
 // column of the source). Each workgroup copies 4 tiles of 32 × 32, which follow each other along the rows of the target.
 // Bindings: 3 sources as raw words, 4 scales, 5 target.
 
-#import params
-#import words
+#import shared/params
+#import shared/words
 
 struct Job {
     source: u32,        // first word

@@ -3,7 +3,7 @@
 // Work: (job). Thread t of a workgroup handles pair t. Bindings: 3 pairs, 4 results, 6 a pair:
 // a + b, a·b exactly; then a / b, sqrt(b), a + b and a·b of the double-singles (a, a·2⁻²⁶), (b, b·2⁻²⁶).
 
-#import params
+#import shared/params
 #import real
 
 struct Job {

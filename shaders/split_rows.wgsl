@@ -7,8 +7,10 @@
 // For adapters with subgroups of 32, each of which does one row. Work: (job, first of 8 rows, counted over padded rows).
 // Bindings: 3 A, 4 high, 5 low, 6 scales.
 
-#import params
-#import exponents
+enable f16;
+
+#import shared/params
+#import shared/exponents
 
 struct Job {
     a: u32,     // first element, a multiple of 4

@@ -7,8 +7,8 @@
 // Work: (job, first quad). Each workgroup handles 256 times 4 columns, counted over rows of whole quads.
 // Bindings: 3 parts, 4 Z, 5 scales of A.
 
-#import params
-#import exponents
+#import shared/params
+#import shared/exponents
 
 struct Job {
     parts: u32, // first element, a multiple of 4

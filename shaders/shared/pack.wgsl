@@ -1,5 +1,7 @@
 // Writing f16 and bf16 values to raw words, rounded to nearest even; what is too large becomes infinite, as on
-// other hardware (pack2x16float leaves it open). After words.wgsl.
+// other hardware (pack2x16float leaves it open).
+
+#import shared/words
 
 fn f16_bits(value: f32) -> u32 {
     let bits = bitcast<u32>(value);

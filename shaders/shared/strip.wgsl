@@ -1,6 +1,8 @@
 // Strips: 16 neighbouring values in one invocation's registers, which it substitutes alone, without a barrier.
-// By name rather than in arrays, which compilers put into memory. After real_*.wgsl; the kernel fills
+// By name rather than in arrays, which compilers put into memory. The kernel fills
 // `diagonal` and `inverse`.
+
+#import real
 
 const PANEL: u32 = 16u;
 

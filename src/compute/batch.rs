@@ -6,8 +6,8 @@ use std::sync::Arc;
 use rayon::prelude::*;
 
 use super::device::{Backend, Device};
-use super::gpu::{GRID_WIDTH, Gpu, Pooled, whole};
-use super::shaders::Kernel;
+use super::gpu::{Gpu, Pooled, whole};
+use super::shaders::{Declared, Kernel, job};
 use super::{Precision, Tier};
 use crate::{Error, Matrix, Result};
 
@@ -26,9 +26,14 @@ impl Shape {
         Self { rows, cols }
     }
 
-    /// Number of elements.
+    /// Number of elements; `usize::MAX` stands for any number above it, which nothing can hold.
     pub const fn len(self) -> usize {
-        self.rows * self.cols
+        self.rows.saturating_mul(self.cols)
+    }
+
+    /// Bytes of elements of this size, likewise.
+    pub(crate) const fn bytes(self, size: usize) -> usize {
+        self.len().saturating_mul(size)
     }
 
     /// Whether there are no elements.
@@ -126,32 +131,43 @@ impl Batch {
         buffer: impl FnOnce(&Arc<Gpu>, u64) -> Result<Pooled>,
     ) -> Result<Self> {
         let mut offsets = Vec::with_capacity(shapes.len());
-        let mut len = 0;
+        let mut len = 0_usize;
         for shape in shapes {
             offsets.push(len);
-            len += shape.len().next_multiple_of(ALIGN);
+            // Kernels count rows and columns in 32 bits, also of what has no elements.
+            let end = shape.len().checked_next_multiple_of(ALIGN).and_then(|own| len.checked_add(own));
+            len = end.filter(|_| shape.rows.max(shape.cols) <= u32::MAX as usize).ok_or_else(|| {
+                Error::Invalid(format!("a batch cannot hold a matrix of {} x {}", shape.rows, shape.cols))
+            })?;
         }
+        let bytes = len.saturating_mul(element.bytes() as usize);
         let storage = match (&device.backend, element) {
-            (_, Element::Host) => Storage::Host(vec![0.0; len]),
+            (_, Element::Host) => Storage::Host(host_zeros(len)?),
             (Backend::Cpu, _) => return Err(Error::Device("the CPU holds no batches of a GPU".into())),
-            (Backend::Gpu(gpu), _) => {
-                Storage::Gpu { buffer: buffer(gpu, len as u64 * element.bytes())?.into(), element }
-            }
+            (Backend::Gpu(gpu), _) => Storage::Gpu { buffer: buffer(gpu, bytes as u64)?.into(), element },
         };
         Ok(Self { shapes: shapes.to_vec(), offsets, len, storage })
+    }
+
+    /// A batch of the host's, of which `write` makes each matrix.
+    pub(crate) fn made_on_host(shapes: &[Shape], write: impl Fn(usize, &mut [f64]) + Sync) -> Result<Self> {
+        let mut batch = Self::unwritten(&Device::cpu(), Element::Host, shapes)?;
+        let matrices = batch.host_mut()?;
+        matrices.into_par_iter().enumerate().for_each(|(i, matrix)| write(i, matrix));
+        Ok(batch)
+    }
+
+    /// The GPU of a device, if this lies there.
+    fn gpu<'a>(&'a self, device: &'a Device) -> Result<&'a Arc<Gpu>> {
+        match Operands::of("copying", device, [(self, ANY)])? {
+            Operands::Gpu(gpu, _) => Ok(gpu),
+            Operands::Host(_) => Err(elsewhere("copying", self.place(), device)),
+        }
     }
 
     /// Copies host matrices, rounded to `element`.
     pub fn upload(device: &Device, element: Element, matrices: &[Matrix]) -> Result<Self> {
         let shapes: Vec<_> = matrices.iter().map(|m| Shape::new(m.rows, m.cols)).collect();
-        if let Some((shape, m)) = shapes.iter().zip(matrices).find(|(shape, m)| shape.len() != m.data.len()) {
-            return Err(Error::Invalid(format!(
-                "a matrix of {} x {} has {} values",
-                shape.rows,
-                shape.cols,
-                m.data.len()
-            )));
-        }
         let mut batch = Self::unwritten(device, element, &shapes)?;
         match &mut batch.storage {
             Storage::Host(data) => apart(&shapes, data, 1)
@@ -176,15 +192,14 @@ impl Batch {
         let storage = match &self.storage {
             Storage::Host(data) => Storage::Host(data.clone()),
             Storage::Gpu { buffer, element } => {
-                let gpu = device.gpu()?;
+                let gpu = self.gpu(device)?;
                 let bytes = self.len as u64 * element.bytes();
                 let copy = gpu.scratch(bytes)?;
                 // Matrices are whole vectors long.
-                let vectors = (bytes / 16) as u32;
-                let groups = vectors.div_ceil(1024);
-                let grid = [groups.min(GRID_WIDTH), groups.div_ceil(GRID_WIDTH), 1];
+                let job = CopyJob { vectors: (bytes / 16) as u32 };
+                let workgroups = job.vectors.div_ceil(1024) as usize;
                 let mut commands = gpu.commands();
-                commands.launch_grid(Kernel::Copy, &vectors, grid, &[whole(buffer), whole(&copy)]);
+                commands.launch_line(copy_kernel(), &job, workgroups, &[whole(buffer), whole(&copy)])?;
                 commands.submit()?;
                 Storage::Gpu { buffer: copy.into(), element: *element }
             }
@@ -212,7 +227,7 @@ impl Batch {
             Storage::Host(data) => Ok(all(&|range| data[range].to_vec())),
             Storage::Gpu { buffer, element } => {
                 let size = element.bytes() as usize;
-                device.gpu()?.read_with(buffer, (self.len * size) as u64, |bytes| {
+                self.gpu(device)?.read_with(buffer, (self.len * size) as u64, |bytes| {
                     all(&|range| Self::decode(*element, &bytes[range.start * size..range.end * size]))
                 })
             }
@@ -229,7 +244,7 @@ impl Batch {
             };
             return Ok(self.download(device)?.into_par_iter().map(narrow).collect());
         };
-        device.gpu()?.read_with(buffer, self.len as u64 * 4, |bytes| {
+        self.gpu(device)?.read_with(buffer, self.len as u64 * 4, |bytes| {
             self.each(|range| bytemuck::pod_collect_to_vec(&bytes[4 * range.start..4 * range.end]))
         })
     }
@@ -247,18 +262,22 @@ impl Batch {
     /// Some of the matrices, in this order: on a device in the same arena, on the host as copies.
     pub(crate) fn select(&self, indices: &[usize]) -> Self {
         let shapes: Vec<_> = indices.iter().map(|&i| self.shapes[i]).collect();
-        if let Storage::Gpu { buffer, element } = &self.storage {
-            let offsets = indices.iter().map(|&i| self.offsets[i]).collect();
-            let storage = Storage::Gpu { buffer: buffer.clone(), element: *element };
-            return Self { shapes, offsets, len: self.len, storage };
+        match &self.storage {
+            Storage::Gpu { buffer, element } => {
+                let offsets = indices.iter().map(|&i| self.offsets[i]).collect();
+                let storage = Storage::Gpu { buffer: buffer.clone(), element: *element };
+                Self { shapes, offsets, len: self.len, storage }
+            }
+            Storage::Host(all) => {
+                let (mut offsets, mut data) = (Vec::new(), Vec::new());
+                for &i in indices {
+                    offsets.push(data.len());
+                    data.extend_from_slice(&all[self.offsets[i]..][..self.shapes[i].len()]);
+                    data.resize(data.len().next_multiple_of(ALIGN), 0.0);
+                }
+                Self { shapes, offsets, len: data.len(), storage: Storage::Host(data) }
+            }
         }
-        let (mut offsets, mut data) = (Vec::new(), Vec::new());
-        for &i in indices {
-            offsets.push(data.len());
-            data.extend_from_slice(self.host(i).unwrap_or_default());
-            data.resize(data.len().next_multiple_of(ALIGN), 0.0);
-        }
-        Self { shapes, offsets, len: data.len(), storage: Storage::Host(data) }
     }
 
     /// The shapes, in order.
@@ -289,18 +308,45 @@ impl Batch {
         self.offsets[i]
     }
 
-    /// The elements of matrix `i` of a host batch.
-    pub(crate) fn host(&self, i: usize) -> Option<&[f64]> {
+    /// This, if it lies on the host.
+    pub(crate) fn on_host(&self) -> Option<OnHost<'_>> {
         match &self.storage {
-            Storage::Host(data) => Some(&data[self.offsets[i]..][..self.shapes[i].len()]),
+            Storage::Host(data) => Some(OnHost { batch: self, data }),
             Storage::Gpu { .. } => None,
         }
     }
 
+    /// The whole arena, of a batch on a GPU.
+    pub(crate) fn binding(&self) -> Result<wgpu::BufferBinding<'_>> {
+        let on_gpu =
+            self.on_gpu().ok_or_else(|| Error::Device("a kernel cannot write to the host".into()))?;
+        Ok(on_gpu.binding())
+    }
+
+    /// This, which must lie on the host.
+    pub(crate) fn host(&self) -> Result<OnHost<'_>> {
+        self.on_host().ok_or_else(|| elsewhere("an operation of the CPU", self.place(), &Device::cpu()))
+    }
+
+    /// This, if it lies on a GPU, whichever.
+    pub(crate) fn on_gpu(&self) -> Option<OnGpu<'_>> {
+        match &self.storage {
+            Storage::Gpu { buffer, .. } => Some(OnGpu { batch: self, buffer }),
+            Storage::Host(_) => None,
+        }
+    }
+
     /// The elements of every matrix of a host batch, apart, for parallel work.
-    pub(crate) fn host_mut(&mut self) -> Option<Vec<&mut [f64]>> {
-        let Storage::Host(data) = &mut self.storage else { return None };
-        Some(apart(&self.shapes, data, 1))
+    ///
+    /// # Errors
+    /// [`Error::Device`] if this lies on a GPU.
+    pub(crate) fn host_mut(&mut self) -> Result<Vec<&mut [f64]>> {
+        match &mut self.storage {
+            Storage::Host(data) => Ok(apart(&self.shapes, data, 1)),
+            Storage::Gpu { buffer, .. } => {
+                Err(Error::Device(format!("a batch that lies on {} was given to the CPU", buffer.gpu().name)))
+            }
+        }
     }
 
     /// The wgpu buffer of a batch on a GPU, for a host's own kernels: matrices row-major, one after the
@@ -313,11 +359,11 @@ impl Batch {
         }
     }
 
-    /// The buffer of a device batch.
-    pub(crate) fn buffer(&self) -> Result<&Arc<Pooled>> {
+    /// Where it lies, in the words of an error.
+    fn place(&self) -> &str {
         match &self.storage {
-            Storage::Gpu { buffer, .. } => Ok(buffer),
-            Storage::Host(_) => Err(Error::Device("a batch of the host was given to a kernel".into())),
+            Storage::Host(_) => "the CPU",
+            Storage::Gpu { buffer, .. } => &buffer.gpu().name,
         }
     }
 
@@ -355,6 +401,14 @@ impl Batch {
     }
 }
 
+/// Zeros, if there is memory for so many.
+fn host_zeros(len: usize) -> Result<Vec<f64>> {
+    match len.saturating_mul(size_of::<f64>()) <= isize::MAX as usize {
+        true => Ok(vec![0.0; len]),
+        false => Err(Error::Invalid(format!("no memory holds {len} elements"))),
+    }
+}
+
 /// The elements of each matrix of an arena, apart, for parallel work; `size`: items of an element.
 fn apart<'a, T>(shapes: &[Shape], mut arena: &'a mut [T], size: usize) -> Vec<&'a mut [T]> {
     let of = |shape: &Shape| {
@@ -362,4 +416,120 @@ fn apart<'a, T>(shapes: &[Shape], mut arena: &'a mut [T], size: usize) -> Vec<&'
         Some(&mut arena.split_off_mut(..len)?[..shape.len() * size])
     };
     shapes.iter().filter_map(of).collect()
+}
+
+job! {
+    /// Of `shaders/copy.wgsl`.
+    struct CopyJob {
+        vectors: u32,
+    }
+}
+
+fn copy_kernel() -> Kernel {
+    Kernel::new("copy")
+}
+
+pub(super) fn declared() -> Declared {
+    Declared::new::<CopyJob>([copy_kernel()])
+}
+
+/// Elements of factors, of sums, and of either, on a GPU; on the host all are f64.
+pub(crate) const FACTOR: &[Element] = &[Element::F32];
+pub(crate) const WIDE: &[Element] = &[Element::F64, Element::DoubleSingle];
+pub(crate) const ANY: &[Element] = &[Element::F32, Element::F64, Element::DoubleSingle];
+
+/// The batches that an operation works on, all on one side.
+pub(crate) enum Operands<'a, const N: usize> {
+    Host([OnHost<'a>; N]),
+    Gpu(&'a Arc<Gpu>, [OnGpu<'a>; N]),
+}
+
+impl<'a, const N: usize> Operands<'a, N> {
+    /// Each batch with what its elements may be on a GPU. `what`: the operation, in the words of an error.
+    ///
+    /// # Errors
+    /// [`Error::Device`] if they lie neither all on the host nor all on the device; [`Error::Invalid`] if one has other
+    /// elements.
+    pub fn of(what: &str, device: &'a Device, batches: [(&'a Batch, &[Element]); N]) -> Result<Self> {
+        let on_host = batches.iter().filter_map(|(batch, _)| batch.on_host());
+        if let Ok(all) = <[_; N]>::try_from(on_host.collect::<Vec<_>>()) {
+            return Ok(Self::Host(all));
+        }
+        let of = |(batch, elements): &(&'a Batch, &[Element])| match &batch.storage {
+            Storage::Gpu { element, .. } if !elements.contains(element) => Err(Error::Invalid(format!(
+                "{what}: a batch of {element:?} was given, where {elements:?} is read"
+            ))),
+            Storage::Gpu { buffer, .. } => Ok(OnGpu { batch, buffer }),
+            Storage::Host(_) => Err(elsewhere(what, batch.place(), device)),
+        };
+        let Backend::Gpu(gpu) = &device.backend else {
+            let strange = batches.iter().find(|(batch, _)| batch.element() != Element::Host);
+            return Err(elsewhere(what, strange.map_or("a GPU", |(batch, _)| batch.place()), device));
+        };
+        let mut all = Vec::with_capacity(N);
+        for on_gpu in batches.iter().map(of) {
+            let on_gpu = on_gpu?;
+            if !Arc::ptr_eq(on_gpu.buffer.gpu(), gpu) {
+                return Err(elsewhere(what, on_gpu.batch.place(), device));
+            }
+            all.push(on_gpu);
+        }
+        match <[_; N]>::try_from(all) {
+            Ok(all) => Ok(Self::Gpu(gpu, all)),
+            Err(all) => Err(Error::Device(format!("{what}: {} of {N} batches lie on the GPU", all.len()))),
+        }
+    }
+}
+
+fn elsewhere(what: &str, place: &str, device: &Device) -> Error {
+    Error::Device(format!("{what}: a batch that lies on {place} was given to {}", device.place()))
+}
+
+/// A batch of the host's.
+#[derive(Clone, Copy)]
+pub(crate) struct OnHost<'a> {
+    batch: &'a Batch,
+    data: &'a [f64],
+}
+
+impl<'a> OnHost<'a> {
+    /// The elements of matrix `i`.
+    pub fn values(self, i: usize) -> &'a [f64] {
+        &self.data[self.batch.offsets[i]..][..self.batch.shapes[i].len()]
+    }
+
+    /// Matrix `i`.
+    pub fn matrix(self, i: usize) -> faer::MatRef<'a, f64> {
+        let Shape { rows, cols } = self.batch.shapes[i];
+        faer::MatRef::from_row_major_slice(self.values(i), rows, cols)
+    }
+}
+
+/// A batch of a GPU's.
+#[derive(Clone, Copy)]
+pub(crate) struct OnGpu<'a> {
+    batch: &'a Batch,
+    pub buffer: &'a Arc<Pooled>,
+}
+
+impl<'a> OnGpu<'a> {
+    /// The whole arena.
+    pub fn binding(self) -> wgpu::BufferBinding<'a> {
+        whole(self.buffer)
+    }
+
+    /// The first element of matrix `i`, which the arena's size keeps below 2³².
+    pub fn offset(self, i: usize) -> u32 {
+        self.batch.offsets[i] as u32
+    }
+
+    /// The shapes, in order.
+    pub fn shapes(self) -> &'a [Shape] {
+        &self.batch.shapes
+    }
+
+    /// What the elements are.
+    pub fn element(self) -> Element {
+        self.batch.element()
+    }
 }

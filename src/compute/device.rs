@@ -7,7 +7,6 @@ use super::batch::Element;
 use super::capabilities::{Capabilities, Disable, Precision, Tier, wanted_features};
 use super::gpu::Gpu;
 use super::self_test;
-use super::shaders::Kernel;
 use crate::words::count;
 use crate::{Error, Result};
 
@@ -55,6 +54,7 @@ pub struct DeviceOptions {
     /// [`Device::memory_peak`] tells what was taken.
     pub memory: Option<u64>,
     /// A folder to keep compiled pipelines in, where the driver allows it (Vulkan): programs start faster the next time.
+    /// Drivers trust what is in it: let nobody write there whom you would not let change your programs.
     pub pipeline_cache: Option<PathBuf>,
     /// More features to enable, as far as the adapter has them: for others that will share the device. Experimental
     /// ones are left out.
@@ -143,11 +143,17 @@ impl Device {
             limits = wgpu::Limits::default();
         }
         let shared = options.features - wgpu::Features::all_experimental_mask();
-        let features = adapter.features() & (wanted_features() | shared);
-        let experimental_features = match features.contains(wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX) {
-            // SAFETY: the one experimental feature asked for is cooperative matrices. Their only users are
-            // shaders of this crate that stay within its documented use (16 × 16 matrices at aligned indices
-            // and strides inside workgroup arrays), and results are checked against the CPU in the tests.
+        let mut features = adapter.features() & (wanted_features() | shared);
+        let units = wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX;
+        if options.disable.cooperative_matrix {
+            features.remove(units);
+        }
+        let experimental_features = match features.contains(units) {
+            // SAFETY: wgpu asks us to know that what is experimental may have bugs that safe calls can hit. The one such
+            // feature asked for is cooperative matrices, and it changes nothing for shaders that do not use them. Ours that
+            // do use 16 × 16 matrices at aligned indices and strides inside workgroup arrays, and their results are tested
+            // against the CPU. Of a host that takes the device from `Device::wgpu`, that method asks the same; it can have
+            // one without by `Disable::cooperative_matrix`.
             true => unsafe { wgpu::ExperimentalFeatures::enabled() },
             false => wgpu::ExperimentalFeatures::disabled(),
         };
@@ -191,6 +197,11 @@ impl Device {
                 "max_storage_buffer_binding_size",
                 have.max_storage_buffer_binding_size,
                 need.max_storage_buffer_binding_size,
+            ),
+            (
+                "max_compute_workgroups_per_dimension",
+                u64::from(have.max_compute_workgroups_per_dimension),
+                u64::from(need.max_compute_workgroups_per_dimension),
             ),
             (
                 "max_storage_buffers_per_shader_stage",
@@ -332,6 +343,10 @@ impl Device {
     }
 
     /// The wgpu device and queue under this; `None` on the CPU.
+    ///
+    /// A device that was opened here has wgpu's experimental cooperative matrices enabled, where the adapter has them. A
+    /// shader of yours that uses them may hit bugs of wgpu that lead to undefined behaviour: leave them to this crate, or
+    /// open the device with [`Disable::cooperative_matrix`].
     pub fn wgpu(&self) -> Option<(&wgpu::Device, &wgpu::Queue)> {
         match &self.backend {
             Backend::Cpu => None,
@@ -363,12 +378,15 @@ impl Device {
         if let (Backend::Gpu(gpu), element @ (Element::F64 | Element::DoubleSingle)) =
             (&self.backend, self.sum())
         {
-            gpu.prepare(&[
-                Kernel::JacobiSvd(element),
-                Kernel::ProjectReal(element),
-                Kernel::RankUpdate(element),
-                Kernel::Rows,
-            ]);
+            gpu.prepare(&super::ops::algebra_kernels(element));
+        }
+    }
+
+    /// Its name, in the words of an error.
+    pub(crate) fn place(&self) -> &str {
+        match &self.backend {
+            Backend::Cpu => "the CPU",
+            Backend::Gpu(gpu) => &gpu.name,
         }
     }
 

@@ -36,8 +36,10 @@ impl PipelineCache {
             Err(_) => None,
         };
         tracing::debug!(file = %file.display(), found = data.is_some(), "pipeline cache");
-        // SAFETY: the data is what `get_data` of wgpu gave for this adapter and driver: `save` writes nothing else,
-        // the file's name depends on both, and its hash shows that it is whole. wgpu and the driver check it again.
+        // SAFETY: the data must be what `get_data` of wgpu gave for this adapter and driver. `save` writes nothing else, the
+        // file's name depends on both, and its hash shows that it is whole. That nobody else wrote it, hash and all, is for
+        // those to see to who may write to the folder: they are trusted as the one is who named it, and
+        // `DeviceOptions::pipeline_cache` says so. wgpu and the driver check the data again.
         let cache = unsafe {
             device.create_pipeline_cache(&wgpu::PipelineCacheDescriptor {
                 label: Some("loraweld"),

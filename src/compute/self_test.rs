@@ -1,23 +1,23 @@
 //! Does double-single arithmetic survive this adapter's shader compiler? Asked before the tier is used.
 
-use bytemuck::NoUninit;
-
 use super::gpu::{Gpu, whole};
-use super::shaders::Kernel;
+use super::ops::cholesky;
+use super::shaders::{Declared, Kernel, job};
 use super::{Batch, Element};
 use crate::{Matrix, Result};
 
-#[derive(Clone, Copy, NoUninit)]
-#[repr(C)]
-struct Job {
-    pairs: u32,
+job! {
+    struct Job {
+        pairs: u32,
+    }
 }
 
-#[derive(Clone, Copy, NoUninit)]
-#[repr(C)]
-struct CholeskyJob {
-    matrix: u32,
-    order: u32,
+fn kernel() -> Kernel {
+    Kernel::new("self_test").real(Element::DoubleSingle)
+}
+
+pub(super) fn declared() -> Declared {
+    Declared::new::<Job>([kernel()])
 }
 
 /// Runs sums, products, quotients and roots of hostile pairs and a small ill-conditioned Cholesky
@@ -46,7 +46,7 @@ fn arithmetic(gpu: &Gpu) -> Result<bool> {
     let output = gpu.allocate("self-test results", bytes)?;
     let mut commands = gpu.commands();
     let jobs = [Job { pairs: pairs.len() as u32 }];
-    commands.launch(Kernel::SelfTest, &jobs, &[[0; 4]], &[whole(&input), whole(&output)]);
+    commands.launch(kernel(), &jobs, &[[0; 4]], &[whole(&input), whole(&output)])?;
     commands.submit()?;
     let results: Vec<[[f32; 2]; 6]> = bytemuck::pod_collect_to_vec(&gpu.read(&output, bytes)?);
     let wide = |v: f32| f64::from(v) + f64::from(v * 1.490_116_1e-8);
@@ -73,14 +73,11 @@ fn factorisation(gpu: &Gpu) -> Result<bool> {
     Batch::encode(Element::DoubleSingle, &hilbert.data, &mut bytes);
     gpu.write(&buffer, 0, &bytes)?;
     let mut commands = gpu.commands();
-    let jobs = [CholeskyJob { matrix: 0, order: N as u32 }];
-    commands.launch(
-        Kernel::Cholesky(Element::DoubleSingle),
-        &jobs,
-        // All of the matrix is one panel.
-        &[[0, 0, 1, 0]],
-        &[whole(&buffer), whole(&status)],
-    );
+    let jobs = [cholesky::Job { matrix: 0, order: N as u32 }];
+    // All of the matrix is one panel.
+    let work = [[0, 0, 1, 0]];
+    let kernel = cholesky::kernel(Element::DoubleSingle);
+    commands.launch(kernel, &jobs, &work, &[whole(&buffer), whole(&status)])?;
     commands.submit()?;
     let u = Batch::decode(Element::DoubleSingle, &gpu.read(&buffer, (N * N * 8) as u64)?);
     Ok((0..N * N).all(|e| {

@@ -1,455 +1,256 @@
-//! The kernels: their WGSL, and every permutation that is ever compiled.
+//! The kernels: how their WGSL is put together, and what is declared of each.
 //!
-//! A shader in `shaders/` is put together from the constants of its permutation and the pieces in
-//! `shaders/shared/` that it `#import`s. `#import real` takes the arithmetic of the permutation's tier.
+//! A shader in `shaders/` begins with the constants of its permutation; in place of a line `#import shared/words` comes
+//! `shaders/shared/words.wgsl`, once, with what that imports. What an import without a folder stands for (`#import real`)
+//! the permutation says. Operations declare their kernels beside their launchers; [`declared`] lists them all.
 
-use super::Element;
-use super::ops::Score;
+use super::{Element, batch, ops, self_test};
 use crate::Dtype;
 
-/// A kernel, with the parameters that make it a permutation.
+/// Every file of `shaders/`: its path without the extension, by which they are sorted, and its text.
+const SHADERS: &[(&str, &str)] = include!(concat!(env!("OUT_DIR"), "/shaders.rs"));
+
+/// A kernel: a file in `shaders/`, and what makes it one of its permutations.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Kernel {
-    /// `shaders/rank_concat.wgsl`
-    RankConcat,
-    /// `shaders/copy.wgsl`
-    Copy,
-    /// `shaders/project.wgsl`, with the columns (rank) of its tile, 32, 64 or 128, and the type of X.
-    Project(u32, Dtype),
-    /// `shaders/rows.wgsl`
-    Rows,
-    /// `shaders/row_scale.wgsl`
-    RowScale,
-    /// `shaders/split_rows.wgsl`
-    SplitRows,
-    /// `shaders/project_matrix.wgsl`, with the columns (rank) of its tile, 32 or 64, and the type of X.
-    ProjectMatrix(u32, Dtype),
-    /// `shaders/sum_parts.wgsl`
-    SumParts,
-    /// `shaders/project_real.wgsl`
-    ProjectReal(Element),
-    /// `shaders/gram.wgsl`, with the side of its tile: 32, 64 or 128.
-    Gram(u32),
-    /// `shaders/gram_matrix.wgsl`
-    GramMatrix,
-    /// `shaders/gram_real.wgsl`: what Z holds, what is summed.
-    GramReal(Element, Element),
-    /// `shaders/gram_reduce.wgsl`: what the parts hold, what is summed.
-    GramReduce(Element, Element),
-    /// `shaders/cholesky.wgsl`
-    Cholesky(Element),
-    /// `shaders/cholesky_solve.wgsl`
-    CholeskySolve(Element),
-    /// `shaders/matmul.wgsl`
-    Matmul(Element),
-    /// `shaders/jacobi_svd.wgsl`
-    JacobiSvd(Element),
-    /// `shaders/rank_update.wgsl`
-    RankUpdate(Element),
-    /// `shaders/branch_scores.wgsl`: which score, the type of the features.
-    BranchScores(Score, Dtype),
-    /// `shaders/branch_scores_matrix.wgsl`: the same, and its tile.
-    BranchScoresMatrix(Score, Dtype, BranchTile),
-    /// `shaders/branch_split_b.wgsl`
-    BranchSplitB,
-    /// `shaders/branch_finish.wgsl`
-    BranchFinish,
-    /// `shaders/branch_means.wgsl`
-    BranchMeans,
-    /// `shaders/branch_choose.wgsl`
-    BranchChoose,
-    /// `shaders/branch_apply.wgsl`, with the type of the features.
-    BranchApply(Dtype),
-    /// `shaders/branch_apply_matrix.wgsl`, with the type of the features and its tile.
-    BranchApplyMatrix(Dtype, BranchTile),
-    /// `shaders/blend.wgsl`
-    Blend,
-    /// `shaders/extrapolate.wgsl`, with the type of its operands.
-    Extrapolate(Dtype),
-    /// `shaders/cosine.wgsl`
-    Cosine,
-    /// `shaders/gradient_norm.wgsl`
-    GradientNorm,
-    /// `shaders/gradient_step.wgsl`
-    GradientStep,
-    /// `shaders/entries.wgsl`
-    Entries(Element),
-    /// `shaders/magnitudes.wgsl`
-    Magnitudes(Element),
-    /// `shaders/self_test.wgsl`
-    SelfTest,
+pub struct Kernel {
+    file: &'static str,
+    constants: List<(&'static str, Constant)>,
+    /// What imports without a folder stand for.
+    imports: List<(&'static str, &'static str)>,
 }
 
-/// The tile of `shaders/shared/branch_tile_matrix.wgsl`.
+/// So many at most; the first that is missing ends it.
+type List<T> = [Option<T>; 5];
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct BranchTile {
-    /// Most columns of a product: 32, 64 or 128.
-    pub depth: u32,
-    /// Whether B has low parts.
-    pub low: bool,
-    /// Without matrix units, to test what is around them.
-    pub software: bool,
+enum Constant {
+    U32(u32),
+    Bool(bool),
+    /// Another u32 constant of the shader.
+    Named(&'static str),
 }
 
-impl BranchTile {
-    /// Of every depth.
-    pub const DEPTHS: [u32; 3] = [32, 64, 128];
-
-    fn all() -> impl Iterator<Item = Self> {
-        let of = |depth| [(false, false), (true, false), (false, true), (true, true)].map(|of| (depth, of));
-        let tiles = Self::DEPTHS.into_iter().flat_map(of);
-        tiles.map(|(depth, (low, software))| Self { depth, low, software }).filter(|tile| tile.room() > 0)
-    }
-
-    /// Subgroups whose tiles fit the workgroup memory.
-    pub(crate) fn room(self) -> u32 {
-        // More than 48 KB lets NVIDIA's driver hang; software adapters have 32.
-        let memory: u32 = if self.software { 32 << 10 } else { 48 << 10 };
-        let row = 2 * (self.depth + 8);
-        let b = 64 * row * (1 + u32::from(self.low));
-        memory.saturating_sub(b) / (16 * (2 * row + 4 * 72))
-    }
-
-    /// Subgroups of a workgroup, `most` if their tiles fit; each has 16 tokens.
-    pub(crate) fn subgroups(self, most: u32) -> u32 {
-        1 << self.room().clamp(1, most).ilog2()
-    }
-
-    fn constants(self, most: u32) -> String {
-        let (Self { depth, low, .. }, subgroups) = (self, self.subgroups(most));
-        format!(
-            "const DEPTH: u32 = {depth}u;\nconst LOW: bool = {low};\nconst SUBGROUPS: u32 = {subgroups}u;\n"
-        )
-    }
-
-    fn label(self) -> String {
-        let [low, software] =
-            [(self.low, "_low"), (self.software, "_software")].map(|(is, name)| if is { name } else { "" });
-        format!("{}{low}{software}", self.depth)
-    }
+fn add<T>(mut list: List<T>, item: T) -> List<T> {
+    let place = list.iter_mut().find(|place| place.is_none());
+    *place.expect("a list is long enough for every kernel: a test makes them all") = Some(item);
+    list
 }
-
-/// Most subgroups of a workgroup: scores take many registers.
-pub(crate) const SCORES_SUBGROUPS: u32 = 2;
-pub(crate) const APPLY_SUBGROUPS: u32 = 4;
-
-macro_rules! shared {
-    ($name:literal) => {
-        include_str!(concat!("../../shaders/shared/", $name, ".wgsl"))
-    };
-}
-macro_rules! kernel {
-    ($name:literal) => {
-        include_str!(concat!("../../shaders/", $name, ".wgsl"))
-    };
-}
-
-const TILES: [u32; 3] = [32, 64, 128];
-const DTYPES: [Dtype; 3] = [Dtype::F32, Dtype::F16, Dtype::Bf16];
-const WIDE: [Element; 2] = [Element::F64, Element::DoubleSingle];
 
 impl Kernel {
-    /// Every permutation.
-    pub fn all() -> Vec<Self> {
-        let mut all = vec![
-            Self::Copy,
-            Self::RankConcat,
-            Self::Rows,
-            Self::RowScale,
-            Self::SplitRows,
-            Self::SumParts,
-            Self::GramMatrix,
-            Self::SelfTest,
-            Self::Matmul(Element::F32),
-            Self::BranchSplitB,
-            Self::BranchFinish,
-            Self::BranchMeans,
-            Self::BranchChoose,
-            Self::Blend,
-            Self::Cosine,
-            Self::GradientNorm,
-            Self::GradientStep,
-            Self::RankUpdate(Element::F32),
-            Self::Entries(Element::F32),
-            Self::Magnitudes(Element::F32),
-        ];
-        for dtype in DTYPES {
-            all.extend(Score::ALL.map(|score| Self::BranchScores(score, dtype)));
-            all.push(Self::BranchApply(dtype));
-            for tile in BranchTile::all() {
-                all.extend(Score::ALL.map(|score| Self::BranchScoresMatrix(score, dtype, tile)));
-                all.push(Self::BranchApplyMatrix(dtype, tile));
-            }
-            all.push(Self::Extrapolate(dtype));
-            all.extend(TILES.map(|tile| Self::Project(tile, dtype)));
-            all.extend([32, 64].map(|tile| Self::ProjectMatrix(tile, dtype)));
-        }
-        all.extend(TILES.map(Self::Gram));
-        all.extend(WIDE.iter().flat_map(|&wide| {
-            [
-                Self::ProjectReal(wide),
-                Self::GramReal(wide, wide),
-                Self::GramReal(Element::F32, wide),
-                Self::GramReduce(wide, wide),
-                Self::GramReduce(Element::F32, wide),
-                Self::Cholesky(wide),
-                Self::CholeskySolve(wide),
-                Self::Matmul(wide),
-                Self::JacobiSvd(wide),
-                Self::RankUpdate(wide),
-                Self::Entries(wide),
-                Self::Magnitudes(wide),
-            ]
-        }));
-        all
+    /// `shaders/{file}.wgsl`.
+    pub(crate) fn new(file: &'static str) -> Self {
+        Self { file, constants: [None; 5], imports: [None; 5] }
     }
 
-    /// The file in `shaders/`, and the values of the permutation.
-    pub fn label(self) -> String {
-        let (file, _) = self.file();
-        let element = |e| match e {
-            Element::F32 => "f32",
-            Element::F64 => "f64",
-            Element::DoubleSingle => "double_single",
-            Element::Host => "host",
-        };
-        match self {
-            Self::RankConcat
-            | Self::Copy
-            | Self::Rows
-            | Self::RowScale
-            | Self::SplitRows
-            | Self::SumParts
-            | Self::GramMatrix
-            | Self::SelfTest
-            | Self::BranchSplitB
-            | Self::BranchFinish
-            | Self::BranchMeans
-            | Self::BranchChoose
-            | Self::Blend
-            | Self::Cosine
-            | Self::GradientNorm
-            | Self::GradientStep => file.to_owned(),
-            Self::Project(tile, dtype) | Self::ProjectMatrix(tile, dtype) => format!("{file}_{tile}_{dtype}"),
-            Self::BranchScores(score, dtype) => format!("{file}_{}_{dtype}", score.name()),
-            Self::BranchScoresMatrix(score, dtype, tile) => {
-                format!("{file}_{}_{dtype}_{}", score.name(), tile.label())
-            }
-            Self::BranchApplyMatrix(dtype, tile) => format!("{file}_{dtype}_{}", tile.label()),
-            Self::BranchApply(dtype) | Self::Extrapolate(dtype) => format!("{file}_{dtype}"),
-            Self::Gram(tile) => format!("{file}_{tile}"),
-            Self::ProjectReal(e)
-            | Self::Cholesky(e)
-            | Self::CholeskySolve(e)
-            | Self::Matmul(e)
-            | Self::JacobiSvd(e)
-            | Self::RankUpdate(e)
-            | Self::Entries(e)
-            | Self::Magnitudes(e) => format!("{file}_{}", element(e)),
-            Self::GramReal(part, e) | Self::GramReduce(part, e) => {
-                format!("{file}_{}_to_{}", element(part), element(e))
-            }
-        }
+    fn with(self, name: &'static str, value: Constant) -> Self {
+        Self { constants: add(self.constants, (name, value)), ..self }
     }
 
-    fn file(self) -> (&'static str, &'static str) {
-        match self {
-            Self::Copy => ("copy", kernel!("copy")),
-            Self::RankConcat => ("rank_concat", kernel!("rank_concat")),
-            Self::Rows => ("rows", kernel!("rows")),
-            Self::Project(..) => ("project", kernel!("project")),
-            Self::SumParts => ("sum_parts", kernel!("sum_parts")),
-            Self::RowScale => ("row_scale", kernel!("row_scale")),
-            Self::SplitRows => ("split_rows", kernel!("split_rows")),
-            Self::ProjectMatrix(..) => ("project_matrix", kernel!("project_matrix")),
-            Self::ProjectReal(_) => ("project_real", kernel!("project_real")),
-            Self::Gram(_) => ("gram", kernel!("gram")),
-            Self::GramMatrix => ("gram_matrix", kernel!("gram_matrix")),
-            Self::GramReal(..) => ("gram_real", kernel!("gram_real")),
-            Self::GramReduce(..) => ("gram_reduce", kernel!("gram_reduce")),
-            Self::Cholesky(_) => ("cholesky", kernel!("cholesky")),
-            Self::CholeskySolve(_) => ("cholesky_solve", kernel!("cholesky_solve")),
-            Self::Matmul(_) => ("matmul", kernel!("matmul")),
-            Self::JacobiSvd(_) => ("jacobi_svd", kernel!("jacobi_svd")),
-            Self::RankUpdate(_) => ("rank_update", kernel!("rank_update")),
-            Self::BranchScores(..) => ("branch_scores", kernel!("branch_scores")),
-            Self::BranchScoresMatrix(..) => ("branch_scores_matrix", kernel!("branch_scores_matrix")),
-            Self::BranchSplitB => ("branch_split_b", kernel!("branch_split_b")),
-            Self::BranchFinish => ("branch_finish", kernel!("branch_finish")),
-            Self::BranchMeans => ("branch_means", kernel!("branch_means")),
-            Self::BranchChoose => ("branch_choose", kernel!("branch_choose")),
-            Self::BranchApply(_) => ("branch_apply", kernel!("branch_apply")),
-            Self::BranchApplyMatrix(..) => ("branch_apply_matrix", kernel!("branch_apply_matrix")),
-            Self::Blend => ("blend", kernel!("blend")),
-            Self::Extrapolate(_) => ("extrapolate", kernel!("extrapolate")),
-            Self::Cosine => ("cosine", kernel!("cosine")),
-            Self::GradientNorm => ("gradient_norm", kernel!("gradient_norm")),
-            Self::GradientStep => ("gradient_step", kernel!("gradient_step")),
-            Self::Entries(_) => ("entries", kernel!("entries")),
-            Self::Magnitudes(_) => ("magnitudes", kernel!("magnitudes")),
-            Self::SelfTest => ("self_test", kernel!("self_test")),
-        }
+    /// With a number.
+    pub(crate) fn number(self, name: &'static str, value: u32) -> Self {
+        self.with(name, Constant::U32(value))
     }
 
-    /// What `#import real` stands for.
-    fn real(self) -> Option<Element> {
-        match self {
-            Self::RankConcat
-            | Self::Copy
-            | Self::Rows
-            | Self::RowScale
-            | Self::SplitRows
-            | Self::SumParts
-            | Self::Project(..)
-            | Self::ProjectMatrix(..)
-            | Self::Gram(_)
-            | Self::GramMatrix
-            | Self::BranchScores(..)
-            | Self::BranchScoresMatrix(..)
-            | Self::BranchSplitB
-            | Self::BranchFinish
-            | Self::BranchMeans
-            | Self::BranchChoose
-            | Self::BranchApply(_)
-            | Self::BranchApplyMatrix(..)
-            | Self::Blend
-            | Self::Extrapolate(_)
-            | Self::Cosine
-            | Self::GradientNorm
-            | Self::GradientStep => None,
-            Self::ProjectReal(e)
-            | Self::Cholesky(e)
-            | Self::CholeskySolve(e)
-            | Self::Matmul(e)
-            | Self::JacobiSvd(e)
-            | Self::RankUpdate(e)
-            | Self::Entries(e)
-            | Self::Magnitudes(e) => Some(e),
-            Self::GramReal(_, e) | Self::GramReduce(_, e) => Some(e),
-            Self::SelfTest => Some(Element::DoubleSingle),
-        }
+    /// With a truth.
+    pub(crate) fn flag(self, name: &'static str, value: bool) -> Self {
+        self.with(name, Constant::Bool(value))
     }
 
-    /// The constants that the permutation sets.
-    fn constants(self) -> String {
-        match self {
-            Self::Project(tile, dtype) => {
-                let dtype = dtype_constant(dtype);
-                format!(
-                    "{dtype}const TILE_M: u32 = 128u;\nconst TILE_N: u32 = {tile}u;\n{}",
-                    tile_constants(tile)
-                )
-            }
-            Self::ProjectMatrix(tile, dtype) => {
-                format!("{}const TILE_N: u32 = {tile}u;\n", dtype_constant(dtype))
-            }
-            Self::BranchApply(dtype) | Self::Extrapolate(dtype) => dtype_constant(dtype),
-            Self::BranchApplyMatrix(dtype, tile) => dtype_constant(dtype) + &tile.constants(APPLY_SUBGROUPS),
-            Self::BranchScores(score, dtype) => dtype_constant(dtype) + &score_constant(score),
-            Self::BranchScoresMatrix(score, dtype, tile) => {
-                dtype_constant(dtype) + &score_constant(score) + &tile.constants(SCORES_SUBGROUPS)
-            }
-            Self::Gram(tile) => format!("const TILE: u32 = {tile}u;\n{}", tile_constants(tile)),
-            Self::GramReal(part, _) | Self::GramReduce(part, _) => match part {
-                Element::F32 => {
-                    "alias Part = f32;\nfn part_value(part: Part) -> Real { return real(part); }\n".to_owned()
-                }
-                _ => "alias Part = Real;\nfn part_value(part: Part) -> Real { return part; }\n".to_owned(),
+    /// With another constant's number.
+    pub(crate) fn named(self, name: &'static str, value: &'static str) -> Self {
+        self.with(name, Constant::Named(value))
+    }
+
+    /// For values of a type, as shaders/shared/words.wgsl names it.
+    pub(crate) fn dtype(self, dtype: Dtype) -> Self {
+        self.named(
+            "DTYPE",
+            match dtype {
+                Dtype::F32 => "F32",
+                Dtype::F16 => "F16",
+                Dtype::Bf16 => "BF16",
             },
-            _ => String::new(),
-        }
+        )
     }
 
-    /// Whether this needs matrix units or only serves them, which neither DX12 nor WebGPU's default limits have; each such kernel
-    /// has a twin that does without.
-    pub fn uses_matrix_units(self) -> bool {
-        matches!(
-            self,
-            Self::ProjectMatrix(..)
-                | Self::SplitRows
-                | Self::GramMatrix
-                | Self::BranchScoresMatrix(..)
-                | Self::BranchSplitB
-                | Self::BranchApplyMatrix(..)
+    /// With a file in place of an import.
+    pub(crate) fn import(self, name: &'static str, file: &'static str) -> Self {
+        Self { imports: add(self.imports, (name, file)), ..self }
+    }
+
+    /// With the arithmetic of an element type in place of `#import real`.
+    pub(crate) fn real(self, element: Element) -> Self {
+        self.import(
+            "real",
+            match element {
+                Element::F64 => "shared/real_f64",
+                Element::DoubleSingle => "shared/real_double_single",
+                // No kernel sums on the host.
+                Element::F32 | Element::Host => "shared/real_f32",
+            },
         )
+    }
+
+    /// The file, and what makes it this permutation.
+    pub fn label(&self) -> String {
+        let constants = self.constants.iter().flatten().map(|(name, value)| match value {
+            Constant::U32(value) => format!(" {name}={value}"),
+            Constant::Bool(value) => format!(" {name}={value}"),
+            Constant::Named(value) => format!(" {name}={value}"),
+        });
+        let imports = self.imports.iter().flatten().map(|(_, file)| {
+            let (_, name) = file.rsplit_once('/').unwrap_or(("", file));
+            format!(" {name}")
+        });
+        std::iter::once(self.file.to_owned()).chain(constants).chain(imports).collect()
     }
 
     /// The permutation's whole WGSL.
-    pub fn source(self) -> String {
-        let (_, body) = self.file();
-        let mut source = String::new();
-        if self.uses_matrix_units() {
-            source.push_str("enable f16;\n");
+    pub fn source(&self) -> String {
+        let mut body = String::new();
+        for (name, value) in self.constants.iter().flatten() {
+            body += &match value {
+                Constant::U32(value) => format!("const {name}: u32 = {value}u;\n"),
+                Constant::Bool(value) => format!("const {name}: bool = {value};\n"),
+                Constant::Named(value) => format!("const {name}: u32 = {value};\n"),
+            };
         }
-        if self.uses_matrix_units() && !self.is_software() {
-            source.push_str("enable wgpu_cooperative_matrix;\n");
-        }
-        source.push_str(&self.constants());
-        for line in body.lines() {
-            match line.strip_prefix("#import ") {
-                None => source.push_str(line),
-                Some(name) => source.push_str(self.import(name)),
-            }
-            source.push('\n');
-        }
-        source
+        let mut seen = vec![self.file];
+        let mut enabled = String::new();
+        self.append(self.file, &mut seen, &mut enabled, &mut body);
+        // Directives come before all else.
+        enabled + &body
     }
 
-    /// Whether it stands in for matrix units.
-    fn is_software(self) -> bool {
-        match self {
-            Self::BranchScoresMatrix(_, _, tile) | Self::BranchApplyMatrix(_, tile) => tile.software,
-            // Of use without them.
-            Self::BranchSplitB => true,
-            _ => false,
-        }
-    }
-
-    fn import(self, name: &str) -> &'static str {
-        match (name, self.real()) {
-            ("params", _) => shared!("params"),
-            ("words", _) => shared!("words"),
-            ("fetch", _) => shared!("fetch"),
-            ("tile_f32", _) => shared!("tile_f32"),
-            ("pack", _) => shared!("pack"),
-            ("exponents", _) => shared!("exponents"),
-            ("exp_log", _) => shared!("exp_log"),
-            ("branch", _) => shared!("branch"),
-            ("branch_state", _) => shared!("branch_state"),
-            ("branch_finish", _) => shared!("branch_finish"),
-            ("branch_split", _) => shared!("branch_split"),
-            ("branch_features", _) => shared!("branch_features"),
-            ("branch_tile_matrix", _) => shared!("branch_tile_matrix"),
-            ("multiply", _) if self.is_software() => shared!("multiply_software"),
-            ("multiply", _) => shared!("multiply_units"),
-            ("features", _) => match self {
-                Self::BranchScoresMatrix(_, Dtype::F32, _) | Self::BranchApplyMatrix(Dtype::F32, _) => {
-                    shared!("features_f32")
+    fn append(&self, file: &str, seen: &mut Vec<&'static str>, enabled: &mut String, body: &mut String) {
+        for line in wgsl(file).lines() {
+            if line.starts_with("enable ") {
+                enabled.push_str(line);
+                enabled.push('\n');
+            } else if let Some(import) = line.strip_prefix("#import ") {
+                let (name, _) = self.resolved(import);
+                if !seen.contains(&name) {
+                    seen.push(name);
+                    self.append(name, seen, enabled, body);
                 }
-                _ => shared!("features_halves"),
-            },
-            ("branch_tile", _) => shared!("branch_tile"),
-            ("strip", _) => shared!("strip"),
-            ("entry", _) => shared!("entry"),
-            ("real", Some(Element::F32)) => shared!("real_f32"),
-            ("real", Some(Element::F64)) => shared!("real_f64"),
-            ("real", Some(Element::DoubleSingle)) => shared!("real_double_single"),
-            _ => unreachable!("no shader imports `{name}`: the portability test composes them all"),
+            } else {
+                body.push_str(line);
+                body.push('\n');
+            }
         }
+    }
+
+    fn resolved(&self, import: &str) -> (&'static str, &'static str) {
+        let chosen = self.imports.iter().flatten().find(|(name, _)| *name == import);
+        found(chosen.map_or(import, |(_, file)| file))
     }
 }
 
-/// How threads share a tile: 8 columns each halve the reads of workgroup memory, but need a wide tile.
-fn tile_constants(tile: u32) -> String {
-    let columns = if tile == 128 { 8 } else { 4 };
-    format!("const COLUMNS: u32 = {columns}u;\nconst THREADS_N: u32 = {}u;\n", tile / columns)
+fn wgsl(file: &str) -> &'static str {
+    found(file).1
 }
 
-fn score_constant(score: Score) -> String {
-    format!("const SCORE: u32 = {}u;\n", score.code())
+/// A file's name and text.
+fn found(file: &str) -> (&'static str, &'static str) {
+    let place = SHADERS.binary_search_by_key(&file, |(name, _)| *name);
+    place.map(|place| SHADERS[place]).unwrap_or_else(|_| {
+        panic!("no file of shaders/ is `{file}`: the portability test puts together all that are imported")
+    })
 }
 
-/// The type of X, as shaders/shared/words.wgsl names it.
-fn dtype_constant(dtype: Dtype) -> String {
-    format!("const DTYPE: u32 = {};\n", dtype.name().to_uppercase())
+/// What an operation declares of a kernel, in all of its permutations.
+#[derive(Debug)]
+pub struct Declared {
+    /// The permutations.
+    pub kernels: Vec<Kernel>,
+    /// Buffers that hold structs, or arrays of them, by name: its jobs first.
+    pub structs: Vec<(&'static str, Struct)>,
+    /// Constants of the shader that its launcher relies on.
+    pub constants: Vec<(&'static str, f64)>,
+}
+
+/// A struct as a launcher lays it out.
+#[derive(Debug)]
+pub struct Struct {
+    /// The fields, each with its first byte.
+    pub fields: Vec<(&'static str, usize)>,
+    /// The bytes of all.
+    pub bytes: usize,
+}
+
+impl Struct {
+    fn of<T: Layout>() -> Self {
+        Self { fields: T::fields("", 0), bytes: size_of::<T>() }
+    }
+}
+
+impl Declared {
+    pub(crate) fn new<J: Layout>(kernels: impl IntoIterator<Item = Kernel>) -> Self {
+        let structs = vec![("jobs", Struct::of::<J>())];
+        Self { kernels: kernels.into_iter().collect(), structs, constants: Vec::new() }
+    }
+
+    pub(crate) fn with_struct<T: Layout>(mut self, buffer: &'static str) -> Self {
+        self.structs.push((buffer, Struct::of::<T>()));
+        self
+    }
+
+    pub(crate) fn constant(mut self, name: &'static str, value: impl TryInto<u32>) -> Self {
+        let value = value.try_into().ok().expect("WGSL's constants are 32 bits long");
+        self.constants.push((name, value.into()));
+        self
+    }
+}
+
+/// Every kernel.
+pub fn declared() -> Vec<Declared> {
+    let mut all = ops::declared();
+    all.push(batch::declared());
+    all.push(self_test::declared());
+    all
+}
+
+/// Where the fields of a type lie that shaders read.
+pub(crate) trait Layout {
+    /// Of a value called `name`, `at` bytes from the start.
+    fn fields(name: &'static str, at: usize) -> Vec<(&'static str, usize)> {
+        vec![(name, at)]
+    }
+}
+
+impl Layout for u32 {}
+impl Layout for f32 {}
+impl<T, const N: usize> Layout for [T; N] {}
+
+/// Declares a struct that a shader declares as well, field by field: of a field that is such a struct itself the shader has
+/// its fields in place. A test compares the two.
+macro_rules! job {
+    ($(#[$attribute:meta])* $visible:vis struct $name:ident {
+        $($(#[$field_attribute:meta])* $field_visible:vis $field:ident: $type:ty,)*
+    }) => {
+        $(#[$attribute])*
+        #[derive(Clone, Copy, Debug, bytemuck::NoUninit)]
+        #[repr(C)]
+        $visible struct $name {
+            $($(#[$field_attribute])* $field_visible $field: $type,)*
+        }
+
+        impl $crate::compute::shaders::Layout for $name {
+            fn fields(_: &'static str, at: usize) -> Vec<(&'static str, usize)> {
+                use $crate::compute::shaders::Layout;
+                let fields = [
+                    $(<$type as Layout>::fields(stringify!($field), at + std::mem::offset_of!($name, $field)),)*
+                ];
+                fields.concat()
+            }
+        }
+    };
+}
+pub(crate) use job;
+
+/// The columns of a tile, and how threads share it: 8 columns each halve the reads of workgroup memory, but need a wide
+/// tile.
+pub(crate) fn shared_tile(kernel: Kernel, columns: u32) -> Kernel {
+    let of_a_thread = if columns == 128 { 8 } else { 4 };
+    kernel.number("COLUMNS", of_a_thread).number("THREADS_N", columns / of_a_thread)
 }

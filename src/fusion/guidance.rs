@@ -1,6 +1,5 @@
 //! Classifier-free guidance of which only the conditional pass knows adapters (CRAFT-LoRA, arXiv 2602.18936).
 
-use crate::compute::gpu::BIND_ALIGN;
 use crate::compute::ops::{Activations, ExtrapolateJob, extrapolate_cpu};
 use crate::{Device, Error, Result};
 
@@ -32,22 +31,23 @@ pub fn guide(
     }
     check_omega(omega)?;
     let (shape, dtype) = (conditional.shape(), conditional.dtype());
-    let bytes = (shape.len() * dtype.size()) as u64;
-    let (c, c_word) = binding(&conditional, bytes, gpu.max_arena())?;
-    let (u, u_word) = binding(&unconditional, bytes, gpu.max_arena())?;
-    if c.buffer == u.buffer {
+    if shape.is_empty() {
+        return Ok(());
+    }
+    let all = 0..shape.rows;
+    let c = conditional.bind("the conditional pass", all.clone(), gpu.max_arena())?;
+    let u = unconditional.bind("the unconditional pass", all, gpu.max_arena())?;
+    if c.binding.buffer == u.binding.buffer {
         return Err(Error::Invalid(
             "the two passes share a buffer, of which one part cannot be read while another is written".into(),
         ));
     }
-    let job =
-        ExtrapolateJob { c: c_word, u: u_word, len: shape.len() as u32, scale: omega as f32, grid_width: 0 };
+    let (len, scale) = (shape.len() as u32, omega as f32);
+    let job = ExtrapolateJob { c: c.word as u32, u: u.word as u32, len, scale };
     let mut commands = gpu.commands();
-    if !shape.is_empty() {
-        job.encode(&mut commands, dtype, [c, u]);
-    }
+    job.encode(&mut commands, dtype, [c.binding, u.binding])?;
     // Without scratch buffers.
-    commands.encode(encoder);
+    commands.encode(encoder, |_| ())?;
     Ok(())
 }
 
@@ -73,26 +73,4 @@ fn check_omega(omega: f64) -> Result<()> {
         true => Ok(()),
         false => Err(Error::Invalid(format!("omega is {omega}; it must be a finite number"))),
     }
-}
-
-/// The binding, and the first word in it.
-fn binding<'a>(matrix: &Activations<'a>, bytes: u64, limit: u64) -> Result<(wgpu::BufferBinding<'a>, u32)> {
-    let Activations::Buffer { buffer, offset, .. } = *matrix else {
-        return Err(Error::Invalid("guidance in an encoder needs buffers of the device".into()));
-    };
-    if !offset.is_multiple_of(4) || offset + bytes > buffer.size().next_multiple_of(4) {
-        return Err(Error::Invalid(format!(
-            "{bytes} bytes at byte {offset} do not lie in their buffer of {} bytes on a multiple of 4",
-            buffer.size()
-        )));
-    }
-    let aligned = offset - offset % BIND_ALIGN as u64;
-    let size = (offset - aligned + bytes).next_multiple_of(4);
-    if size > limit {
-        return Err(Error::Device(format!(
-            "{bytes} bytes exceed the {limit} that the device can bind at once"
-        )));
-    }
-    let size = wgpu::BufferSize::new(size.min(buffer.size() - aligned));
-    Ok((wgpu::BufferBinding { buffer, offset: aligned, size }, ((offset - aligned) / 4) as u32))
 }

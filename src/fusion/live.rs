@@ -196,7 +196,7 @@ impl LiveNpLora {
         let mut commands = gpu.commands();
         for arena in &self.arenas {
             if let Some([ends, out, _]) = &arena.buffers {
-                Blend { ends, out, controls }.encode(&mut commands, &arena.jobs);
+                Blend { ends, out, controls }.encode(&mut commands, &arena.jobs)?;
             }
         }
         commands.submit()

@@ -242,6 +242,11 @@ impl Refiner {
             return Err(Error::Invalid("the weights of objectives must be finite".into()));
         }
         check(&options)?;
+        // Every other product of these sizes is less.
+        let count = samples.checked_mul(len).and_then(|count| count.checked_mul(4 * objectives.len()));
+        if count.is_none() {
+            return Err(Error::Invalid(format!("no memory holds {samples} x {len} latents")));
+        }
         let backend = match device.is_gpu() {
             false => Backend::Cpu(Outcome::default()),
             true => Backend::Gpu(Box::new(Buffers::new(device.gpu()?, &objectives, samples, len)?)),
@@ -369,6 +374,7 @@ impl Refiner {
             let size = (self.samples * objective.width() * 4) as u64;
             encoder.forward(i, Values::Buffer(x), ValuesMut::Buffer(features.slice(..size)))?;
             let job = CosineJob {
+                samples: self.samples as u32,
                 width: objective.width() as u32,
                 reference_stride: 0,
                 weight: objective.weight as f32,
@@ -376,7 +382,7 @@ impl Refiner {
             };
             let mut commands = gpu.commands();
             let bindings = [whole(features), whole(direction), whole(gradient), whole(&buffers.losses)];
-            job.encode(&mut commands, self.samples, bindings);
+            job.encode(&mut commands, bindings)?;
             commands.submit()?;
             let latents = buffers.gradient.slice(..bytes);
             encoder.backward(i, Values::Buffer(gradient.slice(..size)), ValuesMut::Buffer(latents))?;
@@ -391,22 +397,22 @@ impl Refiner {
         job.encode(
             &mut commands,
             [whole(&buffers.gradients), whole(&buffers.norms), binding, whole(&buffers.rms)],
-        );
+        )?;
         commands.submit()
     }
 }
 
 impl Buffers {
     fn new(gpu: &Arc<Gpu>, objectives: &[Objective], samples: usize, len: usize) -> Result<Self> {
-        let buffer = |label: &str, values: usize| gpu.allocate(label, values as u64 * 4);
+        let buffer = |label: &str, values: usize| gpu.allocate_values(label, values, 4);
         let features = objectives
             .iter()
             .map(|objective| {
                 let width = objective.width();
                 let direction = buffer("reference", width)?;
                 gpu.write(&direction, 0, bytemuck::cast_slice(&objective.direction))?;
-                let features = buffer("features", samples * width)?;
-                Ok([features, buffer("gradient of features", samples * width)?, direction])
+                let features = buffer("features", samples.saturating_mul(width))?;
+                Ok([features, buffer("gradient of features", samples.saturating_mul(width))?, direction])
             })
             .collect::<Result<_>>()?;
         Ok(Self {

@@ -341,7 +341,7 @@ impl Selector {
         selection: &Selection,
     ) -> Result<()> {
         let (key, resident) = self.find(layer)?;
-        if f0.len() != x.rows() * resident.output {
+        if f0.len() != Shape::new(x.rows(), resident.output).len() {
             return Err(in_layer(
                 &resident.name,
                 Error::Invalid(format!(
@@ -367,7 +367,7 @@ impl Selector {
             .zip(&resident.members)
             .map(|(b, &k)| b.iter().map(|v| v * f64::from(self.strengths[k])).collect())
             .collect();
-        let a = resident.batch.host(0).unwrap_or_default();
+        let a = resident.batch.host()?.values(0);
         let decided =
             branches::branches_cpu(&call, a, &b, 1.0 / self.temperature, x, &mut wide, &mut running);
         f0.iter_mut().zip(&wide).for_each(|(f, w)| *f = *w as f32);
@@ -649,9 +649,7 @@ impl Resident {
         };
         if !device.is_gpu() {
             let a: Vec<f64> = of.iter().flat_map(|(_, layer)| layer.a().to_vec::<f64>()).collect();
-            if let Some(mut host) = resident.batch.host_mut() {
-                host[0].copy_from_slice(&a);
-            }
+            resident.batch.host_mut()?[0].copy_from_slice(&a);
             let scaled =
                 |layer: &Layer| layer.b().to_vec::<f64>().iter().map(|b| b * layer.scale.value).collect();
             resident.b = of.iter().map(|(_, layer)| scaled(layer)).collect();
@@ -676,9 +674,9 @@ impl Resident {
         }
         resident.factors = factors;
         let gpu = device.gpu()?;
-        let buffer = resident.batch.buffer()?;
-        gpu.write(buffer, 0, bytemuck::cast_slice(&a))?;
-        gpu.write(buffer, resident.batch.offset(1) as u64 * 4, bytemuck::cast_slice(&b))?;
+        let arena = resident.batch.binding()?.buffer;
+        gpu.write(arena, 0, bytemuck::cast_slice(&a))?;
+        gpu.write(arena, resident.batch.offset(1) as u64 * 4, bytemuck::cast_slice(&b))?;
         resident.halves = Halves::new(gpu, &resident.batch, output, &resident.blocks, low)?;
         Ok(resident)
     }

@@ -19,5 +19,6 @@ mod memory;
 mod np_lora;
 mod ops;
 mod portability;
+mod soundness;
 mod ssr;
 mod streaming;

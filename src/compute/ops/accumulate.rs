@@ -1,74 +1,16 @@
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
-use super::gram::{self, GramJob, Pending, gram_cpu};
-use super::project::{self, ProjectJob, X_ALIGN, parts_bytes, project_cpu};
-use super::{mismatch, same_count};
-use crate::compute::gpu::{BIND_ALIGN, Commands, Gpu, Pooled, whole};
-use crate::compute::{Batch, Device, Element, Shape};
-use crate::{Dtype, Error, RawMatrix, Result};
 use rayon::prelude::*;
 
-/// Inputs of a linear layer, one token a row.
-#[derive(Clone, Copy, Debug)]
-pub enum Activations<'a> {
-    /// On the host.
-    Host(RawMatrix<'a>),
-    /// In a buffer of the device, with usage `STORAGE`.
-    Buffer {
-        /// The buffer.
-        buffer: &'a wgpu::Buffer,
-        /// Its first byte that counts; a multiple of 4.
-        offset: u64,
-        /// Element type.
-        dtype: Dtype,
-        /// Rows.
-        tokens: usize,
-        /// Columns.
-        width: usize,
-    },
-}
-
-impl<'a> From<RawMatrix<'a>> for Activations<'a> {
-    fn from(matrix: RawMatrix<'a>) -> Self {
-        Self::Host(matrix)
-    }
-}
-
-impl Activations<'_> {
-    /// Tokens × width.
-    pub fn shape(&self) -> Shape {
-        match *self {
-            Self::Host(matrix) => Shape::new(matrix.rows(), matrix.cols()),
-            Self::Buffer { tokens, width, .. } => Shape::new(tokens, width),
-        }
-    }
-
-    /// Element type.
-    pub fn dtype(&self) -> Dtype {
-        match self {
-            Self::Host(matrix) => matrix.dtype(),
-            Self::Buffer { dtype, .. } => *dtype,
-        }
-    }
-
-    /// Refuses what does not lie in its buffer, or where kernels cannot read it.
-    pub(crate) fn check(&self, what: &str) -> Result<()> {
-        let Self::Buffer { buffer, offset, dtype, tokens, width } = *self else { return Ok(()) };
-        let bytes = (tokens * width * dtype.size()) as u64;
-        if !offset.is_multiple_of(4) || offset + bytes.next_multiple_of(4) > buffer.size().next_multiple_of(4)
-        {
-            return Err(Error::Invalid(format!(
-                "{what} of {bytes} bytes at byte {offset} does not lie in its buffer of {} bytes on a multiple of 4",
-                buffer.size()
-            )));
-        }
-        match buffer.usage().contains(wgpu::BufferUsages::STORAGE) {
-            true => Ok(()),
-            false => Err(Error::Invalid(format!("the buffer of {what} needs usage STORAGE"))),
-        }
-    }
-}
+use super::activations::Bound;
+use super::gram::{self, GramJob, Pending, gram_cpu};
+use super::project::{self, ProjectJob, X_ALIGN, product_bytes, project_cpu};
+use super::{Activations, mismatch, same_count};
+use crate::compute::batch::{FACTOR, OnHost, Operands};
+use crate::compute::gpu::{Commands, Gpu, Pooled, whole};
+use crate::compute::{Batch, Device, Element, Shape};
+use crate::{Error, Result};
 
 /// `S += (X·Aᵀ)ᵀ(X·Aᵀ)`: [`project`](super::project) and [`gram`](super::gram) in one, with Z never at full
 /// length: activations go through in windows that fit the device.
@@ -99,25 +41,28 @@ pub fn accumulate(
     }
     for (_, x) in inputs {
         x.check("an input")?;
-        if !device.is_gpu() && matches!(x, Activations::Buffer { .. }) {
-            return Err(Error::Device("activations in a GPU's buffer were given to the CPU".into()));
-        }
     }
-    match device.is_gpu() {
-        true => accumulate_gpu(device, inputs, a, sums),
-        false => accumulate_cpu(inputs, a, sums),
+    match Operands::of("accumulate", device, [(a, FACTOR)])? {
+        Operands::Gpu(..) => accumulate_gpu(device, inputs, a, sums),
+        Operands::Host([a]) => accumulate_cpu(inputs, a, sums),
     }
 }
 
 /// Rows of a block on the CPU: large enough for fast products, small enough for the cache.
 const CPU_ROWS: usize = 256;
 
-fn accumulate_cpu(inputs: &[(usize, Activations)], a: &Batch, sums: &mut Batch) -> Result<()> {
+fn accumulate_cpu<'a>(inputs: &[(usize, Activations<'a>)], a: OnHost<'_>, sums: &mut Batch) -> Result<()> {
+    let on_host = |(i, x): &(usize, Activations<'a>)| match x {
+        Activations::Host(x) => Ok((*i, *x)),
+        Activations::Buffer { .. } => {
+            Err(Error::Device("activations in a GPU's buffer were given to the CPU".into()))
+        }
+    };
+    let inputs = inputs.iter().map(on_host).collect::<Result<Vec<_>>>()?;
+    let shapes = sums.shapes().to_vec();
+    let mut sums = sums.host_mut()?;
     for (i, x) in inputs {
-        let Activations::Host(x) = x else { continue };
-        let (a, shape) = (a.host(*i).unwrap_or_default(), a.shapes()[*i]);
-        let n = shape.rows;
-        let sum = &mut sums.host_mut().unwrap_or_default()[*i];
+        let (a, n, sum) = (a.values(i), shapes[i].rows, &mut sums[i]);
         if sum.is_empty() {
             continue;
         }
@@ -162,8 +107,8 @@ fn accumulate_gpu(
     let mut windows = Vec::new();
     for &(index, input) in inputs {
         let shape = input.shape();
-        let row = (shape.cols * input.dtype().size()) as u64;
-        let z_row = (parts_bytes(256, a.shapes()[index].rows) / 256) as u64;
+        let row = input.row_bytes() as u64;
+        let z_row = (product_bytes(256, a.shapes()[index].rows) / 256) as u64;
         let rows = (limit / row.max(z_row).max(1)).clamp(1, 16384) as usize;
         // An even number of rows keeps windows of halves on whole words.
         let rows = if rows > 1 { rows & !1 } else { rows };
@@ -181,7 +126,7 @@ fn accumulate_gpu(
         let rank = a.shapes()[window.index].rows;
         let x = if on_host { x_bytes(&window) } else { 0 };
         // Matrix units also want A in halves.
-        let z = parts_bytes(window.tokens, rank) + 4 * rank * window.input.shape().cols;
+        let z = product_bytes(window.tokens, rank) + 4 * rank * window.input.shape().cols;
         let cost = [x, z, gram::partial_len(window.tokens, rank, 1) * 8].map(|bytes| bytes as u64);
         let alike = |group: &Vec<Window>| matches!(group[0].input, Activations::Host(_)) == on_host;
         let joins = groups.last().is_some_and(alike)
@@ -215,7 +160,7 @@ fn accumulate_gpu(
 
 /// Bytes that a window of the host's takes in an upload.
 fn x_bytes(window: &Window) -> usize {
-    (window.tokens * window.input.shape().cols * window.input.dtype().size()).next_multiple_of(X_ALIGN)
+    (window.tokens * window.input.row_bytes()).next_multiple_of(X_ALIGN)
 }
 
 /// Records one group; also gives what it uploaded and what the host has to add after submission.
@@ -236,7 +181,7 @@ fn record(
     let mut z_len = 0;
     for window in group {
         let shape = a.shapes()[window.index];
-        let (x, x_word) = inputs.place(window);
+        let (x, x_word) = inputs.place(gpu, window)?;
         project_jobs.push(ProjectJob {
             x,
             x_word,
@@ -274,35 +219,28 @@ struct Inputs<'a> {
 
 impl<'a> Inputs<'a> {
     /// The binding of a window, and its first word there.
-    fn place(&mut self, window: &Window<'a>) -> (usize, usize) {
-        match window.input {
-            Activations::Host(matrix) => {
-                let bytes = matrix.row_range(window.first, window.first + window.tokens).bytes();
-                let next = self.bytes;
-                let place = *self.host.entry((bytes.as_ptr(), bytes.len())).or_insert(next);
-                if place == next {
-                    self.pieces.push((place, bytes));
-                    self.bytes += x_bytes(window);
-                }
-                (0, place / 4)
+    fn place(&mut self, gpu: &Gpu, window: &Window<'a>) -> Result<(usize, usize)> {
+        let rows = window.first..window.first + window.tokens;
+        if let Activations::Host(matrix) = window.input {
+            let bytes = matrix.row_range(rows.start, rows.end).bytes();
+            let next = self.bytes;
+            let place = *self.host.entry((bytes.as_ptr(), bytes.len())).or_insert(next);
+            if place == next {
+                self.pieces.push((place, bytes));
+                self.bytes += x_bytes(window);
             }
-            Activations::Buffer { buffer, offset, dtype, width, .. } => {
-                let start = offset + (window.first * width * dtype.size()) as u64;
-                let bytes = (window.tokens * width * dtype.size()).next_multiple_of(4) as u64;
-                let aligned = start - start % BIND_ALIGN as u64;
-                let size = (start - aligned + bytes).next_multiple_of(16).min(buffer.size() - aligned);
-                let binding =
-                    wgpu::BufferBinding { buffer, offset: aligned, size: wgpu::BufferSize::new(size) };
-                let known = self.buffers.iter().position(|known| {
-                    (known.buffer, known.offset, known.size) == (buffer, aligned, binding.size)
-                });
-                let x = known.unwrap_or_else(|| {
-                    self.buffers.push(binding);
-                    self.buffers.len() - 1
-                });
-                (x, ((start - aligned) / 4) as usize)
-            }
+            return Ok((0, place / 4));
         }
+        let Bound { binding, word } = window.input.bind("an input", rows, gpu.max_arena())?;
+        let same = |known: &wgpu::BufferBinding<'_>| {
+            (known.buffer, known.offset, known.size) == (binding.buffer, binding.offset, binding.size)
+        };
+        let known = self.buffers.iter().position(same);
+        let x = known.unwrap_or_else(|| {
+            self.buffers.push(binding);
+            self.buffers.len() - 1
+        });
+        Ok((x, word))
     }
 
     /// Uploads the windows of the host.

@@ -1,17 +1,16 @@
-use bytemuck::NoUninit;
-
+use crate::Result;
 use crate::compute::gpu::{Commands, Work, whole};
-use crate::compute::shaders::Kernel;
+use crate::compute::shaders::{Declared, Kernel, job};
 
-/// Rows between those of two merges: `out = strength·(a + t·(b − a))`; places are elements of their buffers.
-#[derive(Clone, Copy, Debug, NoUninit)]
-#[repr(C)]
-pub(crate) struct BlendJob {
-    pub a: u32,
-    pub b: u32,
-    pub out: u32,
-    pub len: u32,
-    pub adapter: u32,
+job! {
+    /// Rows between those of two merges: `out = strength·(a + t·(b − a))`; places are elements of their buffers.
+    pub(crate) struct BlendJob {
+        pub a: u32,
+        pub b: u32,
+        pub out: u32,
+        pub len: u32,
+        pub adapter: u32,
+    }
 }
 
 /// The buffers of blends.
@@ -23,17 +22,25 @@ pub(crate) struct Blend<'a> {
     pub controls: &'a wgpu::Buffer,
 }
 
-/// Elements that a workgroup handles, as in the shader.
+/// Elements that a workgroup handles.
 const CHUNK: usize = 4096;
 
+fn kernel() -> Kernel {
+    Kernel::new("blend")
+}
+
+pub(super) fn declared() -> Declared {
+    Declared::new::<BlendJob>([kernel()]).constant("CHUNK", CHUNK)
+}
+
 impl Blend<'_> {
-    pub fn encode(&self, commands: &mut Commands<'_>, jobs: &[BlendJob]) {
+    pub fn encode(&self, commands: &mut Commands<'_>, jobs: &[BlendJob]) -> Result<()> {
         let work: Vec<Work> = (0..)
             .zip(jobs)
             .flat_map(|(i, job)| (0..job.len).step_by(CHUNK).map(move |first| [i, first, 0, 0]))
             .collect();
         let buffers = [whole(self.ends), whole(self.out), whole(self.controls)];
-        commands.launch(Kernel::Blend, jobs, &work, &buffers);
+        commands.launch(kernel(), jobs, &work, &buffers)
     }
 }
 

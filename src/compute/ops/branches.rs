@@ -1,25 +1,27 @@
 //! Branches: low-rank updates of the same features, of which each token keeps the one that changes it most.
 //!
-//! The kernels are, in their order, `shaders/branch_scores.wgsl`, where tokens decide by means `branch_finish.wgsl` and
-//! `branch_means.wgsl`, then `branch_choose.wgsl` and `branch_apply.wgsl`. Matrix units have `branch_scores_matrix.wgsl` and
-//! `branch_apply_matrix.wgsl`, for which [`Halves`] are made of a layer's factors. Below stand the f64 twins.
+//! The kernels are, in their order, `shaders/branch/scores.wgsl`, where tokens decide by means `branch/finish.wgsl` and
+//! `branch/means.wgsl`, then `branch/choose.wgsl` and `branch/apply.wgsl`. Matrix units have `branch/scores_matrix.wgsl` and
+//! `branch/apply_matrix.wgsl`, for which [`Halves`] are made of a layer's factors. Below stand the f64 twins.
 
 mod halves;
+mod tile;
 
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use bytemuck::NoUninit;
 use rayon::prelude::*;
 use serde::Serialize;
 
 pub(crate) use self::halves::Halves;
 use self::halves::{SplitB, Tiles};
+use self::tile::{APPLY_SUBGROUPS, SCORES_SUBGROUPS, Tile};
+use super::activations::Bound;
 use super::project::{self, ProjectJob, project_cpu};
-use super::{Activations, ENOUGH_WORKGROUPS, view, view_mut};
-use crate::compute::gpu::{BIND_ALIGN, GRID_WIDTH, Gpu, Pooled, whole};
+use super::{Activations, DTYPES, ENOUGH_WORKGROUPS, gemm, view, view_mut};
+use crate::compute::gpu::{BIND_ALIGN, GRID_WIDTH, Gpu, Phase, Pooled, whole};
 use crate::compute::memory::Buffer;
-use crate::compute::shaders::{APPLY_SUBGROUPS, Kernel, SCORES_SUBGROUPS};
+use crate::compute::shaders::{Declared, Kernel, job};
 use crate::compute::{Batch, Shape};
 use crate::{Dtype, Error, RawMatrix, Result};
 
@@ -49,7 +51,7 @@ impl Score {
         }
     }
 
-    /// As shaders/shared/branch.wgsl numbers it.
+    /// As shaders/branch/shared/job.wgsl numbers it.
     pub(crate) const fn code(self) -> u32 {
         self as u32
     }
@@ -94,13 +96,13 @@ impl Call<'_> {
     }
 }
 
-/// What a host changes between calls; as shaders/shared/branch.wgsl has it.
-#[derive(Clone, Copy, Debug, NoUninit)]
-#[repr(C)]
-pub(crate) struct Controls {
-    pub inverse_temperature: f32,
-    pub padding: [f32; 3],
-    pub strengths: [f32; MAX_BRANCHES],
+job! {
+    /// What a host changes between calls; as shaders/branch/shared/job.wgsl has it.
+    pub(crate) struct Controls {
+        pub inverse_temperature: f32,
+        pub padding: [f32; 3],
+        pub strengths: [f32; MAX_BRANCHES],
+    }
 }
 
 /// Elements of a layer's running means: a mean for each branch, the number of tokens, padding.
@@ -111,32 +113,33 @@ const WINDOW: f64 = 1_048_576.0;
 /// Words of a record of the log: tokens that each branch won.
 pub(crate) const RECORD: usize = MAX_BRANCHES;
 
-#[derive(Clone, Copy, Default, NoUninit)]
-#[repr(C)]
-struct Job {
-    tokens: u32,
-    first: u32,
-    count: u32,
-    width: u32,
-    f0: u32,
-    b: u32,
-    stride: u32,
-    rank: u32,
-    branches: u32,
-    score: u32,
-    parts: u32,
-    part_width: u32,
-    group: u32,
-    means: u32,
-    running: u32,
-    record: u32,
-    flags: u32,
-    starts: [u32; MAX_BRANCHES + 1],
-    columns: u32,
-    column_starts: [u32; MAX_BRANCHES + 1],
-    adapters: [u32; MAX_BRANCHES],
-    factors: [f32; MAX_BRANCHES],
-    fixed: [f32; MAX_BRANCHES],
+job! {
+    #[derive(Default)]
+    struct Job {
+        tokens: u32,
+        first: u32,
+        count: u32,
+        width: u32,
+        f0: u32,
+        b: u32,
+        stride: u32,
+        rank: u32,
+        branches: u32,
+        score: u32,
+        parts: u32,
+        part_width: u32,
+        group: u32,
+        means: u32,
+        running: u32,
+        record: u32,
+        flags: u32,
+        starts: [u32; MAX_BRANCHES + 1],
+        columns: u32,
+        column_starts: [u32; MAX_BRANCHES + 1],
+        adapters: [u32; MAX_BRANCHES],
+        factors: [f32; MAX_BRANCHES],
+        fixed: [f32; MAX_BRANCHES],
+    }
 }
 
 const FINISH: u32 = 1;
@@ -154,11 +157,85 @@ const UNIT_TOKENS: usize = 16;
 const UNIT_CHANNELS: usize = 64;
 /// There, wider parts are split also where the GPU is full: fewer channels do not make a workgroup's start worth while.
 const UNIT_PART: usize = 1024;
-/// Tokens of a workgroup of `branch_finish.wgsl` and of `branch_choose.wgsl`.
+/// Tokens of a workgroup of `branch/finish.wgsl` and of `branch/choose.wgsl`.
 const FINISH_TOKENS: usize = 32;
 const CHOOSE_TOKENS: usize = 16;
 /// Most parts that the channels are split into.
 const MAX_PARTS: usize = 8;
+
+fn scored(kernel: Kernel, score: Score, dtype: Dtype) -> Kernel {
+    let score = match score {
+        Score::Kl => "KL",
+        Score::Dot => "DOT",
+        Score::Energy => "ENERGY",
+    };
+    kernel.dtype(dtype).named("SCORE", score)
+}
+
+/// Which score, of features of a type.
+fn scores_kernel(score: Score, dtype: Dtype) -> Kernel {
+    scored(Kernel::new("branch/scores"), score, dtype)
+}
+
+fn scores_matrix_kernel(score: Score, dtype: Dtype, tile: Tile) -> Kernel {
+    let kernel = scored(Kernel::new("branch/scores_matrix"), score, dtype);
+    tile.permutation(kernel, SCORES_SUBGROUPS, dtype)
+}
+
+fn finish_kernel() -> Kernel {
+    Kernel::new("branch/finish")
+}
+
+fn means_kernel() -> Kernel {
+    Kernel::new("branch/means")
+}
+
+fn choose_kernel() -> Kernel {
+    Kernel::new("branch/choose")
+}
+
+fn apply_kernel(dtype: Dtype) -> Kernel {
+    Kernel::new("branch/apply").dtype(dtype)
+}
+
+fn apply_matrix_kernel(dtype: Dtype, tile: Tile) -> Kernel {
+    tile.permutation(Kernel::new("branch/apply_matrix").dtype(dtype), APPLY_SUBGROUPS, dtype)
+}
+
+pub(super) fn declared() -> Vec<Declared> {
+    let scores = || Score::ALL.into_iter().flat_map(|score| DTYPES.map(|dtype| (score, dtype)));
+    let tiles = || DTYPES.into_iter().flat_map(|dtype| Tile::all().map(move |tile| (dtype, tile)));
+    let on_tiles = scores().flat_map(|(score, dtype)| Tile::all().map(move |tile| (score, dtype, tile)));
+    vec![
+        Declared::new::<Job>(scores().map(|(score, dtype)| scores_kernel(score, dtype)))
+            .constant("TOKENS", TOKENS)
+            .constant("CHANNELS", CHANNELS)
+            .constant("KL", Score::Kl.code())
+            .constant("DOT", Score::Dot.code())
+            .constant("ENERGY", Score::Energy.code())
+            .constant("MAX_BRANCHES", MAX_BRANCHES)
+            .constant("RUNNING_STRIDE", RUNNING)
+            .with_struct::<Controls>("controls"),
+        Declared::new::<Job>(on_tiles.map(|(score, dtype, tile)| scores_matrix_kernel(score, dtype, tile)))
+            .constant("CHANNELS", UNIT_CHANNELS),
+        Declared::new::<Job>([halves::kernel()]).constant("TILE", UNIT_CHANNELS).constant("HAS_LOW", HAS_LOW),
+        Declared::new::<Job>([finish_kernel()]),
+        Declared::new::<Job>([means_kernel()])
+            .constant("RUNNING", UPDATE_RUNNING)
+            .constant("WINDOW", WINDOW as u32),
+        Declared::new::<Job>([choose_kernel()])
+            .constant("TOKENS", CHOOSE_TOKENS)
+            .constant("FINISH", FINISH)
+            .constant("SOFT", SOFT)
+            .constant("NORMALISE", NORMALISE)
+            .constant("FIXED", FIXED),
+        Declared::new::<Job>(DTYPES.map(apply_kernel))
+            .constant("TOKENS", TOKENS)
+            .constant("CHANNELS", CHANNELS),
+        Declared::new::<Job>(tiles().map(|(dtype, tile)| apply_matrix_kernel(dtype, tile)))
+            .constant("CHANNELS", UNIT_CHANNELS),
+    ]
+}
 
 /// The buffers that calls share.
 #[derive(Debug)]
@@ -191,18 +268,18 @@ impl Buffers {
                 "a selector chooses for {most} tokens at once at most, not for {tokens} (SelectorOptions::tokens)"
             )));
         }
-        let z = (tokens * rank * 4) as u64;
+        let z = tokens.saturating_mul(rank).saturating_mul(4) as u64;
         let stats = (MAX_PARTS * branches * tokens * 32) as u64;
         let stats = if stats > gpu.max_arena() { (branches * tokens * 32) as u64 } else { stats };
-        let buffer = |label: &str, elements: usize| gpu.allocate(label, elements as u64 * 4);
+        let buffer = |label: &str, elements: usize| gpu.allocate_values(label, elements, 4);
         Ok(Self {
             z: gpu.allocate("projected tokens", z)?,
             stats: gpu.allocate("partial scores", stats)?,
             // The second half: means of groups.
             scores: buffer("scores of branches", 2 * tokens * branches)?,
             weights: buffer("weights of branches", tokens * branches)?,
-            running: buffer("running means of scores", layers * RUNNING)?,
-            log: buffer("log of decisions", records * RECORD)?,
+            running: buffer("running means of scores", layers.saturating_mul(RUNNING))?,
+            log: buffer("log of decisions", records.saturating_mul(RECORD))?,
             controls: buffer("controls of branches", size_of::<Controls>() / 4)?,
             spare: Mutex::default(),
         })
@@ -231,60 +308,32 @@ fn parts(tokens: usize, tile: [usize; 2], width: usize) -> usize {
 /// B's halves, if f0 lies so that kernels for matrix units can read 4 channels at a time.
 fn units<'a>(call: &Call<'a>, dtype: Dtype, windows: &[Window<'_>]) -> Option<&'a SplitB> {
     let words = if dtype == Dtype::F32 { 4 } else { 2 };
-    let aligned = windows.iter().all(|window| window.word.is_multiple_of(words));
+    let aligned = windows.iter().all(|window| window.bound.word.is_multiple_of(words));
     call.halves.b.as_ref().filter(|_| aligned)
 }
 
-/// A matrix of the host's in a buffer.
-struct Rows<'a> {
-    buffer: &'a wgpu::Buffer,
-    offset: u64,
-    dtype: Dtype,
-    tokens: usize,
-    width: usize,
-}
-
-/// As many rows as one binding holds.
+/// As many rows of a host's matrix as one binding holds.
 struct Window<'a> {
-    binding: wgpu::BufferBinding<'a>,
+    bound: Bound<'a>,
     first: usize,
     count: usize,
-    /// Of the first row in the binding.
-    word: usize,
 }
 
-impl<'a> Rows<'a> {
-    fn new(what: &str, matrix: Activations<'a>) -> Result<Self> {
-        let Activations::Buffer { buffer, offset, dtype, tokens, width } = matrix else {
-            return Err(Error::Invalid(format!(
-                "{what} must lie in a buffer of the device to be used in the host's encoder"
-            )));
-        };
-        matrix.check(what)?;
-        Ok(Self { buffer, offset, dtype, tokens, width })
+fn windows<'a>(what: &str, matrix: &Activations<'a>, limit: u64) -> Result<Vec<Window<'a>>> {
+    let (row, tokens) = (matrix.row_bytes() as u64, matrix.shape().rows);
+    let rows = (limit.saturating_sub(BIND_ALIGN as u64) / row.max(1)).min(tokens as u64) as usize;
+    // An even number of rows keeps windows of halves on whole words.
+    let rows = if rows < tokens { rows & !1 } else { rows };
+    if rows == 0 {
+        return Err(Error::Device(format!(
+            "two rows of {row} bytes exceed the {limit} bytes that the device can bind at once"
+        )));
     }
-
-    fn windows(&self, limit: u64) -> Result<Vec<Window<'a>>> {
-        let row = (self.width * self.dtype.size()) as u64;
-        let rows = ((limit.saturating_sub(BIND_ALIGN as u64)) / row.max(1)).min(self.tokens as u64) as usize;
-        // An even number of rows keeps windows of halves on whole words.
-        let rows = if rows < self.tokens { rows & !1 } else { rows };
-        if rows == 0 {
-            return Err(Error::Device(format!(
-                "two rows of {row} bytes exceed the {limit} bytes that the device can bind at once"
-            )));
-        }
-        let window = |first: usize| {
-            let count = rows.min(self.tokens - first);
-            let start = self.offset + first as u64 * row;
-            let aligned = start - start % BIND_ALIGN as u64;
-            let size = (start - aligned + count as u64 * row).next_multiple_of(4);
-            let size = wgpu::BufferSize::new(size.min(self.buffer.size() - aligned));
-            let binding = wgpu::BufferBinding { buffer: self.buffer, offset: aligned, size };
-            Window { binding, first, count, word: ((start - aligned) / 4) as usize }
-        };
-        Ok((0..self.tokens).step_by(rows).map(window).collect())
-    }
+    let window = |first: usize| {
+        let count = rows.min(tokens - first);
+        Ok(Window { bound: matrix.bind(what, first..first + count, limit)?, first, count })
+    };
+    (0..tokens).step_by(rows).map(window).collect()
 }
 
 /// Checks what a call gets; before anything is recorded.
@@ -321,43 +370,44 @@ pub(crate) fn encode(
     running: usize,
     record: usize,
 ) -> Result<()> {
-    let (x, f0) = (Rows::new("x", x)?, Rows::new("f0", f0)?);
     let (tokens, rank, branches) = (call.tokens, call.rank(), call.blocks.len());
     if (tokens * rank * 4) as u64 > buffers.z.size() || (tokens * branches * 32) as u64 > buffers.stats.size()
     {
         return Err(Error::Invalid(format!("{tokens} tokens are more than the buffers were made for")));
     }
     let limit = gpu.max_arena();
-    let (x_windows, f0_windows) = (x.windows(limit)?, f0.windows(limit)?);
+    let (x_windows, f0_windows) = (windows("x", &x, limit)?, windows("f0", &f0, limit)?);
     let mut commands = gpu.commands();
     commands.reuse(std::mem::take(&mut buffers.spare()));
     // The host may drop the selector before it submits.
-    commands.keep(layer.buffer()?.clone());
+    let factors = layer.binding()?;
+    if let Some(layer) = layer.on_gpu() {
+        commands.keep(layer.buffer.clone());
+    }
 
     for window in x_windows {
         let job = ProjectJob {
             x: 0,
-            x_word: window.word,
+            x_word: window.bound.word,
             tokens: window.count,
-            dtype: x.dtype,
+            dtype: x.dtype(),
             a: 0,
             z: window.first * rank,
         };
         let z = whole(&buffers.z);
         let a = call.halves.a.as_ref();
-        project::encode_f32(&mut commands, gpu, &[window.binding], &[job], layer, z, a)?;
+        project::encode_f32(&mut commands, gpu, &[window.bound.binding], &[job], layer, z, a)?;
     }
 
-    let units = units(call, f0.dtype, &f0_windows);
+    let units = units(call, f0.dtype(), &f0_windows);
     let mut job = job(call, layer, units, running, record);
-    let factors = whole(layer.buffer()?);
     let (z, stats, scores) = (whole(&buffers.z), whole(&buffers.stats), whole(&buffers.scores));
     let (weights, means) = (whole(&buffers.weights), whole(&buffers.running));
     let (controls, log) = (whole(&buffers.controls), whole(&buffers.log));
     let for_window = |job: &Job, window: &Window<'_>| Job {
         first: window.first as u32,
         count: window.count as u32,
-        f0: window.word as u32,
+        f0: window.bound.word as u32,
         ..*job
     };
     if let Some(units) = units {
@@ -365,12 +415,12 @@ pub(crate) fn encode(
     }
 
     if !matches!(call.rule, Rule::Fixed(_)) {
-        commands.phase(3);
+        commands.phase(Phase::Score);
         let (kernel, tile, b) = match units {
-            None => (Kernel::BranchScores(call.score, f0.dtype), [TOKENS, CHANNELS], factors.clone()),
+            None => (scores_kernel(call.score, f0.dtype()), [TOKENS, CHANNELS], factors.clone()),
             Some(SplitB { tiles: Tiles { scores: tile, .. }, buffer }) => {
                 let tokens = tile.subgroups(SCORES_SUBGROUPS) as usize * UNIT_TOKENS;
-                let kernel = Kernel::BranchScoresMatrix(call.score, f0.dtype, *tile);
+                let kernel = scores_matrix_kernel(call.score, f0.dtype(), *tile);
                 (kernel, [tokens, UNIT_CHANNELS], whole(buffer))
             }
         };
@@ -379,55 +429,57 @@ pub(crate) fn encode(
         let most = buffers.stats.size() as usize / (branches * tokens * 32);
         (job.parts, job.part_width) = split(call.width, tile[1], wanted.min(most).min(MAX_PARTS));
         for window in &f0_windows {
-            let grid = [window.count.div_ceil(tile[0]) as u32, branches as u32, job.parts];
-            let f0 = window.binding.clone();
+            let grid = [window.count.div_ceil(tile[0]), branches, job.parts as usize];
+            let f0 = window.bound.binding.clone();
             let bindings = [b.clone(), z.clone(), f0, controls.clone(), stats.clone()];
-            commands.launch_grid(kernel, &for_window(&job, window), grid, &bindings);
+            commands.launch_grid(kernel, &for_window(&job, window), grid, &bindings)?;
         }
         if call.normalise || call.group > 0 {
-            commands.phase(4);
-            let grid = [tokens.div_ceil(FINISH_TOKENS) as u32, 1, 1];
-            commands.launch_grid(Kernel::BranchFinish, &job, grid, &[stats.clone(), scores.clone()]);
-            commands.phase(5);
+            commands.phase(Phase::FinishScores);
+            let grid = [tokens.div_ceil(FINISH_TOKENS), 1, 1];
+            commands.launch_grid(finish_kernel(), &job, grid, &[stats.clone(), scores.clone()])?;
+            commands.phase(Phase::Means);
             let bindings = [scores.clone(), means.clone()];
             if call.normalise {
                 let job = Job { flags: UPDATE_RUNNING, ..job };
-                commands.launch_grid(Kernel::BranchMeans, &job, [1, 1, 1], &bindings);
+                commands.launch_line(means_kernel(), &job, 1, &bindings)?;
             }
             if call.group > 0 {
-                let groups = tokens.div_ceil(call.group) as u32;
-                commands.launch_grid(Kernel::BranchMeans, &job, [groups, 1, 1], &bindings);
+                commands.launch_line(means_kernel(), &job, tokens.div_ceil(call.group), &bindings)?;
             }
         } else {
             job.flags |= FINISH;
         }
     }
-    commands.phase(6);
-    let grid = [tokens.div_ceil(CHOOSE_TOKENS) as u32, 1, 1];
+    commands.phase(Phase::Choose);
+    let grid = [tokens.div_ceil(CHOOSE_TOKENS), 1, 1];
     let bindings = [stats, scores, weights, means, log, z.clone(), controls];
-    commands.launch_grid(Kernel::BranchChoose, &job, grid, &bindings);
-    commands.phase(7);
+    commands.launch_grid(choose_kernel(), &job, grid, &bindings)?;
+    commands.phase(Phase::Apply);
     let apply = units.and_then(|units| Some((units.tiles.apply?, &units.buffer)));
     let (kernel, tile, b) = match apply {
-        None => (Kernel::BranchApply(f0.dtype), TOKENS, factors),
+        None => (apply_kernel(f0.dtype()), TOKENS, factors),
         Some((tile, b)) => {
             let tile_tokens = tile.subgroups(APPLY_SUBGROUPS) as usize * UNIT_TOKENS;
             let wanted = parts(tokens, [tile_tokens, UNIT_CHANNELS], call.width).max(call.width / UNIT_PART);
             (job.parts, job.part_width) = split(call.width, UNIT_CHANNELS, wanted);
-            (Kernel::BranchApplyMatrix(f0.dtype, tile), tile_tokens, whole(b))
+            (apply_matrix_kernel(f0.dtype(), tile), tile_tokens, whole(b))
         }
     };
     for window in &f0_windows {
-        let tiles = window.count.div_ceil(tile) as u32;
+        let tiles = window.count.div_ceil(tile);
         let grid = match apply {
-            None => [call.width.div_ceil(CHANNELS) as u32, tiles, 1],
-            Some(_) => [tiles, job.parts, 1],
+            None => [call.width.div_ceil(CHANNELS), tiles, 1],
+            Some(_) => [tiles, job.parts as usize, 1],
         };
-        let bindings = [b.clone(), z.clone(), window.binding.clone()];
-        commands.launch_grid(kernel, &for_window(&job, window), grid, &bindings);
+        let bindings = [b.clone(), z.clone(), window.bound.binding.clone()];
+        commands.launch_grid(kernel, &for_window(&job, window), grid, &bindings)?;
     }
-    encoder.clear_buffer(&buffers.log, (record * RECORD * 4) as u64, Some((RECORD * 4) as u64));
-    *buffers.spare() = commands.encode(encoder);
+    // The kernels add to the record.
+    let clear = |encoder: &mut wgpu::CommandEncoder| {
+        encoder.clear_buffer(&buffers.log, (record * RECORD * 4) as u64, Some((RECORD * 4) as u64));
+    };
+    *buffers.spare() = commands.encode(encoder, clear)?;
     Ok(())
 }
 
@@ -518,13 +570,12 @@ pub(crate) fn branches_cpu(
         let block = call.blocks[k].clone();
         let columns: Vec<f64> = z.chunks_exact(rank).flat_map(|row| &row[block.clone()]).copied().collect();
         let count = z.len() / rank;
-        faer::linalg::matmul::matmul(
+        gemm(
             view_mut(u, Shape::new(count, width)),
             faer::Accum::Replace,
+            1.0,
             view(&columns, Shape::new(count, block.len())),
             view(&b[k], Shape::new(width, block.len())).transpose(),
-            1.0,
-            faer::Par::Seq,
         );
     };
     if !matches!(call.rule, Rule::Fixed(_)) {
@@ -562,7 +613,7 @@ pub(crate) fn branches_cpu(
     decided
 }
 
-/// The twin of `branch_scores.wgsl`, for one token.
+/// The twin of `branch/scores.wgsl`, for one token.
 fn score_cpu(score: Score, f0: &[f64], u: &[f64], inverse_temperature: f64) -> f64 {
     match score {
         Score::Energy => u.iter().map(|u| u * u).sum(),
@@ -608,7 +659,7 @@ fn excess(w: f64, log_w: f64, d: f64, g: f64) -> f64 {
     w * (-g).exp() * series * d
 }
 
-/// The twin of `branch_means.wgsl` and of what `branch_choose.wgsl` decides.
+/// The twin of `branch/means.wgsl` and of what `branch/choose.wgsl` decides.
 fn decide_cpu(call: &Call<'_>, scores: &[f64], weights: &mut [f64], running: &mut [f64]) {
     let branches = call.blocks.len();
     let mean = |tokens: &[f64], k: usize| {

@@ -1,12 +1,12 @@
 use std::sync::Arc;
 
-use bytemuck::NoUninit;
 use rayon::prelude::*;
 
 use super::{cut, mismatch, view_mut};
 use crate::Result;
+use crate::compute::batch::{OnGpu, Operands, WIDE};
 use crate::compute::gpu::{Download, Gpu, Work, whole};
-use crate::compute::shaders::Kernel;
+use crate::compute::shaders::{Declared, Kernel, job};
 use crate::compute::{Batch, Device, Element, Shape};
 
 /// A matrix that is not safely positive definite.
@@ -28,11 +28,10 @@ pub struct PivotFailure {
 /// [`Error::Invalid`](crate::Error::Invalid) if a matrix is not square.
 pub fn cholesky(device: &Device, a: &mut Batch) -> Result<Vec<std::result::Result<(), PivotFailure>>> {
     check(a)?;
-    if a.element() == Element::Host {
-        return Ok(factorise(a));
+    if let Operands::Gpu(gpu, [a]) = Operands::of("cholesky", device, [(a, WIDE)])? {
+        return submit(gpu, a)?.finish(gpu);
     }
-    let gpu = device.gpu()?;
-    submit(gpu, a)?.finish(gpu)
+    factorise(a)
 }
 
 /// Refuses matrices that are not square.
@@ -44,10 +43,9 @@ pub(super) fn check(a: &Batch) -> Result<()> {
 }
 
 /// A batch of the host's.
-pub(super) fn factorise(a: &mut Batch) -> Vec<std::result::Result<(), PivotFailure>> {
+pub(super) fn factorise(a: &mut Batch) -> Result<Vec<std::result::Result<(), PivotFailure>>> {
     let orders: Vec<_> = a.shapes().iter().map(|s| s.rows).collect();
-    let matrices = a.host_mut().unwrap_or_default();
-    matrices.into_par_iter().zip(orders).map(|(a, n)| cholesky_cpu(a, n)).collect()
+    Ok(a.host_mut()?.into_par_iter().zip(orders).map(|(a, n)| cholesky_cpu(a, n)).collect())
 }
 
 /// How each factorisation of a launch went, on its way to the host.
@@ -67,13 +65,10 @@ impl Status {
 }
 
 /// Submits the factorisation of a batch on a GPU.
-pub(super) fn submit(gpu: &Arc<Gpu>, a: &Batch) -> Result<Status> {
+pub(super) fn submit(gpu: &Arc<Gpu>, a: OnGpu<'_>) -> Result<Status> {
     let orders: Vec<_> = a.shapes().iter().map(|s| s.rows).collect();
-    let table: Vec<_> = orders
-        .iter()
-        .enumerate()
-        .map(|(i, &n)| Job { matrix: a.offset(i) as u32, order: n as u32 })
-        .collect();
+    let table: Vec<_> =
+        orders.iter().enumerate().map(|(i, &n)| Job { matrix: a.offset(i), order: n as u32 }).collect();
     let ranges: Vec<_> = orders.iter().map(|&n| cut(panel_costs(n))).collect();
     let bytes = table.len() as u64 * 4;
     if table.is_empty() {
@@ -86,14 +81,13 @@ pub(super) fn submit(gpu: &Arc<Gpu>, a: &Batch) -> Result<Status> {
             .zip(&ranges)
             .filter_map(|(i, ranges)| ranges.get(launch).map(|range| [i, range.start, range.end, 0]))
             .collect();
-        let buffers = [whole(a.buffer()?), whole(&codes)];
-        commands.launch(Kernel::Cholesky(a.element()), &table, &work, &buffers);
+        commands.launch(kernel(a.element()), &table, &work, &[a.binding(), whole(&codes)])?;
     }
     commands.submit()?;
     Ok(Status(Some(gpu.start_read(&codes, 0..bytes))))
 }
 
-/// Columns that a workgroup makes at a time, as in the shader.
+/// Columns that a workgroup makes at a time.
 const THREADS: usize = 128;
 
 /// Loop iterations of an invocation for each panel of 16 rows, at most, as the shader makes them.
@@ -110,11 +104,19 @@ fn panel_costs(n: usize) -> impl Iterator<Item = usize> {
     })
 }
 
-#[derive(Clone, Copy, NoUninit)]
-#[repr(C)]
-struct Job {
-    matrix: u32,
-    order: u32,
+job! {
+    pub(crate) struct Job {
+        pub matrix: u32,
+        pub order: u32,
+    }
+}
+
+pub(crate) fn kernel(element: Element) -> Kernel {
+    Kernel::new("cholesky").real(element)
+}
+
+pub(super) fn declared() -> Declared {
+    Declared::new::<Job>(WIDE.iter().map(|&element| kernel(element))).constant("THREADS", THREADS)
 }
 
 /// The CPU twin for one matrix.

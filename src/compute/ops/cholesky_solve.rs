@@ -1,10 +1,10 @@
-use bytemuck::NoUninit;
 use rayon::prelude::*;
 
 use super::cholesky::{self, PivotFailure};
-use super::{cut, mismatch, same_count, view, view_mut};
-use crate::compute::gpu::{Gpu, Work, whole};
-use crate::compute::shaders::Kernel;
+use super::{cut, mismatch, same_count, view_mut};
+use crate::compute::batch::{OnGpu, Operands, WIDE};
+use crate::compute::gpu::{Gpu, Work};
+use crate::compute::shaders::{Declared, Kernel, job};
 use crate::compute::{Batch, Device, Element, Shape};
 use crate::{Error, Result};
 
@@ -17,11 +17,10 @@ use crate::{Error, Result};
 /// [`Error::Invalid`] if shapes or element types differ.
 pub fn cholesky_solve(device: &Device, factors: &Batch, q: &mut Batch) -> Result<()> {
     check(factors, q)?;
-    if q.element() == Element::Host {
-        substitute(factors, q);
-        return Ok(());
+    match Operands::of("cholesky_solve", device, [(factors, WIDE), (q, WIDE)])? {
+        Operands::Gpu(gpu, [factors, q]) => submit(gpu, factors, q),
+        Operands::Host(_) => substitute(factors, q),
     }
-    submit(device.gpu()?, factors, q)
 }
 
 /// Solves `X·A = Q` for X, in place of Q: [`cholesky`](super::cholesky) and [`cholesky_solve`], without a wait between
@@ -39,15 +38,14 @@ pub fn solve(
 ) -> Result<Vec<std::result::Result<(), PivotFailure>>> {
     cholesky::check(a)?;
     check(a, q)?;
-    if q.element() == Element::Host {
-        let status = cholesky::factorise(a);
-        substitute(a, q);
-        return Ok(status);
+    if let Operands::Gpu(gpu, [a, q]) = Operands::of("solve", device, [(a, WIDE), (q, WIDE)])? {
+        let status = cholesky::submit(gpu, a)?;
+        submit(gpu, a, q)?;
+        return status.finish(gpu);
     }
-    let gpu = device.gpu()?;
-    let status = cholesky::submit(gpu, a)?;
-    submit(gpu, a, q)?;
-    status.finish(gpu)
+    let status = cholesky::factorise(a)?;
+    substitute(a, q)?;
+    Ok(status)
 }
 
 fn check(factors: &Batch, q: &Batch) -> Result<()> {
@@ -68,22 +66,23 @@ fn check(factors: &Batch, q: &Batch) -> Result<()> {
 }
 
 /// Batches of the host's.
-fn substitute(factors: &Batch, q: &mut Batch) {
+fn substitute(factors: &Batch, q: &mut Batch) -> Result<()> {
     let shapes = q.shapes().to_vec();
-    let right = q.host_mut().unwrap_or_default();
-    right.into_par_iter().zip(shapes).enumerate().for_each(|(i, (q, shape))| {
-        cholesky_solve_cpu(factors.host(i).unwrap_or_default(), q, shape);
+    let factors = factors.host()?;
+    q.host_mut()?.into_par_iter().zip(shapes).enumerate().for_each(|(i, (q, shape))| {
+        cholesky_solve_cpu(factors.matrix(i), q, shape);
     });
+    Ok(())
 }
 
 /// Submits the solution of a batch on a GPU.
-fn submit(gpu: &Gpu, factors: &Batch, q: &Batch) -> Result<()> {
+fn submit(gpu: &Gpu, factors: OnGpu<'_>, q: OnGpu<'_>) -> Result<()> {
     let shapes = q.shapes();
-    let table: Vec<_> = (0..q.len())
+    let table: Vec<_> = (0..shapes.len())
         .map(|i| Job {
-            factor: factors.offset(i) as u32,
+            factor: factors.offset(i),
             order: shapes[i].cols as u32,
-            right: q.offset(i) as u32,
+            right: q.offset(i),
             rows: shapes[i].rows as u32,
         })
         .collect();
@@ -98,14 +97,21 @@ fn submit(gpu: &Gpu, factors: &Batch, q: &Batch) -> Result<()> {
             })
             .flat_map(|(i, range, blocks)| (0..blocks).map(move |block| [i, block, range.start, range.end]))
             .collect();
-        let buffers = [whole(factors.buffer()?), whole(q.buffer()?)];
-        commands.launch(Kernel::CholeskySolve(q.element()), &table, &work, &buffers);
+        commands.launch(kernel(q.element()), &table, &work, &[factors.binding(), q.binding()])?;
     }
     commands.submit()
 }
 
-/// Right-hand sides of a workgroup, as in the shader.
+/// Right-hand sides of a workgroup.
 const ROWS: u32 = 64;
+
+fn kernel(element: Element) -> Kernel {
+    Kernel::new("cholesky_solve").real(element)
+}
+
+pub(super) fn declared() -> Declared {
+    Declared::new::<Job>(WIDE.iter().map(|&element| kernel(element))).constant("ROWS", ROWS)
+}
 
 /// Loop iterations of an invocation for each panel of 32 columns, forwards and then backwards, as the shader makes them.
 fn step_costs(n: usize) -> impl Iterator<Item = usize> {
@@ -113,22 +119,21 @@ fn step_costs(n: usize) -> impl Iterator<Item = usize> {
     (0..2).flat_map(move |_| (0..n.div_ceil(32)).map(|solved| solved * 34 + 110))
 }
 
-#[derive(Clone, Copy, NoUninit)]
-#[repr(C)]
-struct Job {
-    factor: u32,
-    order: u32,
-    right: u32,
-    rows: u32,
+job! {
+    struct Job {
+        factor: u32,
+        order: u32,
+        right: u32,
+        rows: u32,
+    }
 }
 
 /// The CPU twin for one matrix.
-fn cholesky_solve_cpu(factor: &[f64], q: &mut [f64], shape: Shape) {
+fn cholesky_solve_cpu(u: faer::MatRef<'_, f64>, q: &mut [f64], shape: Shape) {
     use faer::linalg::triangular_solve::{solve_lower_triangular_in_place, solve_upper_triangular_in_place};
     if shape.is_empty() {
         return;
     }
-    let u = view(factor, Shape::new(shape.cols, shape.cols));
     // X·UᵀU = Q is UᵀU·Xᵀ = Qᵀ.
     let mut right = view_mut(q, shape).transpose_mut();
     solve_lower_triangular_in_place(u.transpose(), right.as_mut(), faer::Par::Seq);

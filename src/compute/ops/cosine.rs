@@ -1,24 +1,32 @@
-use bytemuck::NoUninit;
-
+use crate::Result;
 use crate::compute::gpu::Commands;
-use crate::compute::shaders::Kernel;
+use crate::compute::shaders::{Declared, Kernel, job};
 
-/// `L = weight·(1 − f̂·r)` of each sample and `∂L/∂f`; see `shaders/cosine.wgsl`.
-#[derive(Clone, Copy, Debug, NoUninit)]
-#[repr(C)]
-pub(crate) struct CosineJob {
-    pub width: u32,
-    /// Elements from one sample's reference to the next; 0: one for all.
-    pub reference_stride: u32,
-    pub weight: f32,
-    /// Of the first sample.
-    pub losses: u32,
+job! {
+    /// `L = weight·(1 − f̂·r)` of each sample and `∂L/∂f`; see `shaders/cosine.wgsl`.
+    pub(crate) struct CosineJob {
+        pub samples: u32,
+        pub width: u32,
+        /// Elements from one sample's reference to the next; 0: one for all.
+        pub reference_stride: u32,
+        pub weight: f32,
+        /// Of the first sample.
+        pub losses: u32,
+    }
+}
+
+fn kernel() -> Kernel {
+    Kernel::new("cosine")
+}
+
+pub(super) fn declared() -> Declared {
+    Declared::new::<CosineJob>([kernel()])
 }
 
 impl CosineJob {
     /// `buffers`: features, reference, gradient, losses.
-    pub fn encode(&self, commands: &mut Commands<'_>, samples: usize, buffers: [wgpu::BufferBinding<'_>; 4]) {
-        commands.launch_grid(Kernel::Cosine, self, [samples as u32, 1, 1], &buffers);
+    pub fn encode(&self, commands: &mut Commands<'_>, buffers: [wgpu::BufferBinding<'_>; 4]) -> Result<()> {
+        commands.launch_line(kernel(), self, self.samples as usize, &buffers)
     }
 }
 

@@ -1,12 +1,12 @@
 use std::ops::Range;
 
-use bytemuck::NoUninit;
 use rayon::prelude::*;
 
-use super::{mismatch, view, view_mut};
+use super::{gemm, mismatch, view_mut};
+use crate::compute::batch::{ANY, FACTOR, OnHost, Operands};
 use crate::compute::gpu::{Work, whole};
-use crate::compute::shaders::Kernel;
-use crate::compute::{Batch, Device, Shape};
+use crate::compute::shaders::{Declared, Kernel, job};
+use crate::compute::{Batch, Device, Element, Shape};
 use crate::{Error, Matrix, Result};
 
 /// One of several updates `s·B[:, ranks]·A[ranks, :]` whose entries are merged.
@@ -129,16 +129,19 @@ pub fn entries(
 ) -> Result<Entries> {
     let shape = check(a, b, &rule.members, &rows)?;
     let panel = Shape::new(rows.len(), shape.cols);
-    let mut values = Batch::zeros(device, device.factor(), &[panel])?;
-    if let Some(mut outputs) = values.host_mut() {
-        let (mut square, mut signs) = (0.0, 0);
-        for out in outputs.iter_mut() {
-            let (more, other) = entries_cpu(a, b, rule, &rows, panel.cols, out);
-            (square, signs) = (square + more, signs + other);
+    let (gpu, [a_on, b_on]) = match Operands::of("entries", device, [(a, FACTOR), (b, FACTOR)])? {
+        Operands::Gpu(gpu, operands) => (gpu, operands),
+        Operands::Host([a, b]) => {
+            let mut values = Batch::zeros(&Device::cpu(), Element::Host, &[panel])?;
+            let (mut square, mut signs) = (0.0, 0);
+            for out in values.host_mut()? {
+                let (more, other) = entries_cpu(a, b, rule, &rows, panel.cols, out);
+                (square, signs) = (square + more, signs + other);
+            }
+            return Ok(Entries { values, square, signs });
         }
-        return Ok(Entries { values, square, signs });
-    }
-    let gpu = device.gpu()?;
+    };
+    let values = Batch::zeros(device, device.factor(), &[panel])?;
     let job = Job {
         factors: factors(a, b, shape, &rows),
         members: rule.members.len() as u32,
@@ -159,9 +162,8 @@ pub fn entries(
     let members = gpu.scratch(rule.members.len() as u64 * 32)?;
     gpu.write(&members, 0, bytemuck::cast_slice(&table(&rule.members, &[])))?;
     let mut commands = gpu.commands();
-    let buffers =
-        [whole(a.buffer()?), whole(b.buffer()?), whole(&members), whole(values.buffer()?), whole(&tallies)];
-    commands.launch(Kernel::Entries(device.product()), &[job], &work, &buffers);
+    let buffers = [a_on.binding(), b_on.binding(), whole(&members), values.binding()?, whole(&tallies)];
+    commands.launch(kernel(device.product()), &[job], &work, &buffers)?;
     commands.submit()?;
     let tallies: Vec<[f32; 2]> = bytemuck::pod_collect_to_vec(&gpu.read(&tallies, bytes)?);
     let square = tallies.iter().map(|[square, _]| f64::from(*square)).sum();
@@ -171,6 +173,24 @@ pub fn entries(
 
 /// The side of a tile of entries, of which a thread of the shaders makes one.
 const TILE: usize = 16;
+
+fn kernel(sums: Element) -> Kernel {
+    Kernel::new("entries").real(sums)
+}
+
+fn magnitudes_kernel(sums: Element) -> Kernel {
+    Kernel::new("magnitudes").real(sums)
+}
+
+pub(super) fn declared() -> [Declared; 2] {
+    let each = |kernel: fn(Element) -> Kernel| ANY.iter().map(move |&sums| kernel(sums));
+    [
+        Declared::new::<Job>(each(kernel)).constant("TILE", TILE).with_struct::<Member>("members"),
+        Declared::new::<MagnitudesJob>(each(magnitudes_kernel))
+            .constant("TILE", TILE)
+            .with_struct::<Member>("members"),
+    ]
+}
 
 /// Buckets of a histogram of [`magnitudes`].
 pub const BUCKETS: usize = 1 << 16;
@@ -192,11 +212,23 @@ pub fn magnitudes(
     counts: &mut [Vec<u64>],
 ) -> Result<()> {
     let shape = check(a, b, members, &rows)?;
-    if !device.is_gpu() {
-        magnitudes_cpu(a, b, members, prefixes, &rows, shape.cols, counts);
-        return Ok(());
+    let per_member = |len: usize| len == members.len();
+    if !per_member(counts.len())
+        || counts.iter().any(|counts| counts.len() != BUCKETS)
+        || !prefixes.is_none_or(|prefixes| per_member(prefixes.len()))
+    {
+        return Err(Error::Invalid(format!(
+            "magnitudes: {} members need as many histograms of {BUCKETS}, and as many prefixes or none",
+            members.len()
+        )));
     }
-    let gpu = device.gpu()?;
+    let (gpu, [a_on, b_on]) = match Operands::of("magnitudes", device, [(a, FACTOR), (b, FACTOR)])? {
+        Operands::Gpu(gpu, operands) => (gpu, operands),
+        Operands::Host([a, b]) => {
+            magnitudes_cpu(a, b, members, prefixes, &rows, shape.cols, counts);
+            return Ok(());
+        }
+    };
     let job = MagnitudesJob { factors: factors(a, b, shape, &rows), upper: u32::from(prefixes.is_none()) };
     let tiles = (rows.len().div_ceil(TILE) as u32, shape.cols.div_ceil(TILE) as u32);
     let tile = |k: u32| (0..tiles.0).flat_map(move |row| (0..tiles.1).map(move |c| [0, row, c, k]));
@@ -206,8 +238,8 @@ pub fn magnitudes(
     let entries = gpu.scratch(members.len() as u64 * 32)?;
     gpu.write(&entries, 0, bytemuck::cast_slice(&table(members, prefixes.unwrap_or_default())))?;
     let mut commands = gpu.commands();
-    let buffers = [whole(a.buffer()?), whole(b.buffer()?), whole(&entries), whole(&histogram)];
-    commands.launch(Kernel::Magnitudes(device.product()), &[job], &work, &buffers);
+    let buffers = [a_on.binding(), b_on.binding(), whole(&entries), whole(&histogram)];
+    commands.launch(magnitudes_kernel(device.product()), &[job], &work, &buffers)?;
     commands.submit()?;
     let found: Vec<u32> = bytemuck::pod_collect_to_vec(&gpu.read(&histogram, bytes)?);
     for (counts, found) in counts.iter_mut().zip(found.chunks_exact(BUCKETS)) {
@@ -223,22 +255,23 @@ fn check(a: &Batch, b: &Batch, members: &[EntryMember], rows: &Range<usize>) -> 
     if a.rows != b.cols {
         return Err(mismatch("entries", *b, *a));
     }
-    if rows.end > b.rows || members.iter().any(|m| m.ranks.end > a.rows) {
+    let within = |range: &Range<usize>, len: usize| range.start <= range.end && range.end <= len;
+    if !within(rows, b.rows) || !members.iter().all(|m| within(&m.ranks, a.rows)) {
         return Err(Error::Invalid(format!("entries: rows or ranks beyond {} x {}", b.rows, a.rows)));
     }
     Ok(Shape::new(b.rows, a.cols))
 }
 
-#[derive(Clone, Copy, NoUninit)]
-#[repr(C)]
-struct FactorsJob {
-    a: u32,
-    b: u32,
-    rows: u32,
-    cols: u32,
-    rank: u32,
-    first_row: u32,
-    last_row: u32,
+job! {
+    struct FactorsJob {
+        a: u32,
+        b: u32,
+        rows: u32,
+        cols: u32,
+        rank: u32,
+        first_row: u32,
+        last_row: u32,
+    }
 }
 
 fn factors(a: &Batch, b: &Batch, shape: Shape, rows: &Range<usize>) -> FactorsJob {
@@ -253,33 +286,34 @@ fn factors(a: &Batch, b: &Batch, shape: Shape, rows: &Range<usize>) -> FactorsJo
     }
 }
 
-#[derive(Clone, Copy, NoUninit)]
-#[repr(C)]
-struct Job {
-    factors: FactorsJob,
-    members: u32,
-    chance: u32,
-    elect: u32,
-    scale: f32,
+job! {
+    struct Job {
+        factors: FactorsJob,
+        members: u32,
+        chance: u32,
+        elect: u32,
+        scale: f32,
+    }
 }
 
-#[derive(Clone, Copy, NoUninit)]
-#[repr(C)]
-struct MagnitudesJob {
-    factors: FactorsJob,
-    upper: u32,
+job! {
+    struct MagnitudesJob {
+        factors: FactorsJob,
+        upper: u32,
+    }
 }
 
-#[derive(Clone, Copy, NoUninit)]
-#[repr(C)]
-struct Member {
-    start: u32,
-    end: u32,
-    scale: f32,
-    threshold: f32,
-    key: [u32; 2],
-    prefix: u32,
-    weight: f32,
+job! {
+    struct Member {
+        start: u32,
+        end: u32,
+        scale: f32,
+        threshold: f32,
+        key_low: u32,
+        key_high: u32,
+        prefix: u32,
+        weight: f32,
+    }
 }
 
 fn table(members: &[EntryMember], prefixes: &[u32]) -> Vec<Member> {
@@ -288,7 +322,8 @@ fn table(members: &[EntryMember], prefixes: &[u32]) -> Vec<Member> {
         end: m.ranks.end as u32,
         scale: m.scale as f32,
         threshold: m.threshold,
-        key: m.key,
+        key_low: m.key[0],
+        key_high: m.key[1],
         prefix: prefixes.get(k).copied().unwrap_or(0),
         weight: m.weight as f32,
     };
@@ -299,27 +334,24 @@ fn table(members: &[EntryMember], prefixes: &[u32]) -> Vec<Member> {
 const ROWS: usize = 16;
 
 /// `s·B[rows, ranks]·A[ranks, :]` of one member.
-fn update(a: &Batch, b: &Batch, member: &EntryMember, rows: Range<usize>) -> Matrix {
-    let (a_shape, b_shape) = (a.shapes()[0], b.shapes()[0]);
-    let a = view(a.host(0).unwrap_or_default(), a_shape);
-    let b = view(b.host(0).unwrap_or_default(), b_shape);
+fn update(a: OnHost<'_>, b: OnHost<'_>, member: &EntryMember, rows: Range<usize>) -> Matrix {
+    let (a, b) = (a.matrix(0), b.matrix(0));
     let (start, rank) = (member.ranks.start, member.ranks.len());
-    let mut out = Matrix::zeros(rows.len(), a_shape.cols);
-    faer::linalg::matmul::matmul(
-        view_mut(&mut out.data, Shape::new(rows.len(), a_shape.cols)),
+    let mut out = Matrix::zeros(rows.len(), a.ncols());
+    gemm(
+        view_mut(&mut out.data, Shape::new(rows.len(), a.ncols())),
         faer::Accum::Replace,
-        b.submatrix(rows.start, start, rows.len(), rank),
-        a.submatrix(start, 0, rank, a_shape.cols),
         member.scale,
-        faer::Par::Seq,
+        b.submatrix(rows.start, start, rows.len(), rank),
+        a.submatrix(start, 0, rank, a.ncols()),
     );
     out
 }
 
 /// The CPU twin of [`entries`]; gives the sum of squares, and of signs.
 fn entries_cpu(
-    a: &Batch,
-    b: &Batch,
+    a: OnHost<'_>,
+    b: OnHost<'_>,
     rule: &EntryRule,
     rows: &Range<usize>,
     cols: usize,
@@ -348,8 +380,8 @@ fn entries_cpu(
 
 /// The CPU twin of [`magnitudes`].
 fn magnitudes_cpu(
-    a: &Batch,
-    b: &Batch,
+    a: OnHost<'_>,
+    b: OnHost<'_>,
     members: &[EntryMember],
     prefixes: Option<&[u32]>,
     rows: &Range<usize>,

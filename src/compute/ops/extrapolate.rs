@@ -1,38 +1,40 @@
-use bytemuck::NoUninit;
-
-use crate::Dtype;
+use super::DTYPES;
 use crate::compute::gpu::Commands;
-use crate::compute::shaders::Kernel;
+use crate::compute::shaders::{Declared, Kernel, job};
+use crate::{Dtype, Result};
 
-/// `c += ω·(c − u)`: classifier-free guidance in place; see `shaders/extrapolate.wgsl`.
-#[derive(Clone, Copy, Debug, NoUninit)]
-#[repr(C)]
-pub(crate) struct ExtrapolateJob {
-    /// First word of c in its binding.
-    pub c: u32,
-    /// First word of u in its binding.
-    pub u: u32,
-    /// Elements.
-    pub len: u32,
-    /// ω.
-    pub scale: f32,
-    /// Set by [`encode`](Self::encode).
-    pub grid_width: u32,
+job! {
+    /// `c += ω·(c − u)`: classifier-free guidance in place; see `shaders/extrapolate.wgsl`.
+    pub(crate) struct ExtrapolateJob {
+        /// First word of c in its binding.
+        pub c: u32,
+        /// First word of u in its binding.
+        pub u: u32,
+        /// Elements.
+        pub len: u32,
+        /// ω.
+        pub scale: f32,
+    }
+}
+
+fn kernel(dtype: Dtype) -> Kernel {
+    Kernel::new("extrapolate").dtype(dtype)
+}
+
+pub(super) fn declared() -> Declared {
+    Declared::new::<ExtrapolateJob>(DTYPES.map(kernel))
 }
 
 impl ExtrapolateJob {
     /// `buffers`: c and u.
     pub fn encode(
-        mut self,
+        self,
         commands: &mut Commands<'_>,
         dtype: Dtype,
         buffers: [wgpu::BufferBinding<'_>; 2],
-    ) {
+    ) -> Result<()> {
         let words = (self.len as usize * dtype.size()).div_ceil(4);
-        let workgroups = words.div_ceil(256) as u32;
-        self.grid_width = workgroups.clamp(1, 32768);
-        let grid = [self.grid_width, workgroups.div_ceil(self.grid_width), 1];
-        commands.launch_grid(Kernel::Extrapolate(dtype), &self, grid, &buffers);
+        commands.launch_line(kernel(dtype), &self, words.div_ceil(256), &buffers)
     }
 }
 

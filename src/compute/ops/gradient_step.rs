@@ -1,22 +1,21 @@
-use bytemuck::NoUninit;
-
+use crate::Result;
 use crate::compute::gpu::Commands;
-use crate::compute::shaders::Kernel;
+use crate::compute::shaders::{Declared, Kernel, job};
 
-/// `x −= clamp(rate·g / rms(g), ±limit)` of each sample, g the sum of the terms' gradients; see
-/// `shaders/gradient_norm.wgsl` and `shaders/gradient_step.wgsl`.
-#[derive(Clone, Copy, Debug, NoUninit)]
-#[repr(C)]
-pub(crate) struct GradientJob {
-    pub samples: u32,
-    /// Elements of a sample.
-    pub len: u32,
-    pub terms: u32,
-    parts: u32,
-    part_len: u32,
-    normalise: u32,
-    pub rate: f32,
-    pub limit: f32,
+job! {
+    /// `x −= clamp(rate·g / rms(g), ±limit)` of each sample, g the sum of the terms' gradients; see
+    /// `shaders/gradient_norm.wgsl` and `shaders/gradient_step.wgsl`.
+    pub(crate) struct GradientJob {
+        pub samples: u32,
+        /// Elements of a sample.
+        pub len: u32,
+        pub terms: u32,
+        parts: u32,
+        part_len: u32,
+        normalise: u32,
+        pub rate: f32,
+        pub limit: f32,
+    }
 }
 
 /// Elements that a workgroup of the norm sums, at least.
@@ -25,6 +24,21 @@ const PART: usize = 4096;
 const MAX_PARTS: usize = 64;
 /// Elements that a workgroup of the step changes.
 const CHUNK: usize = 1024;
+
+fn norm_kernel() -> Kernel {
+    Kernel::new("gradient_norm")
+}
+
+fn step_kernel() -> Kernel {
+    Kernel::new("gradient_step")
+}
+
+pub(super) fn declared() -> [Declared; 2] {
+    [
+        Declared::new::<GradientJob>([norm_kernel()]),
+        Declared::new::<GradientJob>([step_kernel()]).constant("CHUNK", CHUNK),
+    ]
+}
 
 impl GradientJob {
     pub fn new(samples: usize, len: usize, terms: usize, normalise: bool, rate: f32, limit: f32) -> Self {
@@ -47,12 +61,10 @@ impl GradientJob {
     }
 
     /// `buffers`: gradients, norms, x, rms.
-    pub fn encode(&self, commands: &mut Commands<'_>, buffers: [wgpu::BufferBinding<'_>; 4]) {
-        commands.phase(0);
-        commands.launch_grid(Kernel::GradientNorm, self, [self.parts, self.samples, 1], &buffers[..2]);
-        commands.phase(1);
-        let chunks = self.len.div_ceil(CHUNK as u32);
-        commands.launch_grid(Kernel::GradientStep, self, [chunks, self.samples, 1], &buffers);
+    pub fn encode(&self, commands: &mut Commands<'_>, buffers: [wgpu::BufferBinding<'_>; 4]) -> Result<()> {
+        let of_samples = |parts: u32| parts as usize * self.samples as usize;
+        commands.launch_line(norm_kernel(), self, of_samples(self.parts), &buffers[..2])?;
+        commands.launch_line(step_kernel(), self, of_samples(self.len.div_ceil(CHUNK as u32)), &buffers)
     }
 }
 

@@ -1,10 +1,10 @@
-use bytemuck::NoUninit;
 use rayon::prelude::*;
 
 use super::{ENOUGH_WORKGROUPS, mismatch, same_count, view, view_mut};
-use crate::compute::gpu::{Commands, Gpu, Pooled, Work, whole};
-use crate::compute::shaders::Kernel;
-use crate::compute::{Batch, Device, Element, Precision, Shape};
+use crate::compute::batch::{ANY, Operands, WIDE};
+use crate::compute::gpu::{Commands, Gpu, Phase, Pooled, Work, whole};
+use crate::compute::shaders::{Declared, Kernel, job, shared_tile};
+use crate::compute::{Batch, Capabilities, Device, Element, Precision, Shape};
 use crate::{Error, Result};
 use std::sync::Arc;
 
@@ -24,19 +24,20 @@ pub fn gram(device: &Device, z: &Batch, sums: &mut Batch) -> Result<()> {
             return Err(mismatch("gram", *z, *sum));
         }
     }
-    if z.element() == Element::Host {
-        let shapes = z.shapes().to_vec();
-        sums.host_mut().unwrap_or_default().into_par_iter().enumerate().for_each(|(i, sum)| {
-            gram_cpu(z.host(i).unwrap_or_default(), shapes[i], sum);
-        });
-        return Ok(());
-    }
-    let gpu = device.gpu()?;
+    let (gpu, [rows]) = match Operands::of("gram", device, [(z, ANY)])? {
+        Operands::Gpu(gpu, operands) => (gpu, operands),
+        Operands::Host([rows]) => {
+            sums.host_mut()?.into_par_iter().enumerate().for_each(|(i, sum)| {
+                gram_cpu(rows.values(i), z.shapes()[i], sum);
+            });
+            return Ok(());
+        }
+    };
     let jobs: Vec<_> = (0..z.len())
         .map(|i| GramJob { z: z.offset(i), tokens: z.shapes()[i].rows, rank: z.shapes()[i].cols, sum: i })
         .collect();
     let mut commands = gpu.commands();
-    let pending = encode(&mut commands, gpu, device, whole(z.buffer()?), z.element(), &jobs, sums)?;
+    let pending = encode(&mut commands, gpu, device, rows.binding(), z.element(), &jobs, sums)?;
     commands.submit()?;
     match pending {
         Some(pending) => pending.finish(gpu, sums),
@@ -81,54 +82,76 @@ pub(super) struct GramJob {
     pub sum: usize,
 }
 
-#[derive(Clone, Copy, NoUninit)]
-#[repr(C)]
-struct Job {
-    z: u32,
-    gram: u32,
-    tokens: u32,
-    rank: u32,
-    part_tokens: u32,
+job! {
+    struct Job {
+        z: u32,
+        gram: u32,
+        tokens: u32,
+        rank: u32,
+        part_tokens: u32,
+    }
 }
 
-#[derive(Clone, Copy, NoUninit)]
-#[repr(C)]
-struct MatrixJob {
-    job: Job,
-    scales: u32,
+job! {
+    struct MatrixJob {
+        job: Job,
+        scales: u32,
+    }
 }
 
-#[derive(Clone, Copy, NoUninit)]
-#[repr(C)]
-struct ScaleJob {
-    z: u32,
-    scales: u32,
-    rows: u32,
-    cols: u32,
+job! {
+    struct ScaleJob {
+        matrix: u32,
+        scales: u32,
+        rows: u32,
+        cols: u32,
+    }
 }
 
-fn job(job: &GramJob, reduce: &ReduceJob, jobs: usize) -> Job {
+fn job(job: &GramJob, cut: &Cut, reduce: &ReduceJob) -> Job {
     Job {
         z: job.z as u32,
         gram: reduce.gram,
         tokens: job.tokens as u32,
         rank: reduce.rank,
-        part_tokens: part_tokens(job.tokens, job.rank, jobs) as u32,
+        part_tokens: cut.part_tokens as u32,
     }
 }
 
-/// For a tile or less, finding scales costs more than matrix units save.
-fn suits_matrix_units(gpu: &Gpu, job: &GramJob) -> bool {
-    gpu.capabilities.matrix_units() && job.rank > 128 && job.rank.is_multiple_of(4) && job.z.is_multiple_of(4)
+/// How a Gram matrix is cut.
+#[derive(Clone, Copy, Debug)]
+struct Cut {
+    /// The side of a tile without matrix units.
+    side: u32,
+    on_units: bool,
+    part_tokens: usize,
+    parts: usize,
 }
 
-#[derive(Clone, Copy, Debug, NoUninit)]
-#[repr(C)]
-struct ReduceJob {
-    gram: u32,
-    sums: u32,
-    rank: u32,
-    parts: u32,
+impl Cut {
+    /// A pure function of the problem and of what the GPU can do. `beside`: Gram matrices that are made side by side.
+    fn new(capabilities: &Capabilities, job: &GramJob, beside: usize) -> Self {
+        let part_tokens = part_tokens(job.tokens, job.rank, beside);
+        Self {
+            side: tile(job.rank),
+            // For a tile or less, finding scales costs more than matrix units save.
+            on_units: capabilities.matrix_units()
+                && job.rank > MATRIX_SIDE as usize
+                && job.rank.is_multiple_of(4)
+                && job.z.is_multiple_of(4),
+            part_tokens,
+            parts: job.tokens.div_ceil(part_tokens),
+        }
+    }
+}
+
+job! {
+    struct ReduceJob {
+        gram: u32,
+        sums: u32,
+        rank: u32,
+        parts: u32,
+    }
 }
 
 /// Partial Gram matrices that the host has to add, where the GPU has no tier of full precision.
@@ -137,6 +160,49 @@ pub(super) struct Pending {
     bytes: u64,
     /// What to add, and to which sum.
     jobs: Vec<(ReduceJob, usize)>,
+}
+
+/// Sides of tiles: of `gram.wgsl`, each a permutation, of `gram_matrix.wgsl` and of `gram_real.wgsl`.
+const SIDES: [u32; 3] = [32, 64, 128];
+const MATRIX_SIDE: u32 = 128;
+const REAL_SIDE: u32 = 16;
+
+fn kernel(side: u32) -> Kernel {
+    shared_tile(Kernel::new("gram").number("TILE", side), side)
+}
+
+fn matrix_kernel() -> Kernel {
+    Kernel::new("gram_matrix")
+}
+
+fn scale_kernel() -> Kernel {
+    Kernel::new("row_scale")
+}
+
+/// Of Z of `part`, summed in `sums`.
+fn real_kernel(part: Element, sums: Element) -> Kernel {
+    of_parts(Kernel::new("gram_real"), part, sums)
+}
+
+/// Of partial matrices of `part`, added to `sums`.
+fn reduce_kernel(part: Element, sums: Element) -> Kernel {
+    of_parts(Kernel::new("gram_reduce"), part, sums)
+}
+
+fn of_parts(kernel: Kernel, part: Element, sums: Element) -> Kernel {
+    let file = if part == Element::F32 { "shared/part_f32" } else { "shared/part_real" };
+    kernel.real(sums).import("part", file)
+}
+
+pub(super) fn declared() -> [Declared; 5] {
+    let pairs = || WIDE.iter().flat_map(|&sums| [(Element::F32, sums), (sums, sums)]);
+    [
+        Declared::new::<Job>(SIDES.map(kernel)),
+        Declared::new::<MatrixJob>([matrix_kernel()]).constant("TILE", MATRIX_SIDE),
+        Declared::new::<ScaleJob>([scale_kernel()]),
+        Declared::new::<Job>(pairs().map(|(part, sums)| real_kernel(part, sums))).constant("TILE", REAL_SIDE),
+        Declared::new::<ReduceJob>(pairs().map(|(part, sums)| reduce_kernel(part, sums))),
+    ]
 }
 
 fn tile(rank: usize) -> u32 {
@@ -161,6 +227,11 @@ fn part_tokens(tokens: usize, rank: usize, jobs: usize) -> usize {
     wanted.max(tokens.div_ceil(most_parts)).next_multiple_of(16)
 }
 
+/// Most bytes of scratch memory that [`gram`] takes.
+pub(crate) fn gram_bytes(tokens: usize, rank: usize) -> usize {
+    8 * partial_len(tokens, rank, 1)
+}
+
 /// Elements of the partial matrices of one Gram matrix; alone they are most.
 pub(super) fn partial_len(tokens: usize, rank: usize, jobs: usize) -> usize {
     tokens.div_ceil(part_tokens(tokens, rank, jobs)) * rank * rank
@@ -183,14 +254,26 @@ pub(super) fn encode(
     if part_element == Element::Host {
         return Err(Error::Device("wide products cannot be summed on the host".into()));
     }
+    if ![Element::F32, wide].contains(&z_element) && wide != Element::Host {
+        return Err(Error::Invalid(format!("gram: products of {z_element:?} cannot be summed in {wide:?}")));
+    }
+    if wide != Element::Host {
+        Operands::of("gram", device, [(sums, WIDE)])?;
+    }
     let mut len = 0;
+    let cuts: Vec<_> = jobs.iter().map(|job| Cut::new(&gpu.capabilities, job, jobs.len())).collect();
     let reduce: Vec<_> = jobs
         .iter()
-        .map(|job| {
-            let parts = job.tokens.div_ceil(part_tokens(job.tokens, job.rank, jobs.len()));
+        .zip(&cuts)
+        .map(|(job, cut)| {
             let gram = len as u32;
-            len += partial_len(job.tokens, job.rank, jobs.len());
-            ReduceJob { gram, sums: sums.offset(job.sum) as u32, rank: job.rank as u32, parts: parts as u32 }
+            len += cut.parts * job.rank * job.rank;
+            ReduceJob {
+                gram,
+                sums: sums.offset(job.sum) as u32,
+                rank: job.rank as u32,
+                parts: cut.parts as u32,
+            }
         })
         .collect();
     let bytes = len as u64 * part_element.bytes();
@@ -200,44 +283,44 @@ pub(super) fn encode(
         let (parts, n) = (job.parts, job.rank.div_ceil(side));
         (0..parts).flat_map(move |p| (0..n).flat_map(move |i| (0..=i).map(move |j| [index, i, j, p])))
     };
-    commands.phase(3);
+    let all = || jobs.iter().zip(&cuts).zip(&reduce);
     if real {
-        let table: Vec<_> = jobs.iter().zip(&reduce).map(|(job, r)| self::job(job, r, jobs.len())).collect();
+        commands.phase(Phase::Gram);
+        let table: Vec<_> = all().map(|((job, cut), r)| self::job(job, cut, r)).collect();
         let work: Vec<Work> =
-            reduce.iter().enumerate().flat_map(|(i, job)| tiles(16, i as u32, job)).collect();
-        commands.launch(Kernel::GramReal(z_element, wide), &table, &work, &buffers);
+            reduce.iter().enumerate().flat_map(|(i, job)| tiles(REAL_SIDE, i as u32, job)).collect();
+        commands.launch(real_kernel(z_element, wide), &table, &work, &buffers)?;
     } else {
-        let (fast, plain): (Vec<_>, Vec<_>) =
-            jobs.iter().zip(&reduce).partition(|(job, _)| suits_matrix_units(gpu, job));
         let (mut table, mut work) = (Vec::new(), Vec::<Work>::new());
         let (mut scales_len, mut scale_table, mut scale_work) = (0, Vec::new(), Vec::<Work>::new());
-        for (job, r) in fast {
-            work.extend(tiles(128, table.len() as u32, r));
+        for ((job, cut), r) in all().filter(|((_, cut), _)| cut.on_units) {
+            work.extend(tiles(MATRIX_SIDE, table.len() as u32, r));
             scale_work.extend((0..job.tokens as u32).step_by(8).map(|row| [table.len() as u32, row, 0, 0]));
-            let matrix = MatrixJob { job: self::job(job, r, jobs.len()), scales: scales_len };
+            let matrix = MatrixJob { job: self::job(job, cut, r), scales: scales_len };
             let Job { z, tokens: rows, rank: cols, .. } = matrix.job;
-            scale_table.push(ScaleJob { z, scales: scales_len, rows, cols });
+            scale_table.push(ScaleJob { matrix: z, scales: scales_len, rows, cols });
             scales_len += rows;
             table.push(matrix);
         }
+        commands.phase(Phase::ScaleRows);
         let scales = gpu.scratch(u64::from(scales_len).max(1) * 4)?;
-        commands.launch(Kernel::RowScale, &scale_table, &scale_work, &[buffers[0].clone(), whole(&scales)]);
-        commands.phase(4);
+        commands.launch(scale_kernel(), &scale_table, &scale_work, &[buffers[0].clone(), whole(&scales)])?;
+        commands.phase(Phase::Gram);
         commands.launch(
-            Kernel::GramMatrix,
+            matrix_kernel(),
             &table,
             &work,
             &[buffers[0].clone(), buffers[1].clone(), whole(&scales)],
-        );
+        )?;
         commands.keep(scales);
-        for side in [32, 64, 128] {
+        for side in SIDES {
             let mut table = Vec::new();
             let mut work: Vec<Work> = Vec::new();
-            for (job, r) in plain.iter().filter(|(job, _)| tile(job.rank) == side) {
+            for ((job, cut), r) in all().filter(|((_, cut), _)| !cut.on_units && cut.side == side) {
                 work.extend(tiles(side, table.len() as u32, r));
-                table.push(self::job(job, r, jobs.len()));
+                table.push(self::job(job, cut, r));
             }
-            commands.launch(Kernel::Gram(side), &table, &work, &buffers);
+            commands.launch(kernel(side), &table, &work, &buffers)?;
         }
     }
     if wide == Element::Host {
@@ -249,9 +332,9 @@ pub(super) fn encode(
         .enumerate()
         .flat_map(|(i, job)| (0..job.rank * job.rank).step_by(256).map(move |e| [i as u32, e, 0, 0]))
         .collect();
-    let buffers = [whole(&partial), whole(sums.buffer()?)];
-    commands.phase(5);
-    commands.launch(Kernel::GramReduce(part_element, wide), &reduce, &work, &buffers);
+    let buffers = [whole(&partial), sums.binding()?];
+    commands.phase(Phase::Reduce);
+    commands.launch(reduce_kernel(part_element, wide), &reduce, &work, &buffers)?;
     commands.keep(partial);
     Ok(None)
 }
@@ -261,7 +344,7 @@ impl Pending {
     pub fn finish(self, gpu: &Gpu, sums: &mut Batch) -> Result<()> {
         let bytes = gpu.read(&self.partial, self.bytes)?;
         let values: Vec<f32> = bytemuck::pod_collect_to_vec(&bytes);
-        let mut sums = sums.host_mut().unwrap_or_default();
+        let mut sums = sums.host_mut()?;
         for (job, sum) in self.jobs {
             let n = job.rank as usize;
             for part in 0..job.parts as usize {

@@ -1,8 +1,6 @@
-use rayon::prelude::*;
-
 use super::project::{self, ProjectJob};
-use super::{host, mismatch, same_count, view, view_mut};
-use crate::compute::gpu::whole;
+use super::{gemm, host, mismatch, same_count, view_mut};
+use crate::compute::batch::{FACTOR, Operands};
 use crate::compute::{Batch, Device, Element, Shape};
 use crate::{Dtype, Result};
 
@@ -28,24 +26,20 @@ pub fn inner_as(device: &Device, x: &Batch, y: &Batch, element: Element) -> Resu
             return Err(mismatch("inner", *x, *y));
         }
     }
-    if device.is_gpu() && element == Element::Host {
-        return inner(&Device::cpu(), &host(device, x)?, &host(device, y)?);
-    }
     let shapes: Vec<_> = x.shapes().iter().zip(y.shapes()).map(|(x, y)| Shape::new(x.rows, y.rows)).collect();
-    let mut c = Batch::unwritten(device, element, &shapes)?;
-    if let Some(outputs) = c.host_mut() {
-        outputs.into_par_iter().enumerate().for_each(|(i, c)| {
-            faer::linalg::matmul::matmul(
-                view_mut(c, shapes[i]),
-                faer::Accum::Replace,
-                view(x.host(i).unwrap_or_default(), x.shapes()[i]),
-                view(y.host(i).unwrap_or_default(), y.shapes()[i]).transpose(),
-                1.0,
-                faer::Par::Seq,
-            );
-        });
-        return Ok(c);
-    }
+    let (gpu, [rows, _]) = match Operands::of("inner", device, [(x, FACTOR), (y, FACTOR)])? {
+        Operands::Gpu(..) if element == Element::Host => {
+            return inner(&Device::cpu(), &host(device, x)?, &host(device, y)?);
+        }
+        Operands::Gpu(gpu, operands) => (gpu, operands),
+        Operands::Host([x, y]) => {
+            return Batch::made_on_host(&shapes, |i, c| {
+                let c = view_mut(c, shapes[i]);
+                gemm(c, faer::Accum::Replace, 1.0, x.matrix(i), y.matrix(i).transpose());
+            });
+        }
+    };
+    let c = Batch::unwritten(device, element, &shapes)?;
     let jobs: Vec<_> = (0..x.len())
         .map(|i| ProjectJob {
             x: 0,
@@ -56,9 +50,8 @@ pub fn inner_as(device: &Device, x: &Batch, y: &Batch, element: Element) -> Resu
             z: c.offset(i),
         })
         .collect();
-    let gpu = device.gpu()?;
     let mut commands = gpu.commands();
-    project::encode(&mut commands, gpu, &[whole(x.buffer()?)], &jobs, y, whole(c.buffer()?), c.element())?;
+    project::encode(&mut commands, gpu, &[rows.binding()], &jobs, y, c.binding()?, c.element())?;
     commands.submit()?;
     Ok(c)
 }

@@ -1,9 +1,9 @@
-use bytemuck::NoUninit;
 use rayon::prelude::*;
 
 use super::{cut, mismatch, view};
-use crate::compute::gpu::{Work, whole};
-use crate::compute::shaders::Kernel;
+use crate::compute::batch::WIDE;
+use crate::compute::gpu::Work;
+use crate::compute::shaders::{Declared, Kernel, job};
 use crate::compute::{Batch, Device, Element, Shape};
 use crate::power::{exponent_of, pow2};
 use crate::{Matrix, Result};
@@ -63,14 +63,22 @@ const MAX_SWEEPS: usize = 40;
 /// Largest magnitudes are brought here, so that squares of small ones do not underflow in f32 pairs.
 const TARGET: i32 = 30;
 
-#[derive(Clone, Copy, NoUninit)]
-#[repr(C)]
-struct Job {
-    rows: u32,
-    order: u32,
-    rounds: u32,
-    floor: f32,
-    tolerance: f32,
+job! {
+    struct Job {
+        rows: u32,
+        order: u32,
+        rounds: u32,
+        floor: f32,
+        tolerance: f32,
+    }
+}
+
+pub(super) fn kernel(element: Element) -> Kernel {
+    Kernel::new("jacobi_svd").real(element)
+}
+
+pub(super) fn declared() -> Declared {
+    Declared::new::<Job>(WIDE.iter().map(|&element| kernel(element)))
 }
 
 fn jacobi_svd_gpu(device: &Device, a: &[Matrix]) -> Result<Vec<Svd>> {
@@ -101,7 +109,7 @@ fn jacobi_svd_gpu(device: &Device, a: &[Matrix]) -> Result<Vec<Svd>> {
             .zip(&ranges)
             .filter_map(|(i, ranges)| ranges.get(launch).map(|range| [i, range.start, range.end, 0]))
             .collect();
-        commands.launch(Kernel::JacobiSvd(element), &table, &work, &[whole(rows.buffer()?)]);
+        commands.launch(kernel(element), &table, &work, &[rows.binding()?])?;
     }
     commands.submit()?;
     let rows = rows.download(device)?;

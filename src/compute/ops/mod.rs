@@ -4,9 +4,10 @@
 //! computes; see [`Device::product`](super::Device::product) and [`Device::sum`](super::Device::sum).
 
 mod accumulate;
+mod activations;
 mod blend;
 pub(crate) mod branches;
-mod cholesky;
+pub(crate) mod cholesky;
 mod cholesky_solve;
 mod cosine;
 mod entries;
@@ -24,7 +25,8 @@ mod rank_update;
 mod rows;
 mod stacks;
 
-pub use accumulate::{Activations, accumulate};
+pub use accumulate::accumulate;
+pub use activations::Activations;
 pub(crate) use blend::{Blend, BlendJob, blend_cpu};
 pub use branches::Score;
 pub use cholesky::{PivotFailure, cholesky};
@@ -34,9 +36,11 @@ pub use entries::{BUCKETS, Entries, EntryMember, EntryRule, entries, magnitudes}
 pub(crate) use extrapolate::{ExtrapolateJob, extrapolate_cpu};
 pub(crate) use gradient_step::{GradientJob, gradient_step_cpu};
 pub use gram::gram;
+pub(crate) use gram::gram_bytes;
 pub use inner::{inner, inner_as};
 pub use jacobi_svd::{Svd, jacobi_svd};
 pub use matmul::matmul;
+pub(crate) use project::product_bytes;
 pub use project::project;
 pub use project_off::{ProjectedOff, project_off};
 pub use qr::{Qr, qr, qr_l};
@@ -45,8 +49,39 @@ pub use rank_update::rank_update;
 pub use rows::{ScaledRows, Side};
 pub use stacks::{Root, Stacks};
 
+use super::shaders::{Declared, Kernel};
 use super::{Batch, Device, Element, Shape};
 use crate::{Error, Matrix, Result};
+
+/// The kernels of all operations.
+pub(super) fn declared() -> Vec<Declared> {
+    let mut all = vec![
+        blend::declared(),
+        cholesky::declared(),
+        cholesky_solve::declared(),
+        cosine::declared(),
+        extrapolate::declared(),
+        jacobi_svd::declared(),
+        matmul::declared(),
+        rank_concat::declared(),
+        rank_update::declared(),
+        rows::declared(),
+    ];
+    all.extend(branches::declared());
+    all.extend(entries::declared());
+    all.extend(gradient_step::declared());
+    all.extend(gram::declared());
+    all.extend(project::declared());
+    all
+}
+
+/// Those of [`Stacks`], [`qr`] and [`jacobi_svd`] with sums of this type.
+pub(super) fn algebra_kernels(sums: Element) -> [Kernel; 4] {
+    [jacobi_svd::kernel(sums), project::real_kernel(sums), rank_update::kernel(sums), rows::kernel()]
+}
+
+/// The types that activations and factors come in.
+const DTYPES: [crate::Dtype; 3] = [crate::Dtype::F32, crate::Dtype::F16, crate::Dtype::Bf16];
 
 /// Workgroups that fill a large GPU; tiles are split until there are so many. More parts would only be more to
 /// write and add.
@@ -83,16 +118,6 @@ fn dtype_code(dtype: crate::Dtype) -> u32 {
     }
 }
 
-/// Most bytes of scratch memory that [`project`] and [`inner_as`] take for `tokens` × `rank` sums in f32.
-pub(crate) fn product_bytes(tokens: usize, rank: usize) -> usize {
-    project::parts_bytes(tokens, rank)
-}
-
-/// Most bytes of scratch memory that [`gram`] takes.
-pub(crate) fn gram_bytes(tokens: usize, rank: usize) -> usize {
-    8 * gram::partial_len(tokens, rank, 1)
-}
-
 /// An error for shapes that do not fit, in the words of the operation.
 fn mismatch(what: &str, a: Shape, b: Shape) -> Error {
     Error::Invalid(format!("{what}: {} x {} does not go with {} x {}", a.rows, a.cols, b.rows, b.cols))
@@ -114,6 +139,18 @@ fn view(data: &[f64], shape: Shape) -> faer::MatRef<'_, f64> {
 /// A row-major slice as a faer view to write to.
 fn view_mut(data: &mut [f64], shape: Shape) -> faer::MatMut<'_, f64> {
     faer::MatMut::from_row_major_slice_mut(data, shape.rows, shape.cols)
+}
+
+/// `C = scale·A·B`, or with [`Accum::Add`](faer::Accum) `C += scale·A·B`, on one thread: operations work on matrices side
+/// by side.
+fn gemm(
+    c: faer::MatMut<'_, f64>,
+    accum: faer::Accum,
+    scale: f64,
+    a: faer::MatRef<'_, f64>,
+    b: faer::MatRef<'_, f64>,
+) {
+    faer::linalg::matmul::matmul(c, accum, a, b, scale, faer::Par::Seq);
 }
 
 /// A batch of a device that has no tier of full precision, where the CPU computes.

@@ -1,13 +1,11 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use bytemuck::NoUninit;
-use rayon::prelude::*;
-
-use super::{ENOUGH_WORKGROUPS, dtype_code, mismatch, view, view_mut};
-use crate::compute::gpu::{Commands, Gpu, Pooled, Work, whole};
-use crate::compute::shaders::Kernel;
-use crate::compute::{Batch, Device, Element, Shape};
+use super::{DTYPES, ENOUGH_WORKGROUPS, dtype_code, gemm, mismatch, view, view_mut};
+use crate::compute::batch::{FACTOR, Operands, WIDE};
+use crate::compute::gpu::{Commands, Gpu, Phase, Pooled, Work, whole};
+use crate::compute::shaders::{Declared, Kernel, job, shared_tile};
+use crate::compute::{Batch, Capabilities, Device, Element, Shape};
 use crate::{Dtype, Error, RawMatrix, Result};
 
 /// `Z = X·Aᵀ`: what the rank-concatenated A sees of activations.
@@ -27,14 +25,13 @@ pub fn project(device: &Device, x: &[RawMatrix], a: &Batch) -> Result<Batch> {
         }
     }
     let shapes: Vec<_> = x.iter().zip(a.shapes()).map(|(x, a)| Shape::new(x.rows(), a.rows)).collect();
-    let mut z = Batch::unwritten(device, device.product(), &shapes)?;
-    if let Some(outputs) = z.host_mut() {
-        x.par_iter().zip(outputs).enumerate().for_each(|(i, (x, z))| {
-            project_cpu(*x, a.host(i).unwrap_or_default(), z);
-        });
-        return Ok(z);
-    }
-    let gpu = device.gpu()?;
+    let gpu = match Operands::of("project", device, [(a, FACTOR)])? {
+        Operands::Gpu(gpu, _) => gpu,
+        Operands::Host([a]) => {
+            return Batch::made_on_host(&shapes, |i, z| project_cpu(x[i], a.values(i), z));
+        }
+    };
+    let z = Batch::unwritten(device, device.product(), &shapes)?;
     let mut words = Vec::new();
     let mut jobs = Vec::new();
     for (i, x) in x.iter().enumerate() {
@@ -52,7 +49,7 @@ pub fn project(device: &Device, x: &[RawMatrix], a: &Batch) -> Result<Batch> {
     let source = gpu.scratch(words.len() as u64)?;
     gpu.write(&source, 0, &words)?;
     let mut commands = gpu.commands();
-    encode(&mut commands, gpu, &[whole(&source)], &jobs, a, whole(z.buffer()?), z.element())?;
+    encode(&mut commands, gpu, &[whole(&source)], &jobs, a, z.binding()?, z.element())?;
     commands.submit()?;
     Ok(z)
 }
@@ -64,13 +61,12 @@ pub(super) fn project_cpu(x: RawMatrix, a: &[f64], z: &mut [f64]) {
     }
     let rank = z.len() / x.rows();
     let wide: Vec<f64> = x.to_vec();
-    faer::linalg::matmul::matmul(
+    gemm(
         view_mut(z, Shape::new(x.rows(), rank)),
         faer::Accum::Replace,
+        1.0,
         view(&wide, Shape::new(x.rows(), x.cols())),
         view(a, Shape::new(rank, x.cols())).transpose(),
-        1.0,
-        faer::Par::Seq,
     );
 }
 
@@ -103,6 +99,9 @@ const LEAST_PART: usize = 256;
 /// none to find.
 const CACHED_PART: usize = 1536;
 
+/// The side of a tile of `project_real.wgsl`.
+const REAL_TILE: u32 = 32;
+
 /// From so many on matrix units are used.
 const ENOUGH_TOKENS: usize = 256;
 
@@ -112,6 +111,7 @@ struct Cut {
     kernel: Kernel,
     /// Columns of a tile; its rows are TILE_M.
     columns: usize,
+    on_units: bool,
     parts: usize,
     part_width: usize,
     /// Elements of a row of a part, and of a whole part.
@@ -121,11 +121,11 @@ struct Cut {
 
 impl Cut {
     /// A pure function of the problem and of what the GPU can do; `most`: parts at most.
-    fn new(gpu: &Gpu, job: &ProjectJob, a: Shape, most: usize) -> Self {
+    fn new(capabilities: &Capabilities, job: &ProjectJob, a: Shape, most: usize) -> Self {
         let whole_vectors = a.cols.is_multiple_of(8) && (job.x_word * 4).is_multiple_of(X_ALIGN);
         // For few tokens, splitting A would cost more than it saves, and memory that nobody reckoned with.
         let worth_it = job.tokens >= ENOUGH_TOKENS && a.rows >= 8 && a.cols > 0;
-        let on_units = gpu.capabilities.matrix_units() && whole_vectors && worth_it;
+        let on_units = capabilities.matrix_units() && whole_vectors && worth_it;
         let columns = match a.rows {
             0..=32 => 32,
             65.. if !on_units => 128,
@@ -140,97 +140,136 @@ impl Cut {
         // Units leave whole tiles behind; otherwise vectors of 4 are what is summed.
         let (kernel, rows, stride) = match on_units {
             true => (
-                Kernel::ProjectMatrix(columns as u32, job.dtype),
+                matrix_kernel(columns as u32, job.dtype),
                 job.tokens.next_multiple_of(TILE_M),
                 a.rows.next_multiple_of(columns),
             ),
             false => (
-                Kernel::Project(columns as u32, job.dtype),
+                kernel(columns as u32, job.dtype),
                 job.tokens,
                 if parts == 1 { a.rows } else { a.rows.next_multiple_of(4) },
             ),
         };
-        Self { kernel, columns, parts, part_width, stride, part_len: rows * stride }
+        Self { kernel, columns, on_units, parts, part_width, stride, part_len: rows * stride }
     }
 
     /// Whether Z comes out of `sum_parts.wgsl`.
     fn is_summed(&self) -> bool {
-        self.parts > 1 || self.uses_matrix_units()
-    }
-
-    fn uses_matrix_units(&self) -> bool {
-        self.kernel.uses_matrix_units()
+        self.parts > 1 || self.on_units
     }
 }
 
-/// Most bytes of parts, and of their scales, that a product of `tokens` × `rank` may take on its way.
-pub(super) fn parts_bytes(tokens: usize, rank: usize) -> usize {
+/// Most bytes of scratch memory that [`project`] and [`inner_as`](super::inner_as) take for `tokens` × `rank` sums in f32:
+/// parts, and their scales.
+pub(crate) fn product_bytes(tokens: usize, rank: usize) -> usize {
     (tokens.next_multiple_of(TILE_M) * (rank.next_multiple_of(64) + 1) * 4).saturating_mul(MAX_PARTS)
 }
 
-#[derive(Clone, Copy, NoUninit)]
-#[repr(C)]
-struct Job {
-    x: u32,
-    a: u32,
-    z: u32,
-    tokens: u32,
-    rank: u32,
-    width: u32,
-    stride: u32,
-    part_width: u32,
+job! {
+    struct Job {
+        x: u32,
+        a: u32,
+        z: u32,
+        tokens: u32,
+        rank: u32,
+        width: u32,
+        stride: u32,
+        part_width: u32,
+    }
 }
 
-#[derive(Clone, Copy, NoUninit)]
-#[repr(C)]
-struct MatrixJob {
-    job: Job,
-    a_stride: u32,
-    x_scales: u32,
-    a_scales: u32,
+job! {
+    struct MatrixJob {
+        job: Job,
+        a_stride: u32,
+        x_scales: u32,
+        a_scales: u32,
+    }
 }
 
-#[derive(Clone, Copy, Debug, NoUninit)]
-#[repr(C)]
-struct SplitJob {
-    a: u32,
-    halves: u32,
-    scales: u32,
-    rows: u32,
-    cols: u32,
-    stride: u32,
+job! {
+    struct SplitJob {
+        a: u32,
+        halves: u32,
+        scales: u32,
+        rows: u32,
+        cols: u32,
+        stride: u32,
+    }
 }
 
 /// No scales, in the place of their first element.
 const NONE: u32 = u32::MAX;
 
-#[derive(Clone, Copy, NoUninit)]
-#[repr(C)]
-struct SumJob {
-    parts: u32,
-    z: u32,
-    tokens: u32,
-    rank: u32,
-    stride: u32,
-    part_len: u32,
-    count: u32,
-    x_scales: u32,
-    a_scales: u32,
+job! {
+    struct SumJob {
+        parts: u32,
+        z: u32,
+        tokens: u32,
+        rank: u32,
+        stride: u32,
+        part_len: u32,
+        count: u32,
+        x_scales: u32,
+        a_scales: u32,
+    }
 }
 
-#[derive(Clone, Copy, NoUninit)]
-#[repr(C)]
-struct RealJob {
-    x: u32,
-    a: u32,
-    z: u32,
-    tokens: u32,
-    rank: u32,
-    width: u32,
-    dtype: u32,
+job! {
+    struct RealJob {
+        x: u32,
+        a: u32,
+        z: u32,
+        tokens: u32,
+        rank: u32,
+        width: u32,
+        dtype: u32,
+    }
 }
 
-/// Records the products of activations that lie in some buffers, in phases 0 to 2.
+/// With the columns (rank) of its tile and the type of X.
+fn kernel(columns: u32, dtype: Dtype) -> Kernel {
+    let rows = TILE_M as u32;
+    shared_tile(Kernel::new("project").dtype(dtype).number("TILE_M", rows).number("TILE_N", columns), columns)
+}
+
+/// The same on matrix units.
+fn matrix_kernel(columns: u32, dtype: Dtype) -> Kernel {
+    Kernel::new("project_matrix").dtype(dtype).number("TILE_N", columns)
+}
+
+fn split_kernel() -> Kernel {
+    Kernel::new("split_rows")
+}
+
+fn sum_kernel() -> Kernel {
+    Kernel::new("sum_parts")
+}
+
+pub(super) fn real_kernel(sums: Element) -> Kernel {
+    Kernel::new("project_real").real(sums)
+}
+
+pub(super) fn declared() -> [Declared; 5] {
+    let each = |columns: &'static [u32], kernel: fn(u32, Dtype) -> Kernel| {
+        columns.iter().flat_map(move |&columns| DTYPES.map(|dtype| kernel(columns, dtype)))
+    };
+    [
+        Declared::new::<Job>(each(&[32, 64, 128], kernel)),
+        Declared::new::<MatrixJob>(each(&[32, 64], matrix_kernel))
+            .constant("TILE_M", TILE_M)
+            .constant("DEPTH", DEPTH),
+        Declared::new::<SplitJob>([split_kernel()]),
+        Declared::new::<SumJob>([sum_kernel()]).constant("NONE", NONE),
+        Declared::new::<RealJob>(WIDE.iter().map(|&sums| real_kernel(sums)))
+            .constant("TILE", REAL_TILE)
+            .constant("F32", dtype_code(Dtype::F32))
+            .constant("F16", dtype_code(Dtype::F16))
+            .constant("BF16", dtype_code(Dtype::Bf16)),
+    ]
+}
+
+/// Records the products of activations that lie in some buffers.
 pub(super) fn encode(
     commands: &mut Commands<'_>,
     gpu: &Arc<Gpu>,
@@ -258,8 +297,8 @@ impl SplitA {
     /// The rows of a tile that matrix units have for this A, if they serve it where tokens are enough.
     fn columns(gpu: &Gpu, a: Shape) -> Option<usize> {
         let job = ProjectJob { x: 0, x_word: 0, tokens: ENOUGH_TOKENS, dtype: Dtype::F16, a: 0, z: 0 };
-        let cut = Cut::new(gpu, &job, a, 1);
-        cut.uses_matrix_units().then_some(cut.columns)
+        let cut = Cut::new(&gpu.capabilities, &job, a, 1);
+        cut.on_units.then_some(cut.columns)
     }
 
     /// Splits matrix `index` of A, if matrix units serve it.
@@ -354,8 +393,7 @@ impl Tables {
     ) -> Result<()> {
         let (table, work) = &self.splits;
         let [high, low, scales] = buffers.each_ref().map(|buffer| whole(buffer));
-        commands.launch(Kernel::SplitRows, table, work, &[whole(a.buffer()?), high, low, scales]);
-        Ok(())
+        commands.launch(split_kernel(), table, work, &[a.binding()?, high, low, scales])
     }
 
     fn add(&mut self, gpu: &Gpu, job: &ProjectJob, a: &Batch, most_parts: usize) {
@@ -363,7 +401,7 @@ impl Tables {
         if job.tokens == 0 || shape.rows == 0 {
             return;
         }
-        let cut = Cut::new(gpu, job, shape, most_parts);
+        let cut = Cut::new(&gpu.capabilities, job, shape, most_parts);
         let mut entry = Job {
             x: job.x_word as u32,
             a: a.offset(job.a) as u32,
@@ -375,7 +413,7 @@ impl Tables {
             part_width: cut.part_width as u32,
         };
         let (mut x_scales, mut a_scales, mut a_stride) = (NONE, NONE, 0);
-        if cut.uses_matrix_units() {
+        if cut.on_units {
             let split = match self.ready {
                 Some(ready) => ready,
                 None => self.split(a, job.a, cut.columns),
@@ -387,7 +425,7 @@ impl Tables {
             entry.z = *parts_len as u32;
             *parts_len += cut.parts * cut.part_len;
             // Values of f16 are in range.
-            if cut.uses_matrix_units() && job.dtype != Dtype::F16 {
+            if cut.on_units && job.dtype != Dtype::F16 {
                 x_scales = *parts_len as u32;
                 *parts_len += (cut.parts * job.tokens).next_multiple_of(4);
             }
@@ -414,7 +452,7 @@ impl Tables {
                     .flat_map(move |row| (0..columns).map(move |column| [index as u32, row, column, part]))
             })
         };
-        if cut.uses_matrix_units() {
+        if cut.on_units {
             let (table, work) = matrix.entry(cut.kernel).or_default();
             work.extend(tiles(table.len()));
             table.push(MatrixJob { job: entry, a_stride, x_scales, a_scales });
@@ -446,7 +484,7 @@ pub(super) fn encode_f32(
     if all.inputs.values().any(|input| input.parts_len as u64 * 4 > gpu.max_arena()) {
         all = tables(1);
     }
-    let factor = whole(a.buffer()?);
+    let factor = a.binding()?;
     let buffers = match ready {
         Some(ready) => {
             // Their owner may drop them before this is submitted.
@@ -456,21 +494,21 @@ pub(super) fn encode_f32(
         None => all.halves(commands, gpu)?,
     };
     let [high, low, scales] = &buffers;
-    commands.phase(0);
+    commands.phase(Phase::Split);
     all.launch_splits(commands, a, &buffers)?;
     for (i, Products { plain, matrix, sums, parts_len }) in &all.inputs {
         let parts = commands.scratch(gpu, (*parts_len).max(1) as u64 * 4)?;
-        commands.phase(1);
+        commands.phase(Phase::Project);
         for ((kernel, direct), (table, work)) in plain {
             let out = if *direct { z.clone() } else { whole(&parts) };
-            commands.launch(*kernel, table, work, &[x[*i].clone(), factor.clone(), out]);
+            commands.launch(*kernel, table, work, &[x[*i].clone(), factor.clone(), out])?;
         }
         for (kernel, (table, work)) in matrix {
             let buffers = [x[*i].clone(), whole(high), whole(low), whole(&parts), whole(scales)];
-            commands.launch(*kernel, table, work, &buffers);
+            commands.launch(*kernel, table, work, &buffers)?;
         }
-        commands.phase(2);
-        commands.launch(Kernel::SumParts, &sums.0, &sums.1, &[whole(&parts), z.clone(), whole(scales)]);
+        commands.phase(Phase::SumParts);
+        commands.launch(sum_kernel(), &sums.0, &sums.1, &[whole(&parts), z.clone(), whole(scales)])?;
     }
     Ok(())
 }
@@ -483,19 +521,20 @@ fn encode_real(
     z: wgpu::BufferBinding<'_>,
     element: Element,
 ) -> Result<()> {
-    commands.phase(1);
+    commands.phase(Phase::Project);
     for (i, x) in x.iter().enumerate() {
         let table: Vec<_> = jobs.iter().filter(|job| job.x == i).map(|job| real_job(job, a)).collect();
         let work: Vec<Work> = table
             .iter()
             .enumerate()
             .flat_map(|(i, job)| {
-                (0..job.tokens.div_ceil(32))
-                    .flat_map(move |row| (0..job.rank.div_ceil(32)).map(move |c| [i as u32, row, c, 0]))
+                let columns =
+                    move |row| (0..job.rank.div_ceil(REAL_TILE)).map(move |c| [i as u32, row, c, 0]);
+                (0..job.tokens.div_ceil(REAL_TILE)).flat_map(columns)
             })
             .collect();
-        let buffers = [x.clone(), whole(a.buffer()?), z.clone()];
-        commands.launch(Kernel::ProjectReal(element), &table, &work, &buffers);
+        let buffers = [x.clone(), a.binding()?, z.clone()];
+        commands.launch(real_kernel(element), &table, &work, &buffers)?;
     }
     Ok(())
 }

@@ -1,8 +1,9 @@
-use faer::{Accum, MatRef, Par};
+use faer::{Accum, MatRef};
 use rayon::prelude::*;
 
 use super::jacobi_svd::jacobi_svd_cpu;
-use super::{ScaledRows, Svd, host, inner, jacobi_svd, rank_update, view};
+use super::{ScaledRows, Svd, gemm, host, inner, jacobi_svd, rank_update, view};
+use crate::compute::batch::{FACTOR, Operands};
 use crate::compute::{Batch, Device, Element, Shape};
 use crate::{Matrix, Result};
 
@@ -36,11 +37,11 @@ pub struct Qr {
 /// [`Error::Device`](crate::Error::Device).
 pub fn qr(device: &Device, a: &ScaledRows) -> Result<Qr> {
     let shapes = a.rows.shapes();
-    if !device.is_gpu() {
+    if let Operands::Host([rows]) = Operands::of("qr", device, [(&a.rows, FACTOR)])? {
         let parts: Vec<(Matrix, Matrix)> = (0..a.rows.len())
             .into_par_iter()
             .map(|i| {
-                let (q, l) = qr_cpu(a.rows.host(i).unwrap_or_default(), shapes[i]);
+                let (q, l) = qr_cpu(rows.values(i), shapes[i]);
                 (q, a.unscale(i, l))
             })
             .collect();
@@ -145,9 +146,9 @@ impl Root {
 /// # Errors
 /// [`Error::Device`](crate::Error::Device).
 pub fn qr_l(device: &Device, a: &ScaledRows) -> Result<Vec<Matrix>> {
-    if !device.is_gpu() {
+    if let Operands::Host([all]) = Operands::of("qr_l", device, [(&a.rows, FACTOR)])? {
         let l = |i: usize| {
-            let rows = view(a.rows.host(i).unwrap_or_default(), a.rows.shapes()[i]);
+            let rows = all.matrix(i);
             let root = Some(root_cpu(rows)).filter(Root::is_exact);
             a.unscale(i, root.map_or_else(|| l_cpu(rows), |root| root.left))
         };
@@ -173,7 +174,7 @@ fn root_cpu(a: MatRef<'_, f64>) -> Root {
     let mut gram = Matrix::zeros(a.nrows(), a.nrows());
     let shape = Shape::new(a.nrows(), a.nrows());
     let into = super::view_mut(&mut gram.data, shape);
-    faer::linalg::matmul::matmul(into, Accum::Replace, a, a.transpose(), 1.0, Par::Seq);
+    gemm(into, Accum::Replace, 1.0, a, a.transpose());
     Root::new(&jacobi_svd_cpu(&gram), f64::EPSILON)
 }
 
@@ -201,13 +202,6 @@ fn qr_cpu(a: &[f64], shape: Shape) -> (Matrix, Matrix) {
 fn product(a: &Matrix, b: MatRef<'_, f64>) -> Matrix {
     let mut c = Matrix::zeros(a.rows, b.ncols());
     let into = super::view_mut(&mut c.data, Shape::new(a.rows, b.ncols()));
-    faer::linalg::matmul::matmul(
-        into,
-        Accum::Replace,
-        view(&a.data, Shape::new(a.rows, a.cols)),
-        b,
-        1.0,
-        Par::Seq,
-    );
+    gemm(into, Accum::Replace, 1.0, view(&a.data, Shape::new(a.rows, a.cols)), b);
     c
 }

@@ -1,10 +1,8 @@
-use bytemuck::NoUninit;
+use std::sync::Arc;
 
 use super::dtype_code;
-use crate::compute::batch::Storage;
-use crate::compute::device::Backend;
-use crate::compute::gpu::whole;
-use crate::compute::shaders::Kernel;
+use crate::compute::gpu::{Gpu, whole};
+use crate::compute::shaders::{Declared, Kernel, job};
 use crate::compute::{Batch, Device, Shape};
 use crate::{Error, RawMatrix, Result};
 
@@ -44,11 +42,11 @@ impl<'a> Factor<'a> {
 /// [`Error::Invalid`] if the factors of one job differ in their other dimension.
 pub fn rank_concat(device: &Device, axis: Axis, jobs: &[&[Factor]]) -> Result<Batch> {
     let shapes = jobs.iter().map(|factors| joined_shape(axis, factors)).collect::<Result<Vec<_>>>()?;
-    let mut joined = Batch::unwritten(device, device.factor(), &shapes)?;
-    match &device.backend {
-        Backend::Cpu => rank_concat_cpu(axis, jobs, &mut joined),
-        Backend::Gpu(_) => rank_concat_gpu(device, axis, jobs, &joined)?,
+    if !device.is_gpu() {
+        return Batch::made_on_host(&shapes, |i, out| rank_concat_cpu(axis, jobs[i], shapes[i], out));
     }
+    let joined = Batch::unwritten(device, device.factor(), &shapes)?;
+    rank_concat_gpu(device.gpu()?, axis, jobs, &joined)?;
     Ok(joined)
 }
 
@@ -64,7 +62,7 @@ fn joined_shape(axis: Axis, factors: &[Factor]) -> Result<Shape> {
             return Err(Error::Invalid(format!("factors of widths {known} and {other} cannot be joined")));
         }
         *known = other;
-        *rank += if axis == Axis::Rows { rows } else { cols };
+        *rank = rank.saturating_add(if axis == Axis::Rows { rows } else { cols });
     }
     Ok(shape)
 }
@@ -82,40 +80,43 @@ fn places<'a>(axis: Axis, factors: &'a [Factor], shape: Shape) -> impl Iterator<
     })
 }
 
-fn rank_concat_cpu(axis: Axis, jobs: &[&[Factor]], joined: &mut Batch) {
-    let shapes = joined.shapes().to_vec();
-    for ((factors, shape), out) in jobs.iter().zip(shapes).zip(joined.host_mut().unwrap_or_default()) {
-        for (factor, place) in factors.iter().zip(places(axis, factors, shape)) {
-            let mut row = vec![0.0; factor.matrix.cols()];
-            for i in 0..factor.matrix.rows() {
-                factor.matrix.row_range(i, i + 1).widen_into(&mut row);
-                let start = place + i * shape.cols;
-                for (o, v) in out[start..start + row.len()].iter_mut().zip(&row) {
-                    *o = v * f64::from(factor.scale);
-                }
+fn rank_concat_cpu(axis: Axis, factors: &[Factor], shape: Shape, out: &mut [f64]) {
+    for (factor, place) in factors.iter().zip(places(axis, factors, shape)) {
+        let mut row = vec![0.0; factor.matrix.cols()];
+        for i in 0..factor.matrix.rows() {
+            factor.matrix.row_range(i, i + 1).widen_into(&mut row);
+            let start = place + i * shape.cols;
+            for (o, v) in out[start..start + row.len()].iter_mut().zip(&row) {
+                *o = v * f64::from(factor.scale);
             }
         }
     }
 }
 
-#[derive(Clone, Copy, NoUninit)]
-#[repr(C)]
-struct Job {
-    source: u32,
-    dtype: u32,
-    rows: u32,
-    cols: u32,
-    destination: u32,
-    stride: u32,
-    scale: f32,
+job! {
+    struct Job {
+        source: u32,
+        dtype: u32,
+        rows: u32,
+        cols: u32,
+        destination: u32,
+        stride: u32,
+        scale: f32,
+    }
 }
 
-/// Elements that a workgroup copies, as in the shader.
+/// Elements that a workgroup copies.
 const CHUNK: usize = 4096;
 
-fn rank_concat_gpu(device: &Device, axis: Axis, jobs: &[&[Factor]], joined: &Batch) -> Result<()> {
-    let gpu = device.gpu()?;
-    let Storage::Gpu { buffer, .. } = &joined.storage else { return Ok(()) };
+fn kernel() -> Kernel {
+    Kernel::new("rank_concat")
+}
+
+pub(super) fn declared() -> Declared {
+    Declared::new::<Job>([kernel()]).constant("CHUNK", CHUNK)
+}
+
+fn rank_concat_gpu(gpu: &Arc<Gpu>, axis: Axis, jobs: &[&[Factor]], joined: &Batch) -> Result<()> {
     // Factors go up in groups that one binding holds.
     let limit = gpu.source_limit(64 << 20) as usize;
     let mut pieces: Vec<(usize, &[u8])> = Vec::new();
@@ -136,7 +137,7 @@ fn rank_concat_gpu(device: &Device, axis: Axis, jobs: &[&[Factor]], joined: &Bat
             })
             .collect();
         let mut commands = gpu.commands();
-        commands.launch(Kernel::RankConcat, table, &work, &[whole(&source), whole(buffer)]);
+        commands.launch(kernel(), table, &work, &[whole(&source), joined.binding()?])?;
         commands.submit()?;
         pieces.clear();
         table.clear();

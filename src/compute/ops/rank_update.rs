@@ -1,10 +1,8 @@
-use bytemuck::NoUninit;
-use rayon::prelude::*;
-
-use super::{host, mismatch, same_count, view, view_mut};
+use super::{gemm, host, mismatch, same_count, view_mut};
 use crate::Result;
-use crate::compute::gpu::{Work, whole};
-use crate::compute::shaders::Kernel;
+use crate::compute::batch::{ANY, FACTOR, Operands};
+use crate::compute::gpu::Work;
+use crate::compute::shaders::{Declared, Kernel, job};
 use crate::compute::{Batch, Device, Element, Shape};
 
 /// `C = A + S·M`, or `C = S·M` without A: combinations of the few long rows of M.
@@ -33,30 +31,27 @@ pub fn rank_update(device: &Device, a: Option<&Batch>, s: &Batch, m: &Batch) -> 
         let c = rank_update(&Device::cpu(), a.as_ref(), s, &host(device, m)?)?;
         return Batch::upload(device, device.factor(), &c.download(device)?);
     }
-    let mut c = Batch::unwritten(device, device.factor(), &shapes)?;
-    if let Some(outputs) = c.host_mut() {
-        outputs.into_par_iter().enumerate().for_each(|(i, c)| {
-            let (s_shape, m_shape) = (s.shapes()[i], m.shapes()[i]);
-            if let Some(a) = a {
-                c.copy_from_slice(a.host(i).unwrap_or_default());
-            }
-            faer::linalg::matmul::matmul(
-                view_mut(c, shapes[i]),
-                faer::Accum::Add,
-                view(s.host(i).unwrap_or_default(), s_shape),
-                view(m.host(i).unwrap_or_default(), m_shape),
-                1.0,
-                faer::Par::Seq,
-            );
-        });
-        return Ok(c);
-    }
+    // Without A, M stands in its place, for a kernel that does not read it.
+    let operands = Operands::of("rank_update", device, [(a.unwrap_or(m), FACTOR), (s, ANY), (m, FACTOR)])?;
+    let add = a.is_some();
+    let (gpu, [a, s, m]) = match operands {
+        Operands::Gpu(gpu, operands) => (gpu, operands),
+        Operands::Host([a, s, m]) => {
+            return Batch::made_on_host(&shapes, |i, c| {
+                if add {
+                    c.copy_from_slice(a.values(i));
+                }
+                gemm(view_mut(c, shapes[i]), faer::Accum::Add, 1.0, s.matrix(i), m.matrix(i));
+            });
+        }
+    };
+    let c = Batch::unwritten(device, device.factor(), &shapes)?;
     let table: Vec<_> = (0..c.len())
         .map(|i| Job {
-            add: u32::from(a.is_some()),
-            a: a.map_or(0, |a| a.offset(i)) as u32,
-            s: s.offset(i) as u32,
-            m: m.offset(i) as u32,
+            add: u32::from(add),
+            a: if add { a.offset(i) } else { 0 },
+            s: s.offset(i),
+            m: m.offset(i),
             c: c.offset(i) as u32,
             rows: shapes[i].rows as u32,
             inner: s.shapes()[i].cols as u32,
@@ -70,28 +65,36 @@ pub fn rank_update(device: &Device, a: Option<&Batch>, s: &Batch, m: &Batch) -> 
                 .flat_map(move |row| (0..job.cols.div_ceil(COLUMNS)).map(move |column| [i, row, column, 0]))
         })
         .collect();
-    let gpu = device.gpu()?;
-    let buffers =
-        [whole(a.unwrap_or(m).buffer()?), whole(s.buffer()?), whole(m.buffer()?), whole(c.buffer()?)];
+    let buffers = [a.binding(), s.binding(), m.binding(), c.binding()?];
     let mut commands = gpu.commands();
-    commands.launch(Kernel::RankUpdate(s.element()), &table, &work, &buffers);
+    commands.launch(kernel(s.element()), &table, &work, &buffers)?;
     commands.submit()?;
     Ok(c)
 }
 
-/// A tile of C: `ROWS` and `COLUMNS` of the shader.
+/// A tile of C.
 const ROWS: u32 = 32;
 const COLUMNS: u32 = 64;
 
-#[derive(Clone, Copy, NoUninit)]
-#[repr(C)]
-struct Job {
-    add: u32,
-    a: u32,
-    s: u32,
-    m: u32,
-    c: u32,
-    rows: u32,
-    inner: u32,
-    cols: u32,
+job! {
+    struct Job {
+        add: u32,
+        a: u32,
+        s: u32,
+        m: u32,
+        c: u32,
+        rows: u32,
+        inner: u32,
+        cols: u32,
+    }
+}
+
+pub(super) fn kernel(sums: Element) -> Kernel {
+    Kernel::new("rank_update").real(sums)
+}
+
+pub(super) fn declared() -> Declared {
+    Declared::new::<Job>(ANY.iter().map(|&sums| kernel(sums)))
+        .constant("ROWS", ROWS)
+        .constant("COLUMNS", COLUMNS)
 }

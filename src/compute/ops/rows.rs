@@ -1,9 +1,10 @@
-use bytemuck::NoUninit;
+use std::sync::Arc;
+
 use rayon::prelude::*;
 
 use super::dtype_code;
-use crate::compute::gpu::{Work, whole};
-use crate::compute::shaders::Kernel;
+use crate::compute::gpu::{Gpu, Work, whole};
+use crate::compute::shaders::{Declared, Kernel, job};
 use crate::compute::{Batch, Device, Shape};
 use crate::power::{exponent_of, pow2};
 use crate::{Dtype, Error, Matrix, RawMatrix, Result};
@@ -28,9 +29,17 @@ pub enum Side {
     Output,
 }
 
-/// The side of a tile, and how many of them a workgroup copies: `TILE` and `TILES` of the shader.
+/// The side of a tile, and how many of them a workgroup copies.
 const TILE: usize = 32;
 const TILES: usize = 4;
+
+pub(super) fn kernel() -> Kernel {
+    Kernel::new("rows")
+}
+
+pub(super) fn declared() -> Declared {
+    Declared::new::<Job>([kernel()]).constant("TILE", TILE).constant("TILES", TILES)
+}
 
 /// Bytes that are uploaded at once, at most.
 const UPLOAD: u64 = 128 << 20;
@@ -46,8 +55,10 @@ impl ScaledRows {
     pub fn new(device: &Device, side: Side, stacks: &[Vec<RawMatrix<'_>>]) -> Result<Self> {
         let shapes = stacks.iter().map(|parts| stacked_shape(side, parts)).collect::<Result<Vec<_>>>()?;
         let mut rows = Batch::unwritten(device, device.factor(), &shapes)?;
-        let exponents = match rows.host_mut() {
-            Some(outputs) => outputs
+        let exponents = match device.is_gpu() {
+            true => rows_gpu(device.gpu()?, side, stacks, &rows)?,
+            false => rows
+                .host_mut()?
                 .into_par_iter()
                 .zip(stacks)
                 .map(|(out, parts)| {
@@ -56,7 +67,6 @@ impl ScaledRows {
                     exponents
                 })
                 .collect(),
-            None => rows_gpu(device, side, stacks, &rows)?,
         };
         Ok(Self { rows, exponents })
     }
@@ -107,7 +117,7 @@ pub(super) fn stacked_shape(side: Side, parts: &[RawMatrix<'_>]) -> Result<Shape
                 shape.cols
             )));
         }
-        shape = Shape::new(shape.rows + rank, width);
+        shape = Shape::new(shape.rows.saturating_add(rank), width);
     }
     Ok(shape)
 }
@@ -189,16 +199,16 @@ fn rows_cpu(side: Side, parts: &[RawMatrix<'_>], exponents: &[i32], out: &mut [f
     }
 }
 
-#[derive(Clone, Copy, NoUninit)]
-#[repr(C)]
-struct Job {
-    source: u32,
-    dtype: u32,
-    rows: u32,
-    cols: u32,
-    transposed: u32,
-    destination: u32,
-    scales: u32,
+job! {
+    struct Job {
+        source: u32,
+        dtype: u32,
+        rows: u32,
+        cols: u32,
+        transposed: u32,
+        destination: u32,
+        scales: u32,
+    }
 }
 
 /// Factors that go up together.
@@ -212,12 +222,11 @@ struct Upload<'a> {
 
 /// Widens, transposes and scales on the device; gives the exponents.
 fn rows_gpu(
-    device: &Device,
+    gpu: &Arc<Gpu>,
     side: Side,
     stacks: &[Vec<RawMatrix<'_>>],
     rows: &Batch,
 ) -> Result<Vec<Vec<i32>>> {
-    let gpu = device.gpu()?;
     let ranks: usize = rows.shapes().iter().map(|shape| shape.rows).sum();
     let scale_buffer = gpu.scratch(ranks as u64 * 4)?;
     // Of all rows so far.
@@ -256,8 +265,8 @@ fn rows_gpu(
         };
         let work: Vec<Work> = (0..).zip(jobs.iter()).flat_map(tiles).collect();
         let mut commands = gpu.commands();
-        let buffers = [whole(&source), whole(&scale_buffer), whole(rows.buffer()?)];
-        commands.launch(Kernel::Rows, &jobs, &work, &buffers);
+        let buffers = [whole(&source), whole(&scale_buffer), rows.binding()?];
+        commands.launch(kernel(), &jobs, &work, &buffers)?;
         commands.submit()
     };
     let mut scale = 0;

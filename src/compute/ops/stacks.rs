@@ -3,7 +3,7 @@ use faer::{Accum, MatRef, Par};
 use rayon::prelude::*;
 
 use super::rows::stacked_shape;
-use super::{ScaledRows, Side, inner, rank_update, small, view, view_mut};
+use super::{ScaledRows, Side, gemm, inner, rank_update, small, view, view_mut};
 use crate::compute::{Device, Element, Shape};
 use crate::power::{exponent_of, pow2};
 use crate::{Matrix, RawMatrix, Result};
@@ -110,7 +110,7 @@ impl<'a> Stacks<'a> {
                 Side::Input => view_mut(sums, Shape::new(count, n)),
                 Side::Output => view_mut(sums, Shape::new(n, count)).transpose_mut(),
             };
-            faer::linalg::matmul::matmul(into, Accum::Replace, t, block, 1.0, Par::Seq);
+            gemm(into, Accum::Replace, 1.0, t, block);
             let narrow = |(out, v): (&mut f32, &f64)| *out = *v as f32;
             match self.side {
                 Side::Input => {

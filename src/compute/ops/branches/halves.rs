@@ -1,15 +1,16 @@
 //! A layer's factors as halves, which matrix units multiply: made once, as factors do not change.
 //!
-//! The kernels are `shaders/branch_split_b.wgsl` for B_cat and `split_rows.wgsl` for A_cat.
+//! The kernels are `shaders/branch/split_b.wgsl` for B_cat and `split_rows.wgsl` for A_cat.
 
 use std::ops::Range;
 use std::sync::Arc;
 
 use super::project::SplitA;
+use super::tile::Tile;
 use super::{HAS_LOW, Job, MAX_BRANCHES, UNIT_CHANNELS, starts};
 use crate::Result;
 use crate::compute::gpu::{Gpu, Pooled, whole};
-use crate::compute::shaders::{BranchTile, Kernel};
+use crate::compute::shaders::Kernel;
 use crate::compute::{Batch, Shape};
 
 /// The halves of a layer's factors, of those that matrix units serve.
@@ -26,12 +27,16 @@ pub(super) struct SplitB {
     pub buffer: Arc<Pooled>,
 }
 
+pub(super) fn kernel() -> Kernel {
+    Kernel::new("branch/split_b")
+}
+
 /// How a layer is cut on matrix units.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Tiles {
-    pub scores: BranchTile,
+    pub scores: Tile,
     /// Without, if all columns together are too many.
-    pub apply: Option<BranchTile>,
+    pub apply: Option<Tile>,
     /// Columns of the halves, where each branch has its own.
     pub columns: usize,
     pub column_starts: [u32; MAX_BRANCHES + 1],
@@ -46,8 +51,8 @@ impl Tiles {
             && caps.subgroups.is_some_and(|(min, _)| min >= 8)
             && caps.workgroup_memory >= 32 << 10;
         let tile = |columns: usize| {
-            let depth = BranchTile::DEPTHS.into_iter().find(|&depth| columns <= depth as usize)?;
-            Some(BranchTile { depth, low, software }).filter(|tile| tile.room() > 0)
+            let depth = Tile::DEPTHS.into_iter().find(|&depth| columns <= depth as usize)?;
+            Some(Tile { depth, low, software }).filter(|tile| tile.room() > 0)
         };
         let (mut columns, mut widest, mut column_starts) = (0, 0, [0; MAX_BRANCHES + 1]);
         for (end, rank) in column_starts[1..].iter_mut().zip(ranks) {
@@ -92,8 +97,7 @@ impl Halves {
             ..Job::of(layer)
         };
         let grid = [width.next_multiple_of(UNIT_CHANNELS) / 32, tiles.columns.div_ceil(32), 1];
-        let buffers = [whole(layer.buffer()?), whole(&buffer)];
-        commands.launch_grid(Kernel::BranchSplitB, &job, grid.map(|n| n as u32), &buffers);
+        commands.launch_grid(kernel(), &job, grid, &[layer.binding()?, whole(&buffer)])?;
         commands.submit()?;
         Ok(Self { a, b: Some(SplitB { tiles, buffer }) })
     }

@@ -1,13 +1,13 @@
-// F0 += Z·B_catᵀ, in place, rounded once to the type of F0; branch_choose.wgsl has weighed Z.
+// F0 += Z·B_catᵀ, in place, rounded once to the type of F0; branch/choose.wgsl has weighed Z.
 //
 //   F0: tokens × width in f32, f16 or bf16    Z: tokens × rank, f32    B_catᵀ: rank × width (padded), f32
 //
 // Grid: (channel tile, token tile). Bindings: 3 factors, 4 Z, 5 F0 as raw words.
 // The permutation sets DTYPE and the tile.
 
-#import words
-#import pack
-#import branch
+#import shared/words
+#import shared/pack
+#import branch/shared/job
 
 @group(0) @binding(3) var<storage, read> factors: array<vec4<f32>>;
 @group(0) @binding(4) var<storage, read> z: array<f32>;
@@ -20,8 +20,8 @@ fn z_value(job: Job, token: u32, k: u32) -> f32 {
     return z[token * job.rank + k];
 }
 
-#import branch_features
-#import branch_tile
+#import branch/shared/features
+#import branch/shared/tile
 
 fn store(job: Job, token: u32, channel: u32, f: vec4<f32>) {
     if (token >= job.first + job.count || channel >= job.width) {

@@ -1,21 +1,23 @@
-// branch_apply.wgsl on matrix units: F0 += Z·B_catᵀ, in place, rounded once to the type of F0; branch_choose.wgsl has
+// branch/apply.wgsl on matrix units: F0 += Z·B_catᵀ, in place, rounded once to the type of F0; branch/choose.wgsl has
 // weighed Z.
 //
 //   F0: tokens × width in f32, f16 or bf16; width a multiple of 4
 //
-// Grid: (token tile, part of the channels). Bindings: 5 F0; see branch_tile_matrix.wgsl.
+// Grid: (token tile, part of the channels). Bindings: 5 F0; see branch/shared/tile_matrix.wgsl.
 // The permutation sets DTYPE and the tile.
 
-#import words
-#import pack
-#import exponents
+enable f16;
+
+#import shared/words
+#import shared/pack
+#import shared/exponents
 #import features
-#import branch
-#import branch_split
+#import branch/shared/job
+#import branch/shared/split
 
 @group(0) @binding(5) var<storage, read_write> f0: array<Raw>;
 
-#import branch_tile_matrix
+#import branch/shared/tile_matrix
 #import multiply
 
 fn store(job: Job, first_token: u32, row: u32, part: Part, channel: u32, f: Channels) {

@@ -1,7 +1,7 @@
 // From scores to the weight of each branch on each token, and Z weighted by them, in place.
 //
 //   weights[token, k]: 1 for the largest score (the first of equals), or with SOFT its share of the sum
-//   Z *= weight of its branch on its token, and the branch's factor: what branch_apply.wgsl multiplies
+//   Z *= weight of its branch on its token, and the branch's factor: what branch/apply.wgsl multiplies
 //
 // FINISH: scores first, from the parts of stats. With NORMALISE a score counts in relation to the branch's running mean.
 // Groups decide by their mean scores. FIXED: weights as the host says.
@@ -9,9 +9,9 @@
 // branch overflowed.
 // Grid: a workgroup for 16 tokens. Bindings: 3 stats, 4 scores, 5 weights, 6 running means, 7 log, 8 Z, 9 controls.
 
-#import branch
-#import exp_log
-#import branch_state
+#import branch/shared/job
+#import shared/exp_log
+#import branch/shared/state
 
 @group(0) @binding(3) var<storage, read> stats: array<vec4<f32>>;
 @group(0) @binding(4) var<storage, read_write> scores: array<f32>;
@@ -21,7 +21,7 @@
 @group(0) @binding(8) var<storage, read_write> z: array<f32>;
 @group(0) @binding(9) var<storage, read> controls: Controls;
 
-#import branch_finish
+#import branch/shared/finish
 
 const THREADS: u32 = 256u;
 const TOKENS: u32 = 16u;

@@ -1,4 +1,7 @@
-// 4 neighbouring channels of f16 or bf16 features. After words.wgsl and pack.wgsl; the permutation sets DTYPE.
+// 4 neighbouring channels of f16 or bf16 features. The permutation sets DTYPE.
+
+#import shared/words
+#import shared/pack
 
 alias Raw = vec2<u32>;
 const RAW_WORDS: u32 = 2u;

@@ -1,4 +1,8 @@
-// A score from the parts of stats. After branch.wgsl, exp_log.wgsl and branch_state.wgsl; the kernel declares stats.
+// A score from the parts of stats. The kernel declares stats.
+
+#import branch/shared/job
+#import shared/exp_log
+#import branch/shared/state
 
 fn part_of(job: Job, part: u32, branch: u32, token: u32) -> State {
     let place = ((part * job.branches + branch) * job.tokens + token) * 2u;

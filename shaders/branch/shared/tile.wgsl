@@ -1,6 +1,6 @@
 // A tile of Z·B_catᵀ in registers: 64 tokens × 128 channels over 256 threads, each 4 tokens × 8 channels.
 // The kernel declares factors (vec4), gives the elements of Z, and has `run` for an entry point;
-// branch_tile_matrix.wgsl serves matrix units.
+// branch/shared/tile_matrix.wgsl serves matrix units.
 
 const TOKENS: u32 = 64u;
 const CHANNELS: u32 = 128u;

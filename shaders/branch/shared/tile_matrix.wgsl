@@ -1,13 +1,13 @@
 // A tile of Z·B_catᵀ on matrix units, for adapters with 16×16×16 f16 to f32 matrices and subgroups of 32: 16 tokens ×
 // 64 channels for each subgroup of a workgroup. Z becomes halves that stay in workgroup memory, each row brought into
-// f16's range; B_cat's come from branch_split_b.wgsl, a tile ahead. The products of two low parts are left out. The unit's
+// f16's range; B_cat's come from branch/split_b.wgsl, a tile ahead. The products of two low parts are left out. The unit's
 // accumulator truncates, which over 128 columns stays within f32's accuracy.
 //
 // Each 8 lanes share a row: lane i has channels 4·i .. + 4 and 32 + 4·i .. + 4 of rows i / 8, + 4, + 8 and + 12, so
 // that neighbours read neighbouring memory and meet in no bank.
 // Bindings: 3 B_cat, 4 Z. The permutation sets DEPTH, the most columns that a product has (32, 64 or 128), LOW, whether
-// B_cat has low parts, and SUBGROUPS. The kernel imports exponents, branch_split, features, the type of F0, and
-// multiply, on units or in software.
+// B_cat has low parts, and SUBGROUPS. `features` is of the type of F0, `multiply` on
+// units or in software.
 
 // High parts of all rows, then low ones.
 @group(0) @binding(3) var<storage, read> b_halves: array<vec4<f16>>;

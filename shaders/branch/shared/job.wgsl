@@ -36,14 +36,14 @@ struct Job {
     fixed: array<f32, 8>,       // weights that are chosen by the host
 }
 
-// How branch_choose.wgsl decides, and whether it finishes scores itself.
+// How branch/choose.wgsl decides, and whether it finishes scores itself.
 const FINISH: u32 = 1u;
 const SOFT: u32 = 2u;
 const NORMALISE: u32 = 4u;
 const FIXED: u32 = 8u;
-// branch_means.wgsl: update the running means instead of writing those of groups.
+// branch/means.wgsl: update the running means instead of writing those of groups.
 const RUNNING: u32 = 16u;
-// branch_split_b.wgsl: B_cat has more bits than one half holds.
+// branch/split_b.wgsl: B_cat has more bits than one half holds.
 const HAS_LOW: u32 = 32u;
 
 // What the host changes between calls, with no need to encode anew.

@@ -1,15 +1,15 @@
 // How much each branch would change the features of each token: partial scores over some of the channels.
 //
 //   F0: tokens × width in f32, f16 or bf16    Z: tokens × rank, f32    B_catᵀ: rank × width (padded), f32
-//   stats: parts × branches × tokens × 2 vec4, the states of branch_state.wgsl
+//   stats: parts × branches × tokens × 2 vec4, the states of branch/shared/state.wgsl
 //
 // Grid: (token tile, branch, part of the channels). Bindings: 3 factors, 4 Z, 5 F0 as raw words, 6 controls,
 // 7 stats. The permutation sets SCORE, DTYPE and the tile.
 
-#import words
-#import branch
-#import exp_log
-#import branch_state
+#import shared/words
+#import branch/shared/job
+#import shared/exp_log
+#import branch/shared/state
 
 @group(0) @binding(3) var<storage, read> factors: array<vec4<f32>>;
 @group(0) @binding(4) var<storage, read> z: array<f32>;
@@ -24,8 +24,8 @@ fn z_value(job: Job, token: u32, k: u32) -> f32 {
     return z[token * job.rank + k];
 }
 
-#import branch_features
-#import branch_tile
+#import branch/shared/features
+#import branch/shared/tile
 
 // Half of the channels' threads hand their states to the other half, through `exchange` and this.
 var<workgroup> handed_g: array<f32, TOKENS * 8u>;

@@ -1,4 +1,4 @@
-// B_cat as halves for matrix units, times B_SCALE; see branch_split.wgsl. Once for a layer.
+// B_cat as halves for matrix units, times B_SCALE; see branch/shared/split.wgsl. Once for a layer.
 //
 //   B_catᵀ: rank × width (padded), f32      halves: whole tiles of 64 channels × columns, f16
 //
@@ -6,13 +6,15 @@
 //
 // Grid: (32 channels, 8 quads of columns). Bindings: 3 B_catᵀ, 4 halves.
 
-#import branch
-#import exponents
+enable f16;
+
+#import branch/shared/job
+#import shared/exponents
 
 @group(0) @binding(3) var<storage, read> values: array<f32>;
 @group(0) @binding(4) var<storage, read_write> halves: array<vec4<f16>>;
 
-#import branch_split
+#import branch/shared/split
 
 const TILE: u32 = 64u;
 

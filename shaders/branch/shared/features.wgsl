@@ -1,4 +1,6 @@
-// Reading F0. After words.wgsl; the kernel declares f0_words, the permutation sets DTYPE.
+// Reading F0. The kernel declares f0_words, the permutation sets DTYPE.
+
+#import shared/words
 
 // Channels channel .. + 4 of F0; `outside` beyond its width. A halves' width is even.
 fn features(job: Job, token: u32, channel: u32, outside: f32) -> vec4<f32> {

@@ -1,28 +1,30 @@
-// branch_scores.wgsl on matrix units.
+// branch/scores.wgsl on matrix units.
 //
 //   F0: tokens × width in f32, f16 or bf16; width a multiple of 4    stats: parts × branches × tokens × 2 vec4
 //
 // A lane sums e^(a - m), and times d and φ(d), d = u - r, for its channels of 4 rows, each with an m and an r that its 8
 // lanes have in common: at first the first tile's largest a and mean u. An r near the mean loses no digits: only the
-// last step to the mean itself subtracts. A tile for which m and r are no good is merged as branch_state.wgsl does it.
+// last step to the mean itself subtracts. A tile for which m and r are no good is merged as branch/shared/state.wgsl does it.
 //
-// Grid: (token tile, branch, part of the channels). Bindings: 5 F0, 6 controls, 7 stats; see branch_tile_matrix.wgsl.
+// Grid: (token tile, branch, part of the channels). Bindings: 5 F0, 6 controls, 7 stats; see branch/shared/tile_matrix.wgsl.
 // The permutation sets SCORE, DTYPE and the tile.
 
-#import words
-#import pack
-#import exponents
+enable f16;
+
+#import shared/words
+#import shared/pack
+#import shared/exponents
 #import features
-#import branch
-#import branch_split
-#import exp_log
-#import branch_state
+#import branch/shared/job
+#import branch/shared/split
+#import shared/exp_log
+#import branch/shared/state
 
 @group(0) @binding(5) var<storage, read> f0: array<Raw>;
 @group(0) @binding(6) var<storage, read> controls: Controls;
 @group(0) @binding(7) var<storage, read_write> stats: array<vec4<f32>>;
 
-#import branch_tile_matrix
+#import branch/shared/tile_matrix
 #import multiply
 
 // What weights in relation to m, means in relation to r, and their φ may be, to keep their digits and f32's range.

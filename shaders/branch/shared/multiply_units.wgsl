@@ -1,4 +1,6 @@
-// `sums` of a subgroup's 16 tokens × 64 channels from `halves`, on matrix units. After branch_tile_matrix.wgsl.
+// `sums` of a subgroup's 16 tokens × 64 channels from `halves`, on matrix units. After branch/shared/tile_matrix.wgsl.
+
+enable wgpu_cooperative_matrix;
 
 fn locate(thread: u32, subgroup_id: u32, subgroup_lane: u32) {
     t = thread;

@@ -2,14 +2,14 @@
 //
 // Grid: a workgroup for 32 tokens. Bindings: 3 stats, 4 scores.
 
-#import branch
-#import exp_log
-#import branch_state
+#import branch/shared/job
+#import shared/exp_log
+#import branch/shared/state
 
 @group(0) @binding(3) var<storage, read> stats: array<vec4<f32>>;
 @group(0) @binding(4) var<storage, read_write> scores: array<f32>;
 
-#import branch_finish
+#import branch/shared/finish
 
 @compute @workgroup_size(256)
 fn main(@builtin(global_invocation_id) id: vec3<u32>) {

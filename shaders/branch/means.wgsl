@@ -4,10 +4,11 @@
 //   RUNNING: running[k] += (mean over all tokens - running[k])·tokens / n, n += tokens, at most WINDOW;
 //            a mean that is not finite is left out
 //
-// Grid: a workgroup for each group; with RUNNING one for all tokens. Sums are taken in a fixed order.
+// A workgroup for each group, numbered through; with RUNNING one for all tokens. Sums are taken in a fixed order.
 // Bindings: 3 scores, 4 running means.
 
-#import branch
+#import shared/line
+#import branch/shared/job
 
 @group(0) @binding(3) var<storage, read_write> scores: array<f32>;
 @group(0) @binding(4) var<storage, read_write> running: array<f32>;
@@ -15,14 +16,23 @@
 // Tokens that a running mean reaches back.
 const WINDOW: f32 = 1048576.0;
 
-var<workgroup> sums: array<f32, 256>;
+alias Value = f32;
+#import shared/tree
 
 @compute @workgroup_size(256)
-fn main(@builtin(workgroup_id) work: vec3<u32>, @builtin(local_invocation_index) t: u32) {
+fn main(
+    @builtin(workgroup_id) workgroup: vec3<u32>,
+    @builtin(num_workgroups) workgroups: vec3<u32>,
+    @builtin(local_invocation_index) t: u32,
+) {
     let job = jobs[0];
+    let group = workgroup_number(workgroup, workgroups);
     let all = (job.flags & RUNNING) != 0u;
     let size = select(job.group, job.tokens, all);
-    let first = work.x * size;
+    let first = group * size;
+    if (first >= job.tokens) {
+        return;
+    }
     let end = min(first + size, job.tokens);
     let tokens = f32(end - first);
     let place = job.running + MAX_BRANCHES;
@@ -32,25 +42,18 @@ fn main(@builtin(workgroup_id) work: vec3<u32>, @builtin(local_invocation_index)
         for (var token = first + t; token < end; token += 256u) {
             sum += scores[token * job.branches + k];
         }
-        sums[t] = sum;
-        for (var half = 128u; half > 0u; half /= 2u) {
-            workgroupBarrier();
-            if (t < half) {
-                sums[t] += sums[t + half];
-            }
-        }
+        sum = sum_of_all(sum, t);
         if (t == 0u) {
-            let mean = sums[0] / tokens;
+            let mean = sum / tokens;
             if (all) {
                 let old = running[job.running + k];
                 if ((bitcast<u32>(mean) & 0x7f800000u) != 0x7f800000u) {
                     running[job.running + k] = old + (mean - old) * min(tokens / n, 1.0);
                 }
             } else {
-                scores[job.means + work.x * job.branches + k] = mean;
+                scores[job.means + group * job.branches + k] = mean;
             }
         }
-        workgroupBarrier();
     }
     if (all && t == 0u) {
         running[place] = n;

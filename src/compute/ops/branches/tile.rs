@@ -1,0 +1,59 @@
+//! The tiles of the kernels for matrix units, `shaders/branch/shared/tile_matrix.wgsl`.
+
+use crate::Dtype;
+use crate::compute::shaders::Kernel;
+
+/// Most subgroups of a workgroup: scores take many registers.
+pub(super) const SCORES_SUBGROUPS: u32 = 2;
+pub(super) const APPLY_SUBGROUPS: u32 = 4;
+
+/// A tile, by what makes kernels for it a permutation.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Tile {
+    /// Most columns of a product: 32, 64 or 128.
+    pub depth: u32,
+    /// Whether B has low parts.
+    pub low: bool,
+    /// Without matrix units, to test what is around them.
+    pub software: bool,
+}
+
+impl Tile {
+    /// Of every depth.
+    pub const DEPTHS: [u32; 3] = [32, 64, 128];
+
+    pub fn all() -> impl Iterator<Item = Self> {
+        let of = |depth| [(false, false), (true, false), (false, true), (true, true)].map(|of| (depth, of));
+        let tiles = Self::DEPTHS.into_iter().flat_map(of);
+        tiles.map(|(depth, (low, software))| Self { depth, low, software }).filter(|tile| tile.room() > 0)
+    }
+
+    /// Subgroups whose tiles fit the workgroup memory.
+    pub fn room(self) -> u32 {
+        // More than 48 KB lets NVIDIA's driver hang; software adapters have 32.
+        let memory: u32 = if self.software { 32 << 10 } else { 48 << 10 };
+        let row = 2 * (self.depth + 8);
+        let b = 64 * row * (1 + u32::from(self.low));
+        memory.saturating_sub(b) / (16 * (2 * row + 4 * 72))
+    }
+
+    /// Subgroups of a workgroup, `most` if their tiles fit; each has 16 tokens.
+    pub fn subgroups(self, most: u32) -> u32 {
+        1 << self.room().clamp(1, most).ilog2()
+    }
+
+    /// The permutation of a kernel for this, of at most so many subgroups, and features of a type.
+    pub fn permutation(self, kernel: Kernel, most: u32, dtype: Dtype) -> Kernel {
+        let multiply = match self.software {
+            true => "branch/shared/multiply_software",
+            false => "branch/shared/multiply_units",
+        };
+        let features = match dtype {
+            Dtype::F32 => "branch/shared/features_f32",
+            Dtype::F16 | Dtype::Bf16 => "branch/shared/features_halves",
+        };
+        let kernel = kernel.number("DEPTH", self.depth).flag("LOW", self.low);
+        let kernel = kernel.number("SUBGROUPS", self.subgroups(most));
+        kernel.import("multiply", multiply).import("features", features)
+    }
+}
