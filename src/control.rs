@@ -26,7 +26,7 @@ pub struct Control<'a> {
 #[derive(Clone, Copy, Debug)]
 pub struct Progress<'a> {
     /// What is being done: `calibrate`, `survey` (what a merge must know of all layers first), `merge`, `truncate`, `measure`,
-    /// `schedule`.
+    /// `schedule`, `bake`, `extract`.
     pub stage: &'static str,
     /// The layer or the file that comes next; empty at the end.
     pub item: &'a str,

@@ -46,11 +46,13 @@
 //! |---|---|
 //! | [`adapter`] | what a LoRA file is: keys, scales, layers; reading and writing |
 //! | [`calibration`] | statistics of what the layers read: accumulating, adding, slicing, files |
+//! | [`checkpoint`] | whole models: adding adapters to one, getting an adapter out of two |
 //! | [`fusion`] | fusing while a model generates: selection by features, schedules, latent refinement, live factors |
 //! | [`merge`] | the methods, one file each; the plan (which layers, which adapters); the report |
 //! | [`compute`] | the device, what it can do, and the operations that methods are written in, each with a GPU and a CPU side |
 //!
-//! `adapter` and `compute` know nothing of each other; `calibration`, `merge` and `fusion` use both. With the default feature
+//! `adapter` and `compute` know nothing of each other; `calibration`, `merge` and `fusion` use both. `checkpoint` uses
+//! `adapter` alone. With the default feature
 //! `cli` the crate is also the command `loraweld`; `default-features = false` leaves the library alone.
 //! [`wgpu`] is exported, so that a host uses the same version.
 
@@ -64,6 +66,7 @@ mod words;
 
 pub mod adapter;
 pub mod calibration;
+pub mod checkpoint;
 pub mod compute;
 pub mod fusion;
 pub mod merge;
@@ -73,6 +76,9 @@ pub use adapter::{
     Strengths, Unnamed, Weighted,
 };
 pub use calibration::{Activations, Calibration, FileSummary, Source, Task};
+pub use checkpoint::{
+    Bake, BakeOptions, BakeReport, Checkpoint, Extract, ExtractOptions, ExtractReport, Round,
+};
 pub use compute::{Device, DeviceOptions, Disable, Precision, Select};
 pub use control::{Control, Progress};
 pub use error::{Error, Remedy, Result};

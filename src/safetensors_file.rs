@@ -124,6 +124,26 @@ impl SafetensorsFile {
         self.0.tensors.get_key_value(name).map(|(name, entry)| self.tensor_ref(name, entry))
     }
 
+    /// A header of the same tensors at the same places with other metadata, and after how many bytes of this file the
+    /// tensors start.
+    pub fn header_with(&self, metadata: &BTreeMap<String, String>) -> io::Result<(Vec<u8>, usize)> {
+        let mut entries: Vec<_> = self.0.tensors.iter().collect();
+        entries.sort_by_key(|(_, entry)| (entry.range.start, entry.range.end));
+        let start = entries.first().map_or(self.0.data.len(), |(_, entry)| entry.range.start);
+        let mut json = format!("{{\"__metadata__\":{}", serde_json::to_string(metadata)?);
+        for (name, Entry { dtype, shape, range }) in entries {
+            let data_offsets = (range.start - start, range.end - start);
+            let info = TensorInfo { dtype: *dtype, shape: shape.clone(), data_offsets };
+            json += &format!(",{}:{}", serde_json::to_string(name)?, serde_json::to_string(&info)?);
+        }
+        Ok((framed(json), start))
+    }
+
+    /// Where a tensor of this file is in it.
+    pub fn place(&self, name: &str) -> Option<Range<usize>> {
+        self.0.tensors.get(name).map(|entry| entry.range.clone())
+    }
+
     fn tensor_ref<'a>(&'a self, name: &'a str, entry: &'a Entry) -> TensorRef<'a> {
         let bytes = &self.0.data[entry.range.clone()];
         TensorRef { name, dtype: entry.dtype, shape: &entry.shape, bytes }
@@ -138,6 +158,12 @@ impl SafetensorsFile {
         let pickle = data.starts_with(b"PK\x03\x04") || data.starts_with(b"\x80\x02");
         if pickle && data.get(8) != Some(&b'{') {
             return fail("is a PyTorch checkpoint (pickle); convert it to .safetensors first".into());
+        }
+        if data.starts_with(b"GGUF") {
+            return fail(
+                "is a GGUF file, whose quantised weights are not supported; a .safetensors file is needed"
+                    .into(),
+            );
         }
         let Some((head, body)) = data.split_first_chunk::<8>() else {
             return fail(
@@ -290,11 +316,7 @@ impl Layout {
             places.push(offset as u64..(offset + size) as u64);
             offset += size;
         }
-        json.push('}');
-        while !json.len().is_multiple_of(8) {
-            json.push(' ');
-        }
-        let header = [&(json.len() as u64).to_le_bytes()[..], json.as_bytes()].concat();
+        let header = framed(json);
         let start = header.len() as u64;
         for place in &mut places {
             *place = place.start + start..place.end + start;
@@ -306,6 +328,16 @@ impl Layout {
     pub fn len(&self) -> u64 {
         self.places.last().map_or(self.header.len() as u64, |place| place.end)
     }
+}
+
+/// What a file starts with: the length of the header, which is all but closed, and the header, filled up so that what
+/// follows is aligned.
+fn framed(mut json: String) -> Vec<u8> {
+    json.push('}');
+    while !json.len().is_multiple_of(8) {
+        json.push(' ');
+    }
+    [&(json.len() as u64).to_le_bytes()[..], json.as_bytes()].concat()
 }
 
 /// Streams a safetensors file.

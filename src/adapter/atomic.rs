@@ -33,12 +33,12 @@ pub fn write_atomic(
 }
 
 /// An error of writing; an [`Error`] that it wraps comes out unchanged.
-pub(super) fn write_error(path: &Path, error: io::Error) -> Error {
+pub(crate) fn write_error(path: &Path, error: io::Error) -> Error {
     error.downcast::<Error>().unwrap_or_else(|e| Error::io(path, "write", e))
 }
 
 /// A file that takes its target's place when it is whole. Dropped before, it leaves nothing.
-pub(super) struct AtomicFile {
+pub(crate) struct AtomicFile {
     file: File,
     place: Place,
 }
@@ -104,7 +104,82 @@ impl AtomicFile {
     }
 }
 
-/// Temporary files that are being written.
+/// A folder that takes its target's place when all of its files are there. Dropped before, it leaves nothing.
+///
+/// An existing target is always refused: a folder cannot be replaced at once, and may hold what nobody wants to lose.
+pub(crate) struct AtomicFolder {
+    target: PathBuf,
+    temp: tempfile::TempDir,
+    listed: Listed,
+    /// Held, it says that the folder is not stale.
+    _lock: Option<File>,
+}
+
+impl AtomicFolder {
+    /// Creates it beside its target.
+    pub fn create(path: &Path) -> Result<Self> {
+        let (target, folder) = free_folder(path)?;
+        let name: String =
+            target.file_name().unwrap_or_default().to_string_lossy().chars().take(50).collect();
+        let prefix = format!(".{name}.loraweld-");
+        remove_stale(&folder, &prefix);
+        let mut builder = tempfile::Builder::new();
+        builder.prefix(&prefix).suffix(".tmp");
+        // Temporary folders are private by default, but this one is to become an ordinary one.
+        #[cfg(unix)]
+        builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o777));
+        let temp = builder
+            .tempdir_in(&folder)
+            .map_err(|e| Error::io(path, "create a temporary folder beside it", e))?;
+        // Where folders cannot be locked, none is ever taken for stale either.
+        let lock = File::open(temp.path()).ok().filter(|file| file.lock().is_ok());
+        let listed = Listed::new(temp.path());
+        Ok(Self { target, temp, listed, _lock: lock })
+    }
+
+    /// Where to write for now.
+    pub fn path(&self) -> &Path {
+        self.temp.path()
+    }
+
+    /// Puts it in the target's place. Its files have to be on disk. `path`: the target, as errors name it.
+    pub fn commit(self, path: &Path) -> Result<()> {
+        let Self { target, temp, listed: _listed, .. } = self;
+        free_folder(path)?;
+        fs::rename(temp.path(), &target).map_err(|e| write_error(path, e))?;
+        // It is not there any more, and so there is nothing to be removed.
+        let _ = temp.keep();
+        if let Some(Ok(folder)) = target.parent().map(File::open) {
+            let _ = folder.sync_all();
+        }
+        tracing::info!(folder = %target.display(), "wrote");
+        Ok(())
+    }
+}
+
+/// The folder that a path names, which is not there yet, and the one that it is to be in.
+pub(crate) fn free_folder(path: &Path) -> Result<(PathBuf, PathBuf)> {
+    let Some(name) = path.file_name() else {
+        return Err(Error::file(path, "has no name that a folder could have"));
+    };
+    if fs::symlink_metadata(path).is_ok() {
+        return Err(Error::file(
+            path,
+            "exists already, and a folder is never replaced; remove it or choose another name",
+        ));
+    }
+    let folder = match path.parent() {
+        Some(folder) if !folder.as_os_str().is_empty() => folder.to_owned(),
+        _ => PathBuf::from("."),
+    };
+    if !folder.is_dir() {
+        let what = if folder.exists() { "is not a folder" } else { "does not exist; create it first" };
+        return Err(Error::file(path, format!("the folder `{}` {what}", folder.display())));
+    }
+    Ok((folder.join(name), folder))
+}
+
+/// Temporary files and folders that are being written.
 static TEMPORARY: Mutex<BTreeSet<PathBuf>> = Mutex::new(BTreeSet::new());
 
 fn temporary() -> MutexGuard<'static, BTreeSet<PathBuf>> {
@@ -130,11 +205,13 @@ impl Drop for Listed {
 /// Removes the temporary files of all writes that are under way, for a program that ends without waiting for them.
 pub fn remove_temporary_files() {
     // Nothing is left to be done about one that does not go.
-    temporary().iter().for_each(|path| drop(fs::remove_file(path)));
+    temporary().iter().for_each(|path| {
+        drop(if path.is_dir() { fs::remove_dir_all(path) } else { fs::remove_file(path) });
+    });
 }
 
 /// Sends a file to the disk while it is written, so that little is left to wait for when it is whole.
-pub(super) struct Flusher {
+pub(crate) struct Flusher {
     written: Arc<AtomicU64>,
     /// Dropped, it ends the thread.
     stop: Option<Sender<()>>,
@@ -188,7 +265,7 @@ impl Flusher {
 }
 
 /// Writes all bytes at a place of a file, from any thread.
-pub(super) fn write_at(file: &File, bytes: &[u8], offset: u64) -> io::Result<()> {
+pub(crate) fn write_at(file: &File, bytes: &[u8], offset: u64) -> io::Result<()> {
     #[cfg(unix)]
     return std::os::unix::fs::FileExt::write_all_at(file, bytes, offset);
     #[cfg(not(unix))]
@@ -297,11 +374,13 @@ fn remove_stale(folder: &Path, prefix: &str) {
     };
     for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
         if is_ours(&entry.file_name())
-            && entry.file_type().is_ok_and(|kind| kind.is_file())
+            && let Ok(kind) = entry.file_type()
+            && !kind.is_symlink()
             && let Ok(file) = File::open(entry.path())
             && file.try_lock().is_ok()
         {
-            let _ = fs::remove_file(entry.path());
+            let path = entry.path();
+            drop(if kind.is_dir() { fs::remove_dir_all(path) } else { fs::remove_file(path) });
         }
     }
 }

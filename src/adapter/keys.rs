@@ -29,6 +29,10 @@ const PREFIXES: &[(&str, &str)] = &[
     ("text_encoders.llama.transformer.", "text_encoder_4"),
     ("cond_stage_model.transformer.", "text_encoder"),
     ("conditioner.embedders.0.transformer.", "text_encoder"),
+    // OpenCLIP's names follow: of SD 2's encoder, and of the second of SDXL, which is the only one of its refiner.
+    ("cond_stage_model.model.", "text_encoder"),
+    ("conditioner.embedders.0.model.", "text_encoder_2"),
+    ("conditioner.embedders.1.model.", "text_encoder_2"),
     ("text_encoder.", "text_encoder"),
     ("text_encoder_2.", "text_encoder_2"),
     ("text_encoder_3.", "text_encoder_3"),

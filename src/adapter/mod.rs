@@ -20,6 +20,7 @@ mod read;
 mod scale;
 mod spelling;
 mod spill;
+mod weights;
 mod write;
 
 use std::borrow::Cow;
@@ -30,6 +31,7 @@ use std::sync::{Arc, OnceLock};
 
 use rayon::prelude::*;
 
+pub(crate) use self::atomic::{AtomicFile, AtomicFolder, Flusher, free_folder, write_at, write_error};
 pub use self::atomic::{check_target, remove_temporary_files, same_file, write_atomic};
 pub use self::blocks::{BlockPreset, Strengths};
 pub(crate) use self::draft::{Draft, save_while};
@@ -39,9 +41,11 @@ pub(crate) use self::fuse::{stack, stacked_rank, unstack};
 pub use self::keys::LayerKey;
 pub use self::loaders::{Loader, NotTaken};
 pub use self::read::OpenOptions;
+pub(crate) use self::read::f8;
 pub use self::scale::{Scale, ScaleRule};
 use self::spelling::{Spelling, Usual};
 use self::spill::Values;
+pub(crate) use self::weights::{Inventory, Part, Weight, layers_of_weight};
 pub use self::write::{SaveOptions, Unnamed};
 use crate::safetensors_file::SafetensorsFile;
 use crate::{Control, Dtype, Error, Matrix, RawMatrix, Result};

@@ -256,7 +256,7 @@ fn foreign<'a>(
 }
 
 /// Whose names most modules of the main model have.
-fn usual_names(family: Family, clues: &[Clue]) -> Option<Names> {
+pub(super) fn usual_names(family: Family, clues: &[Clue]) -> Option<Names> {
     let main = clues.iter().filter(|clue| !families::is_encoder(clue.component));
     let names = |clue: &Clue| family.module(clue.component, clue.flat, Some(clue.widths), None)?.names;
     let mut counts: BTreeMap<Names, usize> = BTreeMap::new();
@@ -510,7 +510,7 @@ pub(super) fn factor(file: &SafetensorsFile, t: &TensorRef, wanted: &str) -> Res
 }
 
 /// A number of 8 bits, exactly.
-fn f8(bits: u8, dtype: FileDtype) -> half::f16 {
+pub(crate) fn f8(bits: u8, dtype: FileDtype) -> half::f16 {
     if dtype == FileDtype::F8_E5M2 {
         // The upper half of an f16.
         return half::f16::from_bits(u16::from(bits) << 8);

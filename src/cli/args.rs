@@ -217,7 +217,8 @@ pub struct Reading {
     model: Option<Family>,
 }
 
-fn model(text: &str) -> Result<Family, String> {
+/// The id of a model on the command line.
+pub fn model(text: &str) -> Result<Family, String> {
     Family::named(text).ok_or_else(|| {
         let ids: Vec<&str> = Family::all().filter_map(Family::id).collect();
         format!("there is no model of this id; known are {}", ids.join(", "))
@@ -225,6 +226,11 @@ fn model(text: &str) -> Result<Family, String> {
 }
 
 impl Reading {
+    /// The model that was told.
+    pub fn model(&self) -> Option<Family> {
+        self.model
+    }
+
     fn options(&self) -> OpenOptions {
         OpenOptions {
             alpha: self.alpha,
@@ -319,10 +325,19 @@ fn blocks_of(adapter: &Adapter, text: &str) -> anyhow::Result<Vec<f64>> {
 
 /// Opens every adapter, in order. A file that may be for several models is for the one that all others are for.
 pub fn open_adapters(loras: &[LoraArg], reading: &Reading) -> anyhow::Result<Vec<Adapter>> {
+    open_adapters_for(Family::UNKNOWN, loras, reading)
+}
+
+/// Opens adapters for a model, as far as that is known. `--model` knows better.
+pub fn open_adapters_for(
+    family: Family,
+    loras: &[LoraArg],
+    reading: &Reading,
+) -> anyhow::Result<Vec<Adapter>> {
     let options = reading.options();
     let open = |lora: &LoraArg| Adapter::open_with(&lora.path, &options);
     let mut adapters = loras.iter().map(open).collect::<loraweld::Result<Vec<_>>>()?;
-    let families = adapters.iter().map(Adapter::family).filter(|family| *family != Family::UNKNOWN);
+    let families = adapters.iter().map(Adapter::family).chain([family]).filter(|f| *f != Family::UNKNOWN);
     let Some(common) = families.reduce(Family::and).filter(|family| *family != Family::UNKNOWN) else {
         return Ok(adapters);
     };

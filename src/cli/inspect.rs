@@ -3,23 +3,25 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use clap::Args;
-use loraweld::{Adapter, Family, Layer, LayerKey, Loader};
+use loraweld::{Adapter, Checkpoint, Family, Layer, LayerKey, Loader};
 use serde_json::{Map, Value, json};
 
 use super::args::{LoraArg, Reading, open_unweighted};
+use super::checkpoint;
 use super::layers::{group, pattern, range};
 use super::output::{Output, Table, count, size, some};
 
-/// Show what LoRA files hold and, of several, what matches.
+/// Show what LoRA files hold and, of several, what matches; or what a checkpoint is, and which of the files fit it.
 #[derive(Args, Debug)]
 #[command(after_help = "\
 Examples:
   loraweld inspect cat.safetensors
   loraweld inspect cat.safetensors dog.safetensors     what a merge of the two would match
+  loraweld inspect flux1-dev.safetensors cat.safetensors   whether the LoRA fits the checkpoint
   loraweld inspect --json cat.safetensors | jq .modules")]
 pub struct Inspect {
-    /// Files, or folders that PEFT saved.
-    #[arg(required = true, value_name = "LORA", value_parser = LoraArg::parser())]
+    /// Files, or folders that PEFT saved; or checkpoints: files, indices, folders that diffusers saved.
+    #[arg(required = true, value_name = "FILE", value_parser = LoraArg::parser())]
     loras: Vec<LoraArg>,
     /// Compute the norm of each block's update, however long that takes [default: of files that are soon read].
     #[arg(long)]
@@ -48,12 +50,20 @@ const METADATA: &[(&str, &str)] = &[
 
 impl Inspect {
     pub fn run(self, out: &Output) -> anyhow::Result<()> {
-        let adapters = open_unweighted(&self.loras, &self.reading, "they only matter to a merge", out)?;
+        let (checkpoints, loras): (Vec<_>, Vec<_>) =
+            self.loras.iter().cloned().partition(|of| Checkpoint::is_at(&of.path));
+        let adapters = open_unweighted(&loras, &self.reading, "they only matter to a merge", out)?;
         for (i, adapter) in adapters.iter().enumerate() {
             if i > 0 {
                 out.result("")?;
             }
             one(adapter, self.norms, out)?;
+        }
+        for (i, path) in checkpoints.iter().enumerate() {
+            if i > 0 || !adapters.is_empty() {
+                out.result("")?;
+            }
+            checkpoint::show(&checkpoint::open(&path.path, self.reading.model(), out)?, &adapters, out)?;
         }
         if adapters.len() > 1 {
             out.result("")?;

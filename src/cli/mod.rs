@@ -1,12 +1,15 @@
 //! The command line: one file a command, and what they share in [`args`] and [`output`].
 
 mod args;
+mod bake;
 mod calibrate;
 mod calibration;
 mod check;
+mod checkpoint;
 mod convert;
 mod demo;
 mod devices;
+mod extract;
 mod inspect;
 mod layers;
 mod merge;
@@ -52,6 +55,8 @@ enum Command {
     Merge(merge::Merge),
     Compare(merge::Compare),
     Resize(merge::Resize),
+    Bake(bake::Bake),
+    Extract(extract::Extract),
     Calibrate(calibrate::Calibrate),
     Calibration(calibration::CalibrationCommand),
     Schedule(schedule::ScheduleCommand),
@@ -108,6 +113,8 @@ fn run(cli: Cli, out: &Output) -> anyhow::Result<()> {
         Command::Merge(command) => command.run(&global, out),
         Command::Compare(command) => command.run(&global, out),
         Command::Resize(command) => command.run(&global, out),
+        Command::Bake(command) => command.run(out),
+        Command::Extract(command) => command.run(out),
         Command::Calibrate(command) => command.run(&global, out),
         Command::Calibration(command) => command.run(out),
         Command::Schedule(command) => command.run(out),

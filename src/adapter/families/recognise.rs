@@ -189,7 +189,8 @@ fn is_documented(record: &Record, names: Names, clue: &Clue) -> bool {
 /// Whether the family has such a text encoder.
 fn has_encoder(record: &Record, clue: &Clue) -> bool {
     record.encoders.iter().filter(|encoder| encoder.component == clue.component).any(|encoder| {
-        let clip = clue.flat.starts_with("text_model_") || clue.flat == "text_projection";
+        let clip = ["text_model_", "resblocks_"].iter().any(|first| clue.flat.starts_with(first))
+            || clue.flat == "text_projection";
         let t5 = clue.flat.starts_with("encoder_block_");
         match encoder.comfyui {
             "clip_l" | "clip_g" | "clip_h" => clip || clue.flat.starts_with("encoder_layers_"),
