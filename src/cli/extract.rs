@@ -7,7 +7,7 @@ use loraweld::adapter::{check_target, same_file};
 use loraweld::{Adapter, Dtype, ExtractOptions, Family, SaveOptions, Spectrum, Truncation};
 use serde_json::json;
 
-use super::args::{OutputFormat, dtype, finite, model, share};
+use super::args::{OutputFormat, finite, model, share};
 use super::checkpoint::{open, write_report};
 use super::output::{Output, count, size, some};
 use super::usage;
@@ -42,10 +42,10 @@ pub struct Extract {
     #[arg(long, value_name = "SHARE", value_parser = share, allow_hyphen_values = true, group = "spectrum")]
     sv_cumulative: Option<f64>,
     /// Spelling of the keys: `peft` (or `diffusers`), `kohya`, `comfyui`, `bfl`, `xlabs` [default: what goes with TUNED's].
-    #[arg(long, value_name = "FORMAT", value_parser = OutputFormat::parse)]
+    #[arg(long, value_name = "FORMAT")]
     format: Option<OutputFormat>,
     /// Type of the tensors: `f16`, `bf16` or `f32`.
-    #[arg(long, value_name = "TYPE", value_parser = dtype, default_value = "f32")]
+    #[arg(long, value_name = "TYPE", default_value = "f32")]
     dtype: Dtype,
     /// The model of both, where they do not tell or tell something wrong.
     #[arg(long, value_name = "ID", value_parser = model)]

@@ -7,6 +7,7 @@ mod adapter;
 mod algebra;
 mod baselines;
 mod calibration;
+mod checkpoint;
 mod cli;
 mod convert;
 mod definitions;

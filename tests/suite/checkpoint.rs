@@ -1,16 +1,13 @@
 //! Baking adapters into checkpoints, and getting them out again: every layout, type and way of fusing, and what is refused.
 //! A program of its own, for it counts what is on the heap.
 
-#[path = "suite/common/files.rs"]
-mod files;
-
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
-use files::{f32s, file_of, tensors};
+use crate::common::files::{f32s, file_of, tensors};
 use loraweld::checkpoint::{BakedLayer, Extracted};
 use loraweld::{
     Adapter, Bake, BakeOptions, BakeReport, Checkpoint, Control, Extract, ExtractOptions, Format,
@@ -431,7 +428,7 @@ fn checkpoint(weights: &[Weight], stored: Stored) -> Vec<u8> {
         }
         all.push(((*name).into(), stored.dtype(), shape.to_vec(), encode(&values, stored.dtype())));
     }
-    let raw: Vec<files::Raw> = all
+    let raw: Vec<crate::common::files::Raw> = all
         .iter()
         .map(|(name, dtype, shape, bytes)| (name.as_str(), *dtype, &shape[..], bytes.clone()))
         .collect();
@@ -476,7 +473,7 @@ fn lora(model: &Model, size: f32) -> (Vec<u8>, Vec<Vec<f32>>) {
         raw.push((format!("{module}{}", model.suffixes[1]), b_shape, f32s(&b)));
         raw.push((format!("{module}.alpha"), vec![], f32s(&[RANK as f32 / 2.0])));
     }
-    let raw: Vec<files::Raw> =
+    let raw: Vec<crate::common::files::Raw> =
         raw.iter().map(|(name, shape, bytes)| (name.as_str(), "F32", &shape[..], bytes.clone())).collect();
     (file_of(&[], &raw), updates)
 }
@@ -739,7 +736,7 @@ fn sharded(folder: &Folder, place: &str, bytes: &[u8]) -> usize {
     let entries: Vec<_> = all.iter().collect();
     for (i, chunk) in entries.chunks(half).enumerate() {
         let name = format!("model-0000{}-of-00002.safetensors", i + 1);
-        let raw: Vec<files::Raw> =
+        let raw: Vec<crate::common::files::Raw> =
             chunk.iter().map(|(n, (d, s, b))| (n.as_str(), d.as_str(), &s[..], b.clone())).collect();
         folder.write(&format!("{place}/{name}"), &file_of(&[("format", "pt")], &raw));
         chunk.iter().for_each(|(n, _)| drop(map.insert((*n).clone(), name.clone().into())));
@@ -829,7 +826,7 @@ fn the_spelling_and_the_types_of_two_checkpoints_may_differ() {
     let of =
         |name: &'static str, shape: &'static [usize], values: Vec<f32>| (name, "F32", shape, f32s(&values));
     let qkv = |i: usize| rows("double_blocks.0.img_attn.qkv.weight", 48 * i, 48);
-    let raw: Vec<files::Raw> = vec![
+    let raw: Vec<crate::common::files::Raw> = vec![
         of("transformer_blocks.0.attn.to_q.weight", &[48, 48], qkv(0)),
         of("transformer_blocks.0.attn.to_k.weight", &[48, 48], qkv(1)),
         of("transformer_blocks.0.attn.to_v.weight", &[48, 48], qkv(2)),
@@ -886,7 +883,7 @@ fn what_no_adapter_holds_is_listed() {
     let mut all = tensors(&bytes);
     all.get_mut("double_blocks.0.img_attn.qkv.bias").unwrap().2[0] ^= 1;
     all.get_mut("double_blocks.0.img_attn.norm.key_norm.scale").unwrap().2[0] ^= 1;
-    let raw: Vec<files::Raw> =
+    let raw: Vec<crate::common::files::Raw> =
         all.iter().map(|(n, (d, s, b))| (n.as_str(), d.as_str(), &s[..], b.clone())).collect();
     let tuned = Checkpoint::open(case.folder.write("changed.safetensors", &file_of(&[], &raw))).unwrap();
     let options = ExtractOptions { truncation: Truncation::rank(4), ..Default::default() };
@@ -927,12 +924,12 @@ fn contains(error: &str, parts: &[&str]) {
 }
 
 /// The file of [`FLUX_NATIVE`] with some tensors in place of its own.
-fn with(others: &[files::Raw]) -> Vec<u8> {
+fn with(others: &[crate::common::files::Raw]) -> Vec<u8> {
     let mut all = tensors(&checkpoint(FLUX_NATIVE.weights, Stored::F32));
     for (name, dtype, shape, bytes) in others {
         all.insert((*name).into(), ((*dtype).into(), shape.to_vec(), bytes.clone()));
     }
-    let raw: Vec<files::Raw> =
+    let raw: Vec<crate::common::files::Raw> =
         all.iter().map(|(n, (d, s, b))| (n.as_str(), d.as_str(), &s[..], b.clone())).collect();
     file_of(&[], &raw)
 }
