@@ -56,12 +56,11 @@
 //! `cli` the crate is also the command `loraweld`; `default-features = false` leaves the library alone.
 //! [`wgpu`] is exported, so that a host uses the same version.
 
-mod control;
 mod error;
+mod io;
 mod matrix;
 mod names;
 mod power;
-pub(crate) mod safetensors_file;
 mod words;
 
 pub mod adapter;
@@ -80,8 +79,8 @@ pub use checkpoint::{
     Bake, BakeOptions, BakeReport, Checkpoint, Extract, ExtractOptions, ExtractReport, Round,
 };
 pub use compute::{Device, DeviceOptions, Disable, Precision, Select};
-pub use control::{Control, Progress};
 pub use error::{Error, Remedy, Result};
+pub use io::{Control, Progress};
 pub use matrix::{Dtype, Matrix, RawMatrix};
 pub use merge::{
     Absent, Action, Alone, Bases, CoreMerge, Dare, Destination, DeviceMemory, Directions, Elect, EntryMerge,

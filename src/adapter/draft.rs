@@ -11,10 +11,10 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 
-use super::atomic::{AtomicFile, Flusher, read_at, write_at, write_error};
 use super::write::{Module, Target, modules};
 use super::{Adapter, Layer, LayerKey, SaveOptions, TensorData, hash, metadata};
-use crate::safetensors_file::{FileDtype, Layout, TensorOut};
+use crate::io::atomic::{AtomicFile, Flusher, read_at, write_at, write_error};
+use crate::io::safetensors_file::{FileDtype, Layout, TensorOut};
 use crate::{Control, Dtype, Error, Result};
 
 /// Bytes that are gathered before they are written.

@@ -5,7 +5,6 @@
 //! are read as several layers, and so different spellings of a [`Family`] match layer by layer. LoHa and LoKr become
 //! LoRAs, DoRA with the base model's weights; every other kind of adapter is refused by name.
 
-mod atomic;
 mod blocks;
 mod draft;
 mod families;
@@ -19,7 +18,6 @@ mod other;
 mod read;
 mod scale;
 mod spelling;
-mod spill;
 mod weights;
 mod write;
 
@@ -31,8 +29,6 @@ use std::sync::{Arc, OnceLock};
 
 use rayon::prelude::*;
 
-pub(crate) use self::atomic::{AtomicFile, AtomicFolder, Flusher, free_folder, write_at, write_error};
-pub use self::atomic::{check_target, remove_temporary_files, same_file, write_atomic};
 pub use self::blocks::{BlockPreset, Strengths};
 pub(crate) use self::draft::{Draft, save_while};
 pub use self::families::Family;
@@ -44,10 +40,11 @@ pub use self::read::OpenOptions;
 pub(crate) use self::read::f8;
 pub use self::scale::{Scale, ScaleRule};
 use self::spelling::{Spelling, Usual};
-use self::spill::Values;
 pub(crate) use self::weights::{Inventory, Part, Weight, layers_of_weight};
 pub use self::write::{SaveOptions, Unnamed};
-use crate::safetensors_file::SafetensorsFile;
+pub use crate::io::atomic::{check_target, remove_temporary_files, same_file, write_atomic};
+use crate::io::safetensors_file::SafetensorsFile;
+use crate::io::spill::Values;
 use crate::{Control, Dtype, Error, Matrix, RawMatrix, Result};
 
 /// The name of the tensors' file in a PEFT folder.

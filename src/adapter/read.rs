@@ -12,7 +12,7 @@ use super::other::{self, Base, Lost, Other};
 use super::scale::{Scale, Scales};
 use super::spelling::Spelling;
 use super::{Format, Kernel, Layer, PartOf, Tensor, TensorData, fuse};
-use crate::safetensors_file::{FileDtype, SafetensorsFile, TensorRef};
+use crate::io::safetensors_file::{FileDtype, SafetensorsFile, TensorRef};
 use crate::words::count;
 use crate::{Dtype, Error, Matrix, Remedy, Result};
 

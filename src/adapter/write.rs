@@ -12,7 +12,7 @@ use super::loaders::{self, Loader};
 use super::scale::ScaleRule;
 use super::spelling::{Spelling, Usual};
 use super::{Adapter, Format, Kernel, Layer, LayerKey, Tensor, families};
-use crate::safetensors_file::{FileDtype, TensorOut};
+use crate::io::safetensors_file::{FileDtype, TensorOut};
 use crate::words::count;
 use crate::{Dtype, Error, RawMatrix, Result};
 

@@ -7,8 +7,8 @@ use std::sync::Mutex;
 use serde::{Deserialize, Serialize};
 
 use super::{Blocks, Calibration, State, Sum, Task};
-use crate::adapter::write_atomic;
-use crate::safetensors_file::{FileDtype, SafetensorsFile, TensorOut, TensorRef, write_safetensors};
+use crate::io::atomic::write_atomic;
+use crate::io::safetensors_file::{FileDtype, SafetensorsFile, TensorOut, TensorRef, write_safetensors};
 use crate::{Error, LayerKey, Matrix, Result};
 
 const KIND: &str = "loraweld.kind";

@@ -20,7 +20,7 @@ use self::resident::Resident;
 pub(crate) use self::resident::arena;
 use crate::adapter::dotted;
 pub use crate::compute::ops::Activations;
-use crate::safetensors_file::{FileDtype, SafetensorsFile, TensorRef};
+use crate::io::safetensors_file::{FileDtype, SafetensorsFile, TensorRef};
 use crate::words::count;
 use crate::{Adapter, Control, Device, Dtype, Error, Layer, LayerKey, Matrix, RawMatrix, Result};
 

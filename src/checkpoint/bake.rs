@@ -14,7 +14,7 @@ use serde::Serialize;
 
 use super::quantised::{CHUNK, Noise, Round, Stored, Values, fresh_scale, scale_bytes};
 use super::read::{Checkpoint, Found, Shard};
-use crate::adapter::{AtomicFile, AtomicFolder, Flusher, free_folder, write_at, write_error};
+use crate::io::atomic::{AtomicFile, AtomicFolder, Flusher, free_folder, write_at, write_error};
 use crate::{Adapter, Control, Error, Family, Layer, Result, Weighted};
 
 /// Elements of a weight that one thread changes at a time.

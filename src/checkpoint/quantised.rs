@@ -6,7 +6,7 @@ use half::slice::HalfFloatSliceExt;
 use sha2::{Digest, Sha256};
 
 use crate::adapter::f8;
-use crate::safetensors_file::{FileDtype, SafetensorsFile, TensorRef};
+use crate::io::safetensors_file::{FileDtype, SafetensorsFile, TensorRef};
 use crate::{Dtype, Error, RawMatrix, Result};
 
 /// How a number that the stored type does not have becomes one that it has.

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use super::quantised::{Values, foreign};
 use crate::adapter::{Inventory, Part, Weight};
-use crate::safetensors_file::{SafetensorsFile, TensorRef};
+use crate::io::safetensors_file::{SafetensorsFile, TensorRef};
 use crate::{Error, Family, LayerKey, Result};
 
 /// How the name of an index ends.

@@ -12,7 +12,7 @@ use super::families::Family;
 use super::keys::{Bare, Hada, LayerKey, Lokr, Part, prefix};
 use super::read::{AlphaRank, Factors, Group, Source, factor, lora, number, shards, wide};
 use super::{Kernel, OpenOptions, Tensor};
-use crate::safetensors_file::SafetensorsFile;
+use crate::io::safetensors_file::SafetensorsFile;
 use crate::words::count;
 use crate::{Error, Matrix, Remedy, Result};
 

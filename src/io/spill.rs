@@ -17,7 +17,7 @@ static HELD: AtomicUsize = AtomicUsize::new(0);
 
 /// Values of a matrix.
 #[derive(Debug)]
-pub(super) enum Values {
+pub(crate) enum Values {
     Memory(Vec<f32>),
     Mapped(Mmap),
 }
