@@ -15,6 +15,7 @@ use serde::Serialize;
 use super::quantised::{CHUNK, Noise, Round, Stored, Values, fresh_scale, scale_bytes};
 use super::read::{Checkpoint, Found, Shard};
 use crate::io::atomic::{AtomicFile, AtomicFolder, Flusher, free_folder, write_at, write_error};
+use crate::words::count;
 use crate::{Adapter, Control, Error, Family, Layer, Result, Weighted};
 
 /// Elements of a weight that one thread changes at a time.
@@ -762,7 +763,16 @@ impl Sums {
         for ((w, d), s) in w_rest.iter().zip(d_rest).zip(s_rest) {
             add(0, *w, *d, *s);
         }
-        let sums = lanes.map(|lanes| lanes.iter().map(|v| f64::from(*v)).sum::<f64>());
+        let mut sums = lanes.map(|lanes| lanes.iter().map(|v| f64::from(*v)).sum::<f64>());
+        // Squares of the very small and the very large are no f32.
+        if !sums.iter().all(|sum| (1e-25..1e30).contains(&sum.abs())) {
+            sums = [0.0; 4];
+            for ((w, d), s) in before.iter().zip(delta).zip(after) {
+                let (d, arrived) = (f64::from(*d), f64::from(*s) - f64::from(*w));
+                let all = [d * d, arrived * arrived, d * arrived, (arrived - d) * (arrived - d)];
+                sums.iter_mut().zip(all).for_each(|(sum, v)| *sum += v);
+            }
+        }
         self.asked += sums[0];
         self.arrived += sums[1];
         self.product += sums[2];
@@ -826,14 +836,14 @@ impl fmt::Display for BakeReport {
         let types: Vec<&str> = types.into_iter().collect();
         write!(
             f,
-            "{} layers in {} tensors ({}): after rounding, the update has correlation {correlation:.4} with the one that \
+            "{} in {} ({}): after rounding, the update has correlation {correlation:.4} with the one that \
              was asked for, and {share:.1} % of its norm",
-            self.layers.len(),
-            self.tensors,
+            count(self.layers.len(), "layer"),
+            count(self.tensors, "tensor"),
             types.join(", ")
         )?;
         if self.scales > 0 {
-            write!(f, "; {} scales grew to hold it", self.scales)?;
+            write!(f, "; {} grew to hold it", count(self.scales, "scale"))?;
         }
         let mut worst: Vec<&BakedLayer> =
             self.layers.iter().filter(|layer| layer.survival.correlation < 0.99).collect();
@@ -843,10 +853,14 @@ impl fmt::Display for BakeReport {
             write!(f, "\n  least: {correlation:.4} of `{}` ({})", layer.layer, layer.dtype)?;
         }
         if worst.len() > SHOWN {
-            write!(f, "\n  and {} more layers below 0.99", worst.len() - SHOWN)?;
+            write!(f, "\n  and {} below 0.99", count(worst.len() - SHOWN, "more layer"))?;
         }
         if !self.left_out.is_empty() {
-            write!(f, "\n{} layers found no weight and were left out", self.left_out.len())?;
+            write!(
+                f,
+                "\nleft out, without a weight in the checkpoint: {}",
+                count(self.left_out.len(), "layer")
+            )?;
         }
         Ok(())
     }

@@ -11,6 +11,7 @@ use super::low_rank::{LowRank, error, low_rank};
 use super::quantised::{CHUNK, Values};
 use super::read::{Checkpoint, Found, Place};
 use crate::adapter::{Part, layers_of_weight};
+use crate::words::count;
 use crate::{Adapter, Control, Dtype, Error, Family, Format, Matrix, Result, Spectrum, Truncation};
 
 /// How a difference becomes an adapter.
@@ -396,8 +397,8 @@ impl fmt::Display for ExtractReport {
         let rank = if least == most { least.to_string() } else { format!("{least} to {most}") };
         write!(
             f,
-            "{} modules of {}, rank {rank}: {:.2} % of the difference is not in it (relative Frobenius norm)",
-            self.layers.len(),
+            "{} of {}, rank {rank}: {:.2} % of the difference is not in it (relative Frobenius norm)",
+            count(self.layers.len(), "module"),
             self.family,
             100.0 * self.error
         )?;
@@ -407,7 +408,7 @@ impl fmt::Display for ExtractReport {
             write!(f, ", at most {:.2} % (`{}`)", 100.0 * worst.error, worst.layer)?;
         }
         if self.unchanged > 0 {
-            write!(f, "\n{} modules are the same in both", self.unchanged)?;
+            write!(f, "\n{} the same in both", count(self.unchanged, "module"))?;
         }
         Ok(())
     }

@@ -1136,6 +1136,20 @@ fn memory_does_not_grow_with_the_checkpoint() {
 }
 
 #[test]
+fn survival_is_told_of_any_strength() {
+    let case = case(&MODELS[4], Stored::F32, 1.0);
+    let lora = open_for(&case.base, &case.folder.path("lora.safetensors"));
+    for (strength, correlation) in [(1e25, 1.0), (-3.0, 1.0), (1e-25, 0.0), (0.0, 1.0)] {
+        let to = case.folder.path(&format!("{strength}.safetensors"));
+        let report = bake(&case.base, &lora, strength, &to, Round::Nearest).unwrap();
+        let found = report.survival;
+        assert!((found.correlation - correlation).abs() < 1e-6, "{strength}: {found:?}");
+        let asked = case.report.survival.asked / STRENGTH * strength.abs();
+        assert!((found.asked - asked).abs() <= 1e-5 * asked, "{strength}: {found:?}, not {asked}");
+    }
+}
+
+#[test]
 fn reports_name_the_layers() {
     let case = case(&FLUX_NATIVE, Stored::E4m3, 0.02);
     let names: Vec<&str> = case.report.layers.iter().map(|layer| layer.layer.as_str()).collect();
