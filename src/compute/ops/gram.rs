@@ -254,11 +254,13 @@ pub(super) fn encode(
     if part_element == Element::Host {
         return Err(Error::Device("wide products cannot be summed on the host".into()));
     }
-    if ![Element::F32, wide].contains(&z_element) && wide != Element::Host {
-        return Err(Error::Invalid(format!("gram: products of {z_element:?} cannot be summed in {wide:?}")));
-    }
     if wide != Element::Host {
         Operands::of("gram", device, [(sums, WIDE)])?;
+        if ![Element::F32, wide].contains(&z_element) {
+            return Err(Error::Invalid(format!(
+                "gram: products of {z_element:?} cannot be summed in {wide:?}"
+            )));
+        }
     }
     let mut len = 0;
     let cuts: Vec<_> = jobs.iter().map(|job| Cut::new(&gpu.capabilities, job, jobs.len())).collect();
