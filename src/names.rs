@@ -4,8 +4,8 @@ use std::str::FromStr;
 
 use crate::{Dtype, Error, Format, Precision, Result};
 
-fn unknown(text: &str, names: &str) -> Error {
-    Error::Invalid(format!("expected {names}, not `{text}`"))
+fn unknown(what: &str, text: &str, names: &str) -> Error {
+    Error::Invalid(format!("{what}: `{text}`, but it is {names}"))
 }
 
 /// `f16`, `bf16` or `f32`.
@@ -14,7 +14,7 @@ impl FromStr for Dtype {
 
     fn from_str(text: &str) -> Result<Self> {
         let mut all = [Self::F16, Self::Bf16, Self::F32].into_iter();
-        all.find(|dtype| dtype.name() == text).ok_or_else(|| unknown(text, "`f16`, `bf16` or `f32`"))
+        all.find(|dtype| dtype.name() == text).ok_or_else(|| unknown("dtype", text, "`f16`, `bf16` or `f32`"))
     }
 }
 
@@ -26,7 +26,7 @@ impl FromStr for Format {
         match text {
             "diffusers" => Ok(Self::Peft),
             _ => Self::ALL.into_iter().find(|format| format.name() == text).ok_or_else(|| {
-                unknown(text, "`peft` (or `diffusers`), `kohya`, `comfyui`, `bfl` or `xlabs`")
+                unknown("format", text, "`peft` (or `diffusers`), `kohya`, `comfyui`, `bfl` or `xlabs`")
             }),
         }
     }
@@ -41,7 +41,7 @@ impl FromStr for Precision {
             "auto" => Ok(Self::Auto),
             "f64" => Ok(Self::F64),
             "double-single" => Ok(Self::DoubleSingle),
-            _ => Err(unknown(text, "`auto`, `f64` or `double-single`")),
+            _ => Err(unknown("precision", text, "`auto`, `f64` or `double-single`")),
         }
     }
 }

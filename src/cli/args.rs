@@ -109,7 +109,7 @@ impl std::str::FromStr for OutputFormat {
     fn from_str(text: &str) -> Result<Self, String> {
         match text {
             "same" => Ok(Self::Same),
-            _ => text.parse().map(Self::As).map_err(|e| format!("`same` or another; {e}")),
+            _ => text.parse().map(Self::As).map_err(|e| format!("{e}, or `same`")),
         }
     }
 }

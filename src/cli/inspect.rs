@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use clap::Args;
-use loraweld::{Adapter, Checkpoint, Family, Layer, LayerKey, Loader};
+use loraweld::{Adapter, Checkpoint, Family, Layer, LayerKey, Loader, Scale, ScaleRule};
 use serde_json::{Map, Value, json};
 
 use super::args::{LoraArg, Reading, open_unweighted};
@@ -219,9 +219,17 @@ fn scale(layer: &Layer) -> String {
     let scale = layer.scale();
     let divisor = if scale.rank_stabilized { ", divided by the root of the rank" } else { "" };
     match scale.alpha {
-        Some(0.0) => format!("0: alpha 0 ({}), adds nothing", scale.rule),
-        Some(alpha) => format!("{} (alpha {alpha}, {}{divisor})", scale.value, scale.rule),
-        None => format!("{} ({}{divisor})", scale.value, scale.rule),
+        Some(0.0) => format!("0: alpha 0 ({}), adds nothing", said_by(&scale)),
+        Some(alpha) => format!("{} (alpha {alpha}, {}{divisor})", scale.value, said_by(&scale)),
+        None => format!("{} ({}{divisor})", scale.value, said_by(&scale)),
+    }
+}
+
+/// Where a scale comes from, the command line's own option by its name.
+fn said_by(scale: &Scale) -> String {
+    match scale.rule {
+        ScaleRule::Override => "--alpha".to_owned(),
+        rule => rule.to_string(),
     }
 }
 
@@ -239,7 +247,7 @@ fn describe(layer: &Layer, norm: Option<&f64>) -> Value {
         "dtype": layer.dtype().name(),
         "scale": scale.value,
         "alpha": scale.alpha,
-        "scale_from": scale.rule.to_string(),
+        "scale_from": said_by(&scale),
         "rank_stabilized": scale.rank_stabilized,
     })
 }
