@@ -206,7 +206,9 @@ pub fn method<'a>(
         return Err(Error::Invalid(format!("method: `{name}`, but it is one of {}", names.join(", "))));
     };
     if let (Needs::Calibration { or }, None) = (needs, calibration) {
-        return Err(Error::Invalid(format!("{name} needs a calibration; {or} goes without")));
+        return Err(Error::Invalid(format!(
+            "no calibration was given; {name} takes one ({or} goes without)"
+        )));
     }
     build(options, calibration).map_err(|e| match e {
         Error::Invalid(reason) => Error::Invalid(format!("options of {name}: {reason}")),
