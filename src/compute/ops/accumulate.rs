@@ -12,7 +12,7 @@ use crate::compute::gpu::{Commands, Gpu, Pooled, whole};
 use crate::compute::{Batch, Device, Element, Shape};
 use crate::{Error, Result};
 
-/// `S += (X·Aᵀ)ᵀ(X·Aᵀ)`: [`project`](super::project) and [`gram`](super::gram) in one, with Z never at full
+/// `S += (X·Aᵀ)ᵀ(X·Aᵀ)`: `project` and `gram` in one, with Z never at full
 /// length: activations go through in windows that fit the device.
 ///
 /// `inputs`: activations (tokens × width) and the index of the A (rank × width) and S (rank × rank) that

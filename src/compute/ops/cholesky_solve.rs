@@ -8,7 +8,7 @@ use crate::compute::shaders::{Declared, Kernel, job};
 use crate::compute::{Batch, Device, Element, Shape};
 use crate::{Error, Result};
 
-/// Solves `X·UᵀU = Q` for X, in place of Q, with factors of [`cholesky`](super::cholesky).
+/// Solves `X·UᵀU = Q` for X, in place of Q, with factors of `cholesky`.
 ///
 /// `factors[i]`: order × order upper triangular, `q[i]`: rows × order, a right-hand side a row. Both of one
 /// element type. Residual `‖X·A − Q‖ / (‖X‖·‖A‖ + ‖Q‖)` at most 1e-12 in f64 and 1e-10 in double-single.
@@ -23,11 +23,11 @@ pub fn cholesky_solve(device: &Device, factors: &Batch, q: &mut Batch) -> Result
     }
 }
 
-/// Solves `X·A = Q` for X, in place of Q: [`cholesky`](super::cholesky) and [`cholesky_solve`], without a wait between
+/// Solves `X·A = Q` for X, in place of Q: `cholesky` and [`cholesky_solve`], without a wait between
 /// them.
 ///
 /// `a[i]`: order × order, symmetric, which its factor takes the place of; `q[i]`: rows × order. The result has an entry for
-/// each matrix, as that of [`cholesky`](super::cholesky); where it is an `Err`, X must not be used.
+/// each matrix, as that of `cholesky`; where it is an `Err`, X must not be used.
 ///
 /// # Errors
 /// [`Error::Invalid`] if a matrix is not square, or shapes or element types do not go together.

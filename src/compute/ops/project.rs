@@ -159,7 +159,7 @@ impl Cut {
     }
 }
 
-/// Most bytes of scratch memory that [`project`] and [`inner_as`](super::inner_as) take for `tokens` × `rank` sums in f32:
+/// Most bytes of scratch memory that [`project`] and `inner_as` take for `tokens` × `rank` sums in f32:
 /// parts, and their scales.
 pub(crate) fn product_bytes(tokens: usize, rank: usize) -> usize {
     (tokens.next_multiple_of(TILE_M) * (rank.next_multiple_of(64) + 1) * 4).saturating_mul(MAX_PARTS)
