@@ -1,7 +1,7 @@
 //! The baselines against references, the dense definitions and their invariants, on the CPU and in every tier of the GPU.
 
 use crate::common::fixtures::{Tensors, adapter, at_one, calibrated, data, delta, pool, wide};
-use crate::common::{Case, Random, devices, product, relative};
+use crate::common::{Case, Random, devices, outer, product, relative, stack, svd};
 use loraweld::{
     Adapter, Control, CoreMerge, Dare, Device, EntryMerge, Error, Format, Iso, Layer, Linear, Matrix, Merged,
     NpLora, Rule, Spectrum, Ssr, SvdMerge, Ties, Truncation, Tsv, Weighted,
@@ -53,30 +53,6 @@ fn sum(dense: &[Matrix], scale: f64) -> Matrix {
     Matrix::from_fn(dense[0].rows(), dense[0].cols(), |i, j| {
         scale * dense.iter().map(|m| m[(i, j)]).sum::<f64>()
     })
-}
-
-/// Thin SVD, rows of both are vectors, without values that are zero but for rounding.
-fn svd(m: &Matrix) -> (Matrix, Vec<f64>, Matrix) {
-    let svd = faer::MatRef::from_row_major_slice(m.data(), m.rows(), m.cols()).thin_svd().unwrap();
-    let (u, s, v) = (svd.U(), svd.S().column_vector(), svd.V());
-    let n = (0..s.nrows()).take_while(|&k| s[k] > 1e-6 * s[0] && s[k] > 0.0).count();
-    (
-        Matrix::from_fn(n, m.rows(), |k, i| u[(i, k)]),
-        (0..n).map(|k| s[k]).collect(),
-        Matrix::from_fn(n, m.cols(), |k, i| v[(i, k)]),
-    )
-}
-
-/// `Leftᵀ·diag(values)·Right`.
-fn outer(left: &Matrix, values: &[f64], right: &Matrix) -> Matrix {
-    let scaled = Matrix::from_fn(values.len(), right.cols(), |k, j| values[k] * right[(k, j)]);
-    let left = Matrix::from_fn(left.cols(), values.len(), |i, k| left[(k, i)]);
-    product(&left, &scaled)
-}
-
-fn stack(rows: &[Matrix]) -> Matrix {
-    let data: Vec<f64> = rows.iter().flat_map(|m| m.data().to_vec()).collect();
-    Matrix::new(data.len() / rows[0].cols(), rows[0].cols(), data).unwrap()
 }
 
 /// TIES of dense matrices, by the definition.

@@ -2,7 +2,7 @@
 //! tier of the GPU.
 
 use crate::common::fixtures::{adapter, delta, pool, wide};
-use crate::common::{Case, Random, devices, product, relative};
+use crate::common::{Case, Random, devices, outer, product, relative, stack, svd};
 use loraweld::{
     Action, Adapter, Alone, Bases, CoreMerge, Dare, Device, Elect, EntryMerge, Format, Iso, Layer, LayerKey,
     Matrix, Merged, Plan, Rule, Scope, Ties, Tsv, Weighted, ZeroSum,
@@ -393,29 +393,6 @@ fn dare_of_the_paper_and_of_peft() {
             assert!(relative(&delta(&merged.adapter.layers()[i]), &want) <= 1e-6);
         }
     }
-}
-
-/// Thin SVD, rows of both are vectors, without values that are zero but for rounding.
-fn svd(m: &Matrix) -> (Matrix, Vec<f64>, Matrix) {
-    let svd = faer::MatRef::from_row_major_slice(m.data(), m.rows(), m.cols()).thin_svd().unwrap();
-    let (u, s, v) = (svd.U(), svd.S().column_vector(), svd.V());
-    let n = (0..s.nrows()).take_while(|&k| s[k] > 1e-6 * s[0] && s[k] > 0.0).count();
-    (
-        Matrix::from_fn(n, m.rows(), |k, i| u[(i, k)]),
-        (0..n).map(|k| s[k]).collect(),
-        Matrix::from_fn(n, m.cols(), |k, i| v[(i, k)]),
-    )
-}
-
-fn outer(left: &Matrix, values: &[f64], right: &Matrix) -> Matrix {
-    let scaled = Matrix::from_fn(values.len(), right.cols(), |k, j| values[k] * right[(k, j)]);
-    let left = Matrix::from_fn(left.cols(), values.len(), |i, k| left[(k, i)]);
-    product(&left, &scaled)
-}
-
-fn stack(rows: &[Matrix]) -> Matrix {
-    let data: Vec<f64> = rows.iter().flat_map(|m| m.data().to_vec()).collect();
-    Matrix::new(data.len() / rows[0].cols(), rows[0].cols(), data).unwrap()
 }
 
 /// The updates of one layer with strengths, zeros where an adapter lacks it.

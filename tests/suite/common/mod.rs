@@ -132,3 +132,28 @@ pub fn singular_values(m: &Matrix) -> Vec<f64> {
     let m = faer::Mat::from_fn(m.rows(), m.cols(), |i, j| m[(i, j)]);
     m.singular_values().unwrap()
 }
+
+/// Thin SVD, rows of both are vectors, without values that are zero but for rounding.
+pub fn svd(m: &Matrix) -> (Matrix, Vec<f64>, Matrix) {
+    let svd = faer::MatRef::from_row_major_slice(m.data(), m.rows(), m.cols()).thin_svd().unwrap();
+    let (u, s, v) = (svd.U(), svd.S().column_vector(), svd.V());
+    let n = (0..s.nrows()).take_while(|&k| s[k] > 1e-6 * s[0] && s[k] > 0.0).count();
+    (
+        Matrix::from_fn(n, m.rows(), |k, i| u[(i, k)]),
+        (0..n).map(|k| s[k]).collect(),
+        Matrix::from_fn(n, m.cols(), |k, i| v[(i, k)]),
+    )
+}
+
+/// `Leftᵀ·diag(values)·Right`.
+pub fn outer(left: &Matrix, values: &[f64], right: &Matrix) -> Matrix {
+    let scaled = Matrix::from_fn(values.len(), right.cols(), |k, j| values[k] * right[(k, j)]);
+    let left = Matrix::from_fn(left.cols(), values.len(), |i, k| left[(k, i)]);
+    product(&left, &scaled)
+}
+
+/// Matrices of one width, one below the other.
+pub fn stack(rows: &[Matrix]) -> Matrix {
+    let data: Vec<f64> = rows.iter().flat_map(|m| m.data().to_vec()).collect();
+    Matrix::new(data.len() / rows[0].cols(), rows[0].cols(), data).unwrap()
+}
