@@ -208,7 +208,10 @@ impl<'a> Extract<'a> {
             let found = &self.found[*i];
             control.step("extract", &found.weight.module, done, self.pairs.len())?;
             let d = self.difference(found, pair)?;
-            let Some(mut factors) = low_rank(&d, &options.truncation) else {
+            let failed = |_| {
+                Error::layer(&found.weight.module, "the singular values of its difference cannot be found")
+            };
+            let Some(mut factors) = low_rank(&d, &options.truncation).map_err(failed)? else {
                 unchanged += 1;
                 continue;
             };

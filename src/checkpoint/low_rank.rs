@@ -1,6 +1,7 @@
 //! The largest singular values of a large matrix, and their vectors.
 
 use faer::linalg::matmul::matmul;
+use faer::linalg::solvers::SvdError;
 use faer::{Accum, Mat, MatRef, Par};
 use rayon::prelude::*;
 
@@ -33,15 +34,15 @@ struct Singular {
     v: Mat<f64>,
 }
 
-/// What a truncation keeps of a matrix; `None` if it is zero.
+/// What a truncation keeps of a matrix; `None` if it is zero, an error if its singular values cannot be found.
 ///
 /// Small matrices, and those of which much is kept, are decomposed as a whole. Of others it takes an orthonormal basis Q of
 /// `D·(DᵀD)^q·Ω` for a random Ω (Halko, Martinsson and Tropp 2011, algorithm 4.4), the same every time, and the
 /// decomposition of `QᵀD`; where the truncation asks for a share of the whole, with as many columns as that takes.
-pub(super) fn low_rank(d: &Matrix<f32>, truncation: &Truncation) -> Option<LowRank> {
+pub(super) fn low_rank(d: &Matrix<f32>, truncation: &Truncation) -> Result<Option<LowRank>, SvdError> {
     let norm2 = squared(d);
     if norm2 == 0.0 {
-        return None;
+        return Ok(None);
     }
     let least = d.rows.min(d.cols);
     let most = truncation.rank.unwrap_or(usize::MAX).min(least);
@@ -55,14 +56,14 @@ pub(super) fn low_rank(d: &Matrix<f32>, truncation: &Truncation) -> Option<LowRa
     loop {
         let sketch = wanted + SPARE + wanted / SHARE;
         let whole = least <= WHOLE || sketch * 2 >= least;
-        let Singular { u, s, v } = if whole { decomposed(d) } else { sketched(d, sketch) };
+        let Singular { u, s, v } = if whole { decomposed(d)? } else { sketched(d, sketch)? };
         // The last columns of a sketch are not as good as the others.
         let trusted = if whole { &s[..] } else { &s[..wanted.min(s.len())] };
         let rest = if whole { 0.0 } else { (norm2 - trusted.iter().map(|s| s * s).sum::<f64>()).max(0.0) };
         if let Some(kept) = kept(truncation, trusted, rest) {
             let b = Matrix::from_fn(d.rows, kept, |i, k| (u[(i, k)] * s[k].sqrt()) as f32);
             let a = Matrix::from_fn(kept, d.cols, |k, j| (v[(j, k)] * s[k].sqrt()) as f32);
-            return Some(LowRank { b, a });
+            return Ok(Some(LowRank { b, a }));
         }
         wanted *= 2;
     }
@@ -128,11 +129,11 @@ pub(super) fn error(d: &Matrix<f32>, LowRank { b, a }: &LowRank) -> f64 {
     if whole > 0.0 { (off / whole).sqrt() } else { 0.0 }
 }
 
-fn decomposed(d: &Matrix<f32>) -> Singular {
+fn decomposed(d: &Matrix<f32>) -> Result<Singular, SvdError> {
     of(Mat::from_fn(d.rows, d.cols, |i, j| f64::from(d[(i, j)])).as_ref(), None)
 }
 
-fn sketched(d: &Matrix<f32>, columns: usize) -> Singular {
+fn sketched(d: &Matrix<f32>, columns: usize) -> Result<Singular, SvdError> {
     let mut state = 0x9e37_79b9_7f4a_7c15u64;
     let mut random = || {
         state ^= state << 13;
@@ -161,18 +162,11 @@ fn wide(m: &Mat<f32>) -> Mat<f64> {
     Mat::from_fn(m.nrows(), m.ncols(), |i, j| f64::from(m[(i, j)]))
 }
 
-fn of(m: MatRef<'_, f64>, basis: Option<&Mat<f64>>) -> Singular {
-    let Ok(svd) = m.thin_svd() else {
-        // Differences are finite, which is checked before; then the iteration is known to converge.
-        return Singular {
-            u: Mat::zeros(basis.map_or(m.nrows(), Mat::nrows), 0),
-            s: Vec::new(),
-            v: Mat::zeros(m.ncols(), 0),
-        };
-    };
+fn of(m: MatRef<'_, f64>, basis: Option<&Mat<f64>>) -> Result<Singular, SvdError> {
+    let svd = m.thin_svd()?;
     let s = svd.S().column_vector().iter().copied().collect();
     let u = basis.map_or_else(|| svd.U().to_owned(), |q| q * svd.U());
-    Singular { u, s, v: svd.V().to_owned() }
+    Ok(Singular { u, s, v: svd.V().to_owned() })
 }
 
 /// `D · X`.
@@ -250,13 +244,13 @@ mod tests {
             for truncation in
                 [Truncation::rank(12), Truncation::rank(32), Truncation::spectrum(Spectrum::Ratio(1e3))]
             {
-                let found = low_rank(&d, &truncation).unwrap();
+                let found = low_rank(&d, &truncation).unwrap().unwrap();
                 assert!(error(&d, &found) < 1e-6, "{rows} x {cols}: {}", error(&d, &found));
             }
-            let found = low_rank(&d, &Truncation::rank(12)).unwrap();
+            let found = low_rank(&d, &Truncation::rank(12)).unwrap().unwrap();
             assert_eq!((found.b.cols, found.a.rows), (12, 12));
         }
-        assert!(low_rank(&Matrix::zeros(5, 5), &Truncation::rank(3)).is_none());
+        assert!(low_rank(&Matrix::zeros(5, 5), &Truncation::rank(3)).unwrap().is_none());
     }
 
     #[test]
@@ -266,7 +260,7 @@ mod tests {
         let d = matrix(600, 500, &values);
         let squares = |values: &[f64]| values.iter().map(|v| v * v).sum::<f64>();
         for rank in [4, 32, 100] {
-            let found = low_rank(&d, &Truncation::rank(rank)).unwrap();
+            let found = low_rank(&d, &Truncation::rank(rank)).unwrap().unwrap();
             let best = (squares(&values[rank..]) / squares(&values)).sqrt();
             let off = error(&d, &found);
             assert!(off >= best * 0.9999 && off < best * 1.01, "rank {rank}: {off} of {best}");
@@ -286,7 +280,7 @@ mod tests {
         ] {
             for rank in [None, Some(20)] {
                 let truncation = Truncation { rank, spectrum: Some(spectrum) };
-                let found = low_rank(&d, &truncation).unwrap();
+                let found = low_rank(&d, &truncation).unwrap().unwrap();
                 assert_eq!(Some(found.a.rows), kept(&truncation, &values, 0.0), "{truncation:?}");
             }
         }
