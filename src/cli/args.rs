@@ -7,7 +7,7 @@ use clap::Args;
 use clap::builder::{OsStringValueParser, TypedValueParser, ValueParser};
 use loraweld::adapter::BlockPreset;
 use loraweld::compute::{Device, DeviceOptions, Precision, Select};
-use loraweld::{Adapter, Family, Format, OpenOptions, Strengths};
+use loraweld::{Adapter, Family, Format, OpenOptions, Spectrum, Strengths};
 
 use super::output::Output;
 
@@ -129,6 +129,12 @@ pub fn weight(text: &str) -> Result<f64, String> {
         x if x >= 0.0 => Ok(x),
         x => Err(format!("is {x}; expected 0 or more")),
     }
+}
+
+/// What `--sv-ratio`, `--sv-fro` and `--sv-cumulative` ask for, of which at most one is given.
+pub fn spectrum(ratio: Option<f64>, fro: Option<f64>, cumulative: Option<f64>) -> Option<Spectrum> {
+    let spectrum = ratio.map(Spectrum::Ratio).or(fro.map(Spectrum::Frobenius));
+    spectrum.or(cumulative.map(Spectrum::Cumulative))
 }
 
 /// A share above 0 and at most 1.

@@ -4,10 +4,10 @@ use std::path::PathBuf;
 
 use clap::Args;
 use loraweld::adapter::{check_target, same_file};
-use loraweld::{Adapter, Dtype, ExtractOptions, Family, SaveOptions, Spectrum, Truncation};
+use loraweld::{Adapter, Dtype, ExtractOptions, Family, SaveOptions, Truncation};
 use serde_json::json;
 
-use super::args::{OutputFormat, finite, model, share};
+use super::args::{OutputFormat, finite, model, share, spectrum};
 use super::checkpoint::{open, write_report};
 use super::output::{Output, count, size, some};
 use super::usage;
@@ -124,9 +124,7 @@ impl Extract {
     }
 
     fn truncation(&self) -> anyhow::Result<Truncation> {
-        let spectrum = self.sv_ratio.map(Spectrum::Ratio);
-        let spectrum = spectrum.or(self.sv_fro.map(Spectrum::Frobenius));
-        let spectrum = spectrum.or(self.sv_cumulative.map(Spectrum::Cumulative));
+        let spectrum = spectrum(self.sv_ratio, self.sv_fro, self.sv_cumulative);
         let truncation = Truncation { rank: self.rank.map(|rank| rank as usize), spectrum };
         if truncation.is_none() {
             return Err(usage("extract needs --rank N or one of --sv-ratio, --sv-fro and --sv-cumulative"));

@@ -123,9 +123,10 @@ impl CoreMerge {
     /// Merges, with progress and cancellation.
     ///
     /// # Errors
-    /// [`Error::Invalid`](crate::Error::Invalid) for options of the rule out of range; as [`Plan::new`](super::Plan::new); [`Error::Tensor`](crate::Error::Tensor) for NaN
-    /// or infinity in an adapter; [`Error::Layer`](crate::Error::Layer) if singular values cannot be found or a result overflows f32;
-    /// [`Error::Device`](crate::Error::Device); [`Error::Cancelled`](crate::Error::Cancelled).
+    /// [`Error::Invalid`](crate::Error::Invalid) for options of the rule out of range; as [`Plan::new`](super::Plan::new);
+    /// [`Error::Tensor`](crate::Error::Tensor) for NaN or infinity in an adapter; [`Error::Layer`](crate::Error::Layer) if
+    /// singular values cannot be found or a result overflows f32; [`Error::Device`](crate::Error::Device);
+    /// [`Error::Cancelled`](crate::Error::Cancelled).
     pub fn merge_with(
         &self,
         device: &Device,

@@ -14,12 +14,14 @@ use clap::Args;
 use loraweld::adapter::{check_target, same_file, write_atomic};
 use loraweld::merge::{Action, Losses, PlannedLayer, Report};
 use loraweld::{
-    Adapter, Calibration, Control, Destination, Device, Dtype, Method, Plan, SaveOptions, Spectrum,
-    Truncation, Unnamed, Weighted,
+    Adapter, Calibration, Control, Destination, Device, Dtype, Method, Plan, SaveOptions, Truncation,
+    Unnamed, Weighted,
 };
 use serde_json::json;
 
-use super::args::{ByLayer, Global, LoraArg, Memory, OutputFormat, Reading, finite, open_adapters, share};
+use super::args::{
+    ByLayer, Global, LoraArg, Memory, OutputFormat, Reading, finite, open_adapters, share, spectrum,
+};
 use super::layers::{group, pattern, range};
 use super::output::{Output, Table, count, size, some};
 use super::{chain, usage};
@@ -89,10 +91,7 @@ struct Truncate {
 
 impl Truncate {
     fn truncation(&self) -> Truncation {
-        let spectrum = self.sv_ratio.map(Spectrum::Ratio);
-        let spectrum = spectrum.or(self.sv_fro.map(Spectrum::Frobenius));
-        let spectrum = spectrum.or(self.sv_cumulative.map(Spectrum::Cumulative));
-        Truncation { rank: self.rank, spectrum }
+        Truncation { rank: self.rank, spectrum: spectrum(self.sv_ratio, self.sv_fro, self.sv_cumulative) }
     }
 
     /// What was asked for, for a method that sees to it itself.
