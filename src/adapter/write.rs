@@ -67,6 +67,19 @@ struct Written {
     spelling: Arc<Spelling>,
 }
 
+impl Written {
+    /// By the name that its file has.
+    fn as_read(layer: &Layer, spelling: &Arc<Spelling>) -> Self {
+        Self {
+            prefix: layer.prefix.clone(),
+            path: layer.path_in_file().to_owned(),
+            part: layer.part.as_ref().map(|part| (part.index, part.fused)),
+            swap: layer.swapped,
+            spelling: spelling.clone(),
+        }
+    }
+}
+
 /// A module as it is written: a layer, or several that are fused.
 pub(super) struct Module<'a> {
     /// Key of the module, with the prefix of this length.
@@ -163,13 +176,7 @@ impl Target {
             Some(usual) => usual.has(layer),
             None => own.format == self.spelling.format && self.takes(layer),
         };
-        keeps.then(|| Written {
-            prefix: layer.prefix.clone(),
-            path: layer.path_in_file().to_owned(),
-            part: layer.part.as_ref().map(|part| (part.index, part.fused)),
-            swap: layer.swapped,
-            spelling: if self.own.is_some() { own.clone() } else { self.spelling.clone() },
-        })
+        keeps.then(|| Written::as_read(layer, if self.own.is_some() { own } else { &self.spelling }))
     }
 
     /// Whether the loader of the format takes a layer by the name that its file has.
@@ -223,13 +230,9 @@ impl Target {
         // What stands beside the model, without a prefix that says what it is, keeps its name whole.
         let beside = layer.prefix.is_empty() && layer.spelling.is_some() && !layer.known;
         let same = beside || layer.format() == Some(self.spelling.format);
-        self.renamed(layer, prefix).filter(|_| !same).unwrap_or_else(|| Written {
-            prefix: layer.prefix.clone(),
-            path: layer.path_in_file().to_owned(),
-            part: layer.part.as_ref().map(|part| (part.index, part.fused)),
-            swap: layer.swapped,
-            spelling: self.spelling.clone(),
-        })
+        self.renamed(layer, prefix)
+            .filter(|_| !same)
+            .unwrap_or_else(|| Written::as_read(layer, &self.spelling))
     }
 
     /// What each layer is called; none of those that are left out.
