@@ -237,12 +237,7 @@ impl Batch {
     /// Copies all matrices to the host as f32, to which wider ones are rounded.
     pub(crate) fn download_f32(&self, device: &Device) -> Result<Vec<Matrix<f32>>> {
         let Storage::Gpu { buffer, element: Element::F32 } = &self.storage else {
-            let narrow = |m: Matrix| Matrix {
-                rows: m.rows,
-                cols: m.cols,
-                data: m.data.iter().map(|&v| v as f32).collect(),
-            };
-            return Ok(self.download(device)?.into_par_iter().map(narrow).collect());
+            return Ok(self.download(device)?.into_par_iter().map(|m| m.map(|v| v as f32)).collect());
         };
         self.gpu(device)?.read_with(buffer, self.len as u64 * 4, |bytes| {
             self.each(|range| bytemuck::pod_collect_to_vec(&bytes[4 * range.start..4 * range.end]))

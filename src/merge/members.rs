@@ -88,7 +88,7 @@ pub(super) fn joined_layer(members: &[(&Layer, f64)], a: Matrix<f32>, b: Matrix<
 
 /// The layer of `A` and `Bᵀ`, rounded to f32.
 pub(super) fn rounded(template: &Layer, a: &Matrix, b: &Matrix) -> Result<Layer> {
-    let narrow = |m: &Matrix| Matrix::from_fn(m.rows, m.cols, |i, j| m[(i, j)] as f32);
+    let narrow = |m: &Matrix| m.map(|v| v as f32);
     finite(template, narrow(a), narrow(&b.transposed()))
 }
 

@@ -316,7 +316,7 @@ fn unfit(source: &Source, group: &Group, reason: String) -> Error {
 }
 
 fn narrow(m: &Matrix) -> Matrix<f32> {
-    Matrix { rows: m.rows, cols: m.cols, data: m.data.iter().map(|&v| v as f32).collect() }
+    m.map(|v| v as f32)
 }
 
 /// `X · Y`.

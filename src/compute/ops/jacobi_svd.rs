@@ -179,7 +179,7 @@ fn scale(v: f64, e: i32) -> f64 {
 }
 
 fn scaled(a: &Matrix, e: i32) -> Matrix {
-    Matrix { data: a.data.iter().map(|&v| scale(v, e)).collect(), ..*a }
+    a.map(|v| scale(v, e))
 }
 
 /// The CPU twin for one matrix.

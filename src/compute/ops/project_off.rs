@@ -24,11 +24,7 @@ pub fn project_off(device: &Device, a: &Batch, v: &Batch, t: &[f64]) -> Result<P
         return Err(Error::Invalid(format!("project_off: {} shares for {} matrices", t.len(), a.len())));
     }
     let coefficients = inner(device, a, v)?.download(device)?;
-    let minus: Vec<Matrix> = coefficients
-        .iter()
-        .zip(t)
-        .map(|(c, t)| Matrix { data: c.data.iter().map(|c| -t * c).collect(), ..*c })
-        .collect();
+    let minus: Vec<Matrix> = coefficients.iter().zip(t).map(|(c, t)| c.map(|c| -t * c)).collect();
     let minus = small(device, &minus)?;
     Ok(ProjectedOff { rows: rank_update(device, Some(a), &minus, v)?, coefficients })
 }

@@ -217,7 +217,7 @@ fn measure(
     };
     let a_cat = stack(members.iter().map(|(layer, _)| wide(layer.a())).collect());
     let b_cat = stack(members.iter().map(|(layer, s)| scaled_rows(layer.b(), *s).transposed()).collect());
-    let b = Matrix { data: b.data.iter().map(|v| v * layer.scale.value).collect(), ..b };
+    let b = b.map(|v| v * layer.scale.value);
     let bt = b.transposed();
     let inner = |x: &Matrix, y: &Matrix| times(x, &y.transposed());
 

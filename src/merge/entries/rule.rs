@@ -285,7 +285,7 @@ mod tests {
             weight: if unweighted { strength } else { 1.0 },
         };
         let voters: Vec<_> = strengths.iter().enumerate().map(voter).collect();
-        let scaled = |(m, &s): (&Matrix, &f64)| Matrix::from_fn(m.rows, m.cols, |i, j| s * m[(i, j)]);
+        let scaled = |(m, &s): (&Matrix, &f64)| m.map(|v| s * v);
         let matrices: Vec<_> = match unweighted {
             true => matrices.to_vec(),
             false => matrices.iter().zip(strengths).map(scaled).collect(),
