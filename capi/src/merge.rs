@@ -26,8 +26,9 @@ pub struct LoraweldMerged {
 /// `method` and its `options`, a JSON object, NULL or keys left out for the defaults:
 ///
 /// - `ssr`: `ridge` (`{"relative": 1e-3}` or `{"absolute": 1e-4}`), `prior` (`"adapters"`, `"sum"`, `"zero"`, `"average"`),
-///   `prior_weight`, `task_weights`, `balance`, `neutral_weight`, `absent` (`"count"`, `"skip"`), and
-///   `as_published`, which begins with the authors' ridge, prior and absent. It takes a calibration; `ssr-data-free` goes without.
+///   `prior_weight`, `task_weights`, `balance`, `neutral_weight`, `absent` (`"count"`, `"skip"`), `coordinates`
+///   (`"orthonormal"`, `"files"`), `isotropic`, and `as_published`, which begins with the authors' ridge, prior, absent and
+///   coordinates. It takes a calibration; `ssr-data-free` goes without.
 /// - `np-lora`, with the style first: `projection` (`{"soft": 0.5}` or `"hard"`), `by_layer` (`[["PATTERN", "hard"]]`),
 ///   `directions` (`"all"`, `{"count": 8}`, `{"energy": 0.9}`)
 /// - `linear`: none

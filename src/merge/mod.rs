@@ -9,7 +9,7 @@
 //! | `methods` | a file a method, and the table of them |
 //! | `cores`, `entries` | what methods have in common that merge small cores, or entries of updates |
 //! | `engine` | what every method does around its own arithmetic |
-//! | `factored`, `members`, `algebra` | what all of these are written in |
+//! | `factored`, `frame`, `members`, `algebra` | what all of these are written in |
 //!
 //! Each uses what stands below it, and nothing above.
 
@@ -18,6 +18,7 @@ mod cores;
 mod engine;
 mod entries;
 mod factored;
+mod frame;
 mod members;
 mod methods;
 mod plan;
@@ -28,9 +29,9 @@ pub use engine::driver::{Destination, Method, Run};
 pub use engine::truncate::{Spectrum, Truncation};
 pub use entries::{Alone, Elect, EntryMerge, Scope, ZeroSum};
 pub use methods::{
-    Absent, Build, Dare, Directions, Iso, IsoMean, Keep, Linear, METHODS, MethodEntry, MethodOption, Needs,
-    NpLora, NpLoraOptions, Number, Only, OptionGroup, Options, Prior, Projection, Ridge, Rule, Ssr,
-    SsrOptions, SvdMerge, Takes, Ties, Tsv, Variant, method,
+    Absent, Build, Coordinates, Dare, Directions, Iso, IsoMean, Keep, Linear, METHODS, MethodEntry,
+    MethodOption, Needs, NpLora, NpLoraOptions, Number, Only, OptionGroup, Options, Prior, Projection, Ridge,
+    Rule, Ssr, SsrOptions, SvdMerge, Takes, Ties, Tsv, Variant, method,
 };
 pub use plan::{Plan, PlannedLayer};
 pub use report::{Action, DeviceMemory, InputReport, LayerReport, Losses, Merged, ProjectionReport, Report};

@@ -262,7 +262,9 @@ fn every_command(device: &'static str) {
 
     let events = sandbox.events(&merge(&four, "more", &["-o", "published", "--as-published"]));
     let report = &event(&events, "result")["report"];
-    let published = json!({ "ridge": { "absolute": 1e-4 }, "prior": "zero", "absent": "skip" });
+    let published = json!({
+        "ridge": { "absolute": 1e-4 }, "prior": "zero", "absent": "skip", "coordinates": "files",
+    });
     for (key, value) in published.as_object().unwrap() {
         assert_eq!(&report["options"][key], value, "{key}");
     }

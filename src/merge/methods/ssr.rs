@@ -14,6 +14,7 @@ use crate::compute::{Batch, Shape};
 use crate::merge::algebra::{add, dot, times};
 use crate::merge::engine::driver::{self, Done, Method, Run, Spec};
 use crate::merge::engine::measure::{Outputs, Squares, Statistics};
+use crate::merge::frame::Frame;
 use crate::merge::members::{blocks, joined, joined_a, joined_layer};
 use crate::merge::{Action, LayerReport, Losses, Merged, PlannedLayer, Report};
 use crate::power::{exponent, exponent_of, pow2};
@@ -63,6 +64,31 @@ Examples:
             .key("prior_weight")
             .only(Only { with: "prior", is: &["adapters"], or: None, why: "the ridge weighs the others" }),
             MethodOption::new(
+                "coordinates",
+                Takes::Word(
+                    "COORDINATES",
+                    &[
+                        ("orthonormal", "those in which the rows of each adapter's A are orthonormal"),
+                        ("files", "those of the files, as the authors' code has it"),
+                    ],
+                ),
+                "Where ridge and prior are measured: `orthonormal` gives the same merge however a file splits its updates \
+                 into A and B",
+            )
+            .default("orthonormal"),
+            MethodOption::new(
+                "isotropic",
+                Takes::Number("C", Number::NotNegative),
+                "Without a calibration: how much inputs from anywhere count beside those that an adapter's own A reads",
+            )
+            .default("0.3")
+            .only(Only {
+                with: "coordinates",
+                is: &["orthonormal"],
+                or: None,
+                why: "the proxy of the files' own coordinates has none",
+            }),
+            MethodOption::new(
                 "absent",
                 Takes::Word("ABSENT", &[("count", ""), ("skip", "")]),
                 "Inputs of an adapter on a layer that it lacks: `count` them, so that the merge does nothing on them there, or \
@@ -72,7 +98,8 @@ Examples:
             MethodOption::new(
                 "as-published",
                 Takes::Nothing("true"),
-                "As the authors' code has it: `--ridge 1e-4 --prior zero --absent skip`, each of which can be given besides",
+                "As the authors' code has it: `--ridge 1e-4 --prior zero --absent skip --coordinates files`, each of which can be \
+                 given besides",
             )
             .key("as_published"),
             MethodOption::new(
@@ -149,6 +176,17 @@ impl Absent {
     }
 }
 
+/// The coordinates of a layer's ranks in which the router is solved for, and so what ridge and prior mean.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Coordinates {
+    /// Those in which the rows of each A_k are orthonormal. The merge is the same for `(B·D, D⁻¹·A)` with any D. The default.
+    #[default]
+    Orthonormal,
+    /// Those of the files' own A, as published.
+    Files,
+}
+
 /// Options of [`Ssr`].
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
@@ -166,6 +204,11 @@ pub struct SsrOptions {
     pub balance: f64,
     /// Weight of the neutral inputs, on which the merge should do nothing; 0 by default.
     pub neutral_weight: f64,
+    /// The coordinates; `Orthonormal` by default.
+    pub coordinates: Coordinates,
+    /// Without a calibration, the weight c of inputs from anywhere in the data-free proxy; 0.3 by default. The proxy of
+    /// [`Coordinates::Files`] has none.
+    pub isotropic: f64,
     /// Inputs of adapters that lack a layer; counted by default.
     #[serde(skip_serializing_if = "Absent::is_count")]
     pub absent: Absent,
@@ -180,16 +223,24 @@ impl Default for SsrOptions {
             task_weights: None,
             balance: 0.0,
             neutral_weight: 0.0,
+            coordinates: Coordinates::default(),
+            isotropic: 0.3,
             absent: Absent::default(),
         }
     }
 }
 
 impl SsrOptions {
-    /// As the authors' code has it: an absolute ridge of 1e-4 toward zero, and nothing of inputs on layers that their
-    /// adapter lacks.
+    /// As the authors' code has it: an absolute ridge of 1e-4 toward zero in the files' own coordinates, and nothing of
+    /// inputs on layers that their adapter lacks.
     pub fn published() -> Self {
-        Self { ridge: Ridge::Absolute(1e-4), prior: Prior::Zero, absent: Absent::Skip, ..Self::default() }
+        Self {
+            ridge: Ridge::Absolute(1e-4),
+            prior: Prior::Zero,
+            coordinates: Coordinates::Files,
+            absent: Absent::Skip,
+            ..Self::default()
+        }
     }
 
     fn parse(mut options: Options) -> Result<Self> {
@@ -211,10 +262,17 @@ impl SsrOptions {
 /// ```
 ///
 /// G_k of an adapter that lacks the layer count, if it has tokens there: the merge is to do nothing on them (with
-/// [`Absent::Skip`], its G_k and N_k are left out). G_f is
-/// the data-free proxy: with `C = A_cat·A_catᵀ`, `G_f,k = C[:, k]·C[k, :]` at trace 1, summed; Q_f its rows as above.
-/// With R₀ = I, λ and w pull toward the plain sum. As published ([`SsrOptions::published`]), R₀ = 0,
-/// w = 0 and λ = 1e-4, and adapters that lack the layer are left out.
+/// [`Absent::Skip`], its G_k and N_k are left out). G_f is what the adapters' own A say about their inputs: with
+/// `C = A_cat·A_catᵀ`, `G_f,k = C[:, k]·C[k, :]` at trace 1, summed; Q_f its rows as above.
+/// With R₀ = I, λ and w pull toward the plain sum.
+///
+/// All of this is meant in coordinates in which the rows of each A_k are orthonormal: with `C_kk = L_k·L_kᵀ` and
+/// `L = blockdiag(L_1, …, L_K)`, G stands for `L⁻¹·G·L⁻ᵀ` (C and Q likewise), and the router between the files' own
+/// factors is `L·R*·L⁻¹`. Directions that an A_k lacks are left out. As published ([`SsrOptions::published`]), L = I,
+/// R₀ = 0, w = 0 and λ = 1e-4, and adapters that lack the layer are left out.
+///
+/// Without a calibration, `G' = Σ w_k·G_f,k` with `G_f,k = C[:, k]·C[k, :] + c·C`: an adapter's inputs lie where its own A
+/// reads, or, with weight c, anywhere. With L = I, c is 0 and each G_f,k is at trace 1.
 ///
 /// It minimises `Σ_k ‖B_cat·R·Z_k − s_k·B_k·A_k·X_k‖²`, regularised. Layers of one adapter pass through unchanged.
 /// Statistics and products are of the device's precision, the solve f64 or double-single, the result f32.
@@ -244,8 +302,7 @@ impl<'a> Ssr<'a> {
         Self { calibration: Some(calibration), options: SsrOptions::default() }
     }
 
-    /// With the data-free proxy alone: `G' = Σ w_k·G_f,k`. Each adapter's A stands for its inputs; a proxy, worth
-    /// clearly less than a calibration.
+    /// With the data-free proxy alone: each adapter's A stands for its inputs. It is worth clearly less than a calibration.
     pub fn data_free() -> Ssr<'static> {
         Ssr { calibration: None, options: SsrOptions::default() }
     }
@@ -287,9 +344,15 @@ impl<'a> Ssr<'a> {
     /// [`Error::Invalid`] for values out of range, another number of task weights, or a neutral weight without a
     /// calibration; [`Error::File`] if the calibration has no neutral inputs.
     pub fn check(&self, adapters: usize) -> Result<()> {
-        let SsrOptions { ridge, prior_weight, task_weights, balance, neutral_weight, .. } = &self.options;
+        let SsrOptions { ridge, prior_weight, task_weights, balance, neutral_weight, isotropic, .. } =
+            &self.options;
         let (Ridge::Absolute(ridge) | Ridge::Relative(ridge)) = *ridge;
-        let named = [("ridge", ridge), ("prior weight", *prior_weight), ("neutral weight", *neutral_weight)];
+        let named = [
+            ("ridge", ridge),
+            ("prior weight", *prior_weight),
+            ("neutral weight", *neutral_weight),
+            ("isotropic", *isotropic),
+        ];
         let weights = task_weights.iter().flatten().map(|&w| ("task weights", w));
         for (name, value) in named.into_iter().chain(weights) {
             if !(value >= 0.0 && value.is_finite()) {
@@ -340,14 +403,19 @@ impl<'a> Ssr<'a> {
         if jobs.is_empty() {
             return Ok(Vec::new());
         }
-        let proxies = self.proxies(device, jobs)?;
-        let (b, scales) = sized(device, jobs, Axis::Columns)?;
+        let frames = self.frames(device, jobs)?;
+        let (b, scales) = sized_b(device, jobs)?;
         let bb = output_grams(device, &b, &scales)?;
-        let systems: Vec<_> = (0..jobs.len())
-            .into_par_iter()
-            .map(|i| self.system(jobs[i], proxies.get(i).map(Vec::as_slice), &bb[i]))
-            .collect();
-        let solved = solve(device, &systems)?;
+        let systems: Vec<_> =
+            (0..jobs.len()).into_par_iter().map(|i| self.system(jobs[i], frames.get(i), &bb[i])).collect();
+        let mut solved = solve(device, &systems)?;
+        if self.options.coordinates == Coordinates::Orthonormal {
+            solved.par_iter_mut().zip(&frames).for_each(|(solved, frame)| {
+                if let Ok(solved) = solved {
+                    solved.router = frame.router(&solved.router);
+                }
+            });
+        }
 
         // B_cat is held without scales, which are exact in the router's rows.
         let routers: Vec<Matrix> = solved
@@ -401,35 +469,48 @@ impl<'a> Ssr<'a> {
         self.calibration.map(|_| job.tasks.iter().map(|task| task.tokens).sum())
     }
 
-    /// The data-free statistics G_f,k of each member of each layer, where the options ask for them.
-    fn proxies(&self, device: &Device, jobs: &[&Job<'_>]) -> Result<Vec<Vec<Matrix>>> {
-        let prior = self.options.prior == Prior::Adapters && self.options.prior_weight > 0.0;
-        if self.calibration.is_some() && !prior {
+    /// The coordinates of each layer, where the options ask for them or for what the adapters' own A say.
+    fn frames(&self, device: &Device, jobs: &[&Job<'_>]) -> Result<Vec<Frame>> {
+        if self.options.coordinates == Coordinates::Files && self.calibration.is_some() && !self.has_prior() {
             return Ok(Vec::new());
         }
-        let (a, scales) = sized(device, jobs, Axis::Rows)?;
-        let products = ops::inner_as(device, &a, &a, device.product())?.download(device)?;
-        Ok((0..jobs.len())
-            .into_par_iter()
-            .map(|i| {
-                let (c, scales) = (&products[i], &scales[i]);
-                let c = Matrix::from_fn(c.rows, c.cols, |i, j| {
-                    0.5 * (c[(i, j)] + c[(j, i)]) * scales[i] * scales[j]
-                });
-                jobs[i].blocks.iter().map(|block| proxy(&c, block)).collect()
-            })
-            .collect())
+        let members: Vec<&[(&Layer, f64)]> = jobs.iter().map(|job| job.members.as_slice()).collect();
+        Frame::new(device, &members)
     }
 
-    /// G' and Q' of one layer, or why there are none. `proxies`: G_f,k of its members; `bb`: BᵀB.
+    /// Whether what the adapters' own A say counts beside a calibration.
+    fn has_prior(&self) -> bool {
+        self.options.prior == Prior::Adapters && self.options.prior_weight > 0.0
+    }
+
+    /// The data-free statistics G_f,k of each member of a layer. `c`: `A_cat·A_catᵀ`, in the coordinates of the solve.
+    fn proxies(&self, c: &Matrix, blocks: &[Range<usize>]) -> Vec<Matrix> {
+        let isotropic = match (self.calibration, self.options.coordinates) {
+            (None, Coordinates::Orthonormal) => Some(self.options.isotropic),
+            _ => None,
+        };
+        blocks.iter().map(|block| proxy(c, block, isotropic)).collect()
+    }
+
+    /// G' and Q' of one layer in the coordinates of the solve, or why there are none. `bb`: BᵀB, of the files.
     fn system(
         &self,
         job: &Job<'_>,
-        proxies: Option<&[Matrix]>,
+        frame: Option<&Frame>,
         bb: &Matrix,
     ) -> std::result::Result<System, String> {
         let options = &self.options;
         let order = job.planned.rank;
+        let orthonormal = frame.filter(|_| options.coordinates == Coordinates::Orthonormal);
+        let wanted = self.calibration.is_none() || self.has_prior();
+        let proxies = frame.filter(|_| wanted).map(|frame| match orthonormal {
+            Some(frame) => self.proxies(&frame.inputs(&frame.gram), &job.blocks),
+            None => self.proxies(&frame.gram, &job.blocks),
+        });
+        let proxies = proxies.as_deref();
+        // Statistics of a calibration are of the files' own A, as bb is; proxies are of the coordinates of the solve.
+        let outputs = orthonormal.filter(|_| self.calibration.is_none()).map(|frame| frame.outputs(bb));
+        let bb = outputs.as_ref().unwrap_or(bb);
         // (member, statistics, tokens, adapter) of each task; the proxy counts as statistics over one token.
         let tasks: Vec<(Option<usize>, &Matrix, f64, usize)> = match (self.calibration, proxies) {
             (None, Some(proxies)) => {
@@ -484,6 +565,9 @@ impl<'a> Ssr<'a> {
                 m.data.iter_mut().for_each(|v| *v /= tokens);
             }
         }
+        if let (Some(frame), Some(_)) = (orthonormal, self.calibration) {
+            (g, q) = (frame.inputs(&g), frame.inputs(&q));
+        }
         let energy = trace(&g);
         if let (Some(_), Some(proxies)) = (self.calibration, proxies) {
             let total: f64 = proxies.iter().map(trace).sum();
@@ -495,12 +579,16 @@ impl<'a> Ssr<'a> {
                 }
             }
         }
-        let mean = trace(&g) / order as f64;
+        let mean = trace(&g) / orthonormal.map_or(order, Frame::rank).max(1) as f64;
         if g.data.iter().chain(&q.data).any(|v| !v.is_finite()) || !mean.is_finite() {
             return Err("its statistics are not finite".to_owned());
         }
         if mean == 0.0 {
             return Err("its statistics are zero: nothing is known about its inputs".to_owned());
+        }
+        // What an adapter lacks is no input of its router, and so must not be singular.
+        for i in orthonormal.iter().flat_map(|frame| frame.lacking()) {
+            g[(i, i)] = mean;
         }
         let toward = match options.prior {
             Prior::Adapters | Prior::Sum => 1.0,
@@ -719,27 +807,23 @@ fn solve(
     Ok(out)
 }
 
-/// A_cat (by rows) or B_cat (by columns) of each layer, every block brought to size 1 by a power of two, so that f32 holds
-/// products of tiny and huge factors, and the factor that each rank lacks then.
-fn sized(device: &Device, jobs: &[&Job<'_>], axis: Axis) -> Result<(Batch, Vec<Vec<f64>>)> {
+/// B_cat of each layer, every block brought to size 1 by a power of two, so that f32 holds products of tiny and huge
+/// factors, and the factor that each rank lacks then.
+fn sized_b(device: &Device, jobs: &[&Job<'_>]) -> Result<(Batch, Vec<Vec<f64>>)> {
     let (factors, scales): (Vec<Vec<Factor<'_>>>, Vec<Vec<f64>>) = jobs
         .par_iter()
         .map(|job| {
             let (mut factors, mut scales) = (Vec::new(), Vec::new());
             for (layer, scale) in &job.members {
-                let (matrix, scale) = match axis {
-                    Axis::Rows => (layer.a(), 1.0),
-                    Axis::Columns => (layer.b(), *scale),
-                };
-                let e = exponent(matrix).unwrap_or(0);
-                factors.push(Factor { matrix, scale: pow2(-e) as f32 });
+                let e = exponent(layer.b()).unwrap_or(0);
+                factors.push(Factor { matrix: layer.b(), scale: pow2(-e) as f32 });
                 scales.extend(std::iter::repeat_n(scale * pow2(e), layer.rank));
             }
             (factors, scales)
         })
         .unzip();
     let factors: Vec<&[Factor<'_>]> = factors.iter().map(Vec::as_slice).collect();
-    Ok((ops::rank_concat(device, axis, &factors)?, scales))
+    Ok((ops::rank_concat(device, Axis::Columns, &factors)?, scales))
 }
 
 /// BᵀB of each layer, with scales.
@@ -753,14 +837,18 @@ fn output_grams(device: &Device, b: &Batch, scales: &[Vec<f64>]) -> Result<Vec<M
     Ok(grams.iter().zip(scales).map(scaled).collect())
 }
 
-/// `C[:, block]·C[block, :]` at trace 1; zero if there is nothing.
-fn proxy(c: &Matrix, block: &Range<usize>) -> Matrix {
+/// `C[:, block]·C[block, :] + c·C`; without c at trace 1, and zero if there is nothing.
+fn proxy(c: &Matrix, block: &Range<usize>, isotropic: Option<f64>) -> Matrix {
     let part = Matrix::from_fn(c.rows, block.len(), |i, j| c[(i, block.start + j)]);
+    let mut g = times(&part, &part.transposed());
+    if let Some(isotropic) = isotropic {
+        add(&mut g, c, isotropic, 0..c.rows);
+        return g;
+    }
     let scale = 1.0 / dot(&part, &part);
     if !scale.is_finite() {
         return Matrix::zeros(c.rows, c.rows);
     }
-    let mut g = times(&part, &part.transposed());
     g.data.iter_mut().for_each(|v| *v *= scale);
     g
 }
