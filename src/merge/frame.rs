@@ -2,13 +2,11 @@
 
 use std::ops::Range;
 
-use faer::Mat;
 use rayon::prelude::*;
 
-use super::algebra::times;
+use super::algebra::{revealed, times};
 use super::members::blocks;
 use crate::compute::ops::{Root, Side, Stacks};
-use crate::power::{exponent_of, pow2};
 use crate::{Device, Layer, Matrix, Result};
 
 /// `A_cat = L·Ā` with `L = blockdiag(L_1, …, L_K)`, such that the rows of each Ā_k are orthonormal.
@@ -32,10 +30,6 @@ struct Block {
     rank: usize,
 }
 
-/// Eigenvalues of `A_k·A_kᵀ`, its rows brought to one size, below this share of the largest are what rounding A to f32
-/// leaves of zero.
-const NOTHING: f64 = 1e-12;
-
 impl Frame {
     /// Of each layer, which is given as its members.
     ///
@@ -44,12 +38,14 @@ impl Frame {
     pub fn new(device: &Device, layers: &[&[(&Layer, f64)]]) -> Result<Vec<Self>> {
         let factors = layers.iter().map(|members| members.iter().map(|(layer, _)| layer.a()).collect());
         let grams = Stacks::new(device, Side::Input, factors.collect())?.grams(device)?;
-        let one = |(gram, members): (Matrix, &&[(&Layer, f64)])| {
-            let block = |rows| Block::new(device, &gram, rows);
-            let blocks = blocks(members).into_iter().map(block).collect();
-            Self { gram, blocks }
-        };
+        let one = |(gram, members): (Matrix, &&[(&Layer, f64)])| Self::of(device, gram, &blocks(members));
         Ok(grams.into_par_iter().zip(layers).map(one).collect())
+    }
+
+    /// Of a layer whose `A_cat·A_catᵀ` this is, and these the rows of each A_k.
+    pub fn of(device: &Device, gram: Matrix, rows: &[Range<usize>]) -> Self {
+        let blocks = rows.iter().map(|rows| Block::new(device, &gram, rows.clone())).collect();
+        Self { gram, blocks }
     }
 
     /// Statistics of `A_cat·x`, as those of `Ā·x`: `L⁺·M·L⁺ᵀ`.
@@ -101,31 +97,6 @@ impl Block {
         let (left, inverse, rank) = revealed(&own);
         Self { rows, left, inverse, rank }
     }
-}
-
-/// L, L⁺ and the rank of a Gram matrix that is nearly singular, by its eigenvectors.
-fn revealed(gram: &Matrix) -> (Matrix, Matrix, usize) {
-    let n = gram.rows;
-    // Rows of very different size are brought to size 1, so that none counts as nothing.
-    let e: Vec<i32> = (0..n).map(|k| exponent_of(gram[(k, k)].sqrt())).collect();
-    let scaled = Mat::from_fn(n, n, |i, j| gram[(i, j)] * pow2(-e[i]) * pow2(-e[j]));
-    let nothing = || (Matrix::zeros(n, n), Matrix::zeros(n, n), 0);
-    let Ok(spectrum) = scaled.self_adjoint_eigen(faer::Side::Lower) else { return nothing() };
-    let (u, values) = (spectrum.U(), spectrum.S().column_vector());
-    let mut order: Vec<usize> = (0..n).collect();
-    order.sort_by(|&i, &j| values[j].total_cmp(&values[i]));
-    let Some(largest) = order.first().map(|&k| values[k]).filter(|v| *v > 0.0) else { return nothing() };
-    let rank = order.iter().take_while(|&&k| values[k] > NOTHING * largest).count();
-    let vector = |i: usize, k: usize| (u[(i, order[k])], values[order[k]].sqrt());
-    let left = |i: usize, k: usize| match k < rank {
-        true => vector(i, k).0 * vector(i, k).1 * pow2(e[i]),
-        false => 0.0,
-    };
-    let inverse = |k: usize, i: usize| match k < rank {
-        true => vector(i, k).0 / vector(i, k).1 * pow2(-e[i]),
-        false => 0.0,
-    };
-    (Matrix::from_fn(n, n, left), Matrix::from_fn(n, n, inverse), rank)
 }
 
 #[cfg(test)]

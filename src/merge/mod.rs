@@ -25,8 +25,9 @@ mod plan;
 mod report;
 
 pub use cores::{Bases, CoreMerge};
+pub use engine::budget::Budget;
 pub use engine::driver::{Destination, Method, Run};
-pub use engine::truncate::{Spectrum, Truncation};
+pub use engine::truncate::{Spectrum, Truncating, Truncation};
 pub use entries::{Alone, Elect, EntryMerge, Scope, ZeroSum};
 pub use methods::{
     Absent, Build, Coordinates, Dare, Directions, Iso, IsoMean, Keep, Linear, METHODS, MethodEntry,

@@ -23,3 +23,4 @@ mod portability;
 mod soundness;
 mod ssr;
 mod streaming;
+mod truncating;

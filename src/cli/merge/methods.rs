@@ -168,15 +168,16 @@ impl Chosen {
         let mut options = self.options(loras.len())?;
         let Self { entry, mut common, given } = self;
         if entry.needs == Needs::Truncation {
-            if common.truncate.truncation().is_none() {
+            if common.truncate.is_none() {
                 let name = entry.name;
                 return Err(usage(format!(
-                    "merge {name} needs --rank N or one of --sv-*; `merge linear` keeps every rank"
+                    "merge {name} needs --rank N, one of --sv-* or a budget; `merge linear` keeps every rank"
                 )));
             }
             // The method truncates itself; a dry run says to what.
             let dry = common.dry_run;
-            let truncation = if dry { common.truncate.truncation() } else { common.truncate.take() };
+            let measured = given.contains_id("calibration");
+            let truncation = if dry { common.truncate.truncation() } else { common.truncate.take(measured) };
             options.extend(serde_json::from_value::<Options>(serde_json::to_value(truncation)?)?);
         } else if entry.own_rank {
             options.extend(common.truncate.rank.take().map(|rank| ("rank".to_owned(), rank.into())));
@@ -187,6 +188,7 @@ impl Chosen {
         if let (Needs::Calibration { or }, true) = (entry.needs, file == Some(Path::new("none"))) {
             (name, file) = (or, None);
         }
+        common.truncate.check(file.is_some())?;
         let inputs = common.open(&loras, file.as_slice(), out)?;
         let calibration = file.map(Calibration::open).transpose()?;
         let routes = matches!(entry.needs, Needs::Calibration { .. });
@@ -211,7 +213,7 @@ impl Chosen {
             return common.dry_run(&inputs, out);
         }
         // What routes by a calibration measures what it solves; what is cut off then is not in it.
-        let measure = calibration.as_ref().filter(|_| !routes || !common.truncate.truncation().is_none());
+        let measure = calibration.as_ref().filter(|_| !routes || !common.truncate.is_none());
         common.finish(global, &inputs, measure, out, &*method)
     }
 

@@ -10,12 +10,12 @@ pub use resize::Resize;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
-use clap::Args;
+use clap::{Args, ValueEnum};
 use loraweld::adapter::{check_target, same_file, write_atomic};
 use loraweld::merge::{Action, Losses, PlannedLayer, Report};
 use loraweld::{
-    Adapter, Calibration, Control, Destination, Device, Dtype, Method, Plan, SaveOptions, Truncation,
-    Unnamed, Weighted,
+    Adapter, Budget, Calibration, Control, Destination, Device, Dtype, Method, Plan, SaveOptions, Truncating,
+    Truncation, Unnamed, Weighted,
 };
 use serde_json::json;
 
@@ -87,6 +87,26 @@ struct Truncate {
     /// Keep the fewest singular values that hold this share of their sum, and one more, as kohya's resize script does.
     #[arg(long, value_name = "SHARE", value_parser = share, allow_hyphen_values = true, group = "spectrum")]
     sv_cumulative: Option<f64>,
+    /// Keep so many ranks in the whole file, where they count most.
+    #[arg(long, value_name = "N", value_parser = rank, group = "budget")]
+    budget_rank: Option<usize>,
+    /// Keep as many ranks as make a file of this size, where they count most.
+    #[arg(long, value_name = "MIB", value_parser = mib, allow_hyphen_values = true, group = "budget")]
+    budget_mib: Option<f64>,
+    /// Keep as few ranks as add no more than X to the loss, as the root mean square over layers; needs a calibration.
+    #[arg(long, value_name = "X", value_parser = loss, allow_hyphen_values = true, group = "budget")]
+    loss: Option<f64>,
+    /// Judge what is cut off by what it does on recorded inputs (`data`), or by its size (`norm`) [default: data, where a
+    /// calibration is given].
+    #[arg(long, value_name = "BY")]
+    truncate_by: Option<TruncateBy>,
+}
+
+/// What judges what is cut off.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum TruncateBy {
+    Data,
+    Norm,
 }
 
 impl Truncate {
@@ -94,11 +114,69 @@ impl Truncate {
         Truncation { rank: self.rank, spectrum: spectrum(self.sv_ratio, self.sv_fro, self.sv_cumulative) }
     }
 
-    /// What was asked for, for a method that sees to it itself.
-    fn take(&mut self) -> Truncation {
+    /// Whether nothing is asked for.
+    fn is_none(&self) -> bool {
+        self.truncation().is_none() && self.budget().is_none()
+    }
+
+    fn budget(&self) -> Option<Budget> {
+        let bytes = |mib: f64| (mib * f64::from(1 << 20)) as u64;
+        let loss = self.loss.map(Budget::Loss);
+        loss.or(self.budget_rank.map(Budget::Ranks)).or(self.budget_mib.map(|mib| Budget::Bytes(bytes(mib))))
+    }
+
+    /// What was asked for, for a method that sees to it itself; nothing if it takes a budget or a calibration to do so.
+    fn take(&mut self, calibration: bool) -> Truncation {
+        let by_data = calibration && self.truncate_by != Some(TruncateBy::Norm);
+        if by_data || self.budget().is_some() {
+            return Truncation::default();
+        }
         let truncation = self.truncation();
-        *self = Self { rank: None, sv_ratio: None, sv_fro: None, sv_cumulative: None };
+        (self.rank, self.sv_ratio, self.sv_fro, self.sv_cumulative) = (None, None, None, None);
         truncation
+    }
+
+    /// Refuses what nothing can be judged by.
+    fn check(&self, calibration: bool) -> anyhow::Result<()> {
+        let named = match self.truncate_by {
+            _ if calibration => None,
+            Some(TruncateBy::Data) => Some("--truncate-by data"),
+            _ => self.loss.map(|_| "--loss"),
+        };
+        match (named, self.loss, self.truncate_by) {
+            (Some(named), ..) => Err(usage(format!("{named} needs a calibration of these adapters"))),
+            (None, Some(_), Some(TruncateBy::Norm)) => {
+                Err(usage("--loss is a loss on recorded inputs, and does not go with --truncate-by norm"))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn truncating<'a>(
+        &self,
+        calibration: Option<&'a Calibration>,
+        weighted: &'a [Weighted<'a>],
+    ) -> Truncating<'a> {
+        let calibration = calibration.filter(|_| self.truncate_by != Some(TruncateBy::Norm));
+        Truncating {
+            truncation: self.truncation(),
+            budget: self.budget(),
+            data: calibration.map(|calibration| (calibration, weighted)),
+        }
+    }
+}
+
+fn mib(text: &str) -> Result<f64, String> {
+    match finite(text)? {
+        x if x > 0.0 => Ok(x),
+        x => Err(format!("is {x}; expected a size above 0")),
+    }
+}
+
+fn loss(text: &str) -> Result<f64, String> {
+    match finite(text)? {
+        x if x > 0.0 => Ok(x),
+        x => Err(format!("is {x}; expected a loss above 0")),
     }
 }
 
@@ -272,9 +350,10 @@ impl Common {
         let to = Destination { path: output, options: &options, truncation: self.truncate.truncation() };
         let report = out.long(|control| {
             let weighted = inputs.weighted();
-            match calibration {
-                Some(calibration) => merge_and_measure(method, &device, &weighted, calibration, &to, control),
-                None => method.merge_into(&device, &weighted, &to, *control),
+            let by = self.truncate.truncating(calibration, &weighted);
+            match calibration.is_some() || by.budget.is_some() {
+                true => merge_in_memory(method, &device, &weighted, calibration, &by, &to, control),
+                false => method.merge_into(&device, &weighted, &to, *control),
             }
         })?;
         say_notes(&report, &inputs.plan, out)?;
@@ -309,23 +388,24 @@ impl Common {
     }
 }
 
-/// Merges, measures and then writes: losses are found of factors that are in memory.
-fn merge_and_measure(
+/// Merges, truncates, measures and then writes: losses are found, and budgets shared, of factors that are in memory.
+fn merge_in_memory(
     method: &dyn Method,
     device: &Device,
     weighted: &[Weighted<'_>],
-    calibration: &Calibration,
+    calibration: Option<&Calibration>,
+    by: &Truncating<'_>,
     to: &Destination<'_>,
     control: &Control<'_>,
 ) -> loraweld::Result<Report> {
     let merged = method.merge_any(device, weighted, *control)?;
-    let merged = match to.truncation.is_none() {
+    let merged = match by.is_none() {
         true => merged,
-        false => merged.truncated_for(to.options, device, &to.truncation, control)?,
+        false => merged.truncated_by(by, to.options, device, control)?,
     };
-    let merged = match merged.report.losses {
-        None => merged.measured(calibration, weighted, control)?,
-        Some(_) => merged,
+    let merged = match calibration.filter(|_| merged.report.losses.is_none()) {
+        Some(calibration) => merged.measured(calibration, weighted, control)?,
+        None => merged,
     };
     merged.adapter.save_with(to.path, to.options, *control)?;
     Ok(merged.report)

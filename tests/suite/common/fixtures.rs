@@ -190,7 +190,7 @@ impl Plain {
     }
 
     /// The same updates and inputs, by factors of which each A has orthonormal rows (Gram and Schmidt, twice).
-    fn orthonormal(&self, set: &str, layer: &str) -> Self {
+    pub fn orthonormal(&self, set: &str, layer: &str) -> Self {
         let (mut a, mut b) = (self.a.clone(), self.b.clone());
         for block in &self.blocks {
             for _ in 0..2 {
