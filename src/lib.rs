@@ -86,8 +86,8 @@ pub use merge::{
     Absent, Action, Alone, Bases, Budget, Coordinates, CoreMerge, Dare, Destination, DeviceMemory,
     Directions, Elect, EntryMerge, InputReport, Iso, IsoMean, Keep, LayerReport, Linear, Losses, METHODS,
     Merged, Method, MethodEntry, NpLora, NpLoraOptions, Plan, PlannedLayer, Prior, Projection,
-    ProjectionReport, Report, Ridge, Rule, Scope, Spectrum, Ssr, SsrOptions, SvdMerge, Ties, Truncating,
-    Truncation, Tsv, ZeroSum,
+    ProjectionReport, Report, Ridge, Rule, Scope, Spectrum, Ssr, SsrOptions, SvdMerge, TaskBalance, Ties,
+    Truncating, Truncation, Tsv, ZeroSum,
 };
 pub use wgpu;
 

@@ -10,6 +10,9 @@ are enough to begin with. Hooks on the layers that any of the adapters changes s
 - or, with `--gram`, each layer's Gram matrix of the inputs seen through all adapters' A, summed in f64 on the device:
   OUT is the calibration file that `loraweld calibrate` would write of all inputs, in a few megabytes.
 
+With `--with MERGED`, the merged adapter is active in place of each task's own: the second round of RegMean++, which sees
+what layers read once the others before them are merged. `loraweld calibration add` mixes both rounds.
+
 Either way no more than one layer's input is held at a time. Needs torch, diffusers, peft, transformers, safetensors.
 
   python record.py black-forest-labs/FLUX.1-dev --gram -o pets.calibration.safetensors \\
@@ -38,7 +41,7 @@ REWRITE = "rewrite it in diffusers' spelling: `loraweld convert FILE --format pe
 
 
 def load_adapters(pipe, files):
-    """Loads every adapter as `task<i>`. What diffusers cannot read it may drop without an error: count its layers."""
+    """Loads every adapter by its place. What diffusers cannot read it may drop without an error: count its layers."""
     for i, file in enumerate(files):
         try:
             pipe.load_lora_weights(str(file.path.parent), weight_name=file.path.name, adapter_name=f"task{i}")
@@ -86,9 +89,10 @@ def recording(pipe, see):
             handle.remove()
 
 
-def record(pipe, task, prompts, sink, steps=1, seed=42, **call):
-    """Runs the prompts with one adapter active (None: the base model), and shows the sink what its layers read."""
-    activate(pipe, task)
+def record(pipe, task, prompts, sink, steps=1, seed=42, active=None, **call):
+    """Runs the prompts with the task's adapter active, or another (neither: the base model), and shows the sink what its
+    layers read."""
+    activate(pipe, task if active is None else active)
     sink.start(task)
     with recording(pipe, sink.see), torch.no_grad():
         for prompt in prompts:
@@ -179,7 +183,7 @@ class Grams:
     def see(self, name, layer, x):
         for key in self.spellings.get(plain_key(name), ()):
             a = [file.a(key) for file in self.files if key in file.modules]
-            if len(a) > 1:  # One adapter alone is passed through.
+            if len(a) >= min(2, len(self.files)):  # One of several alone is passed through.
                 self.add(key, torch.cat(a), tokens(layer, x))
 
     def add(self, key, a, x):
@@ -212,7 +216,7 @@ class Grams:
     def pool(self):
         """For each task its name, the hash of its adapter's A, and its rows of A and tokens on each shared layer."""
         keys = [key for file in self.files for key in file.modules]
-        shared = sorted({key for key in keys if keys.count(key) > 1})
+        shared = sorted({key for key in keys if keys.count(key) >= min(2, len(self.files))})
         ends = dict.fromkeys(shared, 0)
         tasks = []
         for task, (name, file) in enumerate(zip(self.names, self.files)):
@@ -342,6 +346,7 @@ def parse_args(argv=None):
     add("-o", "--output", type=Path, required=True, metavar="OUT", help="a folder for shards, or a file with --gram")
     add("--gram", action="store_true", help="write a calibration instead of activations")
     add("--neutral", nargs="+", default=[], metavar="PROMPT", help="prompts on which a merge should do nothing")
+    add("--with", dest="merged", type=Path, metavar="MERGED", help="a merge of the tasks, active in their place")
     add("--steps", type=int, default=1, help="denoising steps [1]")
     add("--seed", type=int, default=42, help="of the noise, the same for all [42]")
     add("--tokens", type=int, metavar="N", help="write at most N random rows of each input [all]; not with --gram")
@@ -355,8 +360,8 @@ def parse_args(argv=None):
         parser.error(f"--task {missing[0]}: give a prompt after the adapter")
     if args.gram and args.tokens:
         parser.error("--tokens is for activations; --gram takes all and stays small")
-    if args.gram and (len(args.task) < 2 or args.output.exists()):
-        parser.error(f"{args.output} exists already" if args.output.exists() else "--gram is of two adapters or more")
+    if args.gram and args.output.exists():
+        parser.error(f"{args.output} exists already")
     return args
 
 
@@ -368,14 +373,17 @@ def main(argv=None):
 
     logging.set_verbosity_error()  # It calls the adapters that are not in the file at hand missing.
     pipe = DiffusionPipeline.from_pretrained(args.model, torch_dtype=getattr(torch, args.dtype))
-    load_adapters(pipe, files)
+    merged = [LoraFile(weights_file(args.merged))] if args.merged else []
+    load_adapters(pipe, files + merged)
+    active = len(files) if merged else None
     pipe.enable_model_cpu_offload(device=args.device) if args.offload else pipe.to(args.device)
     if args.gram:
         sink.check(name for name, _ in lora_layers(pipe))
 
     runs = [(i, prompts) for i, (_, *prompts) in enumerate(args.task)]
     for task, prompts in runs + ([(None, args.neutral)] if args.neutral else []):
-        record(pipe, task, prompts, sink, args.steps, args.seed, **dict(args.call))
+        with_merged = None if task is None else active
+        record(pipe, task, prompts, sink, args.steps, args.seed, with_merged, **dict(args.call))
         print(f"recorded {'the base model' if task is None else names[task]}")
     if args.gram:
         sink.save(args.output)

@@ -14,7 +14,9 @@ mod inspect;
 mod layers;
 mod merge;
 mod output;
+mod overlap;
 mod schedule;
+mod strengths;
 
 use std::io::{self, IsTerminal};
 use std::process::ExitCode;
@@ -55,6 +57,7 @@ enum Command {
     Merge(merge::Merge),
     Compare(merge::Compare),
     Resize(merge::Resize),
+    Strengths(strengths::StrengthsCommand),
     Bake(bake::Bake),
     Extract(extract::Extract),
     Calibrate(calibrate::Calibrate),
@@ -113,6 +116,7 @@ fn run(cli: Cli, out: &Output) -> anyhow::Result<()> {
         Command::Merge(command) => command.run(&global, out),
         Command::Compare(command) => command.run(&global, out),
         Command::Resize(command) => command.run(&global, out),
+        Command::Strengths(command) => command.run(&global, out),
         Command::Bake(command) => command.run(out),
         Command::Extract(command) => command.run(out),
         Command::Calibrate(command) => command.run(&global, out),

@@ -7,7 +7,7 @@ use rayon::prelude::*;
 use super::algebra::{revealed, times};
 use super::members::blocks;
 use crate::compute::ops::{Root, Side, Stacks};
-use crate::{Device, Layer, Matrix, Result};
+use crate::{Device, Layer, Matrix, RawMatrix, Result};
 
 /// `A_cat = L·Ā` with `L = blockdiag(L_1, …, L_K)`, such that the rows of each Ā_k are orthonormal.
 ///
@@ -36,8 +36,18 @@ impl Frame {
     /// # Errors
     /// [`Error::Device`](crate::Error::Device).
     pub fn new(device: &Device, layers: &[&[(&Layer, f64)]]) -> Result<Vec<Self>> {
-        let factors = layers.iter().map(|members| members.iter().map(|(layer, _)| layer.a()).collect());
-        let grams = Stacks::new(device, Side::Input, factors.collect())?.grams(device)?;
+        Self::on(device, Side::Input, layers)
+    }
+
+    /// Of what the members of each layer read, or with [`Side::Output`] write: the transpose of B in place of A.
+    pub fn on(device: &Device, side: Side, layers: &[&[(&Layer, f64)]]) -> Result<Vec<Self>> {
+        let factor: fn(&Layer) -> RawMatrix<'_> = match side {
+            Side::Input => Layer::a,
+            Side::Output => Layer::b,
+        };
+        let factors: Vec<Vec<RawMatrix<'_>>> =
+            layers.iter().map(|members| members.iter().map(|(layer, _)| factor(layer)).collect()).collect();
+        let grams = Stacks::new(device, side, factors)?.grams(device)?;
         let one = |(gram, members): (Matrix, &&[(&Layer, f64)])| Self::of(device, gram, &blocks(members));
         Ok(grams.into_par_iter().zip(layers).map(one).collect())
     }
@@ -63,6 +73,16 @@ impl Frame {
     pub fn router(&self, m: &Matrix) -> Matrix {
         let left = self.on_rows(m, |b| b.left.clone());
         self.on_rows(&left.transposed(), |b| b.inverse.transposed()).transposed()
+    }
+
+    /// L_k.
+    pub fn left(&self, member: usize) -> &Matrix {
+        &self.blocks[member].left
+    }
+
+    /// How many directions one adapter has.
+    pub fn rank_of(&self, member: usize) -> usize {
+        self.blocks[member].rank
     }
 
     /// How many directions the adapters have, each counted for itself.

@@ -24,3 +24,4 @@ mod soundness;
 mod ssr;
 mod streaming;
 mod truncating;
+mod weights;

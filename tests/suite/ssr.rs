@@ -10,7 +10,7 @@ use crate::common::fixtures::{
 use crate::common::{Case, devices, product, relative};
 use loraweld::{
     Absent, Action, Adapter, Calibration, Control, Coordinates, Device, Error, Format, Layer, Matrix, Merged,
-    Precision, Prior, Ridge, SaveOptions, Source, Ssr, SsrOptions, Truncation, Weighted,
+    Precision, Prior, Ridge, SaveOptions, Source, Ssr, SsrOptions, TaskBalance, Truncation, Weighted,
 };
 
 /// The wide tiers are held to what an f32 result carries, over a condition of 1e5; f32 statistics to `auto`.
@@ -114,7 +114,11 @@ fn options_do_what_the_formula_says() {
             SsrOptions { task_weights: Some(vec![1.0, 0.5, 2.0, 0.25]), ..options.clone() },
             Formula { weights: vec![1.0, 0.5, 2.0, 0.25], ..base.clone() },
         ),
-        ("balance", SsrOptions { balance: 0.5, ..options.clone() }, Formula { balance: 0.5, ..base.clone() }),
+        (
+            "balance",
+            SsrOptions { balance: TaskBalance::Power(0.5), ..options.clone() },
+            Formula { balance: 0.5, ..base.clone() },
+        ),
         (
             "neutral",
             SsrOptions { neutral_weight: 0.3, ..options.clone() },
@@ -166,7 +170,10 @@ fn data_free_is_the_formula() {
     let cases = [
         (options.clone(), base.clone()),
         (SsrOptions { isotropic: 0.0, ..options.clone() }, Formula { isotropic: 0.0, ..base.clone() }),
-        (SsrOptions { balance: 0.5, ..options.clone() }, Formula { balance: 0.5, ..base.clone() }),
+        (
+            SsrOptions { balance: TaskBalance::Power(0.5), ..options.clone() },
+            Formula { balance: 0.5, ..base.clone() },
+        ),
         (
             SsrOptions { coordinates: Coordinates::Files, ..options },
             Formula { files: true, isotropic: 0.0, ..base },
@@ -198,7 +205,7 @@ fn how_an_adapter_splits_its_update_changes_nothing() {
     options.extend([
         SsrOptions { ridge: Ridge::Absolute(0.1), ..SsrOptions::default() },
         SsrOptions { ridge: Ridge::Relative(0.1), ..SsrOptions::default() },
-        SsrOptions { balance: 0.5, prior_weight: 1.0, ..SsrOptions::default() },
+        SsrOptions { balance: TaskBalance::Power(0.5), prior_weight: 1.0, ..SsrOptions::default() },
         SsrOptions { task_weights: Some(vec![1.0, 0.5, 2.0, 0.25]), ..SsrOptions::default() },
         SsrOptions { isotropic: 1.0, ..SsrOptions::default() },
     ]);
@@ -582,7 +589,7 @@ fn options_out_of_range_are_refused() {
         (SsrOptions { prior_weight: f64::NAN, ..default.clone() }, "prior weight"),
         (SsrOptions { task_weights: Some(vec![1.0]), ..default.clone() }, "task weights"),
         (SsrOptions { neutral_weight: 0.1, ..default.clone() }, "neutral"),
-        (SsrOptions { balance: f64::INFINITY, ..default.clone() }, "balance"),
+        (SsrOptions { balance: TaskBalance::Power(f64::INFINITY), ..default.clone() }, "balance"),
     ] {
         let error = Ssr::new(&calibration).options(options).merge(&device, &at_one(&adapters)).unwrap_err();
         assert!(matches!(&error, Error::Invalid(text) if text.contains(word)), "{error}");

@@ -119,6 +119,13 @@ fn arg(option: &'static MethodOption) -> Arg {
             arg.value_name(called).value_parser(PossibleValuesParser::new(words.iter().map(word)))
         }
         Takes::Number(called, number) => numbers(arg.value_name(called), number),
+        Takes::NumberOr(called, number, word) => {
+            let parse = move |text: &str| match text == word {
+                true => Ok(json!(word)),
+                false => parsed(text, number).map_err(|e| format!("{e}, or `{word}`")),
+            };
+            arg.value_name(called).allow_hyphen_values(true).value_parser(ValueParser::new(parse))
+        }
         Takes::PerAdapter(called, number) => {
             numbers(arg.value_name(called), number).value_delimiter(',').action(ArgAction::Append)
         }
@@ -213,7 +220,8 @@ impl Chosen {
             return common.dry_run(&inputs, out);
         }
         // What routes by a calibration measures what it solves; what is cut off then is not in it.
-        let measure = calibration.as_ref().filter(|_| !routes || !common.truncate.is_none());
+        let changes = !common.truncate.is_none() || common.calibrate_singular_values;
+        let measure = calibration.as_ref().filter(|_| !routes || changes);
         common.finish(global, &inputs, measure, out, &*method)
     }
 
@@ -234,7 +242,9 @@ impl Chosen {
                 Takes::Nothing(json) => serde_json::from_str(json)?,
                 Takes::Bool => self.given.get_one::<bool>(option.name).copied().into(),
                 Takes::Word(..) => self.given.get_one::<String>(option.name).cloned().into(),
-                Takes::Number(..) => self.given.get_one::<Value>(option.name).cloned().into(),
+                Takes::Number(..) | Takes::NumberOr(..) => {
+                    self.given.get_one::<Value>(option.name).cloned().into()
+                }
                 Takes::PerAdapter(..) => {
                     let values = self.values(option.name);
                     per_adapter(option.name, &values, adapters)?;

@@ -14,8 +14,8 @@ use clap::{Args, ValueEnum};
 use loraweld::adapter::{check_target, same_file, write_atomic};
 use loraweld::merge::{Action, Losses, PlannedLayer, Report};
 use loraweld::{
-    Adapter, Budget, Calibration, Control, Destination, Device, Dtype, Method, Plan, SaveOptions, Truncating,
-    Truncation, Unnamed, Weighted,
+    Adapter, Budget, Calibration, Control, Destination, Device, Dtype, Merged, Method, Plan, SaveOptions,
+    Truncating, Truncation, Unnamed, Weighted,
 };
 use serde_json::json;
 
@@ -47,6 +47,9 @@ struct Common {
     output: Option<PathBuf>,
     #[command(flatten)]
     truncate: Truncate,
+    /// Lower the singular values along which the merge is louder than the adapters are; helps sums, and makes SSR worse.
+    #[arg(long)]
+    calibrate_singular_values: bool,
     /// Type of the output's tensors: `f16`, `bf16` or `f32` [default: the widest input's].
     #[arg(long, value_name = "TYPE")]
     dtype: Option<Dtype>,
@@ -204,8 +207,8 @@ struct Measure {
 }
 
 /// What is merged, opened and checked.
-struct Inputs {
-    adapters: Vec<Adapter>,
+pub struct Inputs {
+    pub adapters: Vec<Adapter>,
     strengths: Vec<f64>,
     /// Strengths by layer, in words.
     by_layer: Option<String>,
@@ -216,7 +219,7 @@ struct Inputs {
 
 impl Inputs {
     /// Opens and matches adapters; `files` are all that is read.
-    fn open(
+    pub fn open(
         loras: &[LoraArg],
         by_layer: &ByLayer,
         reading: &Reading,
@@ -229,7 +232,7 @@ impl Inputs {
         Ok(Self { adapters, strengths, by_layer, plan, files })
     }
 
-    fn weighted(&self) -> Vec<Weighted<'_>> {
+    pub fn weighted(&self) -> Vec<Weighted<'_>> {
         self.adapters.iter().zip(&self.strengths).map(|(adapter, &strength)| adapter.at(strength)).collect()
     }
 
@@ -351,8 +354,16 @@ impl Common {
         let report = out.long(|control| {
             let weighted = inputs.weighted();
             let by = self.truncate.truncating(calibration, &weighted);
-            match calibration.is_some() || by.budget.is_some() {
-                true => merge_in_memory(method, &device, &weighted, calibration, &by, &to, control),
+            let calibrate = self.calibrate_singular_values;
+            match calibration.is_some() || by.budget.is_some() || calibrate {
+                true => {
+                    let merged = method.merge_any(&device, &weighted, *control)?;
+                    let merged = match calibrate {
+                        true => merged.singular_values_calibrated(&device, &weighted, control)?,
+                        false => merged,
+                    };
+                    finish_in_memory(merged, &device, &weighted, calibration, &by, &to, control)
+                }
                 false => method.merge_into(&device, &weighted, &to, *control),
             }
         })?;
@@ -388,9 +399,9 @@ impl Common {
     }
 }
 
-/// Merges, truncates, measures and then writes: losses are found, and budgets shared, of factors that are in memory.
-fn merge_in_memory(
-    method: &dyn Method,
+/// Truncates, measures and then writes: losses are found, and budgets shared, of factors that are in memory.
+fn finish_in_memory(
+    merged: Merged,
     device: &Device,
     weighted: &[Weighted<'_>],
     calibration: Option<&Calibration>,
@@ -398,7 +409,6 @@ fn merge_in_memory(
     to: &Destination<'_>,
     control: &Control<'_>,
 ) -> loraweld::Result<Report> {
-    let merged = method.merge_any(device, weighted, *control)?;
     let merged = match by.is_none() {
         true => merged,
         false => merged.truncated_by(by, to.options, device, control)?,
@@ -413,7 +423,7 @@ fn merge_in_memory(
 
 impl Inputs {
     /// What goes in and what matches.
-    fn describe(&self, out: &Output) -> anyhow::Result<()> {
+    pub fn describe(&self, out: &Output) -> anyhow::Result<()> {
         for (adapter, strength) in self.adapters.iter().zip(&self.strengths) {
             let layers = adapter.layers();
             out.event(

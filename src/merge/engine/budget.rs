@@ -166,9 +166,12 @@ mod tests {
     fn an_even_cut_costs_no_more() {
         let kept = [2, 3, 1];
         // 120 bytes are spent: rank 2 everywhere takes 90, rank 3 takes 130. Of ranks, six are; rank 3 takes seven.
-        assert_eq!((Budget::Bytes(0).even(&layers(), &kept), Budget::Ranks(0).even(&layers(), &kept)), (2, 2));
+        assert_eq!(
+            (Budget::Bytes(0).even(&layers(), &kept), Budget::Ranks(0).even(&layers(), &kept)),
+            (2, 2)
+        );
         // What an even cut of rank 2 leaves out, of three layers.
-        let lost = (0.01 + 0.04) / 3.0;
+        let lost: f64 = (0.01 + 0.04) / 3.0;
         assert!((Budget::lost(&layers(), |_| 2) - lost.sqrt()).abs() < 1e-15);
     }
 }

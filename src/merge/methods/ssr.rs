@@ -16,7 +16,7 @@ use crate::merge::engine::driver::{self, Done, Method, Run, Spec};
 use crate::merge::engine::measure::{Outputs, Squares, Statistics};
 use crate::merge::frame::Frame;
 use crate::merge::members::{blocks, joined, joined_a, joined_layer};
-use crate::merge::{Action, LayerReport, Losses, Merged, PlannedLayer, Report};
+use crate::merge::{Action, LayerReport, Losses, Merged, Plan, PlannedLayer, Report};
 use crate::power::{exponent, exponent_of, pow2};
 use crate::words;
 use crate::{Calibration, Control, Device, Error, Layer, Matrix, Result, Weighted};
@@ -110,8 +110,9 @@ Examples:
             .key("task_weights"),
             MethodOption::new(
                 "balance",
-                Takes::Number("P", Number::NotNegative),
-                "Count adapters with a strong output less, by its energy to this power; 0 is off",
+                Takes::NumberOr("P|fair", Number::NotNegative, "fair"),
+                "Count adapters with a strong output less, by its energy to this power (0 is off); or `fair`, weigh all of \
+                 them so that the one that loses most loses as little as can be",
             )
             .default("0"),
             MethodOption::new(
@@ -187,6 +188,18 @@ pub enum Coordinates {
     Files,
 }
 
+/// How the adapters' statistics are weighed against each other, beside [`SsrOptions::task_weights`].
+#[derive(Clone, Copy, Debug, PartialEq, Deserialize, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum TaskBalance {
+    /// So that the task that loses most, over the whole file, loses as little as can be: weights are multiplied by the losses
+    /// until these are equal, or a task of the smallest weight still loses less. Each round solves all systems again.
+    Fair,
+    /// Those of task k count `e_k^-p`, with e_k its mean output energy; 0 is off.
+    #[serde(untagged)]
+    Power(f64),
+}
+
 /// Options of [`Ssr`].
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
@@ -199,9 +212,8 @@ pub struct SsrOptions {
     pub prior_weight: f64,
     /// Weight of each adapter's statistics, in the order of the adapters; 1 by default.
     pub task_weights: Option<Vec<f64>>,
-    /// Exponent p of the balance: statistics of task k also count `e_k^-p`, with e_k its mean output energy;
-    /// 0 by default, which is off.
-    pub balance: f64,
+    /// The balance; `Power(0.0)` by default, which is off.
+    pub balance: TaskBalance,
     /// Weight of the neutral inputs, on which the merge should do nothing; 0 by default.
     pub neutral_weight: f64,
     /// The coordinates; `Orthonormal` by default.
@@ -221,7 +233,7 @@ impl Default for SsrOptions {
             prior: Prior::Adapters,
             prior_weight: 0.03,
             task_weights: None,
-            balance: 0.0,
+            balance: TaskBalance::Power(0.0),
             neutral_weight: 0.0,
             coordinates: Coordinates::default(),
             isotropic: 0.3,
@@ -361,8 +373,15 @@ impl<'a> Ssr<'a> {
                 )));
             }
         }
-        if !balance.is_finite() {
-            return Err(Error::Invalid(format!("balance: {balance}, but it must be finite")));
+        if let TaskBalance::Power(power) = balance
+            && !power.is_finite()
+        {
+            return Err(Error::Invalid(format!("balance: {power}, but it must be finite")));
+        }
+        if *balance == TaskBalance::Fair && self.calibration.is_none() {
+            return Err(Error::Invalid(
+                "a fair balance needs a calibration, which measures the losses".into(),
+            ));
         }
         if let Some(weights) = task_weights
             && weights.len() != adapters
@@ -535,9 +554,9 @@ impl<'a> Ssr<'a> {
                 block.clone().flat_map(|i| block.clone().map(move |j| bb[(i, j)] * gram[(i, j)])).sum();
             (sum > 0.0 && sum.is_finite()).then_some(sum / tokens)
         };
+        let power = if let TaskBalance::Power(power) = options.balance { power } else { 0.0 };
         // A task without output has no energy to be balanced by.
-        let balances: Vec<Option<f64>> =
-            tasks.iter().map(|t| Some(energy(t)?.powf(-options.balance))).collect();
+        let balances: Vec<Option<f64>> = tasks.iter().map(|t| Some(energy(t)?.powf(-power))).collect();
         let known: Vec<f64> = balances.iter().flatten().copied().collect();
         let mean = known.iter().sum::<f64>() / known.len().max(1) as f64;
         let weight = |i: usize, balance: Option<f64>| {
@@ -627,6 +646,9 @@ impl Method for Ssr<'_> {
                 |c: &Calibration| c.statistics(&planned.key, &of(&active), &of(&planned.members));
             self.calibration.map(statistics).transpose()
         };
+        if self.options.balance == TaskBalance::Fair {
+            return self.fair(run, &active, &statistics);
+        }
         let merge = |on: &Device, jobs: &[driver::Job<'_>]| {
             let ours: Vec<Job<'_>> = jobs
                 .par_iter()
@@ -650,7 +672,152 @@ impl Method for Ssr<'_> {
     }
 }
 
+/// The statistics of a layer, sliced to the adapters of a merge; none without a calibration.
+type StatisticsOf<'s> = dyn Fn(&PlannedLayer) -> Result<Option<LayerStatistics>> + Sync + 's;
+
+/// How often the weights of a fair balance are changed at most.
+const ROUNDS: usize = 60;
+
+/// By how much the losses of a fair balance may differ, relative to the largest.
+const EQUAL: f64 = 5e-4;
+
 impl Ssr<'_> {
+    /// Finds the weights of tasks by which the one that loses most loses least, and merges by them.
+    fn fair(&self, run: &Run<'_>, active: &[usize], statistics: &StatisticsOf<'_>) -> Result<Merged> {
+        let Run { device, adapters, control, .. } = run;
+        let plan = Plan::new(adapters)?;
+        let members: Vec<(&PlannedLayer, Vec<(&Layer, f64)>)> = plan
+            .layers()
+            .iter()
+            .filter(|planned| planned.members.len() > 1)
+            .map(|planned| (planned, crate::merge::members::members(planned, adapters)))
+            .collect();
+        let mut jobs = Vec::new();
+        for (planned, members) in &members {
+            let job = Job::new(planned, members.clone(), adapters, active, statistics(planned)?);
+            if job.lacking.is_none() {
+                jobs.push(job);
+            }
+        }
+        // What does not depend on the weights.
+        let mut known: Vec<(Option<Frame>, Matrix)> = Vec::new();
+        for chunk in jobs.chunks(16) {
+            control.step("balance", &chunk[0].planned.name, known.len(), jobs.len())?;
+            let chunk: Vec<&Job<'_>> = chunk.iter().collect();
+            let mut frames = self.frames(device, &chunk)?.into_iter();
+            let (b, scales) = sized_b(device, &chunk)?;
+            let grams = output_grams(device, &b, &scales)?;
+            known.extend(grams.into_iter().map(|bb| (frames.next(), bb)));
+        }
+        control.finish("balance", jobs.len());
+        let own = self.options.task_weights.clone().unwrap_or_else(|| vec![1.0; adapters.len()]);
+        let mut weights = own.clone();
+        // Of the weights so far, the fairest.
+        let mut best: Option<(Vec<f64>, Vec<f64>)> = None;
+        let mut first = Vec::new();
+        for _ in 0..ROUNDS {
+            control.check()?;
+            let options = SsrOptions {
+                task_weights: Some(weights.clone()),
+                balance: TaskBalance::Power(0.0),
+                ..self.options.clone()
+            };
+            let round = Ssr { options, ..*self };
+            let losses = round.task_losses(device, &jobs, &known, active, adapters.len())?;
+            let of = |losses: &[f64]| active.iter().map(|&i| losses[i]).fold(0.0, f64::max);
+            if first.is_empty() {
+                first.clone_from(&losses);
+            }
+            if best.as_ref().is_none_or(|(_, least)| of(&losses) < of(least)) {
+                best = Some((weights.clone(), losses.clone()));
+            }
+            let counted: Vec<f64> =
+                active.iter().filter(|&&i| own[i] > 0.0 && losses[i] > 0.0).map(|&i| losses[i]).collect();
+            let (least, most) =
+                counted.iter().fold((f64::INFINITY, 0.0), |(l, m), &v| (f64::min(l, v), f64::max(m, v)));
+            if counted.len() < 2 || most - least <= EQUAL * most {
+                break;
+            }
+            let mean = counted.iter().sum::<f64>() / counted.len() as f64;
+            for &i in active {
+                if own[i] > 0.0 && losses[i] > 0.0 {
+                    weights[i] *= (losses[i] / mean).powi(2);
+                }
+            }
+            let total: f64 = weights.iter().sum();
+            weights.iter_mut().for_each(|w| *w *= adapters.len() as f64 / total);
+        }
+        let Some((weights, losses)) = best else {
+            return Err(Error::Invalid("a fair balance needs an adapter".into()));
+        };
+        let options = SsrOptions {
+            task_weights: Some(weights.clone()),
+            balance: TaskBalance::Power(0.0),
+            ..self.options.clone()
+        };
+        let mut merged = Ssr { options, ..*self }.run(run)?;
+        let say = |values: &[f64]| {
+            active.iter().map(|&i| format!("{:.3}", values[i])).collect::<Vec<_>>().join(", ")
+        };
+        merged.report.notes.push(format!(
+            "the fair balance weighs the adapters {}, so that they lose {} each on their own inputs; at equal weights it \
+             was {}",
+            say(&weights),
+            say(&losses),
+            say(&first)
+        ));
+        Ok(merged)
+    }
+
+    /// What each adapter loses on its own inputs over all layers, relative to merging nothing; 0 of one that has none.
+    fn task_losses(
+        &self,
+        device: &Device,
+        jobs: &[Job<'_>],
+        known: &[(Option<Frame>, Matrix)],
+        active: &[usize],
+        adapters: usize,
+    ) -> Result<Vec<f64>> {
+        let systems: Vec<_> = jobs
+            .par_iter()
+            .zip(known)
+            .map(|(job, (frame, bb))| self.system(job, frame.as_ref(), bb))
+            .collect();
+        let solved = solve(device, &systems)?;
+        let of = |((job, (frame, bb)), solved): (
+            (&Job<'_>, &(Option<Frame>, Matrix)),
+            &std::result::Result<Solved, String>,
+        )| {
+            let order = job.planned.rank;
+            let router = match (solved, frame) {
+                (Ok(solved), Some(frame)) if self.options.coordinates == Coordinates::Orthonormal => {
+                    frame.router(&solved.router)
+                }
+                (Ok(solved), _) => solved.router.clone(),
+                // What cannot be routed is summed.
+                (Err(_), _) => Matrix::from_fn(order, order, |i, j| f64::from(u8::from(i == j))),
+            };
+            let mut squares = vec![(0.0, 0.0); adapters];
+            for task in &job.tasks {
+                let Some(gram) = &task.gram else { continue };
+                let square = |m: &Matrix| dot(bb, &times(&times(m, gram), &m.transposed())).max(0.0);
+                let block = task.member.map_or(0..0, |member| job.blocks[member].clone());
+                let is_own = |i: usize, j: usize| f64::from(u8::from(i == j && block.contains(&i)));
+                let wanted = Matrix::from_fn(order, order, is_own);
+                let off = Matrix::from_fn(order, order, |i, j| router[(i, j)] - wanted[(i, j)]);
+                squares[task.adapter] = (square(&off), square(&wanted));
+            }
+            squares
+        };
+        let layers: Vec<Vec<(f64, f64)>> = jobs.par_iter().zip(known).zip(&solved).map(of).collect();
+        let total = |i: usize| {
+            let sum = |of: fn(&(f64, f64)) -> f64| layers.iter().map(|layer| of(&layer[i])).sum::<f64>();
+            let (lost, whole) = (sum(|s| s.0), sum(|s| s.1));
+            if active.contains(&i) && whole > 0.0 { (lost / whole).sqrt() } else { 0.0 }
+        };
+        Ok((0..adapters).map(total).collect())
+    }
+
     /// What the user should know about a whole merge.
     fn notes(&self, report: &Report) -> Vec<String> {
         let count = |of: fn(&Action) -> bool| report.layers.iter().filter(|layer| of(&layer.action)).count();
