@@ -247,11 +247,17 @@ A_SUFFIX = re.compile(r"\.(lora_A(\.[^.]+)?\.weight|lora_A|lora_down\.weight|lor
 
 
 def layer_key(module):
-    """The name by which layers match: without prefixes, dots as underscores; a text encoder's are kept apart."""
+    """The name by which layers match: without prefixes, dots as underscores; a text encoder's are kept apart.
+
+    transformers 5.6 took `text_model.` out of CLIP's names; loraweld matches by the older ones.
+    """
     component = ""
     while found := next(((c, m) for c, p in PREFIXES.items() if (m := re.match(p, module)) and m[0] != module), None):
         component, module = component or found[0], module[found[1].end() :]
-    return (component and f"{component}.") + module.replace(".", "_")
+    module = module.replace(".", "_")
+    if component and module.startswith("encoder_layers_"):
+        module = f"text_model_{module}"
+    return (component and f"{component}.") + module
 
 
 def is_encoder(key):

@@ -9,12 +9,13 @@
 //! | `methods` | a file a method, and the table of them |
 //! | `cores`, `entries` | what methods have in common that merge small cores, or entries of updates |
 //! | `engine` | what every method does around its own arithmetic |
-//! | `spread` | what may be done to any merge afterwards |
+//! | `after`, `spread` | what may be done with any merge afterwards |
 //! | `strengths`, `overlap` | what may be asked before one |
 //! | `factored`, `frame`, `members`, `algebra` | what all of these are written in |
 //!
 //! Each uses what stands below it, and nothing above.
 
+mod after;
 mod algebra;
 mod cores;
 mod engine;
@@ -29,6 +30,7 @@ mod report;
 mod spread;
 mod strengths;
 
+pub use after::{After, TruncateBy};
 pub use cores::{Bases, CoreMerge};
 pub use engine::budget::Budget;
 pub use engine::driver::{Destination, Method, Run};

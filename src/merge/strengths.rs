@@ -125,7 +125,8 @@ pub fn strengths(
             planned.iter().map(|planned| members(planned, adapters)).collect();
         let b = layers.iter().map(|members| members.iter().map(|(layer, _)| layer.b()).collect()).collect();
         let grams = Stacks::new(device, Side::Output, b)?.grams(device)?;
-        let one = |(planned, (members, gram)): (&PlannedLayer, (&Vec<(&Layer, f64)>, &Matrix))| {
+        let one = |i: usize| {
+            let (planned, members, gram) = (&planned[i], &layers[i], &grams[i]);
             let places: Vec<usize> = planned.members.iter().map(|&i| pool[i]).collect();
             let statistics = calibration.statistics(&planned.key, &tasks, &places)?;
             let member = |adapter: &usize| planned.members.iter().position(|i| i == adapter);
@@ -148,7 +149,7 @@ pub fn strengths(
             )))
         };
         let found: Vec<Option<Square>> =
-            planned.par_iter().zip(layers.par_iter().zip(&grams)).map(one).collect::<Result<_>>()?;
+            (0..planned.len()).into_par_iter().map(one).collect::<Result<_>>()?;
         for (planned, found) in planned.iter().zip(found) {
             let Some(found) = found else {
                 unknown += 1;

@@ -588,8 +588,8 @@ fn wrong_usage_is_exit_code_2() {
     sandbox.fails(2, &lopsided, &["1 adapter", "2 paths"]);
     sandbox.fails(2, &args(&["calibrate", &two[0], "-o", "out"]), &["--activations"]);
     for (options, culprits) in [
-        (&["--loss", "0.1"][..], &["--loss", "calibration"][..]),
-        (&["--truncate-by", "data", "--rank", "4"], &["--truncate-by data", "calibration"]),
+        (&["--loss", "0.1"][..], &["loss", "calibration"][..]),
+        (&["--truncate-by", "data", "--rank", "4"], &["by data", "calibration"]),
         (&["--budget-rank", "4", "--budget-mib", "1"], &["--budget-rank", "--budget-mib"]),
         (&["--budget-rank", "0"], &["--budget-rank", "1 or more"]),
         (&["--budget-mib", "-1"], &["--budget-mib", "above 0"]),

@@ -36,9 +36,9 @@ def main():
 
 
 def check(checks, args, name, dtype, folder):
-    pipe = pipeline(name, "cpu")
-    files = adapters(pipe, folder)
-    pipe.to(dtype).save_pretrained(folder / "base")
+    files = adapters(pipeline(name, "cpu"), folder)
+    pipe = pipeline(name, "cpu").to(dtype)
+    pipe.save_pretrained(folder / "base")
     words = [f"{path}:{STRENGTHS[task]}" for task, path in files.items()]
     run(args.loraweld, "bake", folder / "base", *words, "-o", folder / "baked")
     before, after = weights(folder / "base"), weights(folder / "baked")
@@ -60,7 +60,8 @@ def check(checks, args, name, dtype, folder):
     for task, path in files.items():
         load(pipe, path, task)
     pipe.set_adapters(list(files), [STRENGTHS[task] for task in files])
-    pipe.fuse_lora()
+    # By default, FLUX's leaves text encoders out.
+    pipe.fuse_lora(components=sorted({layer.split(".")[0] for layer in updates}))
     pipe.unload_lora_weights()
     pipe.save_pretrained(folder / "fused")
     fused = weights(folder / "fused")
@@ -100,9 +101,11 @@ def shapes(tensors):
 def comfyui(before, files, changed):
     """The weights as ComfyUI patches them: in float32, and then rounded by its own function."""
     sys.path.insert(0, os.environ["COMFYUI"])
-    sys.argv = sys.argv[:1]
     if importlib.util.find_spec("comfy") is None:
         raise SystemExit(f"{os.environ['COMFYUI']}: no checkout of ComfyUI")
+    import comfy.cli_args
+
+    comfy.cli_args.args.cpu = True
     import comfy.float
     import comfy.lora
     import comfy.weight_adapter

@@ -160,11 +160,9 @@ impl Compare {
             let weighted = inputs.weighted();
             let merged = out.long(|control| {
                 let merged = method.merge(&device, &weighted, &calibration, *control)?;
-                let by = self.truncate.truncating(Some(&calibration), &weighted);
-                let merged = match by.is_none() {
-                    true => merged,
-                    false => merged.truncated_by(&by, &SaveOptions::default(), &device, control)?,
-                };
+                let (after, options) = (self.truncate.after(false), SaveOptions::default());
+                let merged =
+                    after.apply(merged, &device, &weighted, Some(&calibration), &options, control)?;
                 let seconds = merged.report.seconds;
                 Ok::<_, loraweld::Error>((merged.measured(&calibration, &weighted, control)?, seconds))
             });

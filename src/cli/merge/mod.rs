@@ -10,12 +10,13 @@ pub use resize::Resize;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
-use clap::{Args, ValueEnum};
+use clap::Args;
+use clap::builder::{PossibleValuesParser, TypedValueParser};
 use loraweld::adapter::{check_target, same_file, write_atomic};
-use loraweld::merge::{Action, Losses, PlannedLayer, Report};
+use loraweld::merge::{Action, After, Losses, PlannedLayer, Report, TruncateBy};
 use loraweld::{
-    Adapter, Budget, Calibration, Control, Destination, Device, Dtype, Merged, Method, Plan, SaveOptions,
-    Truncating, Truncation, Unnamed, Weighted,
+    Adapter, Budget, Calibration, Control, Destination, Device, Dtype, Method, Plan, SaveOptions, Truncation,
+    Unnamed, Weighted,
 };
 use serde_json::json;
 
@@ -101,15 +102,8 @@ struct Truncate {
     loss: Option<f64>,
     /// Judge what is cut off by what it does on recorded inputs (`data`), or by its size (`norm`) [default: data, where a
     /// calibration is given].
-    #[arg(long, value_name = "BY")]
+    #[arg(long, value_name = "BY", value_parser = truncate_by())]
     truncate_by: Option<TruncateBy>,
-}
-
-/// What judges what is cut off.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum TruncateBy {
-    Data,
-    Norm,
 }
 
 impl Truncate {
@@ -141,32 +135,25 @@ impl Truncate {
 
     /// Refuses what nothing can be judged by.
     fn check(&self, calibration: bool) -> anyhow::Result<()> {
-        let named = match self.truncate_by {
-            _ if calibration => None,
-            Some(TruncateBy::Data) => Some("--truncate-by data"),
-            _ => self.loss.map(|_| "--loss"),
-        };
-        match (named, self.loss, self.truncate_by) {
-            (Some(named), ..) => Err(usage(format!("{named} needs a calibration of these adapters"))),
-            (None, Some(_), Some(TruncateBy::Norm)) => {
-                Err(usage("--loss is a loss on recorded inputs, and does not go with --truncate-by norm"))
-            }
-            _ => Ok(()),
-        }
+        self.after(false).check(calibration).map_err(|e| usage(e.to_string()))
     }
 
-    fn truncating<'a>(
-        &self,
-        calibration: Option<&'a Calibration>,
-        weighted: &'a [Weighted<'a>],
-    ) -> Truncating<'a> {
-        let calibration = calibration.filter(|_| self.truncate_by != Some(TruncateBy::Norm));
-        Truncating {
-            truncation: self.truncation(),
+    /// What is done with a merge in memory.
+    fn after(&self, calibrate_singular_values: bool) -> After {
+        After {
+            calibrate_singular_values,
+            truncate: self.truncation(),
             budget: self.budget(),
-            data: calibration.map(|calibration| (calibration, weighted)),
+            truncate_by: self.truncate_by,
         }
     }
+}
+
+fn truncate_by() -> impl TypedValueParser<Value = TruncateBy> {
+    PossibleValuesParser::new(["data", "norm"]).map(|by| match by.as_str() {
+        "data" => TruncateBy::Data,
+        _ => TruncateBy::Norm,
+    })
 }
 
 fn mib(text: &str) -> Result<f64, String> {
@@ -353,17 +340,9 @@ impl Common {
         let to = Destination { path: output, options: &options, truncation: self.truncate.truncation() };
         let report = out.long(|control| {
             let weighted = inputs.weighted();
-            let by = self.truncate.truncating(calibration, &weighted);
-            let calibrate = self.calibrate_singular_values;
-            match calibration.is_some() || by.budget.is_some() || calibrate {
-                true => {
-                    let merged = method.merge_any(&device, &weighted, *control)?;
-                    let merged = match calibrate {
-                        true => merged.singular_values_calibrated(&device, &weighted, control)?,
-                        false => merged,
-                    };
-                    finish_in_memory(merged, &device, &weighted, calibration, &by, &to, control)
-                }
+            let after = self.truncate.after(self.calibrate_singular_values);
+            match calibration.is_some() || after.budget.is_some() || after.calibrate_singular_values {
+                true => merge_in_memory(method, &device, &weighted, calibration, &after, &to, control),
                 false => method.merge_into(&device, &weighted, &to, *control),
             }
         })?;
@@ -399,20 +378,18 @@ impl Common {
     }
 }
 
-/// Truncates, measures and then writes: losses are found, and budgets shared, of factors that are in memory.
-fn finish_in_memory(
-    merged: Merged,
+/// Merges, truncates, measures and then writes: losses are found, and budgets shared, of factors that are in memory.
+fn merge_in_memory(
+    method: &dyn Method,
     device: &Device,
     weighted: &[Weighted<'_>],
     calibration: Option<&Calibration>,
-    by: &Truncating<'_>,
+    after: &After,
     to: &Destination<'_>,
     control: &Control<'_>,
 ) -> loraweld::Result<Report> {
-    let merged = match by.is_none() {
-        true => merged,
-        false => merged.truncated_by(by, to.options, device, control)?,
-    };
+    let merged = method.merge_any(device, weighted, *control)?;
+    let merged = after.apply(merged, device, weighted, calibration, to.options, control)?;
     let merged = match calibration.filter(|_| merged.report.losses.is_none()) {
         Some(calibration) => merged.measured(calibration, weighted, control)?,
         None => merged,

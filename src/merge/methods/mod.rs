@@ -3,6 +3,7 @@
 mod core;
 mod dare;
 mod entry;
+mod fair;
 mod iso_c;
 mod knots;
 mod linear;

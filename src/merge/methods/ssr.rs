@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::entry::{
     MethodEntry, MethodOption, Needs, Number, Only, OptionGroup, Options, Takes, Variant, json, over, take,
+    with,
 };
 use crate::calibration::LayerStatistics;
 use crate::compute::ops::{self, Axis, Factor};
@@ -16,7 +17,7 @@ use crate::merge::engine::driver::{self, Done, Method, Run, Spec};
 use crate::merge::engine::measure::{Outputs, Squares, Statistics};
 use crate::merge::frame::Frame;
 use crate::merge::members::{blocks, joined, joined_a, joined_layer};
-use crate::merge::{Action, LayerReport, Losses, Merged, Plan, PlannedLayer, Report};
+use crate::merge::{Action, LayerReport, Losses, Merged, PlannedLayer, Report};
 use crate::power::{exponent, exponent_of, pow2};
 use crate::words;
 use crate::{Calibration, Control, Device, Error, Layer, Matrix, Result, Weighted};
@@ -125,11 +126,18 @@ Examples:
         ],
     }],
     build,
-    variants: &[Variant { name: "ssr-data-free", aliases: &[], whose: None, build: data_free }],
+    variants: &[
+        Variant { name: "ssr-data-free", aliases: &[], whose: None, build: data_free },
+        Variant { name: "ssr-fair", aliases: &[], whose: None, build: fair },
+    ],
 };
 
 fn build<'a>(options: Options, calibration: Option<&'a Calibration>) -> Result<Box<dyn Method + 'a>> {
     Ok(Box::new(Ssr { calibration, options: SsrOptions::parse(options)? }))
+}
+
+fn fair<'a>(options: Options, calibration: Option<&'a Calibration>) -> Result<Box<dyn Method + 'a>> {
+    build(with(options, "balance", "fair"), calibration)
 }
 
 fn data_free<'a>(options: Options, _: Option<&'a Calibration>) -> Result<Box<dyn Method + 'a>> {
@@ -304,8 +312,8 @@ impl SsrOptions {
 /// ```
 #[derive(Clone, Debug)]
 pub struct Ssr<'a> {
-    calibration: Option<&'a Calibration>,
-    options: SsrOptions,
+    pub(super) calibration: Option<&'a Calibration>,
+    pub(super) options: SsrOptions,
 }
 
 impl<'a> Ssr<'a> {
@@ -489,7 +497,7 @@ impl<'a> Ssr<'a> {
     }
 
     /// The coordinates of each layer, where the options ask for them or for what the adapters' own A say.
-    fn frames(&self, device: &Device, jobs: &[&Job<'_>]) -> Result<Vec<Frame>> {
+    pub(super) fn frames(&self, device: &Device, jobs: &[&Job<'_>]) -> Result<Vec<Frame>> {
         if self.options.coordinates == Coordinates::Files && self.calibration.is_some() && !self.has_prior() {
             return Ok(Vec::new());
         }
@@ -512,7 +520,7 @@ impl<'a> Ssr<'a> {
     }
 
     /// G' and Q' of one layer in the coordinates of the solve, or why there are none. `bb`: BᵀB, of the files.
-    fn system(
+    pub(super) fn system(
         &self,
         job: &Job<'_>,
         frame: Option<&Frame>,
@@ -673,151 +681,9 @@ impl Method for Ssr<'_> {
 }
 
 /// The statistics of a layer, sliced to the adapters of a merge; none without a calibration.
-type StatisticsOf<'s> = dyn Fn(&PlannedLayer) -> Result<Option<LayerStatistics>> + Sync + 's;
-
-/// How often the weights of a fair balance are changed at most.
-const ROUNDS: usize = 60;
-
-/// By how much the losses of a fair balance may differ, relative to the largest.
-const EQUAL: f64 = 5e-4;
+pub(super) type StatisticsOf<'s> = dyn Fn(&PlannedLayer) -> Result<Option<LayerStatistics>> + Sync + 's;
 
 impl Ssr<'_> {
-    /// Finds the weights of tasks by which the one that loses most loses least, and merges by them.
-    fn fair(&self, run: &Run<'_>, active: &[usize], statistics: &StatisticsOf<'_>) -> Result<Merged> {
-        let Run { device, adapters, control, .. } = run;
-        let plan = Plan::new(adapters)?;
-        let members: Vec<(&PlannedLayer, Vec<(&Layer, f64)>)> = plan
-            .layers()
-            .iter()
-            .filter(|planned| planned.members.len() > 1)
-            .map(|planned| (planned, crate::merge::members::members(planned, adapters)))
-            .collect();
-        let mut jobs = Vec::new();
-        for (planned, members) in &members {
-            let job = Job::new(planned, members.clone(), adapters, active, statistics(planned)?);
-            if job.lacking.is_none() {
-                jobs.push(job);
-            }
-        }
-        // What does not depend on the weights.
-        let mut known: Vec<(Option<Frame>, Matrix)> = Vec::new();
-        for chunk in jobs.chunks(16) {
-            control.step("balance", &chunk[0].planned.name, known.len(), jobs.len())?;
-            let chunk: Vec<&Job<'_>> = chunk.iter().collect();
-            let mut frames = self.frames(device, &chunk)?.into_iter();
-            let (b, scales) = sized_b(device, &chunk)?;
-            let grams = output_grams(device, &b, &scales)?;
-            known.extend(grams.into_iter().map(|bb| (frames.next(), bb)));
-        }
-        control.finish("balance", jobs.len());
-        let own = self.options.task_weights.clone().unwrap_or_else(|| vec![1.0; adapters.len()]);
-        let mut weights = own.clone();
-        // Of the weights so far, the fairest.
-        let mut best: Option<(Vec<f64>, Vec<f64>)> = None;
-        let mut first = Vec::new();
-        for _ in 0..ROUNDS {
-            control.check()?;
-            let options = SsrOptions {
-                task_weights: Some(weights.clone()),
-                balance: TaskBalance::Power(0.0),
-                ..self.options.clone()
-            };
-            let round = Ssr { options, ..*self };
-            let losses = round.task_losses(device, &jobs, &known, active, adapters.len())?;
-            let of = |losses: &[f64]| active.iter().map(|&i| losses[i]).fold(0.0, f64::max);
-            if first.is_empty() {
-                first.clone_from(&losses);
-            }
-            if best.as_ref().is_none_or(|(_, least)| of(&losses) < of(least)) {
-                best = Some((weights.clone(), losses.clone()));
-            }
-            let counted: Vec<f64> =
-                active.iter().filter(|&&i| own[i] > 0.0 && losses[i] > 0.0).map(|&i| losses[i]).collect();
-            let (least, most) =
-                counted.iter().fold((f64::INFINITY, 0.0), |(l, m), &v| (f64::min(l, v), f64::max(m, v)));
-            if counted.len() < 2 || most - least <= EQUAL * most {
-                break;
-            }
-            let mean = counted.iter().sum::<f64>() / counted.len() as f64;
-            for &i in active {
-                if own[i] > 0.0 && losses[i] > 0.0 {
-                    weights[i] *= (losses[i] / mean).powi(2);
-                }
-            }
-            let total: f64 = weights.iter().sum();
-            weights.iter_mut().for_each(|w| *w *= adapters.len() as f64 / total);
-        }
-        let Some((weights, losses)) = best else {
-            return Err(Error::Invalid("a fair balance needs an adapter".into()));
-        };
-        let options = SsrOptions {
-            task_weights: Some(weights.clone()),
-            balance: TaskBalance::Power(0.0),
-            ..self.options.clone()
-        };
-        let mut merged = Ssr { options, ..*self }.run(run)?;
-        let say = |values: &[f64]| {
-            active.iter().map(|&i| format!("{:.3}", values[i])).collect::<Vec<_>>().join(", ")
-        };
-        merged.report.notes.push(format!(
-            "the fair balance weighs the adapters {}, so that they lose {} each on their own inputs; at equal weights it \
-             was {}",
-            say(&weights),
-            say(&losses),
-            say(&first)
-        ));
-        Ok(merged)
-    }
-
-    /// What each adapter loses on its own inputs over all layers, relative to merging nothing; 0 of one that has none.
-    fn task_losses(
-        &self,
-        device: &Device,
-        jobs: &[Job<'_>],
-        known: &[(Option<Frame>, Matrix)],
-        active: &[usize],
-        adapters: usize,
-    ) -> Result<Vec<f64>> {
-        let systems: Vec<_> = jobs
-            .par_iter()
-            .zip(known)
-            .map(|(job, (frame, bb))| self.system(job, frame.as_ref(), bb))
-            .collect();
-        let solved = solve(device, &systems)?;
-        let of = |((job, (frame, bb)), solved): (
-            (&Job<'_>, &(Option<Frame>, Matrix)),
-            &std::result::Result<Solved, String>,
-        )| {
-            let order = job.planned.rank;
-            let router = match (solved, frame) {
-                (Ok(solved), Some(frame)) if self.options.coordinates == Coordinates::Orthonormal => {
-                    frame.router(&solved.router)
-                }
-                (Ok(solved), _) => solved.router.clone(),
-                // What cannot be routed is summed.
-                (Err(_), _) => Matrix::from_fn(order, order, |i, j| f64::from(u8::from(i == j))),
-            };
-            let mut squares = vec![(0.0, 0.0); adapters];
-            for task in &job.tasks {
-                let Some(gram) = &task.gram else { continue };
-                let square = |m: &Matrix| dot(bb, &times(&times(m, gram), &m.transposed())).max(0.0);
-                let block = task.member.map_or(0..0, |member| job.blocks[member].clone());
-                let is_own = |i: usize, j: usize| f64::from(u8::from(i == j && block.contains(&i)));
-                let wanted = Matrix::from_fn(order, order, is_own);
-                let off = Matrix::from_fn(order, order, |i, j| router[(i, j)] - wanted[(i, j)]);
-                squares[task.adapter] = (square(&off), square(&wanted));
-            }
-            squares
-        };
-        let layers: Vec<Vec<(f64, f64)>> = jobs.par_iter().zip(known).zip(&solved).map(of).collect();
-        let total = |i: usize| {
-            let sum = |of: fn(&(f64, f64)) -> f64| layers.iter().map(|layer| of(&layer[i])).sum::<f64>();
-            let (lost, whole) = (sum(|s| s.0), sum(|s| s.1));
-            if active.contains(&i) && whole > 0.0 { (lost / whole).sqrt() } else { 0.0 }
-        };
-        Ok((0..adapters).map(total).collect())
-    }
-
     /// What the user should know about a whole merge.
     fn notes(&self, report: &Report) -> Vec<String> {
         let count = |of: fn(&Action) -> bool| report.layers.iter().filter(|layer| of(&layer.action)).count();
@@ -840,28 +706,28 @@ impl Ssr<'_> {
 }
 
 /// A layer that several adapters have, and its statistics.
-struct Job<'a> {
-    planned: &'a PlannedLayer,
+pub(super) struct Job<'a> {
+    pub(super) planned: &'a PlannedLayer,
     /// The members' layers, and the factor on each.
-    members: Vec<(&'a Layer, f64)>,
+    pub(super) members: Vec<(&'a Layer, f64)>,
     /// The members' rows.
-    blocks: Vec<Range<usize>>,
-    tasks: Vec<TaskStatistics>,
-    neutral: Option<Matrix>,
+    pub(super) blocks: Vec<Range<usize>>,
+    pub(super) tasks: Vec<TaskStatistics>,
+    pub(super) neutral: Option<Matrix>,
     /// Why it cannot be routed.
-    lacking: Option<String>,
+    pub(super) lacking: Option<String>,
 }
 
-struct TaskStatistics {
-    adapter: usize,
+pub(super) struct TaskStatistics {
+    pub(super) adapter: usize,
     /// Its place among the members; an adapter that lacks the layer has none.
-    member: Option<usize>,
-    gram: Option<Matrix>,
-    tokens: u64,
+    pub(super) member: Option<usize>,
+    pub(super) gram: Option<Matrix>,
+    pub(super) tokens: u64,
 }
 
 impl<'a> Job<'a> {
-    fn new(
+    pub(super) fn new(
         planned: &'a PlannedLayer,
         members: Vec<(&'a Layer, f64)>,
         adapters: &[Weighted<'_>],
@@ -894,7 +760,7 @@ impl<'a> Job<'a> {
 }
 
 /// `(Q' + λ·R₀)·(G' + λ·I)⁻¹` to be solved.
-struct System {
+pub(super) struct System {
     g: Matrix,
     q: Matrix,
     /// tr(G')/R.
@@ -905,11 +771,11 @@ struct System {
     toward: f64,
 }
 
-struct Solved {
-    router: Matrix,
-    ridge: f64,
+pub(super) struct Solved {
+    pub(super) router: Matrix,
+    pub(super) ridge: f64,
     /// Whether the ridge is larger than was asked for.
-    raised: bool,
+    pub(super) raised: bool,
 }
 
 /// Says so if the merge is clearly worse than doing without it.
@@ -928,7 +794,7 @@ fn worse(losses: Losses) -> Option<String> {
 const TRIES: usize = 12;
 
 /// Solves all systems at once; those that are not positive definite again with a larger ridge.
-fn solve(
+pub(super) fn solve(
     device: &Device,
     systems: &[std::result::Result<System, String>],
 ) -> Result<Vec<std::result::Result<Solved, String>>> {
@@ -976,7 +842,7 @@ fn solve(
 
 /// B_cat of each layer, every block brought to size 1 by a power of two, so that f32 holds products of tiny and huge
 /// factors, and the factor that each rank lacks then.
-fn sized_b(device: &Device, jobs: &[&Job<'_>]) -> Result<(Batch, Vec<Vec<f64>>)> {
+pub(super) fn sized_b(device: &Device, jobs: &[&Job<'_>]) -> Result<(Batch, Vec<Vec<f64>>)> {
     let (factors, scales): (Vec<Vec<Factor<'_>>>, Vec<Vec<f64>>) = jobs
         .par_iter()
         .map(|job| {
@@ -994,7 +860,7 @@ fn sized_b(device: &Device, jobs: &[&Job<'_>]) -> Result<(Batch, Vec<Vec<f64>>)>
 }
 
 /// BᵀB of each layer, with scales.
-fn output_grams(device: &Device, b: &Batch, scales: &[Vec<f64>]) -> Result<Vec<Matrix>> {
+pub(super) fn output_grams(device: &Device, b: &Batch, scales: &[Vec<f64>]) -> Result<Vec<Matrix>> {
     let shapes: Vec<_> = b.shapes().iter().map(|shape| Shape::new(shape.cols, shape.cols)).collect();
     let mut sums = Batch::zeros(device, device.sum(), &shapes)?;
     ops::gram(device, b, &mut sums)?;
