@@ -7,7 +7,7 @@
 // Groups decide by their mean scores. FIXED: weights as the host says.
 // It adds to the log's record how many tokens each branch won. Where the weight is zero Z becomes zero, also where the
 // branch overflowed.
-// Grid: a workgroup for 16 tokens. Bindings: 3 stats, 4 scores, 5 weights, 6 running means, 7 log, 8 Z, 9 controls.
+// Grid: a workgroup for TOKENS tokens. Bindings: 3 stats, 4 scores, 5 weights, 6 running means, 7 log, 8 Z, 9 controls.
 
 #import branch/shared/job
 #import shared/exp_log

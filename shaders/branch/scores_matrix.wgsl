@@ -1,6 +1,6 @@
 // branch/scores.wgsl on matrix units.
 //
-//   F0: tokens × width in f32, f16 or bf16; width a multiple of 4    stats: parts × branches × tokens × 2 vec4
+//   F0: tokens × width in f32, f16 or bf16; width a multiple of 4    stats: parts × branches × tokens × STATE vec4
 //
 // A lane sums e^(a - m), and times d and φ(d), d = u - r, for its channels of 4 rows, each with an m and an r that its 8
 // lanes have in common: at first the first tile's largest a and mean u. An r near the mean loses no digits: only the
@@ -164,7 +164,7 @@ fn finish(job: Job, work: vec3<u32>, row: u32, x: Running) {
     let y = state(x);
     let token = job.first + work.x * TOKENS + subgroup * 16u + lane / 8u + row;
     if (lane % 8u == 0u && token < job.first + job.count) {
-        let place = ((work.z * job.branches + work.y) * job.tokens + token) * 2u;
+        let place = ((work.z * job.branches + work.y) * job.tokens + token) * STATE;
         stats[place] = vec4<f32>(y.m, y.w, y.c, y.s);
         stats[place + 1u] = vec4<f32>(y.g, 0.0, 0.0, 0.0);
     }

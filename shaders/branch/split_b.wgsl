@@ -4,7 +4,7 @@
 //
 // High parts of all rows, then with HAS_LOW low ones.
 //
-// Grid: (32 channels, 8 quads of columns). Bindings: 3 B_catᵀ, 4 halves.
+// Grid: (CHANNELS channels, QUADS quads of columns). Bindings: 3 B_catᵀ, 4 halves.
 
 enable f16;
 
@@ -17,13 +17,15 @@ enable f16;
 #import branch/shared/split
 
 const TILE: u32 = 64u;
+const CHANNELS: u32 = 32u;
+const QUADS: u32 = 8u;
 
-@compute @workgroup_size(256)
+@compute @workgroup_size(CHANNELS * QUADS)
 fn main(@builtin(workgroup_id) work: vec3<u32>, @builtin(local_invocation_index) t: u32) {
     let job = jobs[0];
     let rows = (job.width + TILE - 1u) / TILE * TILE;
-    let channel = work.x * 32u + t % 32u;
-    let column = (work.y * 8u + t / 32u) * 4u;
+    let channel = work.x * CHANNELS + t % CHANNELS;
+    let column = (work.y * QUADS + t / CHANNELS) * 4u;
     if (channel >= rows || column >= job.columns) {
         return;
     }

@@ -19,7 +19,10 @@ fn inverse_of(scale: f32) -> f32 {
     return bitcast<f32>((254u << 23u) - (bitcast<u32>(scale) & 0x7fffffffu));
 }
 
+// What f16 does not hold of a mantissa.
+const LOW_BITS: u32 = 0x1fffu;
+
 // The upper 11 bits of the mantissa, which f16 holds. By mask: f32(f16(v)) is folded away.
 fn high_part(value: vec4<f32>) -> vec4<f32> {
-    return bitcast<vec4<f32>>(bitcast<vec4<u32>>(value) & vec4<u32>(0xffffe000u));
+    return bitcast<vec4<f32>>(bitcast<vec4<u32>>(value) & vec4<u32>(~LOW_BITS));
 }

@@ -4,7 +4,11 @@
 //! `shaders/shared/words.wgsl`, once, with what that imports. What an import without a folder stands for (`#import real`)
 //! the permutation says. Operations declare their kernels beside their launchers; [`declared`] lists them all.
 
-use super::{Element, batch, ops, self_test};
+use std::collections::HashMap;
+use std::panic::Location;
+use std::sync::LazyLock;
+
+use super::{Element, batch, gpu, ops, self_test};
 use crate::Dtype;
 
 /// Every file of `shaders/`: its path without the extension, by which they are sorted, and its text.
@@ -34,6 +38,11 @@ fn add<T>(mut list: List<T>, item: T) -> List<T> {
     let place = list.iter_mut().find(|place| place.is_none());
     *place.expect("a list is long enough for every kernel: a test makes them all") = Some(item);
     list
+}
+
+/// The files of `shaders/` that are kernels, rather than pieces that kernels import.
+pub fn files() -> impl Iterator<Item = &'static str> {
+    SHADERS.iter().map(|(file, _)| *file).filter(|file| !file.split('/').any(|folder| folder == "shared"))
 }
 
 impl Kernel {
@@ -89,6 +98,16 @@ impl Kernel {
                 Element::F32 | Element::Host => "shared/real_f32",
             },
         )
+    }
+
+    /// The path in `shaders/`, without the extension.
+    pub fn file(&self) -> &'static str {
+        self.file
+    }
+
+    /// The constants that make it this permutation.
+    pub fn permutation(&self) -> impl Iterator<Item = &'static str> {
+        self.constants.iter().flatten().map(|(name, _)| *name)
     }
 
     /// The file, and what makes it this permutation.
@@ -167,10 +186,12 @@ pub struct Declared {
     pub structs: Vec<(&'static str, Struct)>,
     /// Constants of the shader that its launcher relies on.
     pub constants: Vec<(&'static str, f64)>,
+    /// The file that declares it.
+    pub launcher: &'static str,
 }
 
 /// A struct as a launcher lays it out.
-#[derive(Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Struct {
     /// The fields, each with its first byte.
     pub fields: Vec<(&'static str, usize)>,
@@ -185,9 +206,14 @@ impl Struct {
 }
 
 impl Declared {
+    #[track_caller]
     pub(crate) fn new<J: Layout>(kernels: impl IntoIterator<Item = Kernel>) -> Self {
-        let structs = vec![("jobs", Struct::of::<J>())];
-        Self { kernels: kernels.into_iter().collect(), structs, constants: Vec::new() }
+        Self {
+            kernels: kernels.into_iter().collect(),
+            structs: vec![("jobs", Struct::of::<J>())],
+            constants: Vec::new(),
+            launcher: Location::caller().file(),
+        }
     }
 
     pub(crate) fn with_struct<T: Layout>(mut self, buffer: &'static str) -> Self {
@@ -200,6 +226,19 @@ impl Declared {
         self.constants.push((name, value.into()));
         self
     }
+
+    pub(crate) fn float(mut self, name: &'static str, value: impl Into<f64>) -> Self {
+        self.constants.push((name, value.into()));
+        self
+    }
+
+    /// Those of shaders/shared/words.wgsl, for jobs that name a type.
+    pub(crate) fn dtypes(self) -> Self {
+        let code = ops::dtype_code;
+        self.constant("F32", code(Dtype::F32))
+            .constant("F16", code(Dtype::F16))
+            .constant("BF16", code(Dtype::Bf16))
+    }
 }
 
 /// Every kernel.
@@ -208,6 +247,23 @@ pub fn declared() -> Vec<Declared> {
     all.push(batch::declared());
     all.push(self_test::declared());
     all
+}
+
+/// The parameters that every kernel with a table of work reads.
+pub fn params() -> Struct {
+    Struct::of::<gpu::Params>()
+}
+
+/// Whether a kernel is declared, with jobs of this type, so that the test compares what is launched.
+pub(crate) fn is_declared<J: Layout>(kernel: Kernel) -> bool {
+    static JOBS: LazyLock<HashMap<Kernel, Struct>> = LazyLock::new(|| {
+        let jobs = |Declared { kernels, structs, .. }: Declared| {
+            let (_, jobs) = structs[0].clone();
+            kernels.into_iter().map(move |kernel| (kernel, jobs.clone()))
+        };
+        declared().into_iter().flat_map(jobs).collect()
+    });
+    JOBS.get(&kernel) == Some(&Struct::of::<J>())
 }
 
 /// Where the fields of a type lie that shaders read.

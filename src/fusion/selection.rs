@@ -606,7 +606,7 @@ fn members<'a>(adapters: &[Weighted<'a>]) -> Result<BTreeMap<&'a LayerKey, Vec<(
 /// Whether B has more bits than the 11 that a half holds; of 16-bit values it has not.
 fn has_low(of: &[(usize, &Layer)]) -> bool {
     let b = of.iter().map(|(_, layer)| layer.b()).filter(|b| b.dtype() == Dtype::F32);
-    b.flat_map(|b| b.bytes().as_chunks().0).any(|v| u32::from_le_bytes(*v) & 0x1fff != 0)
+    b.flat_map(|b| b.bytes().as_chunks().0).any(|v| u32::from_le_bytes(*v) & branches::LOW_BITS != 0)
 }
 
 /// Device memory of a layer's factors.

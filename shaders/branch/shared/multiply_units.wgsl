@@ -14,7 +14,7 @@ fn multiply(count: u32) {
     var sum2: coop_mat16x16<f32, C>;
     var sum3: coop_mat16x16<f32, C>;
     let stride = STRIDE;
-    for (var k = 0u; k < count; k += 16u) {
+    for (var k = 0u; k < count; k += COLUMN_STEP) {
         let z_at = subgroup * 16u * STRIDE + k / 4u;
         let z_low_at = Z_LOW + z_at;
         let zh = coopLoadT<coop_mat16x16<f16, A>>(&halves[z_at], stride);

@@ -13,8 +13,9 @@
 @group(0) @binding(3) var<storage, read> b_halves: array<vec4<f16>>;
 @group(0) @binding(4) var<storage, read> values: array<f32>;
 
+const SUBGROUP_TOKENS: u32 = 16u;
 const THREADS: u32 = SUBGROUPS * 32u;
-const TOKENS: u32 = SUBGROUPS * 16u;
+const TOKENS: u32 = SUBGROUPS * SUBGROUP_TOKENS;
 const CHANNELS: u32 = 64u;
 
 // Rows of halves and of sums, in vectors of 4. Padded, they keep the loads of a matrix from meeting in a bank.

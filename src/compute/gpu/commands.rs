@@ -9,7 +9,7 @@ use super::pipelines::Pipeline;
 use super::pool::best;
 use super::{Gpu, Pooled};
 use crate::compute::memory::Held;
-use crate::compute::shaders::{Kernel, Layout};
+use crate::compute::shaders::{Kernel, Layout, is_declared};
 use crate::{Error, Result};
 
 /// Workgroups in one row of a dispatch grid; WebGPU's default limit of a dimension.
@@ -159,7 +159,7 @@ impl Commands<'_> {
         let grid = checked(kernel, fold(work.len() as u64))?;
         let jobs = self.append(bytemuck::cast_slice(jobs));
         let work = Some(self.append(bytemuck::cast_slice(work)));
-        self.push(kernel, jobs, work, grid, buffers);
+        self.push::<J>(kernel, jobs, work, grid, buffers);
         Ok(())
     }
 
@@ -177,7 +177,7 @@ impl Commands<'_> {
         let grid = checked(kernel, grid.map(|n| n as u64))?;
         if !grid.contains(&0) {
             let jobs = self.append(bytemuck::bytes_of(job));
-            self.push(kernel, jobs, None, grid, buffers);
+            self.push::<J>(kernel, jobs, None, grid, buffers);
         }
         Ok(())
     }
@@ -201,7 +201,7 @@ impl Commands<'_> {
         start..self.tables.len()
     }
 
-    fn push(
+    fn push<J: Layout>(
         &mut self,
         kernel: Kernel,
         jobs: Range<usize>,
@@ -209,6 +209,7 @@ impl Commands<'_> {
         grid: [u32; 3],
         buffers: &[wgpu::BufferBinding<'_>],
     ) {
+        debug_assert!(is_declared::<J>(kernel), "{} is not declared with these jobs", kernel.label());
         let buffers = buffers
             .iter()
             .map(|b| OwnedBinding { buffer: b.buffer.clone(), offset: b.offset, size: b.size })

@@ -110,7 +110,7 @@ fn cut(costs: impl IntoIterator<Item = usize>) -> Vec<std::ops::Range<u32>> {
 }
 
 /// The code that shaders/shared/words.wgsl gives a type.
-fn dtype_code(dtype: crate::Dtype) -> u32 {
+pub(super) fn dtype_code(dtype: crate::Dtype) -> u32 {
     match dtype {
         crate::Dtype::F32 => 0,
         crate::Dtype::F16 => 1,

@@ -38,7 +38,7 @@ pub(super) fn kernel() -> Kernel {
 }
 
 pub(super) fn declared() -> Declared {
-    Declared::new::<Job>([kernel()]).constant("TILE", TILE).constant("TILES", TILES)
+    Declared::new::<Job>([kernel()]).constant("TILE", TILE).constant("TILES", TILES).dtypes()
 }
 
 /// Bytes that are uploaded at once, at most.

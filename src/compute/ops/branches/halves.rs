@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use super::project::SplitA;
 use super::tile::Tile;
-use super::{HAS_LOW, Job, MAX_BRANCHES, UNIT_CHANNELS, starts};
+use super::{COLUMN_STEP, HAS_LOW, Job, MAX_BRANCHES, SPLIT_CHANNELS, SPLIT_QUADS, UNIT_CHANNELS, starts};
 use crate::Result;
 use crate::compute::gpu::{Gpu, Pooled, whole};
 use crate::compute::shaders::Kernel;
@@ -56,7 +56,7 @@ impl Tiles {
         };
         let (mut columns, mut widest, mut column_starts) = (0, 0, [0; MAX_BRANCHES + 1]);
         for (end, rank) in column_starts[1..].iter_mut().zip(ranks) {
-            let own = rank.next_multiple_of(16);
+            let own = rank.next_multiple_of(COLUMN_STEP);
             columns += own;
             widest = widest.max(own);
             *end = columns as u32;
@@ -96,7 +96,8 @@ impl Halves {
             column_starts: tiles.column_starts,
             ..Job::of(layer)
         };
-        let grid = [width.next_multiple_of(UNIT_CHANNELS) / 32, tiles.columns.div_ceil(32), 1];
+        let rows = width.next_multiple_of(UNIT_CHANNELS);
+        let grid = [rows / SPLIT_CHANNELS, tiles.columns.div_ceil(4 * SPLIT_QUADS), 1];
         commands.launch_grid(kernel(), &job, grid, &[layer.binding()?, whole(&buffer)])?;
         commands.submit()?;
         Ok(Self { a, b: Some(SplitB { tiles, buffer }) })
