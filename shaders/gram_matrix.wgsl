@@ -16,7 +16,7 @@ enable f16;
 enable wgpu_cooperative_matrix;
 
 #import shared/params
-#import shared/exponents
+#import shared/halves
 
 struct Job {
     z: u32,     // first element, a multiple of 4
@@ -59,9 +59,9 @@ fn fetch(job: Job, token: u32, end: u32, column: u32) -> vec4<f32> {
 }
 
 fn put(high_at: u32, low_at: u32, value: vec4<f32>) {
-    let high = high_part(value);
-    tile[high_at] = vec4<f16>(high);
-    tile[low_at] = vec4<f16>(value - high);
+    let halves = split(value);
+    tile[high_at] = halves.high;
+    tile[low_at] = halves.low;
 }
 
 // Writes the patch of each subgroup to G.

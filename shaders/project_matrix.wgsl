@@ -21,7 +21,8 @@ enable wgpu_cooperative_matrix;
 
 #import shared/params
 #import shared/words
-#import shared/exponents
+#import shared/halves
+#import shared/row_lanes
 
 struct Job {
     x: u32,     // first word, a multiple of 4
@@ -92,10 +93,9 @@ fn row_of(group: u32, lanes: u32) -> u32 {
 fn put_x(row: u32, vector: u32, raw: vec4<u32>, scale: f32) {
     let place = row * STRIDE + slot(vector);
     if (DTYPE == F32) {
-        let value = bitcast<vec4<f32>>(raw) * scale;
-        let high = high_part(value);
-        tile[X_HIGH + place] = vec4<f16>(high);
-        tile[X_LOW + place] = vec4<f16>(value - high);
+        let parts = split(bitcast<vec4<f32>>(raw) * scale);
+        tile[X_HIGH + place] = parts.high;
+        tile[X_LOW + place] = parts.low;
     } else {
         tile[X_HIGH + place] = halves(raw.x, raw.y, scale);
         tile[X_HIGH + place + slot(1u)] = halves(raw.z, raw.w, scale);
@@ -107,17 +107,6 @@ fn largest(raw: vec4<u32>) -> vec4<u32> {
         return exponents(raw);
     }
     return max(exponents(raw), exponents(raw << vec4<u32>(16u)));
-}
-
-// Over the threads of a row.
-fn row_scale(most: vec4<u32>) -> f32 {
-    var all = max(max(most.x, most.y), max(most.z, most.w));
-    all = max(all, subgroupShuffleXor(all, 1u));
-    all = max(all, subgroupShuffleXor(all, 2u));
-    if (X_LANES == 8u) {
-        all = max(all, subgroupShuffleXor(all, 4u));
-    }
-    return scale_of(all);
 }
 
 @compute @workgroup_size(THREADS)
@@ -158,7 +147,7 @@ fn main(
             }
         }
         for (var i = 0u; i < X_LOADS; i++) {
-            x_scales[i] = row_scale(most[i]);
+            x_scales[i] = scale_of_row(most[i], X_LANES);
             let row = first_row + x_row + i * X_STEP;
             if (x_vector == 0u && work.z == 0u && row < job.tokens) {
                 parts[job.x_scales + work.w * job.tokens + row] = x_scales[i];

@@ -46,7 +46,7 @@ fn main(
         most = max(most, max(exponents(v0), exponents(v1)));
         most = max(most, max(exponents(v2), exponents(v3)));
     }
-    let scale = scale_of(subgroupMax(max(max(most.x, most.y), max(most.z, most.w))));
+    let scale = scale_of(subgroupMax(largest_of(most)));
     if (lane == 0u) {
         scales[job.scales + row] = scale;
     }

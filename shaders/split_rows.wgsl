@@ -10,7 +10,7 @@
 enable f16;
 
 #import shared/params
-#import shared/exponents
+#import shared/halves
 
 struct Job {
     a: u32,     // first element, a multiple of 4
@@ -49,7 +49,7 @@ fn main(
         most = max(most, exponents(v));
         bits |= v;
     }
-    let scale = scale_of(subgroupMax(max(max(most.x, most.y), max(most.z, most.w))));
+    let scale = scale_of(subgroupMax(largest_of(most)));
     let low_bits = subgroupOr((bits.x | bits.y | bits.z | bits.w) & LOW_BITS);
     if (lane == 0u && row < job.rows) {
         scales[job.scales + row] = select(scale, -scale, low_bits != 0u);
@@ -60,8 +60,8 @@ fn main(
         if (e < vectors) {
             value = a[first + e] * scale;
         }
-        let upper = high_part(value);
-        high[out + e] = vec4<f16>(upper);
-        low[out + e] = vec4<f16>(value - upper);
+        let halves = split(value);
+        high[out + e] = halves.high;
+        low[out + e] = halves.low;
     }
 }

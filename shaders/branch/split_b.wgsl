@@ -9,7 +9,7 @@
 enable f16;
 
 #import branch/shared/job
-#import shared/exponents
+#import shared/halves
 
 @group(0) @binding(3) var<storage, read> values: array<f32>;
 @group(0) @binding(4) var<storage, read_write> halves: array<vec4<f16>>;
@@ -38,9 +38,9 @@ fn main(@builtin(workgroup_id) work: vec3<u32>, @builtin(local_invocation_index)
         value = quad(first, stride, column - jobs[0].column_starts[branch], rank) * B_SCALE;
     }
     let place = (channel * job.columns + column) / 4u;
-    let high = high_part(value);
-    halves[place] = vec4<f16>(high);
+    let parts = split(value);
+    halves[place] = parts.high;
     if ((job.flags & HAS_LOW) != 0u) {
-        halves[rows * job.columns / 4u + place] = vec4<f16>(value - high);
+        halves[rows * job.columns / 4u + place] = parts.low;
     }
 }

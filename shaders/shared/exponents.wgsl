@@ -8,6 +8,10 @@ fn exponents(bits: vec4<u32>) -> vec4<u32> {
     return select(e, vec4<u32>(0u), e == vec4<u32>(EXPONENT));
 }
 
+fn largest_of(exponents: vec4<u32>) -> u32 {
+    return max(max(exponents.x, exponents.y), max(exponents.z, exponents.w));
+}
+
 // Brings values of this exponent, in place, to [2^13, 2^14).
 fn scale_of(exponent: u32) -> f32 {
     // A value in [2^e, 2^(e+1)) has exponent bits 127 + e, and 2^(13 - e) has 140 - e.

@@ -49,14 +49,6 @@ struct Columns {
     count: u32,
 }
 
-// The most of the 8 lanes of a row.
-fn row_most(v: vec4<u32>) -> u32 {
-    var x = max(max(v.x, v.y), max(v.z, v.w));
-    x = max(x, subgroupShuffleXor(x, 1u));
-    x = max(x, subgroupShuffleXor(x, 2u));
-    return max(x, subgroupShuffleXor(x, 4u));
-}
-
 // Puts Z's columns into `halves`; gives what undoes the powers of two of the lane's rows, and B_cat's.
 fn stage_z(job: Job, columns: Columns, first_token: u32) -> vec4<f32> {
     let slot = subgroup * 16u + lane / 8u;
@@ -81,13 +73,12 @@ fn stage_z(job: Job, columns: Columns, first_token: u32) -> vec4<f32> {
         for (var i = 0u; i < QUADS; i++) {
             most = max(most, exponents(bitcast<vec4<u32>>(z[i * 4u + row])));
         }
-        let scale = scale_of(row_most(most));
+        let scale = scale_of_row(most, 8u);
         for (var i = 0u; i < QUADS; i++) {
             let place = (slot + row * 4u) * STRIDE + lane % 8u + i * 8u;
-            let value = z[i * 4u + row] * scale;
-            let high = high_part(value);
-            halves[place] = vec4<f16>(high);
-            halves[Z_LOW + place] = vec4<f16>(value - high);
+            let parts = split(z[i * 4u + row] * scale);
+            halves[place] = parts.high;
+            halves[Z_LOW + place] = parts.low;
         }
         inverse[row] = inverse_of(scale) / B_SCALE;
     }
