@@ -10,7 +10,8 @@ use crate::{Device, Error, Result};
 /// Both of one shape and type (f32, f16 or bf16), in two buffers of the device with usage `STORAGE`; computed in f32.
 ///
 /// # Errors
-/// [`Error::Invalid`] if they differ, share a buffer, or do not lie on multiples of 4 bytes; [`Error::Device`] if they
+/// [`Error::Invalid`] if they differ, share a buffer, do not start at multiples of 4 bytes, or end, rounded up to one,
+/// beyond their buffer ([`Activations::Buffer`]); [`Error::Device`] if they
 /// are larger than the device can bind, or the device is the CPU, where [`guide_host`] does it.
 pub fn guide(
     device: &Device,
