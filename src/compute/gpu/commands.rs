@@ -347,3 +347,25 @@ fn entry(
 pub(crate) fn whole(buffer: &wgpu::Buffer) -> wgpu::BufferBinding<'_> {
     buffer.as_entire_buffer_binding()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn grids_fold_or_are_refused() {
+        let width = u64::from(GRID_WIDTH);
+        let kernel = Kernel::new("gradient_step");
+        for workgroups in [1, 2, width - 1, width, width + 1, 68_360, 1 << 20, 1 << 30, width * width] {
+            let [x, y, z] = checked(kernel, fold(workgroups)).unwrap().map(u64::from);
+            // Every number is there, and less than a row is too many.
+            assert!(z == 1 && x * y >= workgroups && x * y - workgroups < x, "{workgroups}: {x} x {y}");
+            assert!(y == 1 || x == width, "{workgroups}: {x} x {y}");
+            // A u32 holds the numbers of those that are too many as well.
+            assert!(x * y <= 1 << 32, "{workgroups}: {x} x {y}");
+        }
+        assert_eq!(fold(0), [0, 0, 1]);
+        let error = checked(kernel, fold(width * width + 1)).unwrap_err().to_string();
+        assert!(error.contains("gradient_step") && error.contains("65536"), "{error}");
+    }
+}
