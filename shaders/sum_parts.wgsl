@@ -67,7 +67,7 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
     let first = (job.parts + row * job.stride + column) / 4u;
     var sum = vec4<f32>(0.0);
     for (var part = 0u; part < job.count; part++) {
-        // The smaller first: their product alone may overflow.
+        // The smaller factor comes first: the product of both alone may overflow.
         let x = vec4<f32>(x_inverse(job, part, row));
         sum += parts[first + part * job.part_len / 4u] * min(a, x) * max(a, x);
     }

@@ -63,25 +63,26 @@ fn phi(d: vec4<f32>) -> vec4<f32> {
     return select(exp2(d * LOG2_E) - (1.0 + d), small, q <= vec4<f32>(0.25));
 }
 
-// Over the 8 lanes of a row.
+// The largest of the 8 lanes of a row.
 fn row_max(v: f32) -> f32 {
     var x = max(v, subgroupShuffleXor(v, 1u));
     x = max(x, subgroupShuffleXor(x, 2u));
     return max(x, subgroupShuffleXor(x, 4u));
 }
 
+// The sum over the 8 lanes of a row.
 fn row_sum(v: f32) -> f32 {
     var x = v + subgroupShuffleXor(v, 1u);
     x += subgroupShuffleXor(x, 2u);
     return x + subgroupShuffleXor(x, 4u);
 }
 
-// e^(a - m); of the difference, since built-in exponentials lose digits of large arguments only.
+// e^(a - m), by the built-in exponential of the difference: it loses digits of large arguments only.
 fn weight(raw: Raw, m: f32) -> vec4<f32> {
     return exp2(fma(widened(raw), vec4<f32>(temperature), vec4<f32>(-m)) * LOG2_E);
 }
 
-// With the m and r that a row's first tile asks for.
+// Begins sums with the m and r that a row's first tile asks for.
 fn begin(part: Part, f: Channels) -> Running {
     let a = max(widened(f.left), widened(f.right)) * temperature;
     let m = max(row_max(max4(a)), LOWEST);

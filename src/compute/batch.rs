@@ -414,7 +414,7 @@ fn apart<'a, T>(shapes: &[Shape], mut arena: &'a mut [T], size: usize) -> Vec<&'
 }
 
 job! {
-    /// Of `shaders/copy.wgsl`.
+    /// The job of `shaders/copy.wgsl`.
     struct CopyJob {
         vectors: u32,
     }

@@ -23,7 +23,7 @@ pub struct Kernel {
     imports: List<(&'static str, &'static str)>,
 }
 
-/// So many at most; the first that is missing ends it.
+/// A list of so many at most; the first that is missing ends it.
 type List<T> = [Option<T>; 5];
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -55,22 +55,22 @@ impl Kernel {
         Self { constants: add(self.constants, (name, value)), ..self }
     }
 
-    /// With a number.
+    /// This one with a number.
     pub(crate) fn number(self, name: &'static str, value: u32) -> Self {
         self.with(name, Constant::U32(value))
     }
 
-    /// With a truth.
+    /// This one with a truth.
     pub(crate) fn flag(self, name: &'static str, value: bool) -> Self {
         self.with(name, Constant::Bool(value))
     }
 
-    /// With another constant's number.
+    /// This one with another constant's number.
     pub(crate) fn named(self, name: &'static str, value: &'static str) -> Self {
         self.with(name, Constant::Named(value))
     }
 
-    /// For values of a type, as shaders/shared/words.wgsl names it.
+    /// This one for values of a type, as shaders/shared/words.wgsl names it.
     pub(crate) fn dtype(self, dtype: Dtype) -> Self {
         self.named(
             "DTYPE",
@@ -82,12 +82,12 @@ impl Kernel {
         )
     }
 
-    /// With a file in place of an import.
+    /// This one with a file in place of an import.
     pub(crate) fn import(self, name: &'static str, file: &'static str) -> Self {
         Self { imports: add(self.imports, (name, file)), ..self }
     }
 
-    /// With the arithmetic of an element type in place of `#import real`.
+    /// This one with the arithmetic of an element type in place of `#import real`.
     pub(crate) fn real(self, element: Element) -> Self {
         self.import(
             "real",
@@ -232,7 +232,7 @@ impl Declared {
         self
     }
 
-    /// Those of shaders/shared/words.wgsl, for jobs that name a type.
+    /// The constants of shaders/shared/words.wgsl, for jobs that name a type.
     pub(crate) fn dtypes(self) -> Self {
         let code = ops::dtype_code;
         self.constant("F32", code(Dtype::F32))
@@ -268,7 +268,7 @@ pub(crate) fn is_declared<J: Layout>(kernel: Kernel) -> bool {
 
 /// Where the fields of a type lie that shaders read.
 pub(crate) trait Layout {
-    /// Of a value called `name`, `at` bytes from the start.
+    /// The fields of a value called `name`, `at` bytes from the start.
     fn fields(name: &'static str, at: usize) -> Vec<(&'static str, usize)> {
         vec![(name, at)]
     }

@@ -47,12 +47,12 @@ pub fn guide(
     let job = ExtrapolateJob { c: c.word as u32, u: u.word as u32, len, scale };
     let mut commands = gpu.commands();
     job.encode(&mut commands, dtype, [c.binding, u.binding])?;
-    // Without scratch buffers.
+    // It takes no scratch buffers.
     commands.encode(encoder, |_| ())?;
     Ok(())
 }
 
-/// The same on the host, in f64, rounded once.
+/// [`guide`] on the host, in f64, rounded once.
 ///
 /// # Errors
 /// [`Error::Invalid`] if lengths differ or ω is not finite.

@@ -27,7 +27,7 @@ fn multiply(count: u32) {
         let high1 = coopLoad<coop_mat16x16<f16, B>>(&halves[at1], stride);
         let high2 = coopLoad<coop_mat16x16<f16, B>>(&halves[at2], stride);
         let high3 = coopLoad<coop_mat16x16<f16, B>>(&halves[at3], stride);
-        // Small terms first.
+        // Small terms come first.
         if (LOW) {
             let low_at0 = at0 + B_LOW - B_HIGH;
             let low_at1 = at1 + B_LOW - B_HIGH;

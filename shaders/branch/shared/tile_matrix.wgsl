@@ -9,7 +9,7 @@
 // B_cat has low parts, and SUBGROUPS. `features` is of the type of F0, `multiply` on
 // units or in software.
 
-// High parts of all rows, then low ones.
+// B_cat: high parts of all rows, then low ones.
 @group(0) @binding(3) var<storage, read> b_halves: array<vec4<f16>>;
 @group(0) @binding(4) var<storage, read> values: array<f32>;
 
@@ -29,12 +29,12 @@ const HALVES: u32 = B_LOW + select(0u, CHANNELS * STRIDE, LOW);
 var<workgroup> halves: array<vec4<f16>, HALVES>;
 var<workgroup> sums: array<vec4<f32>, TOKENS * OUT_STRIDE>;
 
-// 8 threads fetch a row of B_cat, each so many vectors in all.
+// 8 threads fetch a row of B_cat; each thread fetches FETCHES vectors in all.
 const ROWS: u32 = THREADS / 8u;
 const FETCHES_DOWN: u32 = CHANNELS / ROWS;
 const FETCHES: u32 = FETCHES_DOWN * (DEPTH / 32u);
 
-// Of each of its rows of Z, a lane has so many vectors.
+// Vectors that a lane has of each of its rows of Z.
 const QUADS: u32 = DEPTH / 32u;
 
 var<private> t: u32;
@@ -116,9 +116,9 @@ fn tile_product(job: Job, columns: Columns, next: u32) {
 
 // A lane's part of a row: 8 channels of F0 and of the product.
 struct Part {
-    // Of F0: its first vector of 4 channels.
+    // The first vector of 4 channels in F0.
     place: u32,
-    // In `sums`.
+    // The first vector of the product in `sums`.
     at: u32,
     // What the product is multiplied by.
     factor: f32,

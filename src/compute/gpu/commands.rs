@@ -60,8 +60,9 @@ pub(crate) struct Commands<'a> {
     tables: Vec<u8>,
     /// What launches use must not go to another user before they are submitted.
     kept: Vec<Arc<Pooled>>,
-    /// Of these alone, and what may become so.
+    /// Buffers of these commands alone.
     scratch: Vec<Arc<Pooled>>,
+    /// Buffers of commands that run before these, which may become their own.
     spare: Vec<Arc<Pooled>>,
 }
 
@@ -182,8 +183,9 @@ impl Commands<'_> {
         Ok(())
     }
 
-    /// The same with workgroups that are numbered through, of which there may be more than a row of a grid holds: by
-    /// `workgroup_number` of `shaders/shared/line.wgsl`. Those past the last must do nothing.
+    /// Dispatches workgroups on one job that are numbered through, by `workgroup_number` of `shaders/shared/line.wgsl`:
+    /// there may be more of them than a row of a grid holds. Those past the last must do nothing. Bindings are those of
+    /// [`launch_grid`](Self::launch_grid).
     pub fn launch_line<J: NoUninit + Layout>(
         &mut self,
         kernel: Kernel,
@@ -281,7 +283,7 @@ impl Commands<'_> {
 
     fn prepare(&mut self) -> Result<Pass> {
         self.launches.sort_by_key(|launch| launch.phase);
-        // The tables, and what wgpu stages them in.
+        // Both the tables and what wgpu stages them in count.
         let held = self.gpu.meter.hold(2 * self.tables.len() as u64);
         // Buffers of hosts may be of another device, or destroyed, which only wgpu knows. (Of another instance it does not: it
         // would take a buffer of its own with the same number, if that is as large.)

@@ -41,7 +41,7 @@ job! {
 
 pub(crate) struct Gpu {
     pub name: String,
-    /// Of a device of our own.
+    /// The instance that a device of our own was made from.
     pub instance: Option<wgpu::Instance>,
     pub adapter: wgpu::Adapter,
     pub device: wgpu::Device,
@@ -243,7 +243,7 @@ pub(crate) struct Download {
 impl Download {
     /// Waits for them.
     pub fn finish<T>(self, gpu: &Gpu, use_bytes: impl FnOnce(&[u8]) -> T) -> Result<T> {
-        // Not for what has been submitted since.
+        // What has been submitted since need not be waited for.
         let until = wgpu::PollType::Wait { submission_index: Some(self.copied), timeout: None };
         gpu.poll(until, self.retired)?;
         match self.mapped.recv() {

@@ -51,7 +51,7 @@ impl Score {
         }
     }
 
-    /// As shaders/branch/shared/job.wgsl numbers it.
+    /// The number that shaders/branch/shared/job.wgsl gives it.
     pub(crate) const fn code(self) -> u32 {
         self as u32
     }
@@ -81,7 +81,7 @@ pub(crate) struct Call<'a> {
     pub adapters: &'a [usize],
     /// Factor of each branch, but for the adapter's strength.
     pub factors: &'a [f32],
-    /// Of the layer's factors.
+    /// Halves of the layer's factors.
     pub halves: &'a Halves,
     pub score: Score,
     pub rule: Rule,
@@ -156,7 +156,7 @@ const TILE_CHANNELS: usize = 128;
 /// Tokens of a subgroup and channels of a tile on matrix units.
 const UNIT_TOKENS: usize = 16;
 const UNIT_CHANNELS: usize = 64;
-/// There, wider parts are split also where the GPU is full: fewer channels do not make a workgroup's start worth while.
+/// On matrix units, wider parts are split also where the GPU is full: fewer channels are not worth the start of a workgroup.
 const UNIT_PART: usize = 1024;
 /// Columns of halves, of which each branch has a multiple.
 const COLUMN_STEP: usize = 16;
@@ -183,7 +183,7 @@ fn scored(kernel: Kernel, score: Score, dtype: Dtype) -> Kernel {
     kernel.dtype(dtype).named("SCORE", score)
 }
 
-/// Which score, of features of a type.
+/// The kernel of a score, for features of a type.
 fn scores_kernel(score: Score, dtype: Dtype) -> Kernel {
     scored(Kernel::new("branch/scores"), score, dtype)
 }
@@ -281,7 +281,7 @@ pub(crate) struct Buffers {
 }
 
 impl Buffers {
-    /// For calls of at most `tokens` on layers of at most these ranks and branches.
+    /// Buffers for calls of at most `tokens` on layers of at most these ranks and branches.
     pub fn new(
         gpu: &Arc<Gpu>,
         tokens: usize,
@@ -526,7 +526,7 @@ fn starts(blocks: &[Range<usize>]) -> [u32; MAX_BRANCHES + 1] {
 }
 
 impl Job {
-    /// On a layer's factors.
+    /// A job on a layer's factors.
     fn of(layer: &Batch) -> Self {
         let stride = layer.shapes()[1].cols / 4;
         Self { b: (layer.offset(1) / 4) as u32, stride: stride as u32, ..Self::default() }

@@ -42,7 +42,7 @@ pub(super) fn check(a: &Batch) -> Result<()> {
     }
 }
 
-/// A batch of the host's.
+/// Factorises a batch of the host's.
 pub(super) fn factorise(a: &mut Batch) -> Result<Vec<std::result::Result<(), PivotFailure>>> {
     let orders: Vec<_> = a.shapes().iter().map(|s| s.rows).collect();
     Ok(a.host_mut()?.into_par_iter().zip(orders).map(|(a, n)| cholesky_cpu(a, n)).collect())
@@ -98,7 +98,7 @@ fn panel_costs(n: usize) -> impl Iterator<Item = usize> {
     (0..n.div_ceil(PANEL).max(1)).map(move |panel| {
         let above = panel * PANEL;
         let tiles = n.saturating_sub(above).div_ceil(THREADS);
-        // Of the block on the diagonal.
+        // A thread makes so many elements of the block on the diagonal.
         let elements = (PANEL * PANEL).div_ceil(THREADS);
         // In each tile, finished rows to copy, block by block, and to subtract, by fours, and substitution; once the
         // block on the diagonal, and zeros left of it.

@@ -65,7 +65,7 @@ fn check(factors: &Batch, q: &Batch) -> Result<()> {
     Ok(())
 }
 
-/// Batches of the host's.
+/// Solves with batches of the host's.
 fn substitute(factors: &Batch, q: &mut Batch) -> Result<()> {
     let shapes = q.shapes().to_vec();
     let factors = factors.host()?;

@@ -156,7 +156,7 @@ pub fn entries(
     let tiles = (panel.rows.div_ceil(TILE) as u32, panel.cols.div_ceil(TILE) as u32);
     let work: Vec<Work> =
         (0..tiles.0).flat_map(|row| (0..tiles.1).map(move |c| [0, row, c, row * tiles.1 + c])).collect();
-    // Of each tile its sum of squares and its signs, which f32 counts exactly.
+    // Each tile leaves its sum of squares and its signs, which f32 counts exactly.
     let bytes = work.len() as u64 * 8;
     let tallies = gpu.scratch(bytes)?;
     let members = gpu.scratch((rule.members.len() * size_of::<Member>()) as u64)?;

@@ -21,7 +21,7 @@ job! {
 
 /// Elements that a workgroup of the norm sums, at least.
 const PART: usize = 4096;
-/// Most parts of a sample, which each workgroup of the step adds up, unless they would be longer than the next.
+/// Most parts of a sample, which each workgroup of the step adds up, unless one would be longer than `LONGEST_PART`.
 const MAX_PARTS: usize = 64;
 /// Elements that a workgroup of the norm sums, at most: its 256 threads read them twice.
 const LONGEST_PART: usize = MAX_ITERATIONS / 2 * 256;

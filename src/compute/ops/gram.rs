@@ -183,12 +183,12 @@ fn scale_kernel() -> Kernel {
     Kernel::new("row_scale")
 }
 
-/// Of Z of `part`, summed in `sums`.
+/// The kernel for Z of `part` and sums of `sums`.
 fn real_kernel(part: Element, sums: Element) -> Kernel {
     of_parts(Kernel::new("gram_real"), part, sums)
 }
 
-/// Of partial matrices of `part`, added to `sums`.
+/// The kernel that adds partial matrices of `part` to sums of `sums`.
 fn reduce_kernel(part: Element, sums: Element) -> Kernel {
     of_parts(Kernel::new("gram_reduce"), part, sums)
 }

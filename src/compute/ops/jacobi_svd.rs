@@ -144,7 +144,7 @@ fn found(mut rows: Matrix, e: i32, floor: f64) -> Svd {
     let (matrix, status) = rows.data.split_at_mut(2 * n * n);
     let normalised = |row: &mut [f64]| {
         let square: f64 = row[..n].iter().map(|v| v * v).sum();
-        // Not orthogonal to the others, so no singular vector.
+        // Such a row need not be orthogonal to the others, so it is no singular vector.
         if square <= floor {
             row[..n].fill(0.0);
             return 0.0;

@@ -231,13 +231,13 @@ job! {
     }
 }
 
-/// With the columns (rank) of its tile and the type of X.
+/// The kernel without matrix units, with the columns (rank) of its tile and the type of X.
 fn kernel(columns: u32, dtype: Dtype) -> Kernel {
     let rows = TILE_M as u32;
     shared_tile(Kernel::new("project").dtype(dtype).number("TILE_M", rows).number("TILE_N", columns), columns)
 }
 
-/// The same on matrix units.
+/// The kernel on matrix units, with the columns (rank) of its tile and the type of X.
 fn matrix_kernel(columns: u32, dtype: Dtype) -> Kernel {
     Kernel::new("project_matrix").dtype(dtype).number("TILE_N", columns)
 }
@@ -337,11 +337,11 @@ struct Tables {
     /// Elements of high and of low halves of A so far, and of the scales of its rows.
     halves_len: usize,
     scales_len: usize,
-    /// By binding of X.
+    /// The products of each binding of X.
     inputs: BTreeMap<usize, Products>,
 }
 
-/// Those of one binding of X. Its parts have a buffer of their own: launches that write to one buffer wait for each
+/// The tables of one binding of X. Its parts have a buffer of their own: launches that write to one buffer wait for each
 /// other.
 #[derive(Default)]
 struct Products {
