@@ -13,7 +13,8 @@ use serde_json::json;
 use super::args::{Global, Memory};
 use super::calibrate::accumulate;
 use super::merge::{losses, say_merged};
-use super::output::{Output, size};
+use super::output::{Output, quoted, size};
+use super::report::Made;
 
 /// Calibrate and merge four small adapters that come with the program, and show what is lost.
 #[derive(Args, Debug)]
@@ -66,6 +67,7 @@ adapters/                 four LoRAs of a small diffusion transformer that draws
 activations/              what their layers read in four sampler steps
 calibration.safetensors   what `loraweld calibrate` made of those
 merged.safetensors        the four as one LoRA
+report.html               what that did and lost, layer by layer, to look at in a browser
 ";
 
 impl Demo {
@@ -74,8 +76,9 @@ impl Demo {
         out.info(
             "Four LoRAs of a small diffusion transformer, each trained to draw one digit in its own way.",
         )?;
-        let [adapters, activations, calibration_file, merged_file] =
-            ["adapters", "activations", "calibration.safetensors", "merged.safetensors"].map(|n| dir.join(n));
+        let [adapters, activations, calibration_file, merged_file, page_file] =
+            ["adapters", "activations", "calibration.safetensors", "merged.safetensors", "report.html"]
+                .map(|n| dir.join(n));
         let device = global.open_device(&Memory::default(), out)?;
         if let Some(why) = why(&device, &global.device) {
             out.info(format_args!("           {why}"))?;
@@ -107,8 +110,19 @@ impl Demo {
         merged.adapter.save(&merged_file, &options)?;
 
         let bytes = std::fs::metadata(&merged_file).map(|meta| meta.len()).unwrap_or_default();
+        let made = Made {
+            report: &merged.report,
+            output: &merged_file,
+            bytes,
+            dtype: merged.adapter.dtype().name(),
+            format: merged.adapter.format().name(),
+            warnings: out.warnings(),
+            calibration: Some(&calibration_file),
+        };
+        write(&page_file, made.page().text()?.as_bytes())?;
         let fields = json!({
-            "output": merged_file, "bytes": bytes, "calibration": calibration_file, "report": merged.report,
+            "output": merged_file, "bytes": bytes, "calibration": calibration_file, "page": page_file,
+            "report": merged.report,
         });
         out.event("result", &fields)?;
         say_merged(&merged.report, out)?;
@@ -124,7 +138,12 @@ impl Demo {
         }
         out.info("")?;
         out.info(format_args!("wrote      {} ({})", merged_file.display(), size(bytes)))?;
-        next_steps(dir, out)
+        next_steps(dir, out)?;
+        out.info("")?;
+        out.info(format_args!(
+            "Open {} in a browser to look at this merge layer by layer.",
+            page_file.display()
+        ))
     }
 }
 
@@ -190,17 +209,4 @@ fn next_steps(dir: &Path, out: &Output) -> anyhow::Result<()> {
         out.info(format_args!("  {command}"))?;
     }
     Ok(())
-}
-
-/// As a shell takes it for one word.
-fn quoted(path: &Path) -> String {
-    let text = path.display().to_string();
-    let is_plain = |c: char| c.is_alphanumeric() || "/\\._-:+@".contains(c);
-    if !text.is_empty() && text.chars().all(is_plain) {
-        text
-    } else if cfg!(windows) {
-        format!("\"{text}\"")
-    } else {
-        format!("'{}'", text.replace('\'', r"'\''"))
-    }
 }

@@ -1,8 +1,10 @@
 //! `loraweld inspect`
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
 
 use clap::Args;
+use loraweld::adapter::{check_target, write_atomic};
 use loraweld::{Adapter, Checkpoint, Family, Layer, LayerKey, Loader, Scale, ScaleRule};
 use serde_json::{Map, Value, json};
 
@@ -10,6 +12,7 @@ use super::args::{LoraArg, Reading, open_unweighted};
 use super::checkpoint;
 use super::layers::{group, pattern, range};
 use super::output::{Output, Table, count, size, some};
+use super::report::{Inspected, is_page};
 use super::{overlap, usage};
 
 /// Show what LoRA files hold and, of several, what matches; or what a checkpoint is, and which of the files fit it.
@@ -19,6 +22,7 @@ Examples:
   loraweld inspect cat.safetensors
   loraweld inspect cat.safetensors dog.safetensors     what a merge of the two would match
   loraweld inspect --overlap cat.safetensors dog.safetensors   how far they are in each other's way
+  loraweld inspect --overlap cat.safetensors dog.safetensors --report overlap.html   the same, to look at
   loraweld inspect flux1-dev.safetensors cat.safetensors   whether the LoRA fits the checkpoint
   loraweld inspect --json cat.safetensors | jq .modules")]
 pub struct Inspect {
@@ -31,6 +35,12 @@ pub struct Inspect {
     /// Show how far several files are in each other's way, by the angles between what they read and write.
     #[arg(long)]
     overlap: bool,
+    /// Write what is told of LoRA files as a page to look at; FILE ends in `.html`.
+    #[arg(long, value_name = "FILE")]
+    report: Option<PathBuf>,
+    /// Overwrite an existing report; never an input.
+    #[arg(long, requires = "report")]
+    force: bool,
     #[command(flatten)]
     reading: Reading,
 }
@@ -57,12 +67,23 @@ impl Inspect {
     pub fn run(self, out: &Output) -> anyhow::Result<()> {
         let (checkpoints, loras): (Vec<_>, Vec<_>) =
             self.loras.iter().cloned().partition(|of| Checkpoint::is_at(&of.path));
+        if let Some(path) = &self.report {
+            if !is_page(path) {
+                let shown = path.display();
+                return Err(usage(format!("--report {shown} should end in `.html`; --json prints the rest")));
+            }
+            if loras.is_empty() {
+                return Err(usage("--report tells of LoRA files, and none is given"));
+            }
+            check_target(path, self.force, &self.files())?;
+        }
+        let mut norms = Vec::new();
         let adapters = open_unweighted(&loras, &self.reading, "they only matter to a merge", out)?;
         for (i, adapter) in adapters.iter().enumerate() {
             if i > 0 {
                 out.result("")?;
             }
-            one(adapter, self.norms, out)?;
+            norms.push(one(adapter, self.norms, out)?);
         }
         for (i, path) in checkpoints.iter().enumerate() {
             if i > 0 || !adapters.is_empty() {
@@ -79,13 +100,32 @@ impl Inspect {
                 return Err(usage("--overlap compares two LoRA files or more"));
             }
             out.result("")?;
-            overlap::show(&adapters, out)?;
+        }
+        let overlap = if self.overlap { overlap::show(&adapters, out)? } else { None };
+        if let Some(path) = &self.report {
+            let inspected = Inspected {
+                adapters: &adapters,
+                norms,
+                overlaps: overlap.as_ref().map(|(found, _)| found),
+                disturbs: overlap.as_ref().map(|(_, sentence)| sentence.clone()),
+                warnings: out.warnings(),
+            };
+            let text = inspected.page().text()?;
+            write_atomic(path, self.force, &self.files(), |file| {
+                std::io::Write::write_all(file, text.as_bytes())
+            })?;
+            out.info(format_args!("report     {}", path.display()))?;
         }
         Ok(())
     }
+
+    fn files(&self) -> Vec<PathBuf> {
+        self.loras.iter().map(|lora| lora.path.clone()).collect()
+    }
 }
 
-fn one(adapter: &Adapter, norms: bool, out: &Output) -> anyhow::Result<()> {
+/// Shows one file, and gives the norms of its layers if they were computed.
+fn one(adapter: &Adapter, norms: bool, out: &Output) -> anyhow::Result<Vec<f64>> {
     let layers = adapter.layers();
     let bytes = std::fs::metadata(adapter.path()).map(|meta| meta.len()).unwrap_or_default();
     let prefixes: BTreeSet<_> = layers.iter().map(|layer| layer.prefix()).collect();
@@ -185,14 +225,16 @@ fn one(adapter: &Adapter, norms: bool, out: &Output) -> anyhow::Result<()> {
     }
     out.result(table)?;
     if norms.is_empty() {
-        return out.result("  norms of blocks take a while here: --norms computes them");
+        out.result("  norms of blocks take a while here: --norms computes them")?;
+        return Ok(norms);
     }
     let mut table = Table::new(&["  block", ">layers", ">norm of the update"]);
     for block in blocks {
         let norm = block.norm.map_or_else(String::new, decimal);
         table.row([format!("  {}", block.name), block.layers.to_string(), norm]);
     }
-    out.result(table)
+    out.result(table)?;
+    Ok(norms)
 }
 
 /// The layers of a block.

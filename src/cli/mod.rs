@@ -15,6 +15,7 @@ mod layers;
 mod merge;
 mod output;
 mod overlap;
+mod report;
 mod schedule;
 mod strengths;
 

@@ -11,14 +11,16 @@ const WORST: usize = 5;
 /// An overlap so many times what chance gives is worth a word.
 const NOTABLE: f64 = 2.0;
 
-/// Shows a matrix of files × files, the layers where it is most, and who disturbs whom.
-pub fn show(adapters: &[Adapter], out: &Output) -> anyhow::Result<()> {
+/// Shows a matrix of files × files, the layers where it is most, and who disturbs whom. Gives what was found, and that in a
+/// sentence or two, if the files share layers.
+pub fn show(adapters: &[Adapter], out: &Output) -> anyhow::Result<Option<(Overlaps, String)>> {
     let weighted: Vec<_> = adapters.iter().map(|adapter| adapter.at(1.0)).collect();
     let found = out.long(|control| overlaps(&Device::cpu(), &weighted, control))?;
     out.event("overlap", &found)?;
     let Overlaps { all, layers } = &found;
     if layers.is_empty() {
-        return out.result("No layer is in more than one of the files: they are not in each other's way.");
+        out.result("No layer is in more than one of the files: they are not in each other's way.")?;
+        return Ok(None);
     }
     let names: Vec<&str> = adapters.iter().map(Adapter::name).collect();
     let heads: Vec<String> = names.iter().map(|name| format!(">{name}")).collect();
@@ -60,7 +62,9 @@ pub fn show(adapters: &[Adapter], out: &Output) -> anyhow::Result<()> {
     }
     out.result(table)?;
     out.result("")?;
-    out.result(sentence(&found, &names))
+    let sentence = sentence(&found, &names);
+    out.result(&sentence)?;
+    Ok(Some((found, sentence)))
 }
 
 /// Who disturbs whom, in a sentence.

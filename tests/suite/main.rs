@@ -20,6 +20,7 @@ mod memory;
 mod np_lora;
 mod ops;
 mod portability;
+mod report;
 mod soundness;
 mod ssr;
 mod streaming;

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 use clap::builder::{PossibleValue, PossibleValuesParser};
-use loraweld::adapter::{check_target, write_atomic};
+use loraweld::adapter::{check_target, same_file, write_atomic};
 use loraweld::merge::{METHODS, MethodEntry, Needs, Options, Report, Variant, method};
 use loraweld::{Calibration, Control, Device, Merged, SaveOptions, Weighted};
 use serde_json::{Value, json};
@@ -13,6 +13,8 @@ use super::{Inputs, Truncate};
 use crate::cli::args::{ByLayer, Global, LoraArg, Memory, Reading};
 use crate::cli::layers::range;
 use crate::cli::output::{Output, Table, size};
+use crate::cli::report::{Comparison, Entry, is_page};
+use crate::cli::usage;
 
 /// Merge by several methods, and show what each loses on the same calibration; writes no adapter.
 #[derive(Args, Debug)]
@@ -20,7 +22,7 @@ use crate::cli::output::{Output, Table, size};
 Examples:
   loraweld compare cat.safetensors dog.safetensors --calibration pets.calibration.safetensors
   loraweld compare cat.safetensors dog.safetensors --calibration pets.calibration.safetensors \\
-      --methods ssr,linear,ties --rank 16 -o methods.json
+      --methods ssr,linear,ties --rank 16 -o methods.json --report methods.html
   loraweld compare cat.safetensors dog.safetensors --calibration pets.calibration.safetensors \\
       --methods ties,dare,tsv --variants
 
@@ -45,7 +47,10 @@ pub struct Compare {
     /// Write the table, with every layer's losses, to a JSON file.
     #[arg(short, long, value_name = "FILE")]
     output: Option<PathBuf>,
-    /// Overwrite an existing output; never an input.
+    /// Write the same as a page to look at if FILE ends in `.html`, and as JSON otherwise.
+    #[arg(long, value_name = "FILE")]
+    report: Option<PathBuf>,
+    /// Overwrite existing outputs; never an input.
     #[arg(long)]
     force: bool,
     #[command(flatten)]
@@ -130,7 +135,12 @@ impl Compare {
     pub fn run(self, global: &Global, out: &Output) -> anyhow::Result<()> {
         let mut files: Vec<_> = self.loras.iter().map(|lora| lora.path.clone()).collect();
         files.push(self.calibration.clone());
-        if let Some(path) = &self.output {
+        if let (Some(output), Some(report)) = (&self.output, &self.report)
+            && same_file(output, report)
+        {
+            return Err(usage(format!("--output and --report are both {}", output.display())));
+        }
+        for path in self.output.iter().chain(&self.report) {
             check_target(path, self.force, &files)?;
         }
         let inputs = Inputs::open(&self.loras, &self.by_layer, &self.reading, files)?;
@@ -141,7 +151,7 @@ impl Compare {
         let truncation = self.truncate.truncation();
         self.truncate.check(true)?;
 
-        let mut rows = Vec::new();
+        let (mut rows, mut entries) = (Vec::new(), Vec::new());
         let mut table = Table::new(&[
             "method",
             ">loss",
@@ -174,24 +184,44 @@ impl Compare {
             out.event("method", &row.json)?;
             table.row(row.cells);
             rows.push(row.json);
+            entries.push(Entry {
+                method: method.name(),
+                report: merged.report,
+                rank: row.rank,
+                bytes: row.bytes,
+                seconds,
+            });
         }
         out.result(table)?;
-        if let Some(path) = &self.output {
-            let all = json!({
-                "inputs": inputs.adapters.iter().zip(&inputs.strengths).map(|(adapter, strength)| {
-                    json!({ "name": adapter.name(), "path": adapter.path(), "strength": strength })
-                }).collect::<Vec<_>>(),
+        let all = || {
+            let inputs = inputs.adapters.iter().zip(&inputs.strengths).map(|(adapter, strength)| {
+                json!({ "name": adapter.name(), "path": adapter.path(), "strength": strength })
+            });
+            json!({
+                "inputs": inputs.collect::<Vec<_>>(),
                 "calibration": self.calibration,
                 "truncation": truncation,
                 "device": device.describe(),
                 "version": env!("CARGO_PKG_VERSION"),
                 "methods": rows,
-            });
-            let mut text = serde_json::to_string_pretty(&all)?;
-            text.push('\n');
-            write_atomic(path, self.force, &inputs.files, |file| {
-                std::io::Write::write_all(file, text.as_bytes())
-            })?;
+            })
+        };
+        let page = || Comparison {
+            entries: &entries,
+            calibration: &self.calibration,
+            device: device.describe(),
+            rank: truncation.rank,
+            warnings: out.warnings(),
+        };
+        let mut files = inputs.files.clone();
+        for (path, may_be_page) in [(&self.output, false), (&self.report, true)] {
+            let Some(path) = path else { continue };
+            let text = match may_be_page && is_page(path) {
+                true => page().page().text()?,
+                false => serde_json::to_string_pretty(&all())? + "\n",
+            };
+            write_atomic(path, self.force, &files, |file| std::io::Write::write_all(file, text.as_bytes()))?;
+            files.push(path.clone());
             out.info(format_args!("wrote      {}", path.display()))?;
         }
         Ok(())
@@ -201,6 +231,8 @@ impl Compare {
 /// One line of the table.
 struct Row {
     cells: [String; 7],
+    rank: String,
+    bytes: u64,
     json: Value,
 }
 
@@ -214,11 +246,12 @@ impl Row {
         let worst = report.layers.iter().filter_map(|l| Some((l, l.losses?.merged)));
         let worst = worst.max_by(|x, y| x.1.total_cmp(&y.1));
         let loss = |loss: Option<f64>| loss.map_or_else(|| "-".into(), |loss| format!("{loss:.3}"));
+        let rank = range(layers.iter().map(|layer| layer.rank()));
         let cells = [
             method.to_owned(),
             loss(report.losses.map(|l| l.merged)),
             loss(worst.map(|(_, loss)| loss)),
-            range(layers.iter().map(|layer| layer.rank())),
+            rank.clone(),
             size(bytes),
             format!("{seconds:.2}"),
             worst.map_or_else(String::new, |(layer, _)| layer.layer.clone()),
@@ -235,6 +268,6 @@ impl Row {
             "notes": notes,
             "layers": report.layers,
         });
-        Self { cells, json }
+        Self { cells, rank, bytes, json }
     }
 }

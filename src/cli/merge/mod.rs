@@ -25,6 +25,7 @@ use super::args::{
 };
 use super::layers::{group, pattern, range};
 use super::output::{Output, Table, count, size, some};
+use super::report::{Made, is_page};
 use super::{chain, usage};
 
 /// Merge adapters into one.
@@ -61,7 +62,7 @@ struct Common {
     /// Say what matches, its shapes, ranks and bytes, and write nothing.
     #[arg(long)]
     dry_run: bool,
-    /// Write what was done and lost to a JSON file.
+    /// Write what was done and lost: a page to look at if FILE ends in `.html`, and JSON otherwise.
     #[arg(long, value_name = "FILE")]
     report: Option<PathBuf>,
     /// Overwrite existing outputs; never an input.
@@ -228,6 +229,11 @@ impl Inputs {
         self.adapters.iter().map(Adapter::dtype).reduce(Dtype::common).unwrap_or(Dtype::F32)
     }
 
+    /// What is read beside the adapters: a calibration.
+    fn other(&self) -> Option<&Path> {
+        self.files.get(self.adapters.len()).map(PathBuf::as_path)
+    }
+
     fn names(&self, members: &[usize]) -> String {
         some(members.iter().filter_map(|&i| self.adapters.get(i)).map(Adapter::name), 4)
     }
@@ -358,8 +364,21 @@ impl Common {
             full[key] = value;
         }
         if let Some(path) = &self.report {
-            let mut text = serde_json::to_string_pretty(&full)?;
-            text.push('\n');
+            let text = match is_page(path) {
+                true => {
+                    let made = Made {
+                        report: &report,
+                        output,
+                        bytes,
+                        dtype: dtype.name(),
+                        format: format.name(),
+                        warnings: out.warnings(),
+                        calibration: inputs.other(),
+                    };
+                    made.page().text()?
+                }
+                false => serde_json::to_string_pretty(&full)? + "\n",
+            };
             let mut files = inputs.files.clone();
             files.push(output.clone());
             write_atomic(path, self.force, &files, |file| std::io::Write::write_all(file, text.as_bytes()))?;

@@ -1,0 +1,20 @@
+//! Reports that people look at: one HTML file that loads nothing. [`html`] is the page, [`merge`], [`compare`] and
+//! [`inspect`] fill it.
+
+mod compare;
+mod html;
+mod inspect;
+mod maps;
+mod merge;
+
+pub use compare::{Comparison, Entry};
+pub use inspect::Inspected;
+pub use merge::Made;
+
+use std::path::Path;
+
+/// Whether a report of this name is a page: it ends in `.html` or `.htm`.
+pub fn is_page(path: &Path) -> bool {
+    let end = path.extension().and_then(|end| end.to_str());
+    end.is_some_and(|end| ["html", "htm"].iter().any(|page| end.eq_ignore_ascii_case(page)))
+}
