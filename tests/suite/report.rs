@@ -100,6 +100,8 @@ fn pages_tell_what_the_json_tells() {
     let page = sandbox.both(&["merge", "linear", &mirror, &rot90, "--rank", "4"]);
     assert!(page.contains("The rank was lowered") && page.contains("loraweld calibrate"), "{page}");
     sandbox.both(&["resize", &mirror, "--rank", "2"]);
+    let page = sandbox.both(&["resize", &mirror, "--rank", "64"]);
+    assert!(page.contains("so nothing was cut off") && !page.contains("loraweld calibrate"), "{page}");
 
     let methods = ["--methods", "ssr,linear,ties", "-o", "methods.json", "--report", "methods.html"];
     sandbox.run(&[&["compare", &mirror, &rot90][..], &calibration, &methods].concat());

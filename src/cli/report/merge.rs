@@ -57,6 +57,12 @@ impl Made<'_> {
     /// Two sentences.
     fn verdict(&self) -> [String; 2] {
         let report = self.report;
+        if self.is_unchanged() {
+            return [
+                "Every layer fits what was asked for, so nothing was cut off.".into(),
+                format!("{} does what the adapter does at its strength.", self.output.display()),
+            ];
+        }
         let unmeasured = "What the merge does to each adapter was not measured, as no calibration was given, so only \
                           images can tell.";
         let given = given_up(report);
@@ -108,6 +114,13 @@ impl Made<'_> {
             }
         };
         [first, unmeasured.into()]
+    }
+
+    /// Whether there was one adapter, and it went through as it is.
+    fn is_unchanged(&self) -> bool {
+        let passed =
+            |l: &LayerReport| l.action == Action::PassedThrough && l.cut.is_none_or(|cut| cut == 0.0);
+        self.report.inputs.len() == 1 && self.report.losses.is_none() && self.report.layers.iter().all(passed)
     }
 
     /// What tells most comes first.
@@ -178,6 +191,7 @@ impl Made<'_> {
                 )),
             ),
             Some(_) => {}
+            None if self.is_unchanged() => {}
             None => step(
                 "Record what the layers read while each adapter is active, make a calibration of that, and run the same \
                  command with --calibration: then this page tells what is lost."
