@@ -335,7 +335,8 @@ def run(*command: str, progress: Callable[[Progress], Any] | None = None, **opti
 
     >>> result = run("check", loras=["cat.safetensors"], loader="comfyui")  # doctest: +SKIP
     """
-    return _run(command, options, progress)
+    output = options.pop("output", None)
+    return _run(command, options, progress, output=output)
 
 
 def merge(

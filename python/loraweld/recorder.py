@@ -90,9 +90,9 @@ class Recorder:
         else:
             self.calibration = _commands.Calibration([_commands.opened(a) for a in adapters], device=device)
         self.model, self.task = model, task
-        self.layers = []
+        self.layers: list[str] = []
         """The names of the layers that are hooked, while they are."""
-        self._handles = []
+        self._handles: list[Any] = []
 
     def __enter__(self) -> Recorder:
         for name, known, layer in self._found():

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use loraweld::cli::cache_folder;
 use loraweld::compute::{DeviceOptions, Precision, Select};
 use loraweld::{Device, LayerKey, RawMatrix, Source};
 use numpy::{PyArray1, PyArrayMethods};
@@ -101,6 +102,8 @@ impl Calibration {
             select: device.parse::<Select>().map_err(raised)?,
             precision: precision.parse::<Precision>().map_err(raised)?,
             memory: memory.map(|mib| mib << 20),
+            // As for a command, which then finds the device open.
+            pipeline_cache: cache_folder(),
             ..DeviceOptions::default()
         };
         let adapters: Vec<_> = adapters.iter().map(|adapter| adapter.get().adapter.clone()).collect();

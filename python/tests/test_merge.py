@@ -144,6 +144,21 @@ def test_convert_resize_and_extract_are_the_command_lines(loras, tmp_path):
         assert str(tmp_path) not in str(result) and result.output is None
 
 
+def test_a_dry_run_writes_nothing(loras, tmp_path):
+    result = loraweld.merge("linear", loras, dry_run=True)
+    (plan,) = result.all("plan")
+    assert len(plan["layers"]) == 24 and plan["bytes"] > 0 and result.output is None
+    with pytest.raises(loraweld.InvalidError, match="merge linear made no adapter"):
+        result.adapter  # noqa: B018
+    assert "nothing was written" in str(result)
+
+
+def test_any_command_can_be_run(loras, pets):
+    assert loraweld.run("calibration", "show", file=pets).all("calibration")
+    result = loraweld.run("schedule", "k-lora", subject=loras[0], style=loras[1], output=loras[0].with_suffix(".json"))
+    assert json.loads(result.output.read_text())
+
+
 def checkpoint(path, seed):
     """A checkpoint of one block, of random weights."""
     random = np.random.default_rng(seed)

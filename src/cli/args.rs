@@ -66,7 +66,7 @@ impl Global {
 }
 
 /// Where compiled pipelines are kept: `LORAWELD_CACHE` (nowhere if it is empty), else the user's cache folder.
-fn cache_folder() -> Option<PathBuf> {
+pub fn cache_folder() -> Option<PathBuf> {
     match std::env::var_os("LORAWELD_CACHE") {
         Some(folder) => Some(PathBuf::from(folder)).filter(|folder| !folder.as_os_str().is_empty()),
         None => dirs::cache_dir().map(|folder| folder.join("loraweld")),

@@ -33,6 +33,7 @@ use tracing_subscriber::filter::Targets;
 use tracing_subscriber::prelude::*;
 
 use self::args::Global;
+pub use self::args::cache_folder;
 pub use self::host::{Failure, Host, Lent, Told};
 use self::output::{CANCEL, CANCELLABLE, Output};
 
