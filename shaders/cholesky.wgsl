@@ -129,7 +129,7 @@ fn factor(job: Job, p: u32, t: u32) {
             let i = e / PANEL;
             let j = e % PANEL;
             if (i > k && i <= j && j < height) {
-                // Not by 1 / pivot, which leaves the range of double-single far sooner.
+                // A product with 1 / pivot would leave the range of double-single far sooner.
                 let scaled = real_div(diagonal[k * PANEL + i], pivot);
                 diagonal[e] = real_mul_sub(scaled, diagonal[k * PANEL + j], diagonal[e]);
             }

@@ -44,7 +44,7 @@ fn main(
         most = max(most, abs(features[first + i]));
     }
     most = largest_of_all(vec2<f32>(most, 0.0), t).x;
-    // In relation to the largest value, so that squares neither overflow nor vanish.
+    // Values are taken in relation to the largest, so that squares neither overflow nor vanish.
     let scale = select(1.0, most, most > 0.0);
     var sums = vec2<f32>(0.0);
     for (var i = t; i < job.width; i += 256u) {

@@ -20,9 +20,13 @@ struct Job {
     last_row: u32,
     members: u32,   // how many
     chance: u32,
-    elect: u32,     // 0: sum; else elect, where the sum is zero 1: plus, 2: minus
+    elect: u32,     // SUM, or what a sum of zero elects
     scale: f32,     // of what counts
 }
+
+const SUM: u32 = 0u;
+const ELECT_PLUS: u32 = 1u;
+const ELECT_MINUS: u32 = 2u;
 
 @group(0) @binding(3) var<storage, read> a: array<f32>;
 @group(0) @binding(4) var<storage, read> b: array<f32>;
@@ -90,8 +94,8 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
     }
     let sum = real_to_f32(real_add(plus, minus));
     var merged = real_to_f32(real_add(weighted_plus, weighted_minus));
-    if (job.elect != 0u) {
-        if (sum > 0.0 || (sum == 0.0 && job.elect == 1u)) {
+    if (job.elect != SUM) {
+        if (sum > 0.0 || (sum == 0.0 && job.elect == ELECT_PLUS)) {
             merged = real_to_f32(weighted_plus) / f32(max(pluses, 1u));
         } else {
             merged = real_to_f32(weighted_minus) / f32(max(minuses, 1u));

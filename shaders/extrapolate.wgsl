@@ -1,6 +1,6 @@
 // Classifier-free guidance, in place: c += ω·(c - u), so c becomes (1 + ω)·c - ω·u.
 //
-// Workgroups of 256 words, numbered through. Bindings: 3 c as raw words, 4 u as raw words.
+// A workgroup for each CHUNK words, numbered through. Bindings: 3 c as raw words, 4 u as raw words.
 // The permutation sets DTYPE. The half beyond an odd length is written as it was.
 
 #import shared/line
@@ -18,14 +18,16 @@ struct Job {
 @group(0) @binding(3) var<storage, read_write> conditional: array<u32>;
 @group(0) @binding(4) var<storage, read> unconditional: array<u32>;
 
-@compute @workgroup_size(256)
+const CHUNK: u32 = 256u;
+
+@compute @workgroup_size(CHUNK)
 fn main(
     @builtin(workgroup_id) workgroup: vec3<u32>,
     @builtin(num_workgroups) workgroups: vec3<u32>,
     @builtin(local_invocation_index) t: u32,
 ) {
     let job = jobs[0];
-    let word = workgroup_number(workgroup, workgroups) * 256u + t;
+    let word = workgroup_number(workgroup, workgroups) * CHUNK + t;
     if (DTYPE == F32) {
         if (word < job.len) {
             let c = bitcast<f32>(conditional[job.c + word]);

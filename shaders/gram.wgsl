@@ -37,7 +37,7 @@ fn fetch(job: Job, token: u32, column: u32) -> vec4<f32> {
     return vec4<f32>(z[e], z[e + 1u], z[e + 2u], z[e + 3u]);
 }
 
-// The same anywhere; zero outside.
+// Four columns of a token anywhere; zero where they are outside.
 fn fetch_checked(job: Job, token: u32, end: u32, column: u32) -> vec4<f32> {
     var values = vec4<f32>(0.0);
     if (token < end) {
@@ -115,7 +115,7 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
                 columns = fetch_checked(job, next + slot, end, column_at);
             }
         }
-        // By fours: compilers leave it a loop, and counting takes time.
+        // Each step makes four, since compilers leave it a loop, and counting takes time.
         for (var d = 0u; d < DEPTH; d += 4u) {
             multiply(d, row_quad, column_quad);
             multiply(d + 1u, row_quad, column_quad);

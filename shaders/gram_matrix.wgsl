@@ -16,7 +16,7 @@ enable f16;
 enable wgpu_cooperative_matrix;
 
 #import shared/params
-#import shared/exponents
+#import shared/halves
 
 struct Job {
     z: u32,     // first element, a multiple of 4
@@ -35,7 +35,7 @@ const TILE: u32 = 128u;
 const DEPTH: u32 = 32u;
 const THREADS: u32 = 256u;
 const QUADS: u32 = TILE / 4u;
-// In vectors of 4. Padded rows keep the loads of a matrix from meeting in a bank, and stay on 16 bytes.
+// A row of a tile, in vectors of 4. Padded rows keep the loads of a matrix from meeting in a bank, and stay on 16 bytes.
 const STRIDE: u32 = QUADS + 2u;
 const STEP: u32 = THREADS / QUADS;
 
@@ -48,7 +48,7 @@ const TILE_LEN: u32 = COLUMN_LOW + DEPTH * STRIDE;
 var<workgroup> tile: array<vec4<f16>, TILE_LEN>;
 // One 16 × 16 matrix of each subgroup on its way out.
 var<workgroup> patches: array<f32, THREADS * 8u>;
-// The first: bits of the least scale. 16 bytes, so that the tile stays on them.
+// The first word holds the bits of the least scale; there are four, 16 bytes, so that the tile stays on them.
 var<workgroup> least: array<atomic<u32>, 4>;
 
 fn fetch(job: Job, token: u32, end: u32, column: u32) -> vec4<f32> {
@@ -59,9 +59,9 @@ fn fetch(job: Job, token: u32, end: u32, column: u32) -> vec4<f32> {
 }
 
 fn put(high_at: u32, low_at: u32, value: vec4<f32>) {
-    let high = high_part(value);
-    tile[high_at] = vec4<f16>(high);
-    tile[low_at] = vec4<f16>(value - high);
+    let halves = split(value);
+    tile[high_at] = halves.high;
+    tile[low_at] = halves.low;
 }
 
 // Writes the patch of each subgroup to G.
@@ -159,7 +159,7 @@ fn main(
         let high1b = coopLoad<coop_mat16x16<f16, A>>(&tile[high_at1b], stride);
         let low_at1b = ROW_LOW + rows_at + 4u + 16u * STRIDE;
         let low1b = coopLoad<coop_mat16x16<f16, A>>(&tile[low_at1b], stride);
-        // Column by column of matrices; small terms first.
+        // Matrices come column by column, and small terms first.
         let columns_at = tile_column / 4u;
         let column_high_at0a = COLUMN_HIGH + columns_at;
         let column_high0a = coopLoadT<coop_mat16x16<f16, B>>(&tile[column_high_at0a], stride);

@@ -3,7 +3,7 @@
 //
 //   S += Σ_p G_p        S, G_p: rank × rank
 //
-// Work: (job, first element). Each workgroup handles 256 elements, counted over the full square.
+// Work: (job, first element). Each workgroup handles CHUNK elements, counted over the full square.
 // Bindings: 3 partial G as Part, 4 sums as Real. `part` says what they are.
 
 #import shared/params
@@ -20,7 +20,9 @@ struct Job {
 @group(0) @binding(3) var<storage, read> gram: array<Part>;
 @group(0) @binding(4) var<storage, read_write> sums: array<Real>;
 
-@compute @workgroup_size(256)
+const CHUNK: u32 = 256u;
+
+@compute @workgroup_size(CHUNK)
 fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) t: u32) {
     if (!has_work(workgroup)) {
         return;

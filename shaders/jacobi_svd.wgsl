@@ -39,7 +39,7 @@ var<workgroup> converged: u32;
 fn tangent(pp: Real, qq: Real, pq: Real) -> Real {
     let zeta = real_div(real_sub(qq, pp), real_add(pq, pq));
     let size = real_abs(zeta);
-    // Its square may overflow.
+    // The square of a zeta beyond this may overflow.
     if (real_greater(size, real(1.0e9))) {
         return real_div(real(0.5), zeta);
     }
@@ -118,7 +118,7 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
             if (pair == 0u) {
                 q = job.rounds;
             }
-            // Of an odd number, one rests.
+            // Of an odd number of rows one rests.
             let plays = pair < (job.rounds + 1u) / 2u && p < n && q < n;
             p = job.rows + p * width;
             q = job.rows + q * width;

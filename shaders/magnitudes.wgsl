@@ -3,7 +3,7 @@
 // First by the upper 16 bits (the sign is gone); then, of entries whose upper bits are the member's
 // `prefix`, by the lower 15. So two passes find the n-th largest magnitude exactly.
 // Work: (job, tile row, tile column, member). A thread makes one entry of a 16 × 16 tile.
-// Bindings: 3 A, 4 B, 5 members, 6 counts: 65536 for each member.
+// Bindings: 3 A, 4 B, 5 members, 6 counts: BUCKETS for each member.
 
 #import shared/params
 #import real
@@ -26,6 +26,10 @@ struct Job {
 
 #import shared/entry
 
+const BUCKETS: u32 = 65536u;
+// How many bits the second pass counts by.
+const LOWER_BITS: u32 = 15u;
+
 @compute @workgroup_size(256)
 fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) t: u32) {
     if (!has_work(workgroup)) {
@@ -39,9 +43,9 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
     let bits = bitcast<u32>(real_to_f32(entry(job, member, row, column, t))) & 0x7fffffffu;
     if (row < job.last_row && column < job.cols) {
         if (job.upper != 0u) {
-            atomicAdd(&counts[work.w * 65536u + (bits >> 15u)], 1u);
-        } else if (bits >> 15u == member.prefix) {
-            atomicAdd(&counts[work.w * 65536u + (bits & 0x7fffu)], 1u);
+            atomicAdd(&counts[work.w * BUCKETS + (bits >> LOWER_BITS)], 1u);
+        } else if (bits >> LOWER_BITS == member.prefix) {
+            atomicAdd(&counts[work.w * BUCKETS + (bits & ((1u << LOWER_BITS) - 1u))], 1u);
         }
     }
 }

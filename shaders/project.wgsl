@@ -189,7 +189,7 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
                 a3 = fetch_a_checked(job, column + 3u, next_pair, end);
             }
         }
-        // Written out: as a loop, which compilers leave it, it takes a fifth longer.
+        // The products are written out: as a loop, which compilers leave it, they take a fifth longer.
         multiply(0u, row_quad, column_quad);
         multiply(1u, row_quad, column_quad);
         multiply(2u, row_quad, column_quad);

@@ -21,7 +21,8 @@ enable wgpu_cooperative_matrix;
 
 #import shared/params
 #import shared/words
-#import shared/exponents
+#import shared/halves
+#import shared/row_lanes
 
 struct Job {
     x: u32,     // first word, a multiple of 4
@@ -47,7 +48,7 @@ const TILE_M: u32 = 128u;
 const SUBGROUPS_N: u32 = TILE_N / 32u;
 const THREADS: u32 = TILE_M * SUBGROUPS_N;
 const DEPTH: u32 = 32u;
-// In vectors of 4. Padded rows keep the loads of a matrix from meeting in a bank, and stay on 16 bytes.
+// A row of a tile, in vectors of 4. Padded rows keep the loads of a matrix from meeting in a bank, and stay on 16 bytes.
 const STRIDE: u32 = DEPTH / 4u + 2u;
 
 // Values of X in 16 bytes, the threads of a row, and how a tile of it is shared: each thread fetches X_LOADS times, X_STEP
@@ -56,7 +57,7 @@ const X_VALUES: u32 = select(8u, 4u, DTYPE == F32);
 const X_LANES: u32 = DEPTH / X_VALUES;
 const X_STEP: u32 = THREADS / X_LANES;
 const X_LOADS: u32 = TILE_M / X_STEP;
-// Of A the threads of a row fetch 4 values each, A_LOADS times.
+// The threads of a row of A fetch 4 values each, A_LOADS times.
 const A_LANES: u32 = DEPTH / 4u;
 const A_STEP: u32 = THREADS / A_LANES;
 const A_LOADS: u32 = TILE_N / A_STEP;
@@ -69,8 +70,8 @@ const X_LOW: u32 = A_LOW + TILE_N * STRIDE;
 const TILE_LEN: u32 = X_LOW + select(0u, TILE_M * STRIDE, DTYPE == F32);
 var<workgroup> tile: array<vec4<f16>, TILE_LEN>;
 
-// Whether any row of this tile of A has low parts: through memory, for naga to see that all threads agree. 16 bytes, so
-// that the tile stays on them.
+// Whether any row of this tile of A has low parts: it goes through memory, for naga to see that all threads agree, and takes
+// 16 bytes, so that the tile stays on them.
 var<workgroup> low_rows: vec4<u32>;
 
 fn halves(low: u32, high: u32, scale: f32) -> vec4<f16> {
@@ -92,10 +93,9 @@ fn row_of(group: u32, lanes: u32) -> u32 {
 fn put_x(row: u32, vector: u32, raw: vec4<u32>, scale: f32) {
     let place = row * STRIDE + slot(vector);
     if (DTYPE == F32) {
-        let value = bitcast<vec4<f32>>(raw) * scale;
-        let high = high_part(value);
-        tile[X_HIGH + place] = vec4<f16>(high);
-        tile[X_LOW + place] = vec4<f16>(value - high);
+        let parts = split(bitcast<vec4<f32>>(raw) * scale);
+        tile[X_HIGH + place] = parts.high;
+        tile[X_LOW + place] = parts.low;
     } else {
         tile[X_HIGH + place] = halves(raw.x, raw.y, scale);
         tile[X_HIGH + place + slot(1u)] = halves(raw.z, raw.w, scale);
@@ -107,17 +107,6 @@ fn largest(raw: vec4<u32>) -> vec4<u32> {
         return exponents(raw);
     }
     return max(exponents(raw), exponents(raw << vec4<u32>(16u)));
-}
-
-// Over the threads of a row.
-fn row_scale(most: vec4<u32>) -> f32 {
-    var all = max(max(most.x, most.y), max(most.z, most.w));
-    all = max(all, subgroupShuffleXor(all, 1u));
-    all = max(all, subgroupShuffleXor(all, 2u));
-    if (X_LANES == 8u) {
-        all = max(all, subgroupShuffleXor(all, 4u));
-    }
-    return scale_of(all);
 }
 
 @compute @workgroup_size(THREADS)
@@ -158,7 +147,7 @@ fn main(
             }
         }
         for (var i = 0u; i < X_LOADS; i++) {
-            x_scales[i] = row_scale(most[i]);
+            x_scales[i] = scale_of_row(most[i], X_LANES);
             let row = first_row + x_row + i * X_STEP;
             if (x_vector == 0u && work.z == 0u && row < job.tokens) {
                 parts[job.x_scales + work.w * job.tokens + row] = x_scales[i];
@@ -243,7 +232,7 @@ fn main(
             x1a_low = coopLoadT<coop_mat16x16<f16, A>>(&tile[low_at1], stride);
             x1b_low = coopLoadT<coop_mat16x16<f16, A>>(&tile[low_at1b], stride);
         }
-        // Column by column of matrices; small terms first.
+        // Matrices come column by column, and small terms first.
         let column_at0 = tile_column * STRIDE;
         let high_at0a = A_HIGH + column_at0;
         let high_at0b = high_at0a + 4u;

@@ -75,7 +75,7 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
     let i = t / 16u;
     let j = t % 16u;
     let first = vec2(work.y, work.z) * TILE;
-    // What it brings.
+    // The place in the tiles of what this thread brings.
     let row = t / TILE;
     let depth = t % TILE;
     let place = row * STRIDE + depth;

@@ -3,7 +3,7 @@
 //   rows × cols, row-major, f32, cols a multiple of 4      scales: rows, f32
 //
 // Values that are not finite count as zero, and rows that are all zero get the largest scale. For adapters with
-// subgroups of 32, each of which does one row. Work: (job, first of 8 rows). Bindings: 3 matrix, 4 scales.
+// subgroups of 32, each of which does one row. Work: (job, first of ROWS rows). Bindings: 3 matrix, 4 scales.
 
 #import shared/params
 #import shared/exponents
@@ -18,7 +18,9 @@ struct Job {
 @group(0) @binding(3) var<storage, read> matrix: array<vec4<u32>>;
 @group(0) @binding(4) var<storage, read_write> scales: array<f32>;
 
-@compute @workgroup_size(256)
+const ROWS: u32 = 8u;
+
+@compute @workgroup_size(ROWS * 32u)
 fn main(
     @builtin(workgroup_id) workgroup: vec3<u32>,
     @builtin(subgroup_id) subgroup: u32,
@@ -44,7 +46,7 @@ fn main(
         most = max(most, max(exponents(v0), exponents(v1)));
         most = max(most, max(exponents(v2), exponents(v3)));
     }
-    let scale = scale_of(subgroupMax(max(max(most.x, most.y), max(most.z, most.w))));
+    let scale = scale_of(subgroupMax(largest_of(most)));
     if (lane == 0u) {
         scales[job.scales + row] = scale;
     }

@@ -4,13 +4,13 @@
 //   A: rows × cols, f32, cols a multiple of 8      high, low: padded rows × stride, f16, zero outside
 //   scales: rows, f32; negative where the row has a low part
 //
-// For adapters with subgroups of 32, each of which does one row. Work: (job, first of 8 rows, counted over padded rows).
+// For adapters with subgroups of 32, each of which does one row. Work: (job, first of ROWS rows, counted over padded rows).
 // Bindings: 3 A, 4 high, 5 low, 6 scales.
 
 enable f16;
 
 #import shared/params
-#import shared/exponents
+#import shared/halves
 
 struct Job {
     a: u32,     // first element, a multiple of 4
@@ -26,7 +26,9 @@ struct Job {
 @group(0) @binding(5) var<storage, read_write> low: array<vec4<f16>>;
 @group(0) @binding(6) var<storage, read_write> scales: array<f32>;
 
-@compute @workgroup_size(256)
+const ROWS: u32 = 8u;
+
+@compute @workgroup_size(ROWS * 32u)
 fn main(
     @builtin(workgroup_id) workgroup: vec3<u32>,
     @builtin(subgroup_id) subgroup: u32,
@@ -47,8 +49,8 @@ fn main(
         most = max(most, exponents(v));
         bits |= v;
     }
-    let scale = scale_of(subgroupMax(max(max(most.x, most.y), max(most.z, most.w))));
-    let low_bits = subgroupOr((bits.x | bits.y | bits.z | bits.w) & 0x1fffu);
+    let scale = scale_of(subgroupMax(largest_of(most)));
+    let low_bits = subgroupOr((bits.x | bits.y | bits.z | bits.w) & LOW_BITS);
     if (lane == 0u && row < job.rows) {
         scales[job.scales + row] = select(scale, -scale, low_bits != 0u);
     }
@@ -58,8 +60,8 @@ fn main(
         if (e < vectors) {
             value = a[first + e] * scale;
         }
-        let upper = high_part(value);
-        high[out + e] = vec4<f16>(upper);
-        low[out + e] = vec4<f16>(value - upper);
+        let halves = split(value);
+        high[out + e] = halves.high;
+        low[out + e] = halves.low;
     }
 }

@@ -4,7 +4,7 @@
 //   Z = Σ_p 2^(…) · part_p        parts: rows × stride each, one after the other; Z: tokens × rank, f32
 //
 // Scales of X are among the parts, tokens for each part; scales of A are what split_rows.wgsl left.
-// Work: (job, first quad). Each workgroup handles 256 times 4 columns, counted over rows of whole quads.
+// Work: (job, first quad). Each workgroup handles CHUNK quads of columns, counted over rows of whole quads.
 // Bindings: 3 parts, 4 Z, 5 scales of A.
 
 #import shared/params
@@ -27,6 +27,7 @@ struct Job {
 @group(0) @binding(5) var<storage, read> scales: array<f32>;
 
 const NONE: u32 = 0xffffffffu;
+const CHUNK: u32 = 256u;
 
 fn x_inverse(job: Job, part: u32, row: u32) -> f32 {
     if (job.x_scales == NONE) {
@@ -43,7 +44,7 @@ fn a_inverse(job: Job, row: u32) -> f32 {
     return inverse_of(scales[job.a_scales + min(row, job.rank - 1u)]);
 }
 
-@compute @workgroup_size(256)
+@compute @workgroup_size(CHUNK)
 fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) t: u32) {
     if (!has_work(workgroup)) {
         return;
@@ -66,7 +67,7 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
     let first = (job.parts + row * job.stride + column) / 4u;
     var sum = vec4<f32>(0.0);
     for (var part = 0u; part < job.count; part++) {
-        // The smaller first: their product alone may overflow.
+        // The smaller factor comes first: the product of both alone may overflow.
         let x = vec4<f32>(x_inverse(job, part, row));
         sum += parts[first + part * job.part_len / 4u] * min(a, x) * max(a, x);
     }

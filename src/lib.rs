@@ -89,10 +89,11 @@ pub use error::{Error, Remedy, Result};
 pub use io::{Control, Progress};
 pub use matrix::{Dtype, Matrix, RawMatrix};
 pub use merge::{
-    Absent, Action, Alone, Bases, CoreMerge, Dare, Destination, DeviceMemory, Directions, Elect, EntryMerge,
-    InputReport, Iso, IsoMean, Keep, LayerReport, Linear, Losses, METHODS, Merged, Method, MethodEntry,
-    NpLora, NpLoraOptions, Plan, PlannedLayer, Prior, Projection, ProjectionReport, Report, Ridge, Rule,
-    Scope, Spectrum, Ssr, SsrOptions, SvdMerge, Ties, Truncation, Tsv, ZeroSum,
+    Absent, Action, Alone, Bases, Budget, Coordinates, CoreMerge, Dare, Destination, DeviceMemory,
+    Directions, Elect, EntryMerge, InputReport, Iso, IsoMean, Keep, LayerReport, Linear, Losses, METHODS,
+    Merged, Method, MethodEntry, NpLora, NpLoraOptions, Plan, PlannedLayer, Prior, Projection,
+    ProjectionReport, Report, Ridge, Rule, Scope, Spectrum, Ssr, SsrOptions, SvdMerge, TaskBalance, Ties,
+    Truncating, Truncation, Tsv, ZeroSum,
 };
 pub use wgpu;
 

@@ -340,8 +340,9 @@ void loraweld_device_free(LoraweldDevice *device);
  * `method` and its `options`, a JSON object, NULL or keys left out for the defaults:
  *
  * - `ssr`: `ridge` (`{"relative": 1e-3}` or `{"absolute": 1e-4}`), `prior` (`"adapters"`, `"sum"`, `"zero"`, `"average"`),
- *   `prior_weight`, `task_weights`, `balance`, `neutral_weight`, `absent` (`"count"`, `"skip"`), and
- *   `as_published`, which begins with the authors' ridge, prior and absent. It takes a calibration; `ssr-data-free` goes without.
+ *   `prior_weight`, `task_weights`, `balance`, `neutral_weight`, `absent` (`"count"`, `"skip"`), `coordinates`
+ *   (`"orthonormal"`, `"files"`), `isotropic`, and `as_published`, which begins with the authors' ridge, prior, absent and
+ *   coordinates. It takes a calibration; `ssr-data-free` goes without.
  * - `np-lora`, with the style first: `projection` (`{"soft": 0.5}` or `"hard"`), `by_layer` (`[["PATTERN", "hard"]]`),
  *   `directions` (`"all"`, `{"count": 8}`, `{"energy": 0.9}`)
  * - `linear`: none
@@ -354,7 +355,9 @@ void loraweld_device_free(LoraweldDevice *device);
  * - `knots`, `core`: `rule` (`"ties"`, `"dare"`, `"sum"`, `"mean"`, `"tsv"`, `"iso"`; ties by default) and its options but
  *   for `rank`; `core` also `bases` (`"updates"`, `"factors"`)
  *
- * and for each, `truncate`, an object as the options of `svd`. The report's `options` can be given back.
+ * and for each, `truncate`, an object as the options of `svd`; `budget` (`{"ranks": 400}`, `{"bytes": 20000000}`,
+ * `{"loss": 0.05}`) for all layers together; `truncate_by` (`"data"`, the default with a calibration, or `"norm"`); and
+ * `calibrate_singular_values` (`true`). The report's `options` can be given back.
  *
  * `strengths`, one for each of the `count` adapters, are 1 if NULL. `calibration`, NULL or one of a pool that these
  * adapters are of, is what SSR solves for; the others' losses are measured by it. `control` may be NULL. Free `merged`

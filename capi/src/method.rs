@@ -1,14 +1,14 @@
 //! A method's name and its options in JSON.
 
-use loraweld::merge::{Options, method};
-use loraweld::{Calibration, Control, Device, Merged, Truncation, Weighted};
+use loraweld::merge::{After, Options, method};
+use loraweld::{Calibration, Control, Device, Merged, SaveOptions, Weighted};
 
 use crate::status::{Failure, Result};
 
-/// How to merge, to what to truncate the result, and by what to measure it.
+/// How to merge, what to do with the result, and by what to measure it.
 pub(crate) struct Method<'a> {
     method: Box<dyn loraweld::Method + 'a>,
-    truncate: Truncation,
+    after: After,
     calibration: Option<&'a Calibration>,
 }
 
@@ -20,22 +20,22 @@ impl<'a> Method<'a> {
     ) -> Result<Self> {
         let bad = |e: serde_json::Error| Failure::invalid(format!("options of {name}: {e}"));
         let mut options: Options = serde_json::from_str(options.unwrap_or("{}")).map_err(bad)?;
-        let truncate = options.remove("truncate").map(serde_json::from_value).transpose().map_err(bad)?;
+        let after = After::take(&mut options)?;
+        after.check(calibration.is_some())?;
         let method = method(name, options, calibration)?;
-        Ok(Self { method, truncate: truncate.unwrap_or_default(), calibration })
+        Ok(Self { method, after, calibration })
     }
 
-    /// Merges, truncates, and measures by the calibration what the method did not.
+    /// Merges, changes what is asked for, and measures by the calibration what the method did not.
     pub(crate) fn merge(
         &self,
         device: &Device,
         adapters: &[Weighted<'_>],
         control: Control<'_>,
     ) -> Result<Merged> {
-        let mut merged = self.method.merge_any(device, adapters, control)?;
-        if !self.truncate.is_none() {
-            merged = merged.truncated(device, &self.truncate, &control)?;
-        }
+        let merged = self.method.merge_any(device, adapters, control)?;
+        let options = SaveOptions::default();
+        let merged = self.after.apply(merged, device, adapters, self.calibration, &options, &control)?;
         match self.calibration {
             Some(calibration) if merged.report.losses.is_none() => {
                 Ok(merged.measured(calibration, adapters, &control)?)
@@ -47,7 +47,7 @@ impl<'a> Method<'a> {
 
 #[cfg(test)]
 mod tests {
-    use loraweld::{Adapter, Format, Layer, METHODS, Matrix, NpLoraOptions, Rule, SsrOptions};
+    use loraweld::{Adapter, Format, Layer, METHODS, Matrix, NpLoraOptions, Rule, SsrOptions, Truncation};
 
     use super::*;
 
@@ -71,6 +71,10 @@ mod tests {
         for name in names() {
             assert_eq!(message(name, "{}"), "");
             assert_eq!(message(name, r#"{"truncate": {"rank": 4, "spectrum": {"ratio": 50.0}}}"#), "");
+            let after =
+                r#"{"budget": {"ranks": 9}, "truncate_by": "norm", "calibrate_singular_values": true}"#;
+            assert_eq!(message(name, after), "");
+            assert!(message(name, r#"{"truncate_by": "size"}"#).contains("data"));
             let wrong = message(name, r#"{"densty": 1}"#);
             assert!(wrong.contains("densty") && wrong.contains(name), "{name}: {wrong}");
         }

@@ -13,6 +13,9 @@ are enough to begin with. Hooks on the layers that any of the adapters changes s
 - or, with `--gram`, each layer's Gram matrix of the inputs seen through all adapters' A, summed in f64 on the device:
   OUT is the calibration file that `loraweld calibrate` would write of all inputs, in a few megabytes.
 
+With `--with MERGED`, the merged adapter is active in place of each task's own: the second round of RegMean++, which sees
+what layers read once the others before them are merged. `loraweld calibration add` mixes both rounds.
+
 Either way no more than one layer's input is held at a time. The program needs torch, diffusers, peft, transformers and
 safetensors, and not loraweld itself.
 
@@ -160,7 +163,7 @@ def _parts(layer, x):
 
 
 def load_adapters(pipe, files):
-    """Loads every adapter as `task<i>`. What diffusers cannot read it may drop without an error: count its layers."""
+    """Loads every adapter as `task<i>`, by its place. What diffusers cannot read it may drop without an error: count its layers."""
     for i, file in enumerate(files):
         try:
             pipe.load_lora_weights(str(file.path.parent), weight_name=file.path.name, adapter_name=f"task{i}")
@@ -208,9 +211,9 @@ def recording(pipe, see):
             handle.remove()
 
 
-def run_prompts(pipe, task, prompts, sink, steps=1, seed=42, **call):
+def run_prompts(pipe, task, prompts, sink, active, steps=1, seed=42, **call):
     """Runs the prompts with one adapter active (None: the base model), and shows the sink what its layers read."""
-    activate(pipe, task)
+    activate(pipe, active)
     sink.start(task)
     with recording(pipe, sink.see), torch.no_grad():
         for prompt in prompts:
@@ -301,7 +304,7 @@ class Grams:
     def see(self, name, layer, x):
         for key in self.spellings.get(plain_key(name), ()):
             a = [file.a(key) for file in self.files if key in file.modules]
-            if len(a) > 1:  # One adapter alone is passed through.
+            if len(a) >= min(2, len(self.files)):  # One of several alone is passed through.
                 self.add(key, torch.cat(a), tokens(layer, x))
 
     def add(self, key, a, x):
@@ -334,7 +337,7 @@ class Grams:
     def pool(self):
         """For each task its name, the hash of its adapter's A, and its rows of A and tokens on each shared layer."""
         keys = [key for file in self.files for key in file.modules]
-        shared = sorted({key for key in keys if keys.count(key) > 1})
+        shared = sorted({key for key in keys if keys.count(key) >= min(2, len(self.files))})
         ends = dict.fromkeys(shared, 0)
         tasks = []
         for task, (name, file) in enumerate(zip(self.names, self.files)):
@@ -365,11 +368,17 @@ A_SUFFIX = re.compile(r"\.(lora_A(\.[^.]+)?\.weight|lora_A|lora_down\.weight|lor
 
 
 def layer_key(module):
-    """The name by which layers match: without prefixes, dots as underscores; a text encoder's are kept apart."""
+    """The name by which layers match: without prefixes, dots as underscores; a text encoder's are kept apart.
+
+    transformers 5.6 took `text_model.` out of CLIP's names; loraweld matches by the older ones.
+    """
     component = ""
     while found := next(((c, m) for c, p in PREFIXES.items() if (m := re.match(p, module)) and m[0] != module), None):
         component, module = component or found[0], module[found[1].end() :]
-    return (component and f"{component}.") + module.replace(".", "_")
+    module = module.replace(".", "_")
+    if component and module.startswith("encoder_layers_"):
+        module = f"text_model_{module}"
+    return (component and f"{component}.") + module
 
 
 def is_encoder(key):
@@ -464,6 +473,7 @@ def parse_args(argv=None):
     add("-o", "--output", type=Path, required=True, metavar="OUT", help="a folder for shards, or a file with --gram")
     add("--gram", action="store_true", help="write a calibration instead of activations")
     add("--neutral", nargs="+", default=[], metavar="PROMPT", help="prompts on which a merge should do nothing")
+    add("--with", dest="merged", type=Path, metavar="MERGED", help="a merge of the tasks, active in their place")
     add("--steps", type=int, default=1, help="denoising steps [1]")
     add("--seed", type=int, default=42, help="of the noise, the same for all [42]")
     add("--tokens", type=int, metavar="N", help="write at most N random rows of each input [all]; not with --gram")
@@ -477,22 +487,23 @@ def parse_args(argv=None):
         parser.error(f"--task {missing[0]}: give a prompt after the adapter")
     if args.gram and args.tokens:
         parser.error("--tokens is for activations; --gram takes all and stays small")
-    if args.gram and (len(args.task) < 2 or args.output.exists()):
-        parser.error(f"{args.output} exists already" if args.output.exists() else "--gram is of two adapters or more")
+    if args.gram and args.output.exists():
+        parser.error(f"{args.output} exists already")
     return args
 
 
-def record(pipe, tasks, output, *, gram=False, neutral=(), tokens=None, steps=1, seed=42, **call):
+def record(pipe, tasks, output, *, gram=False, neutral=(), tokens=None, merged=None, steps=1, seed=42, **call):
     """Records what the layers of a pipeline of diffusers read, and gives the paths that it wrote.
 
     `tasks` are pairs of an adapter's path and its prompts: `[("cat.safetensors", ["a photo of sks cat"])]`. The other
-    arguments are the program's; `call` goes to the pipeline. The adapters stay loaded, as `task0`, `task1` and so on.
+    arguments are the program's, `merged` its `--with`; `call` goes to the pipeline. The adapters stay loaded, as `task0`, `task1` and so on.
     """
     _import_diffusers()
     if gram and tokens:
         raise ValueError("tokens is for activations; gram takes all and stays small")
-    recorded = Recording([(path, [p] if isinstance(p, str) else p) for path, p in tasks], Path(output), gram, tokens)
-    load_adapters(pipe, recorded.files)
+    tasks = [(path, [p] if isinstance(p, str) else p) for path, p in tasks]
+    recorded = Recording(tasks, Path(output), gram, tokens, merged)
+    load_adapters(pipe, recorded.loaded)
     recorded.run(pipe, neutral, lambda _: None, steps=steps, seed=seed, **call)
     return recorded.paths(neutral)
 
@@ -500,8 +511,11 @@ def record(pipe, tasks, output, *, gram=False, neutral=(), tokens=None, steps=1,
 class Recording:
     """Adapters and their prompts, and where what is recorded goes."""
 
-    def __init__(self, tasks, output, gram, tokens):
+    def __init__(self, tasks, output, gram, tokens, merged=None):
         self.files = [LoraFile(weights_file(Path(path))) for path, _ in tasks]
+        # What is loaded, and which of it is active in place of each task's own.
+        self.loaded = self.files + ([LoraFile(weights_file(Path(merged)))] if merged else [])
+        self.active = len(self.files) if merged else None
         self.names = unique([task_name(Path(path)) for path, _ in tasks])
         self.prompts = [prompts for _, prompts in tasks]
         self.output, self.gram = output, gram
@@ -513,7 +527,8 @@ class Recording:
             self.sink.check(name for name, _ in lora_layers(pipe))
         runs = list(enumerate(self.prompts)) + ([(None, neutral)] if neutral else [])
         for task, prompts in runs:
-            run_prompts(pipe, task, prompts, self.sink, **call)
+            active = task if task is None or self.active is None else self.active
+            run_prompts(pipe, task, prompts, self.sink, active=active, **call)
             say(f"recorded {'the base model' if task is None else self.names[task]}")
         if self.gram:
             self.sink.save(self.output)
@@ -526,10 +541,11 @@ class Recording:
 def main(argv=None):
     _import_diffusers()
     args = parse_args(argv)
-    recorded = Recording([(path, prompts) for path, *prompts in args.task], args.output, args.gram, args.tokens)
+    tasks = [(path, prompts) for path, *prompts in args.task]
+    recorded = Recording(tasks, args.output, args.gram, args.tokens, args.merged)
     logging.set_verbosity_error()  # It calls the adapters that are not in the file at hand missing.
     pipe = DiffusionPipeline.from_pretrained(args.model, torch_dtype=getattr(torch, args.dtype))
-    load_adapters(pipe, recorded.files)
+    load_adapters(pipe, recorded.loaded)
     pipe.enable_model_cpu_offload(device=args.device) if args.offload else pipe.to(args.device)
     recorded.run(pipe, args.neutral, print, steps=args.steps, seed=args.seed, **dict(args.call))
     if args.gram:

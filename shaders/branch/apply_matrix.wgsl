@@ -10,7 +10,8 @@ enable f16;
 
 #import shared/words
 #import shared/pack
-#import shared/exponents
+#import shared/halves
+#import shared/row_lanes
 #import features
 #import branch/shared/job
 #import branch/shared/split

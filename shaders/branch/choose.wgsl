@@ -1,4 +1,4 @@
-// From scores to the weight of each branch on each token, and Z weighted by them, in place.
+// Makes of scores the weight of each branch on each token, and weighs Z by them, in place.
 //
 //   weights[token, k]: 1 for the largest score (the first of equals), or with SOFT its share of the sum
 //   Z *= weight of its branch on its token, and the branch's factor: what branch/apply.wgsl multiplies
@@ -7,7 +7,7 @@
 // Groups decide by their mean scores. FIXED: weights as the host says.
 // It adds to the log's record how many tokens each branch won. Where the weight is zero Z becomes zero, also where the
 // branch overflowed.
-// Grid: a workgroup for 16 tokens. Bindings: 3 stats, 4 scores, 5 weights, 6 running means, 7 log, 8 Z, 9 controls.
+// Grid: a workgroup for TOKENS tokens. Bindings: 3 stats, 4 scores, 5 weights, 6 running means, 7 log, 8 Z, 9 controls.
 
 #import branch/shared/job
 #import shared/exp_log
@@ -26,7 +26,7 @@
 const THREADS: u32 = 256u;
 const TOKENS: u32 = 16u;
 
-// Of the workgroup's tokens: the scores by which they decide, then weights.
+// The scores by which the workgroup's tokens decide, then their weights.
 var<workgroup> shares: array<f32, TOKENS * MAX_BRANCHES>;
 var<workgroup> wins: array<atomic<u32>, MAX_BRANCHES>;
 
@@ -47,7 +47,7 @@ fn decisive(job: Job, branch: u32, token: u32) -> f32 {
     return select(0.0, score / mean, mean > 0.0);
 }
 
-// Of one branch, with the scores of all in `shares` from `first` on; counts the token for its winner.
+// The weight of one branch, with the scores of all in `shares` from `first` on; counts the token for its winner.
 fn weight_of(job: Job, first: u32, branch: u32) -> f32 {
     var best = 0u;
     var most = shares[first];
@@ -91,7 +91,7 @@ fn weigh(job: Job, first_token: u32, t: u32) {
 fn main(@builtin(workgroup_id) work: vec3<u32>, @builtin(local_invocation_index) t: u32) {
     let job = jobs[0];
     let first_token = work.x * TOKENS;
-    // A branch of a token each.
+    // Each thread has one branch of one token.
     let slot = t / MAX_BRANCHES;
     let branch = t % MAX_BRANCHES;
     let token = first_token + slot;

@@ -1,6 +1,6 @@
 // Scores from their parts: scores[token, k], for what decides by means of them.
 //
-// Grid: a workgroup for 32 tokens. Bindings: 3 stats, 4 scores.
+// Grid: a workgroup for TOKENS tokens. Bindings: 3 stats, 4 scores.
 
 #import branch/shared/job
 #import shared/exp_log
@@ -11,7 +11,9 @@
 
 #import branch/shared/finish
 
-@compute @workgroup_size(256)
+const TOKENS: u32 = 32u;
+
+@compute @workgroup_size(TOKENS * MAX_BRANCHES)
 fn main(@builtin(global_invocation_id) id: vec3<u32>) {
     let job = jobs[0];
     let token = id.x / MAX_BRANCHES;

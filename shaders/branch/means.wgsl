@@ -1,10 +1,10 @@
 // Mean scores over groups of tokens, and the running means of a layer.
 //
 //   scores[means + g·branches + k] = mean over group g of scores[token, k]
-//   RUNNING: running[k] += (mean over all tokens - running[k])·tokens / n, n += tokens, at most WINDOW;
+//   UPDATE_RUNNING: running[k] += (mean over all tokens - running[k])·tokens / n, n += tokens, at most WINDOW;
 //            a mean that is not finite is left out
 //
-// A workgroup for each group, numbered through; with RUNNING one for all tokens. Sums are taken in a fixed order.
+// A workgroup for each group, numbered through; with UPDATE_RUNNING one for all tokens. Sums are taken in a fixed order.
 // Bindings: 3 scores, 4 running means.
 
 #import shared/line
@@ -27,7 +27,7 @@ fn main(
 ) {
     let job = jobs[0];
     let group = workgroup_number(workgroup, workgroups);
-    let all = (job.flags & RUNNING) != 0u;
+    let all = (job.flags & UPDATE_RUNNING) != 0u;
     let size = select(job.group, job.tokens, all);
     let first = group * size;
     if (first >= job.tokens) {

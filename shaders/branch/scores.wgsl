@@ -1,7 +1,7 @@
 // How much each branch would change the features of each token: partial scores over some of the channels.
 //
 //   F0: tokens × width in f32, f16 or bf16    Z: tokens × rank, f32    B_catᵀ: rank × width (padded), f32
-//   stats: parts × branches × tokens × 2 vec4, the states of branch/shared/state.wgsl
+//   stats: parts × branches × tokens × STATE vec4, the states of branch/shared/state.wgsl
 //
 // Grid: (token tile, branch, part of the channels). Bindings: 3 factors, 4 Z, 5 F0 as raw words, 6 controls,
 // 7 stats. The permutation sets SCORE, DTYPE and the tile.
@@ -67,7 +67,7 @@ fn take(slot: u32) -> State {
 
 fn store(job: Job, work: vec3<u32>, token: u32, x: State) {
     if (token < job.first + job.count) {
-        let place = ((work.z * job.branches + work.y) * job.tokens + token) * 2u;
+        let place = ((work.z * job.branches + work.y) * job.tokens + token) * STATE;
         stats[place] = vec4<f32>(x.m, x.w, x.c, x.s);
         stats[place + 1u] = vec4<f32>(x.g, 0.0, 0.0, 0.0);
     }

@@ -1,6 +1,6 @@
 // branch/scores.wgsl on matrix units.
 //
-//   F0: tokens × width in f32, f16 or bf16; width a multiple of 4    stats: parts × branches × tokens × 2 vec4
+//   F0: tokens × width in f32, f16 or bf16; width a multiple of 4    stats: parts × branches × tokens × STATE vec4
 //
 // A lane sums e^(a - m), and times d and φ(d), d = u - r, for its channels of 4 rows, each with an m and an r that its 8
 // lanes have in common: at first the first tile's largest a and mean u. An r near the mean loses no digits: only the
@@ -13,7 +13,8 @@ enable f16;
 
 #import shared/words
 #import shared/pack
-#import shared/exponents
+#import shared/halves
+#import shared/row_lanes
 #import features
 #import branch/shared/job
 #import branch/shared/split
@@ -62,25 +63,26 @@ fn phi(d: vec4<f32>) -> vec4<f32> {
     return select(exp2(d * LOG2_E) - (1.0 + d), small, q <= vec4<f32>(0.25));
 }
 
-// Over the 8 lanes of a row.
+// The largest of the 8 lanes of a row.
 fn row_max(v: f32) -> f32 {
     var x = max(v, subgroupShuffleXor(v, 1u));
     x = max(x, subgroupShuffleXor(x, 2u));
     return max(x, subgroupShuffleXor(x, 4u));
 }
 
+// The sum over the 8 lanes of a row.
 fn row_sum(v: f32) -> f32 {
     var x = v + subgroupShuffleXor(v, 1u);
     x += subgroupShuffleXor(x, 2u);
     return x + subgroupShuffleXor(x, 4u);
 }
 
-// e^(a - m); of the difference, since built-in exponentials lose digits of large arguments only.
+// e^(a - m), by the built-in exponential of the difference: it loses digits of large arguments only.
 fn weight(raw: Raw, m: f32) -> vec4<f32> {
     return exp2(fma(widened(raw), vec4<f32>(temperature), vec4<f32>(-m)) * LOG2_E);
 }
 
-// With the m and r that a row's first tile asks for.
+// Begins sums with the m and r that a row's first tile asks for.
 fn begin(part: Part, f: Channels) -> Running {
     let a = max(widened(f.left), widened(f.right)) * temperature;
     let m = max(row_max(max4(a)), LOWEST);
@@ -164,7 +166,7 @@ fn finish(job: Job, work: vec3<u32>, row: u32, x: Running) {
     let y = state(x);
     let token = job.first + work.x * TOKENS + subgroup * 16u + lane / 8u + row;
     if (lane % 8u == 0u && token < job.first + job.count) {
-        let place = ((work.z * job.branches + work.y) * job.tokens + token) * 2u;
+        let place = ((work.z * job.branches + work.y) * job.tokens + token) * STATE;
         stats[place] = vec4<f32>(y.m, y.w, y.c, y.s);
         stats[place + 1u] = vec4<f32>(y.g, 0.0, 0.0, 0.0);
     }

@@ -4,12 +4,12 @@
 //
 // High parts of all rows, then with HAS_LOW low ones.
 //
-// Grid: (32 channels, 8 quads of columns). Bindings: 3 B_catᵀ, 4 halves.
+// Grid: (CHANNELS channels, QUADS quads of columns). Bindings: 3 B_catᵀ, 4 halves.
 
 enable f16;
 
 #import branch/shared/job
-#import shared/exponents
+#import shared/halves
 
 @group(0) @binding(3) var<storage, read> values: array<f32>;
 @group(0) @binding(4) var<storage, read_write> halves: array<vec4<f16>>;
@@ -17,13 +17,15 @@ enable f16;
 #import branch/shared/split
 
 const TILE: u32 = 64u;
+const CHANNELS: u32 = 32u;
+const QUADS: u32 = 8u;
 
-@compute @workgroup_size(256)
+@compute @workgroup_size(CHANNELS * QUADS)
 fn main(@builtin(workgroup_id) work: vec3<u32>, @builtin(local_invocation_index) t: u32) {
     let job = jobs[0];
     let rows = (job.width + TILE - 1u) / TILE * TILE;
-    let channel = work.x * 32u + t % 32u;
-    let column = (work.y * 8u + t / 32u) * 4u;
+    let channel = work.x * CHANNELS + t % CHANNELS;
+    let column = (work.y * QUADS + t / CHANNELS) * 4u;
     if (channel >= rows || column >= job.columns) {
         return;
     }
@@ -36,9 +38,9 @@ fn main(@builtin(workgroup_id) work: vec3<u32>, @builtin(local_invocation_index)
         value = quad(first, stride, column - jobs[0].column_starts[branch], rank) * B_SCALE;
     }
     let place = (channel * job.columns + column) / 4u;
-    let high = high_part(value);
-    halves[place] = vec4<f16>(high);
+    let parts = split(value);
+    halves[place] = parts.high;
     if ((job.flags & HAS_LOW) != 0u) {
-        halves[rows * job.columns / 4u + place] = vec4<f16>(value - high);
+        halves[rows * job.columns / 4u + place] = parts.low;
     }
 }

@@ -11,7 +11,7 @@ struct Member {
     // Key of its chance.
     key_low: u32,
     key_high: u32,
-    // Of shaders/magnitudes.wgsl: what the first 16 bits must be.
+    // What the first 16 bits must be, for magnitudes.wgsl.
     prefix: u32,
     // What an entry is multiplied by once signs are elected.
     weight: f32,

@@ -20,7 +20,7 @@ fn fetch_x(job: Job, row: u32, k: u32) -> Pair {
     return Pair(x_words[job.x + e / 2u], 0u);
 }
 
-// The same anywhere; zero outside. `end` bounds k.
+// X[row, k] and X[row, k + 1] anywhere; zero outside. `end` bounds k.
 fn fetch_x_checked(job: Job, row: u32, k: u32, end: u32) -> Pair {
     if (row >= job.tokens || k >= end) {
         return Pair(0u, 0u);
@@ -55,7 +55,7 @@ fn fetch_a(job: Job, row: u32, k: u32) -> vec2<f32> {
     return vec2<f32>(a[e], a[e + 1u]);
 }
 
-// The same anywhere; zero outside.
+// A[row, k] and A[row, k + 1] anywhere; zero outside. `end` bounds k.
 fn fetch_a_checked(job: Job, row: u32, k: u32, end: u32) -> vec2<f32> {
     if (row >= job.rank || k >= end) {
         return vec2<f32>(0.0);

@@ -10,7 +10,7 @@ fn f16_bits(value: f32) -> u32 {
     if (magnitude > 0x7f800000u) {
         return sign | 0x7e00u;
     }
-    // From halfway between the largest half and the next power of two on.
+    // What lies halfway between the largest half and the next power of two, or beyond, becomes infinite.
     if (magnitude >= 0x477ff000u) {
         return sign | 0x7c00u;
     }

@@ -24,7 +24,7 @@ fn two_sum(a: f32, b: f32) -> Real {
     return vec2<f32>(s, hide(a - a_part) + hide(b - b_part));
 }
 
-// The same for |a| >= |b|.
+// high + low = a + b exactly, for |a| >= |b|
 fn fast_two_sum(a: f32, b: f32) -> Real {
     let s = hide(a + b);
     return vec2<f32>(s, b - hide(s - a));
@@ -101,7 +101,7 @@ fn real_div(a: Real, b: Real) -> Real {
     return real_add(fast_two_sum(q1, q2), real(q3));
 }
 
-// For a > 0.
+// The root of a > 0.
 fn real_sqrt(a: Real) -> Real {
     let s = hide(sqrt(a.x));
     let half_inverse = hide(0.5 / s);
@@ -110,7 +110,7 @@ fn real_sqrt(a: Real) -> Real {
     return real_add(t, real(hide(real_sub(a, real_mul(t, t)).x * half_inverse)));
 }
 
-// False also when either is NaN.
+// a > b; false also when either is NaN.
 fn real_greater(a: Real, b: Real) -> bool {
     return a.x > b.x || (a.x == b.x && a.y > b.y);
 }

@@ -49,7 +49,7 @@ fn real_sqrt(a: Real) -> Real {
     return sqrt(a);
 }
 
-// False also when either is NaN.
+// a > b; false also when either is NaN.
 fn real_greater(a: Real, b: Real) -> bool {
     return a > b;
 }

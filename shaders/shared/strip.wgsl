@@ -1,5 +1,5 @@
 // Strips: 16 neighbouring values in one invocation's registers, which it substitutes alone, without a barrier.
-// By name rather than in arrays, which compilers put into memory. The kernel fills
+// They have names rather than places in arrays, which compilers put into memory. The kernel fills
 // `diagonal` and `inverse`.
 
 #import real
@@ -50,8 +50,8 @@ fn diagonal_quad(row: u32, column: u32) -> Quad {
     return Quad(diagonal[e], diagonal[e + 1u], diagonal[e + 2u], diagonal[e + 3u]);
 }
 
-// The next value comes first. Loops that rotate compile in a fraction of the time of what they stand for, and a
-// compiler that unrolls them renames the registers.
+// Rotates the values, so that the next one comes first. Loops that rotate compile in a fraction of the time of what they
+// stand for, and a compiler that unrolls them renames the registers.
 fn quad_rotate(c: Quad) -> Quad {
     return Quad(c.y, c.z, c.w, c.x);
 }

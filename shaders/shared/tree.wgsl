@@ -13,7 +13,7 @@ fn sum_of_all(value: Value, t: u32) -> Value {
     }
     workgroupBarrier();
     let all = pool[0];
-    // It is read by all before it is written again.
+    // All threads read it before one writes it again.
     workgroupBarrier();
     return all;
 }

@@ -1,6 +1,6 @@
 //! Calibration: per-task Gram statistics of what the adapters of a pool see.
 //!
-//! For each layer that at least two adapters of the pool have, with `A_cat = [A_1; …; A_K]` (R × in), and for
+//! For each layer that at least two adapters of the pool have (every layer of a pool of one), with `A_cat = [A_1; …; A_K]` (R × in), and for
 //! each task k: `G_k = Σ (X·A_catᵀ)ᵀ(X·A_catᵀ)` (R × R, f64) over all batches of inputs X (tokens × in) that the
 //! layer got while adapter k was active, and the number of tokens. Nothing else is kept: SSR's cross
 //! statistics are rows of G_k (`Q[block k, :] = G_k[block k, :]`), so calibrations can be added up, and any
@@ -83,8 +83,9 @@ impl Blocks {
         let start = self.ranks[..task].iter().sum();
         start..start + self.ranks[task]
     }
-    fn members(&self) -> usize {
-        self.ranks.iter().filter(|&&rank| rank > 0).count()
+    /// Whether there is something to calibrate: between two adapters, or for one that is to be resized.
+    fn are_shared(&self) -> bool {
+        self.ranks.iter().filter(|&&rank| rank > 0).count() >= self.ranks.len().min(2)
     }
 }
 
@@ -197,7 +198,7 @@ impl Calibration {
                 let rank = |adapter: &Adapter| adapter.layer(key).map_or(0, |layer| layer.rank);
                 (key.clone(), Blocks { ranks: pool.adapters.iter().map(rank).collect() })
             })
-            .filter(|(_, blocks)| blocks.members() > 1)
+            .filter(|(_, blocks)| blocks.are_shared())
             .collect();
         Self { tasks, layers, pool: Some(pool), path: None, state: Mutex::new(state) }
     }
@@ -534,7 +535,7 @@ impl Calibration {
             .map(|(key, blocks)| {
                 (key.clone(), Blocks { ranks: tasks.iter().map(|&t| blocks.ranks[t]).collect() })
             })
-            .filter(|(_, blocks)| blocks.members() > 1)
+            .filter(|(_, blocks)| blocks.are_shared())
             .collect();
         let mut state = self.lock();
         state.flush(&self.tasks)?;
@@ -602,7 +603,7 @@ impl Calibration {
         &self.tasks
     }
 
-    /// The layers that at least two adapters have, sorted.
+    /// The layers that at least two adapters have, or those of the only one, sorted.
     pub fn layers(&self) -> impl Iterator<Item = &LayerKey> {
         self.layers.keys()
     }

@@ -15,7 +15,7 @@ use super::layers::range;
 use super::output::{Output, count, some};
 use super::usage;
 
-/// Sum up what each adapter's layers read, once for every later merge of them.
+/// Sum up what each adapter's layers read, once for every later merge of them. Of one adapter, `resize` takes it.
 #[derive(Args, Debug)]
 #[command(after_help = "\
 Activations are safetensors files with one tensor [tokens, inputs] for each layer, recorded while the adapter
@@ -56,9 +56,6 @@ impl Calibrate {
                 count(adapters, "adapter"),
                 count(paths, "path")
             )));
-        }
-        if adapters < 2 {
-            return Err(usage("a calibration is of two adapters or more: one alone is merged without it"));
         }
         let why = "a calibration does not depend on them";
         let adapters = open_unweighted(&self.loras, &self.reading, why, out)?;

@@ -10,6 +10,7 @@ use super::args::{LoraArg, Reading, open_unweighted};
 use super::checkpoint;
 use super::layers::{group, pattern, range};
 use super::output::{Output, Table, count, size, some};
+use super::{overlap, usage};
 
 /// Show what LoRA files hold and, of several, what matches; or what a checkpoint is, and which of the files fit it.
 #[derive(Args, Debug)]
@@ -17,6 +18,7 @@ use super::output::{Output, Table, count, size, some};
 Examples:
   loraweld inspect cat.safetensors
   loraweld inspect cat.safetensors dog.safetensors     what a merge of the two would match
+  loraweld inspect --overlap cat.safetensors dog.safetensors   how far they are in each other's way
   loraweld inspect flux1-dev.safetensors cat.safetensors   whether the LoRA fits the checkpoint
   loraweld inspect --json cat.safetensors | jq .modules")]
 pub struct Inspect {
@@ -26,6 +28,9 @@ pub struct Inspect {
     /// Compute the norm of each block's update, however long that takes [default: of files that are soon read].
     #[arg(long)]
     norms: bool,
+    /// Show how far several files are in each other's way, by the angles between what they read and write.
+    #[arg(long)]
+    overlap: bool,
     #[command(flatten)]
     reading: Reading,
 }
@@ -68,6 +73,13 @@ impl Inspect {
         if adapters.len() > 1 {
             out.result("")?;
             matches(&adapters, out)?;
+        }
+        if self.overlap {
+            if adapters.len() < 2 {
+                return Err(usage("--overlap compares two LoRA files or more"));
+            }
+            out.result("")?;
+            overlap::show(&adapters, out)?;
         }
         Ok(())
     }

@@ -18,7 +18,9 @@ mod inspect;
 mod layers;
 mod merge;
 mod output;
+mod overlap;
 mod schedule;
+mod strengths;
 
 use std::ffi::OsString;
 use std::io::{self, IsTerminal};
@@ -63,6 +65,7 @@ enum Command {
     Merge(merge::Merge),
     Compare(merge::Compare),
     Resize(merge::Resize),
+    Strengths(strengths::StrengthsCommand),
     Bake(bake::Bake),
     Extract(extract::Extract),
     Calibrate(calibrate::Calibrate),
@@ -149,6 +152,7 @@ fn run(cli: Cli, out: &Output) -> anyhow::Result<()> {
         Command::Merge(command) => command.run(&global, out),
         Command::Compare(command) => command.run(&global, out),
         Command::Resize(command) => command.run(&global, out),
+        Command::Strengths(command) => command.run(&global, out),
         Command::Bake(command) => command.run(out),
         Command::Extract(command) => command.run(out),
         Command::Calibrate(command) => command.run(&global, out),

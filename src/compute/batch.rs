@@ -197,7 +197,7 @@ impl Batch {
                 let copy = gpu.scratch(bytes)?;
                 // Matrices are whole vectors long.
                 let job = CopyJob { vectors: (bytes / 16) as u32 };
-                let workgroups = job.vectors.div_ceil(1024) as usize;
+                let workgroups = job.vectors.div_ceil(CHUNK) as usize;
                 let mut commands = gpu.commands();
                 commands.launch_line(copy_kernel(), &job, workgroups, &[whole(buffer), whole(&copy)])?;
                 commands.submit()?;
@@ -414,18 +414,21 @@ fn apart<'a, T>(shapes: &[Shape], mut arena: &'a mut [T], size: usize) -> Vec<&'
 }
 
 job! {
-    /// Of `shaders/copy.wgsl`.
+    /// The job of `shaders/copy.wgsl`.
     struct CopyJob {
         vectors: u32,
     }
 }
+
+/// Vectors that a workgroup copies.
+const CHUNK: u32 = 1024;
 
 fn copy_kernel() -> Kernel {
     Kernel::new("copy")
 }
 
 pub(super) fn declared() -> Declared {
-    Declared::new::<CopyJob>([copy_kernel()])
+    Declared::new::<CopyJob>([copy_kernel()]).constant("CHUNK", CHUNK)
 }
 
 /// Elements of factors, of sums, and of either, on a GPU; on the host all are f64.

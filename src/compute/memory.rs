@@ -122,7 +122,7 @@ pub(crate) struct Buffer {
 }
 
 impl Buffer {
-    /// Of bytes that have been counted.
+    /// A buffer whose bytes have been counted.
     pub fn new(buffer: wgpu::Buffer, meter: &Arc<Meter>) -> Self {
         Self { buffer, meter: meter.clone() }
     }

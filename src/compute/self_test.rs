@@ -12,12 +12,17 @@ job! {
     }
 }
 
+/// Results for each pair.
+const RESULTS: usize = 6;
+/// 2⁻²⁶, of which a pair's low parts are made.
+const TINY: f32 = 1.490_116_1e-8;
+
 fn kernel() -> Kernel {
     Kernel::new("self_test").real(Element::DoubleSingle)
 }
 
 pub(super) fn declared() -> Declared {
-    Declared::new::<Job>([kernel()])
+    Declared::new::<Job>([kernel()]).constant("RESULTS", RESULTS).float("TINY", TINY)
 }
 
 /// Runs sums, products, quotients and roots of hostile pairs and a small ill-conditioned Cholesky
@@ -42,14 +47,14 @@ fn arithmetic(gpu: &Gpu) -> Result<bool> {
         .collect();
     let input = gpu.allocate("self-test pairs", pairs.len() as u64 * 8)?;
     gpu.write(&input, 0, bytemuck::cast_slice(&pairs))?;
-    let bytes = pairs.len() as u64 * 48;
+    let bytes = (pairs.len() * RESULTS * 8) as u64;
     let output = gpu.allocate("self-test results", bytes)?;
     let mut commands = gpu.commands();
     let jobs = [Job { pairs: pairs.len() as u32 }];
     commands.launch(kernel(), &jobs, &[[0; 4]], &[whole(&input), whole(&output)])?;
     commands.submit()?;
-    let results: Vec<[[f32; 2]; 6]> = bytemuck::pod_collect_to_vec(&gpu.read(&output, bytes)?);
-    let wide = |v: f32| f64::from(v) + f64::from(v * 1.490_116_1e-8);
+    let results: Vec<[[f32; 2]; RESULTS]> = bytemuck::pod_collect_to_vec(&gpu.read(&output, bytes)?);
+    let wide = |v: f32| f64::from(v) + f64::from(v * TINY);
     Ok(pairs.iter().zip(results).all(|(&[a, b], got)| {
         let got = got.map(|[high, low]| f64::from(high) + f64::from(low));
         let near = |got: f64, want: f64, scale: f64| (got - want).abs() <= 1e-12 * scale.abs();

@@ -4,7 +4,11 @@
 //! `shaders/shared/words.wgsl`, once, with what that imports. What an import without a folder stands for (`#import real`)
 //! the permutation says. Operations declare their kernels beside their launchers; [`declared`] lists them all.
 
-use super::{Element, batch, ops, self_test};
+use std::collections::HashMap;
+use std::panic::Location;
+use std::sync::LazyLock;
+
+use super::{Element, batch, gpu, ops, self_test};
 use crate::Dtype;
 
 /// Every file of `shaders/`: its path without the extension, by which they are sorted, and its text.
@@ -19,7 +23,7 @@ pub struct Kernel {
     imports: List<(&'static str, &'static str)>,
 }
 
-/// So many at most; the first that is missing ends it.
+/// A list of so many at most; the first that is missing ends it.
 type List<T> = [Option<T>; 5];
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -36,6 +40,11 @@ fn add<T>(mut list: List<T>, item: T) -> List<T> {
     list
 }
 
+/// The files of `shaders/` that are kernels, rather than pieces that kernels import.
+pub fn files() -> impl Iterator<Item = &'static str> {
+    SHADERS.iter().map(|(file, _)| *file).filter(|file| !file.split('/').any(|folder| folder == "shared"))
+}
+
 impl Kernel {
     /// `shaders/{file}.wgsl`.
     pub(crate) fn new(file: &'static str) -> Self {
@@ -46,22 +55,22 @@ impl Kernel {
         Self { constants: add(self.constants, (name, value)), ..self }
     }
 
-    /// With a number.
+    /// This one with a number.
     pub(crate) fn number(self, name: &'static str, value: u32) -> Self {
         self.with(name, Constant::U32(value))
     }
 
-    /// With a truth.
+    /// This one with a truth.
     pub(crate) fn flag(self, name: &'static str, value: bool) -> Self {
         self.with(name, Constant::Bool(value))
     }
 
-    /// With another constant's number.
+    /// This one with another constant's number.
     pub(crate) fn named(self, name: &'static str, value: &'static str) -> Self {
         self.with(name, Constant::Named(value))
     }
 
-    /// For values of a type, as shaders/shared/words.wgsl names it.
+    /// This one for values of a type, as shaders/shared/words.wgsl names it.
     pub(crate) fn dtype(self, dtype: Dtype) -> Self {
         self.named(
             "DTYPE",
@@ -73,12 +82,12 @@ impl Kernel {
         )
     }
 
-    /// With a file in place of an import.
+    /// This one with a file in place of an import.
     pub(crate) fn import(self, name: &'static str, file: &'static str) -> Self {
         Self { imports: add(self.imports, (name, file)), ..self }
     }
 
-    /// With the arithmetic of an element type in place of `#import real`.
+    /// This one with the arithmetic of an element type in place of `#import real`.
     pub(crate) fn real(self, element: Element) -> Self {
         self.import(
             "real",
@@ -89,6 +98,16 @@ impl Kernel {
                 Element::F32 | Element::Host => "shared/real_f32",
             },
         )
+    }
+
+    /// The path in `shaders/`, without the extension.
+    pub fn file(&self) -> &'static str {
+        self.file
+    }
+
+    /// The constants that make it this permutation.
+    pub fn permutation(&self) -> impl Iterator<Item = &'static str> {
+        self.constants.iter().flatten().map(|(name, _)| *name)
     }
 
     /// The file, and what makes it this permutation.
@@ -167,10 +186,12 @@ pub struct Declared {
     pub structs: Vec<(&'static str, Struct)>,
     /// Constants of the shader that its launcher relies on.
     pub constants: Vec<(&'static str, f64)>,
+    /// The file that declares it.
+    pub launcher: &'static str,
 }
 
 /// A struct as a launcher lays it out.
-#[derive(Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Struct {
     /// The fields, each with its first byte.
     pub fields: Vec<(&'static str, usize)>,
@@ -185,9 +206,14 @@ impl Struct {
 }
 
 impl Declared {
+    #[track_caller]
     pub(crate) fn new<J: Layout>(kernels: impl IntoIterator<Item = Kernel>) -> Self {
-        let structs = vec![("jobs", Struct::of::<J>())];
-        Self { kernels: kernels.into_iter().collect(), structs, constants: Vec::new() }
+        Self {
+            kernels: kernels.into_iter().collect(),
+            structs: vec![("jobs", Struct::of::<J>())],
+            constants: Vec::new(),
+            launcher: Location::caller().file(),
+        }
     }
 
     pub(crate) fn with_struct<T: Layout>(mut self, buffer: &'static str) -> Self {
@@ -200,6 +226,19 @@ impl Declared {
         self.constants.push((name, value.into()));
         self
     }
+
+    pub(crate) fn float(mut self, name: &'static str, value: impl Into<f64>) -> Self {
+        self.constants.push((name, value.into()));
+        self
+    }
+
+    /// The constants of shaders/shared/words.wgsl, for jobs that name a type.
+    pub(crate) fn dtypes(self) -> Self {
+        let code = ops::dtype_code;
+        self.constant("F32", code(Dtype::F32))
+            .constant("F16", code(Dtype::F16))
+            .constant("BF16", code(Dtype::Bf16))
+    }
 }
 
 /// Every kernel.
@@ -210,9 +249,26 @@ pub fn declared() -> Vec<Declared> {
     all
 }
 
+/// The parameters that every kernel with a table of work reads.
+pub fn params() -> Struct {
+    Struct::of::<gpu::Params>()
+}
+
+/// Whether a kernel is declared, with jobs of this type, so that the test compares what is launched.
+pub(crate) fn is_declared<J: Layout>(kernel: Kernel) -> bool {
+    static JOBS: LazyLock<HashMap<Kernel, Struct>> = LazyLock::new(|| {
+        let jobs = |Declared { kernels, structs, .. }: Declared| {
+            let (_, jobs) = structs[0].clone();
+            kernels.into_iter().map(move |kernel| (kernel, jobs.clone()))
+        };
+        declared().into_iter().flat_map(jobs).collect()
+    });
+    JOBS.get(&kernel) == Some(&Struct::of::<J>())
+}
+
 /// Where the fields of a type lie that shaders read.
 pub(crate) trait Layout {
-    /// Of a value called `name`, `at` bytes from the start.
+    /// The fields of a value called `name`, `at` bytes from the start.
     fn fields(name: &'static str, at: usize) -> Vec<(&'static str, usize)> {
         vec![(name, at)]
     }

@@ -10,7 +10,8 @@ use crate::{Device, Error, Result};
 /// Both of one shape and type (f32, f16 or bf16), in two buffers of the device with usage `STORAGE`; computed in f32.
 ///
 /// # Errors
-/// [`Error::Invalid`] if they differ, share a buffer, or do not lie on multiples of 4 bytes; [`Error::Device`] if they
+/// [`Error::Invalid`] if they differ, share a buffer, do not start at multiples of 4 bytes, or end, rounded up to one,
+/// beyond their buffer ([`Activations::Buffer`]); [`Error::Device`] if they
 /// are larger than the device can bind, or the device is the CPU, where [`guide_host`] does it.
 pub fn guide(
     device: &Device,
@@ -46,12 +47,12 @@ pub fn guide(
     let job = ExtrapolateJob { c: c.word as u32, u: u.word as u32, len, scale };
     let mut commands = gpu.commands();
     job.encode(&mut commands, dtype, [c.binding, u.binding])?;
-    // Without scratch buffers.
+    // It takes no scratch buffers.
     commands.encode(encoder, |_| ())?;
     Ok(())
 }
 
-/// The same on the host, in f64, rounded once.
+/// [`guide`] on the host, in f64, rounded once.
 ///
 /// # Errors
 /// [`Error::Invalid`] if lengths differ or ω is not finite.

@@ -163,7 +163,7 @@ struct Resident {
     factors: Vec<f32>,
     /// On a GPU: A_cat and B_catᵀ, at powers of two that the factors undo.
     batch: Batch,
-    /// Of these, for matrix units.
+    /// Halves of these, for matrix units.
     halves: Halves,
     /// On the CPU: B of each branch, without its strength.
     b: Vec<Vec<f64>>,
@@ -174,7 +174,7 @@ struct Resident {
 struct Last {
     layer: LayerKey,
     tokens: usize,
-    /// Of the CPU.
+    /// Decisions of the CPU.
     decided: branches::Decided,
 }
 
@@ -199,7 +199,7 @@ impl Selector {
             adapters.iter().map(|w| strength(w.adapter.name(), w.strength)).collect::<Result<Vec<_>>>()?;
         let all = members(adapters)?;
         let rank = all.values().map(|of| of.iter().map(|(_, layer)| layer.rank).sum()).max().unwrap_or(0);
-        // Of the CPU nobody asks.
+        // The CPU has no use for it.
         let low: Vec<bool> = all.values().map(|of| device.is_gpu() && has_low(of)).collect();
         let backend = match device.is_gpu() {
             true => {
@@ -332,7 +332,8 @@ impl Selector {
         Ok(())
     }
 
-    /// The same on host memory, and at once: on the CPU in f64, or through the GPU and back.
+    /// Does what [`encode`](Self::encode) records, at once and on host memory: on the CPU in f64, or through the GPU and
+    /// back.
     pub fn run(
         &mut self,
         layer: &str,
@@ -606,7 +607,7 @@ fn members<'a>(adapters: &[Weighted<'a>]) -> Result<BTreeMap<&'a LayerKey, Vec<(
 /// Whether B has more bits than the 11 that a half holds; of 16-bit values it has not.
 fn has_low(of: &[(usize, &Layer)]) -> bool {
     let b = of.iter().map(|(_, layer)| layer.b()).filter(|b| b.dtype() == Dtype::F32);
-    b.flat_map(|b| b.bytes().as_chunks().0).any(|v| u32::from_le_bytes(*v) & 0x1fff != 0)
+    b.flat_map(|b| b.bytes().as_chunks().0).any(|v| u32::from_le_bytes(*v) & branches::LOW_BITS != 0)
 }
 
 /// Device memory of a layer's factors.

@@ -2,11 +2,18 @@
 
 use std::ops::Range;
 
+use faer::Mat;
+
 use crate::compute::ops::{self, Svd};
+use crate::power::{exponent_of, pow2};
 use crate::{Device, Error, Matrix, RawMatrix, Result};
 
 /// Singular values below this share of the largest are what rounding to f32 leaves of zero: they are no directions.
 pub(super) const NEGLIGIBLE: f64 = 2.5e-7;
+
+/// Eigenvalues of a Gram matrix, its rows brought to one size, below this share of the largest are what rounding factors to
+/// f32 leaves of zero.
+const NOTHING: f64 = 1e-12;
 
 /// How many of the descending values are above `least` and not zero.
 pub(super) fn significant(values: &[f64], least: f64) -> usize {
@@ -92,6 +99,37 @@ pub(super) fn outer(left: &Matrix, right: &Matrix, values: &[f64]) -> Matrix {
     let scaled = Matrix::from_fn(values.len(), right.cols, |k, j| values[k] * right[(k, j)]);
     let left = Matrix::from_fn(left.cols, values.len(), |i, k| left[(k, i)]);
     times(&left, &scaled)
+}
+
+/// L, L⁺ and the rank of a Gram matrix that is nearly singular, by its eigenvectors.
+pub(super) fn revealed(gram: &Matrix) -> (Matrix, Matrix, usize) {
+    let n = gram.rows;
+    // Rows of very different size are brought to size 1, so that none counts as nothing.
+    let e: Vec<i32> = (0..n).map(|k| exponent_of(gram[(k, k)].sqrt())).collect();
+    let scaled = Mat::from_fn(n, n, |i, j| gram[(i, j)] * pow2(-e[i]) * pow2(-e[j]));
+    let nothing = || (Matrix::zeros(n, n), Matrix::zeros(n, n), 0);
+    let Ok(spectrum) = scaled.self_adjoint_eigen(faer::Side::Lower) else { return nothing() };
+    let (u, values) = (spectrum.U(), spectrum.S().column_vector());
+    let mut order: Vec<usize> = (0..n).collect();
+    order.sort_by(|&i, &j| values[j].total_cmp(&values[i]));
+    let Some(largest) = order.first().map(|&k| values[k]).filter(|v| *v > 0.0) else { return nothing() };
+    let rank = order.iter().take_while(|&&k| values[k] > NOTHING * largest).count();
+    let vector = |i: usize, k: usize| (u[(i, order[k])], values[order[k]].sqrt());
+    let left = |i: usize, k: usize| match k < rank {
+        true => vector(i, k).0 * vector(i, k).1 * pow2(e[i]),
+        false => 0.0,
+    };
+    let inverse = |k: usize, i: usize| match k < rank {
+        true => vector(i, k).0 / vector(i, k).1 * pow2(-e[i]),
+        false => 0.0,
+    };
+    (Matrix::from_fn(n, n, left), Matrix::from_fn(n, n, inverse), rank)
+}
+
+/// C of the least squares `‖A' − C·A‖`, of least norm where rows of A depend on each other, from `A·Aᵀ` and `A'·Aᵀ`.
+pub(super) fn least_squares(gram: &Matrix, mixed: &Matrix) -> Matrix {
+    let (_, inverse, _) = revealed(gram);
+    times(&times(mixed, &inverse.transposed()), &inverse)
 }
 
 #[cfg(test)]

@@ -183,7 +183,7 @@ impl CoreMerge {
     ) -> Result<Vec<Done>> {
         let templates: Vec<&Layer> = jobs.iter().map(Job::template).collect();
         let lifted =
-            factored.lifted(device, &templates, cores, |values| algebra::directions(values).max(1))?;
+            factored.lifted(device, &templates, cores, |_, values| algebra::directions(values).max(1))?;
         Ok(lifted.into_iter().zip(jobs).map(|(lifted, job)| combined(job, lifted.layer)).collect())
     }
 

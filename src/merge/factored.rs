@@ -90,19 +90,21 @@ impl Factored {
     }
 
     /// The layers whose cores these are, their singular values shared by both factors: `A = Σ^½·Vᵀ·Q_a`,
-    /// `B = Q_bᵀ·U·Σ^½`, of as many singular values as `kept` says.
+    /// `B = Q_bᵀ·U·Σ^½`, of as many singular values as `kept` says of
+    /// the layer in this place.
     pub fn lifted(
         &self,
         device: &Device,
         templates: &[&Layer],
         cores: &[Matrix],
-        kept: impl Fn(&[f64]) -> usize + Sync,
+        kept: impl Fn(usize, &[f64]) -> usize + Sync,
     ) -> Result<Vec<Lifted>> {
         let svds = svds(device, cores, |k| templates[k].name())?;
         let half = |of: fn(&Svd) -> &Matrix| -> Vec<Matrix> {
             svds.par_iter()
-                .map(|svd| {
-                    let (vectors, kept) = (of(svd), kept(&svd.values));
+                .enumerate()
+                .map(|(k, svd)| {
+                    let (vectors, kept) = (of(svd), kept(k, &svd.values));
                     Matrix::from_fn(kept, vectors.cols, |k, i| svd.values[k].sqrt() * vectors[(k, i)])
                 })
                 .collect()

@@ -115,6 +115,9 @@ pub struct LayerReport {
     pub rank: usize,
     /// Share of the update's norm that was cut off, if it was truncated ([`Merged::truncated`](super::Merged::truncated)).
     pub cut: Option<f64>,
+    /// What that takes away on recorded inputs, relative to what merging nothing loses, if it was truncated by them
+    /// ([`Merged::truncated_by`](super::Merged::truncated_by)).
+    pub added: Option<f64>,
     /// Calibration tokens that its router was solved from, or its losses measured by; `None` without a calibration.
     pub tokens: Option<u64>,
     /// Its losses; `None` if they are not known.
@@ -132,6 +135,7 @@ impl LayerReport {
             adapters: planned.members.clone(),
             rank: planned.rank,
             cut: None,
+            added: None,
             tokens: None,
             losses: None,
             notes: Vec::new(),
@@ -238,6 +242,8 @@ impl Serialize for LayerReport {
             rank: usize,
             cut: Option<f64>,
             #[serde(skip_serializing_if = "Option::is_none")]
+            added: Option<f64>,
+            #[serde(skip_serializing_if = "Option::is_none")]
             captured: Option<f64>,
             #[serde(skip_serializing_if = "Option::is_none")]
             tokens: Option<u64>,
@@ -259,6 +265,7 @@ impl Serialize for LayerReport {
             adapters: &self.adapters,
             rank: self.rank,
             cut: self.cut,
+            added: self.added,
             captured: self.captured(),
             tokens: self.tokens,
             ridge,

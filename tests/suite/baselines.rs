@@ -29,7 +29,7 @@ fn random(seed: u64, ranks: &[usize], widths: &[(usize, usize)], scale: f64) -> 
 }
 
 /// The first layers only, for devices that are software.
-fn few(adapters: &[Adapter], count: usize) -> Vec<Adapter> {
+pub fn few(adapters: &[Adapter], count: usize) -> Vec<Adapter> {
     let few = |a: &Adapter| Adapter::new(a.name(), a.format(), a.layers()[..count].to_vec()).unwrap();
     adapters.iter().map(few).collect()
 }
@@ -260,18 +260,13 @@ fn rules_in_the_core_are_the_dense_formulas() {
 }
 
 /// The same updates by other factors: rotated, and rescaled from rank to rank.
-fn refactored(adapter: &Adapter, seed: u64) -> Adapter {
+pub fn refactored(adapter: &Adapter, seed: u64) -> Adapter {
     let mut random = Random(seed);
     let layers: Vec<_> = adapter
         .layers()
         .iter()
         .map(|layer| {
             let (mut a, mut b) = (wide(layer.a()), wide(layer.b()));
-            for k in 0..layer.rank() {
-                let d = 2f64.powi((random.bits() % 9) as i32 - 4);
-                (0..a.cols()).for_each(|j| a[(k, j)] /= d);
-                (0..b.rows()).for_each(|i| b[(i, k)] *= d);
-            }
             // A plane rotation of each two ranks.
             for k in (1..layer.rank()).step_by(2) {
                 let (sin, cos) = random.normal().sin_cos();
@@ -283,6 +278,12 @@ fn refactored(adapter: &Adapter, seed: u64) -> Adapter {
                     let (x, y) = (b[(i, k - 1)], b[(i, k)]);
                     (b[(i, k - 1)], b[(i, k)]) = (cos * x + sin * y, cos * y - sin * x);
                 }
+            }
+            // Last, so that rounding to f32 loses nothing of it.
+            for k in 0..layer.rank() {
+                let d = 2f64.powi((random.bits() % 17) as i32 - 8);
+                (0..a.cols()).for_each(|j| a[(k, j)] /= d);
+                (0..b.rows()).for_each(|i| b[(i, k)] *= d);
             }
             let narrow = |m: &Matrix| Matrix::from_fn(m.rows(), m.cols(), |i, j| m[(i, j)] as f32);
             Layer::new(layer.module(), narrow(&a), narrow(&b)).unwrap().with_scale(layer.scale().value)

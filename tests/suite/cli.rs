@@ -262,7 +262,9 @@ fn every_command(device: &'static str) {
 
     let events = sandbox.events(&merge(&four, "more", &["-o", "published", "--as-published"]));
     let report = &event(&events, "result")["report"];
-    let published = json!({ "ridge": { "absolute": 1e-4 }, "prior": "zero", "absent": "skip" });
+    let published = json!({
+        "ridge": { "absolute": 1e-4 }, "prior": "zero", "absent": "skip", "coordinates": "files",
+    });
     for (key, value) in published.as_object().unwrap() {
         assert_eq!(&report["options"][key], value, "{key}");
     }
@@ -585,8 +587,20 @@ fn wrong_usage_is_exit_code_2() {
     lopsided.retain(|arg| arg != &two[1]);
     sandbox.fails(2, &lopsided, &["1 adapter", "2 paths"]);
     sandbox.fails(2, &args(&["calibrate", &two[0], "-o", "out"]), &["--activations"]);
-    let alone = calibrate(&CONCEPTS[..1], "step1", "out");
-    sandbox.fails(2, &alone, &["two adapters or more"]);
+    for (options, culprits) in [
+        (&["--loss", "0.1"][..], &["loss", "calibration"][..]),
+        (&["--truncate-by", "data", "--rank", "4"], &["by data", "calibration"]),
+        (&["--budget-rank", "4", "--budget-mib", "1"], &["--budget-rank", "--budget-mib"]),
+        (&["--budget-rank", "0"], &["--budget-rank", "1 or more"]),
+        (&["--budget-mib", "-1"], &["--budget-mib", "above 0"]),
+        (&["--truncate-by", "size"], &["--truncate-by", "norm"]),
+    ] {
+        sandbox.fails(
+            2,
+            &[&args(&["merge", "linear", &two[0], "-o", "out"])[..], &args(options)].concat(),
+            culprits,
+        );
+    }
     sandbox.fails(2, &args(&["frobnicate"]), &["frobnicate"]);
 }
 

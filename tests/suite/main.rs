@@ -23,3 +23,5 @@ mod portability;
 mod soundness;
 mod ssr;
 mod streaming;
+mod truncating;
+mod weights;

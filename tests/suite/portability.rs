@@ -1,7 +1,10 @@
 //! Every shader permutation is parsed, validated and written out for every API, with no device, and compared with what its
 //! launcher takes for granted.
 
-use loraweld::compute::shaders::{Kernel, declared};
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+
+use loraweld::compute::shaders::{Kernel, Struct, declared, files, params};
 use naga::valid::{Capabilities, ValidationFlags, Validator};
 
 fn all() -> impl Iterator<Item = Kernel> {
@@ -54,22 +57,36 @@ fn every_permutation_is_valid_and_portable() {
     }
 }
 
+/// Bytes of workgroup memory.
+fn workgroup_memory(module: &naga::Module) -> u32 {
+    let mut layouter = naga::proc::Layouter::default();
+    layouter.update(module.to_ctx()).expect("valid module");
+    let of_workgroups =
+        module.global_variables.iter().filter(|(_, v)| v.space == naga::AddressSpace::WorkGroup);
+    of_workgroups.map(|(_, variable)| layouter[variable.ty].size).sum()
+}
+
+/// Launchers choose tiles of the kernels for matrix units by what they reckon these take.
+#[test]
+fn kernels_for_matrix_units_fit_the_memory_that_they_are_chosen_for() {
+    for kernel in all().filter(uses_matrix_units) {
+        let label = kernel.label();
+        let most = if label.contains("multiply_software") { 32 << 10 } else { 48 << 10 };
+        let workgroup = workgroup_memory(&parsed(&kernel));
+        assert!(workgroup <= most, "{label}: {workgroup} bytes of workgroup memory");
+    }
+}
+
 /// WebGPU's default limits: a laptop's browser-class driver has no more.
 #[test]
 fn every_permutation_fits_the_default_limits() {
     for kernel in all().filter(|kernel| !uses_matrix_units(kernel)) {
         let label = kernel.label();
         let module = parsed(&kernel);
-        let mut layouter = naga::proc::Layouter::default();
-        layouter.update(module.to_ctx()).expect("valid module");
-        let (mut workgroup, mut storage) = (0, 0);
-        for (_, variable) in module.global_variables.iter() {
-            match variable.space {
-                naga::AddressSpace::WorkGroup => workgroup += layouter[variable.ty].size,
-                naga::AddressSpace::Storage { .. } => storage += 1,
-                _ => {}
-            }
-        }
+        let workgroup = workgroup_memory(&module);
+        let is_storage =
+            |variable: &naga::GlobalVariable| matches!(variable.space, naga::AddressSpace::Storage { .. });
+        let storage = module.global_variables.iter().filter(|(_, variable)| is_storage(variable)).count();
         assert!(workgroup <= 16384, "{label}: {workgroup} bytes of workgroup memory");
         assert!(storage <= 8, "{label}: {storage} storage buffers");
         for entry in &module.entry_points {
@@ -79,68 +96,100 @@ fn every_permutation_fits_the_default_limits() {
     }
 }
 
-/// Fields and span of the struct that a buffer holds, or holds an array of.
-fn layout(module: &naga::Module, buffer: &str) -> (Vec<(String, usize)>, usize) {
-    let (_, variable) = module
-        .global_variables
-        .iter()
-        .find(|(_, variable)| variable.name.as_deref() == Some(buffer))
-        .unwrap_or_else(|| panic!("there is no buffer `{buffer}`"));
-    let ty = match module.types[variable.ty].inner {
+/// Fields and span of the struct that a buffer holds, or holds an array of; nothing of one that holds numbers.
+fn layout(module: &naga::Module, buffer: &naga::GlobalVariable) -> Option<(Vec<(String, usize)>, usize)> {
+    let ty = match module.types[buffer.ty].inner {
         naga::TypeInner::Array { base, .. } => base,
-        _ => variable.ty,
+        _ => buffer.ty,
     };
-    let naga::TypeInner::Struct { members, span } = &module.types[ty].inner else {
-        panic!("`{buffer}` holds no struct")
-    };
+    let naga::TypeInner::Struct { members, span } = &module.types[ty].inner else { return None };
     let field =
         |member: &naga::StructMember| (member.name.clone().unwrap_or_default(), member.offset as usize);
-    (members.iter().map(field).collect(), *span as usize)
+    Some((members.iter().map(field).collect(), *span as usize))
+}
+
+/// A kernel whose file no operation declares is one that nothing here looks at. (That what is declared is what is launched,
+/// the launch itself asserts in debug builds.)
+#[test]
+fn every_kernel_is_declared_once() {
+    let mut declared: Vec<_> = all().collect();
+    let of_files: BTreeSet<_> = declared.iter().map(Kernel::file).collect();
+    assert_eq!(of_files, files().collect());
+    let count = declared.len();
+    declared.sort_unstable();
+    declared.dedup();
+    assert_eq!(declared.len(), count);
 }
 
 #[test]
 fn launchers_and_shaders_have_the_same_structs() {
+    let params = params();
     for declared in declared() {
         for kernel in &declared.kernels {
-            let module = parsed(kernel);
-            for (buffer, declared) in &declared.structs {
-                let fields: Vec<_> =
-                    declared.fields.iter().map(|(name, at)| ((*name).to_owned(), *at)).collect();
-                assert_eq!(
-                    layout(&module, buffer),
-                    (fields, declared.bytes),
-                    "{buffer} of {}",
-                    kernel.label()
-                );
+            let (module, label) = (parsed(kernel), kernel.label());
+            let mut found = BTreeMap::new();
+            for (_, variable) in module.global_variables.iter().filter(|(_, v)| v.binding.is_some()) {
+                let name = variable.name.clone().unwrap_or_default();
+                found.extend(layout(&module, variable).map(|layout| (name, layout)));
             }
+            // Each of the shader's has one of the launcher's, and the other way round.
+            let own = declared.structs.iter().map(|(name, own)| (*name, own));
+            let params = found.contains_key("params").then_some(("params", &params));
+            let of = |(name, own): (&str, &Struct)| {
+                let fields = own.fields.iter().map(|(field, at)| ((*field).to_owned(), *at)).collect();
+                (name.to_owned(), (fields, own.bytes))
+            };
+            assert_eq!(found, own.chain(params).map(of).collect(), "{label}");
         }
     }
 }
 
+/// The names of the constants that a source file of this crate declares.
+fn constants_of(file: &str) -> BTreeSet<String> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(file);
+    let text = std::fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+    let name = |line: &str| {
+        let (visibility, rest) = line.trim_start().split_once("const ")?;
+        (visibility.is_empty() || visibility.starts_with("pub"))
+            .then(|| rest.split(':').next().unwrap_or_default().to_owned())
+    };
+    text.lines().filter_map(name).collect()
+}
+
+/// What a launcher and its shader both give a name is declared, and the same.
 #[test]
 fn launchers_and_shaders_have_the_same_constants() {
     let mut compared = 0;
     for declared in declared() {
+        let launchers = constants_of(declared.launcher);
         for kernel in &declared.kernels {
-            let module = parsed(kernel);
-            for (name, value) in &declared.constants {
-                let of_name = |constant: &naga::Constant| constant.name.as_deref() == Some(*name);
-                let (_, constant) = module
-                    .constants
-                    .iter()
-                    .find(|(_, constant)| of_name(constant))
-                    .unwrap_or_else(|| panic!("{} has no constant `{name}`", kernel.label()));
-                let got = match module.global_expressions[constant.init] {
-                    naga::Expression::Literal(naga::Literal::U32(got)) => f64::from(got),
-                    naga::Expression::Literal(naga::Literal::F32(got)) => f64::from(got),
-                    ref other => panic!("`{name}` of {} is {other:?}", kernel.label()),
-                };
-                assert_eq!(got, *value, "`{name}` of {}", kernel.label());
+            let (module, label) = (parsed(kernel), kernel.label());
+            let value = |constant: &naga::Constant| match module.global_expressions[constant.init] {
+                naga::Expression::Literal(naga::Literal::U32(value)) => Some(f64::from(value)),
+                naga::Expression::Literal(naga::Literal::F32(value)) => Some(f64::from(value)),
+                _ => None,
+            };
+            let all: BTreeMap<_, _> = module
+                .constants
+                .iter()
+                .map(|(_, c)| (c.name.as_deref().unwrap_or_default(), value(c)))
+                .collect();
+            for (name, want) in &declared.constants {
+                let got = all.get(name).unwrap_or_else(|| panic!("{label} has no constant `{name}`"));
+                assert_eq!(*got, Some(*want), "`{name}` of {label}");
                 compared += 1;
+            }
+            for name in all.keys().filter(|name| launchers.contains(**name)) {
+                let known = declared.constants.iter().map(|(name, _)| *name).chain(kernel.permutation());
+                assert!(
+                    known.into_iter().any(|known| known == *name),
+                    "`{name}` of {label} is a constant of {} as well, which does not declare it",
+                    declared.launcher
+                );
             }
         }
     }
-    assert!(compared > 100, "only {compared} constants");
+    assert!(compared > 1000, "only {compared} constants");
 }
 
 /// Where the same piece is imported twice, directly or by others, it comes once.

@@ -338,6 +338,62 @@ fn many_samples_are_refined_as_few() {
     assert!(outcomes.losses[0].chunks(7).all(|losses| losses == outcome.losses[0]));
 }
 
+/// Measures the first two latents, and takes one pattern for the gradient of all of them.
+struct Pattern(Device);
+
+impl Pattern {
+    fn gradient(len: usize) -> Vec<f32> {
+        (0..len).map(|i| (i % 14) as f32 - 5.0).collect()
+    }
+}
+
+impl Encoder for Pattern {
+    fn forward(&mut self, objective: usize, latents: Values<'_>, features: ValuesMut<'_>) -> Result<()> {
+        Identity(self.0.clone()).forward(objective, latents, features)
+    }
+
+    fn backward(&mut self, _: usize, _: Values<'_>, latents: ValuesMut<'_>) -> Result<()> {
+        let ValuesMut::Buffer(to) = latents else { panic!("not on the device") };
+        let (_, queue) = self.0.wgpu().unwrap();
+        let gradient = Self::gradient(to.size() as usize / 4);
+        queue.write_buffer(to.buffer(), to.offset(), bytemuck::cast_slice(&gradient));
+        Ok(())
+    }
+}
+
+/// Latents of one sample so long are refined as short ones are.
+fn refines_as_few(len: usize) {
+    let device = &gpus().remove(2).device;
+    let refine = |len: usize| {
+        let objective = Objective::new([[1.0f32, 1.0].as_slice()]).unwrap();
+        let mut refiner = Refiner::new(device, vec![objective], 1, len, RefinerOptions::default()).unwrap();
+        let x = buffer(device, 4 * len as u64, bytemuck::cast_slice(&vec![1.0f32; len]));
+        refiner.step(&mut Pattern(device.clone()), ValuesMut::Buffer(x.slice(..)), 0.0).unwrap();
+        let moved: Vec<f32> = bytemuck::pod_collect_to_vec(&read(device, &x, x.size()));
+        (moved, refiner.outcome().unwrap().gradients[0])
+    };
+    let (few, norm) = refine(14);
+    assert!(few.iter().all(|x| (x - 1.0).abs() <= 0.25) && few[0] > 1.0 && few[13] < 1.0, "{few:?}");
+    let (many, long_norm) = refine(len);
+    assert!((norm - long_norm).abs() <= 1e-4 * norm, "{norm} and {long_norm}");
+    for (i, (got, want)) in many.iter().zip(few.iter().cycle()).enumerate() {
+        assert!((got - want).abs() <= 1e-5, "element {i}: {got}, not {want}");
+    }
+}
+
+/// More than the parts of a norm hold at their least.
+#[test]
+fn long_latents_are_refined_as_short_ones() {
+    refines_as_few(14 * 40_000);
+}
+
+/// More elements than a row of a grid has workgroups for: 65,535 of 1,024 each.
+#[test]
+#[ignore = "it takes a GPU with bindings of 280 MB, and about 2 GB of its memory"]
+fn latents_beyond_a_row_of_a_grid_are_refined_as_short_ones() {
+    refines_as_few(14 * 5_000_000);
+}
+
 #[test]
 fn a_device_that_is_gone_gives_errors_not_zeros() {
     if !gpus().is_empty() {

@@ -6,7 +6,11 @@ use std::time::Instant;
 use anyhow::Result;
 use burn::prelude::*;
 use loraweld::fusion::{self, Choice, KLoraOptions, Objective, RefinerOptions, Scope, Selection};
-use loraweld::{Adapter, Calibration, Control, Projection, Ssr, SsrOptions, Weighted};
+use loraweld::merge::strengths;
+use loraweld::{
+    Adapter, Calibration, Control, Coordinates, Linear, Merged, Projection, SaveOptions, Ssr, SsrOptions,
+    TaskBalance, Truncating, Truncation, Weighted,
+};
 
 use crate::adapters::{Fused, Live, Rule, calibrate};
 use crate::classifier::{Classifier, FEATURES, HEART, SHADE};
@@ -124,7 +128,8 @@ impl<'a> Bench<'a> {
         let balanced = Objective::balanced(style, subject, 0.5);
         let mut refinement = Refinement::new(self.shared, &judge, balanced, subjects, REFINER)?;
         // The refinement pulls toward hearts: it is for the samples that are to be hearts.
-        let methods: [(&str, Box<dyn Fuse>, bool); 14] = [
+        let blind = Ssr::data_free().merge(&self.shared.loraweld, &pair)?.adapter;
+        let methods: [(&str, Box<dyn Fuse>, bool); 15] = [
             ("base", Box::new(Plain), false),
             ("heart alone", fixed(1.0, 0.0)?, false),
             ("shade alone", fixed(0.0, 1.0)?, false),
@@ -133,6 +138,7 @@ impl<'a> Bench<'a> {
             ("NP-LoRA, soft", live(Projection::Soft(0.5))?, false),
             ("NP-LoRA, hard", live(Projection::Hard)?, false),
             ("SSR-Merge", Box::new(self.fused(&[ssr.at(1.0)], Rule::fixed(&[1.0]))?), false),
+            ("SSR-Merge without data", Box::new(self.fused(&[blind.at(1.0)], Rule::fixed(&[1.0]))?), false),
             (
                 "K-LoRA",
                 scheduled(fusion::k_lora(a, b, &KLoraOptions::default(), Control::default())?)?,
@@ -209,8 +215,26 @@ impl<'a> Bench<'a> {
                 Box::new(self.fused(&[merged.at(1.0)], Rule::fixed(&[1.0]))?) as Box<dyn Fuse>
             )
         };
+        let device = &self.shared.loraweld;
+        let control = Control::default();
+        let merged = |merged: Merged| {
+            Ok::<_, anyhow::Error>(
+                Box::new(self.fused(&[merged.adapter.at(1.0)], Rule::fixed(&[1.0]))?) as Box<dyn Fuse>
+            )
+        };
+        let files = SsrOptions { coordinates: Coordinates::Files, ..SsrOptions::default() };
+        let fair = SsrOptions { balance: TaskBalance::Fair, ..SsrOptions::default() };
+        let blind = |options: SsrOptions| merged(Ssr::data_free().options(options).merge(device, &weighted)?);
+        let at_rank_4 = |data| {
+            let by = Truncating { truncation: Truncation::rank(4), budget: None, data };
+            let whole = Ssr::new(&calibration).merge(device, &weighted)?;
+            merged(whole.truncated_by(&by, &SaveOptions::default(), device, &control)?)
+        };
+        let found = strengths(device, &calibration, &weighted, false, &control)?;
+        let best: Vec<f32> = found.blocks[0].strengths.iter().map(|s| s.unwrap_or(1.0) as f32).collect();
+        let quieter = Linear.merge(&weighted)?.singular_values_calibrated(device, &weighted, &control)?;
         let soft = Selection { choice: Choice::Soft, normalise: true, ..Default::default() };
-        let methods: [(&str, Box<dyn Fuse>); 11] = [
+        let methods: [(&str, Box<dyn Fuse>); 19] = [
             ("base", Box::new(Plain)),
             ("mirror alone", alone(0)?),
             ("rot90 alone", alone(1)?),
@@ -220,6 +244,14 @@ impl<'a> Bench<'a> {
             ("sum", fixed([1.0; 4])?),
             ("SSR-Merge, published", ssr(SsrOptions::published())?),
             ("SSR-Merge", ssr(SsrOptions::default())?),
+            ("SSR-Merge in the files' coordinates", ssr(files.clone())?),
+            ("SSR-Merge, fair", ssr(fair)?),
+            ("SSR-Merge, rank 4", at_rank_4(Some((&calibration, &weighted[..])))?),
+            ("SSR-Merge, rank 4 by norm", at_rank_4(None)?),
+            ("SSR-Merge without data", blind(SsrOptions::default())?),
+            ("the same in the files' coordinates", blind(files)?),
+            ("sum at the best strengths", fused(Rule::fixed(&best))?),
+            ("sum, singular values calibrated", merged(quieter)?),
             ("selection by token", fused(Rule::Always(by_token()))?),
             ("soft, normalised", fused(Rule::Always(soft))?),
         ];

@@ -6,8 +6,8 @@ same inputs are caught by hooks here, and the authors' router is solved from the
 
     R = (Q / N) (G / N + 1e-4 I)^-1,    A = [A_1; A_2],    B = [s_1 B_1 | s_2 B_2] R
 
-By either way, loraweld's merge with `--ridge 1e-4 --prior zero` must be that on every layer. For SDXL, one of the
-adapters is given to loraweld in kohya's spelling, and to record.py in diffusers'.
+By either way, loraweld's merge with `--ridge 1e-4 --prior zero --coordinates files` must be that on every layer. For SDXL,
+one of the adapters is given to loraweld in kohya's spelling, and to record.py in diffusers'.
 """
 
 import json
@@ -73,7 +73,8 @@ def check(checks, args, name, folder):
 
     for calibration in (by_shards, by_gram):
         merged = calibration.with_suffix(".safetensors")
-        options = ["--ridge", RIDGE, "--prior", "zero", "--precision", "f64", "--format", "peft", "-o", merged]
+        options = ["--ridge", RIDGE, "--prior", "zero", "--coordinates", "files", "--precision", "f64"]
+        options += ["--format", "peft", "-o", merged]
         run(args.loraweld, "merge", "ssr", *files, "--calibration", calibration, *options)
         ours = Lora(None, merged)
         checks.true(f"{name}: merged by {calibration.stem} has {len(layers)} layers", sorted(ours.a) == layers)

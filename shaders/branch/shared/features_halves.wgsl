@@ -14,7 +14,7 @@ fn widened(raw: Raw) -> vec4<f32> {
 }
 
 fn narrowed(f: vec4<f32>) -> Raw {
-    // The usual case at once; pack.wgsl says what the other is for.
+    // The usual case needs no more; pack.wgsl says what the other is for.
     let size = max(max(abs(f.x), abs(f.y)), max(abs(f.z), abs(f.w)));
     if (DTYPE == F16 && size < 65504.0) {
         return Raw(pack2x16float(f.xy), pack2x16float(f.zw));

@@ -5,7 +5,7 @@
 #import branch/shared/state
 
 fn part_of(job: Job, part: u32, branch: u32, token: u32) -> State {
-    let place = ((part * job.branches + branch) * job.tokens + token) * 2u;
+    let place = ((part * job.branches + branch) * job.tokens + token) * STATE;
     let v = stats[place];
     return State(v.x, v.y, v.z, v.w, stats[place + 1u].x);
 }

@@ -2,8 +2,6 @@
 // F0 + U_k, with U_k = f_k·Z_k·B_kᵀ, where Z_k are columns starts[k] .. starts[k+1] of Z = X·A_catᵀ.
 
 const MAX_BRANCHES: u32 = 8u;
-// Rows of the state of running means: a mean for each branch, then the number of tokens.
-const RUNNING_STRIDE: u32 = 16u;
 
 const KL: u32 = 0u;
 const DOT: u32 = 1u;
@@ -24,7 +22,7 @@ struct Job {
     part_width: u32,    // a multiple of CHANNELS
     group: u32,         // tokens that choose together; 0: each for itself
     means: u32,         // first element of the groups' means in the scores
-    running: u32,       // first element of this layer's running means
+    running: u32,       // first element of this layer's running means, after which comes the number of tokens
     record: u32,        // first word of this call's record in the log
     flags: u32,
     starts: array<u32, 9>,
@@ -41,9 +39,9 @@ const FINISH: u32 = 1u;
 const SOFT: u32 = 2u;
 const NORMALISE: u32 = 4u;
 const FIXED: u32 = 8u;
-// branch/means.wgsl: update the running means instead of writing those of groups.
-const RUNNING: u32 = 16u;
-// branch/split_b.wgsl: B_cat has more bits than one half holds.
+// Whether branch/means.wgsl updates the running means instead of writing those of groups.
+const UPDATE_RUNNING: u32 = 16u;
+// Whether B_cat has more bits than one half holds, for branch/split_b.wgsl.
 const HAS_LOW: u32 = 32u;
 
 // What the host changes between calls, with no need to encode anew.

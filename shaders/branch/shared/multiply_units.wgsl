@@ -14,7 +14,7 @@ fn multiply(count: u32) {
     var sum2: coop_mat16x16<f32, C>;
     var sum3: coop_mat16x16<f32, C>;
     let stride = STRIDE;
-    for (var k = 0u; k < count; k += 16u) {
+    for (var k = 0u; k < count; k += COLUMN_STEP) {
         let z_at = subgroup * 16u * STRIDE + k / 4u;
         let z_low_at = Z_LOW + z_at;
         let zh = coopLoadT<coop_mat16x16<f16, A>>(&halves[z_at], stride);
@@ -27,7 +27,7 @@ fn multiply(count: u32) {
         let high1 = coopLoad<coop_mat16x16<f16, B>>(&halves[at1], stride);
         let high2 = coopLoad<coop_mat16x16<f16, B>>(&halves[at2], stride);
         let high3 = coopLoad<coop_mat16x16<f16, B>>(&halves[at3], stride);
-        // Small terms first.
+        // Small terms come first.
         if (LOW) {
             let low_at0 = at0 + B_LOW - B_HIGH;
             let low_at1 = at1 + B_LOW - B_HIGH;

@@ -1,5 +1,7 @@
 // Halves of Z and B_cat for matrix units: cut by mask into high and low parts of 11 bits; row by row, each branch's
-// columns padded with zeros to a multiple of 16. The kernel declares `values`, which are split.
+// columns padded with zeros to a multiple of COLUMN_STEP. The kernel declares `values`, which are split.
+
+const COLUMN_STEP: u32 = 16u;
 
 // B_cat's largest value is in [1, 2): this keeps it out of f16's subnormal numbers.
 const B_SCALE: f32 = 4096.0;

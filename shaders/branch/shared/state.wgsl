@@ -8,6 +8,9 @@
 // Σ p·φ(u - c) = e^(c_i - c)·Σ p·φ(u - c_i) + Σ p·φ(c_i - c), all of it positive.
 // For `dot` and `energy` a state holds Σ f0², Σ f0·u and Σ u² in m, w and c.
 
+// Vectors of a state in the buffer of states.
+const STATE: u32 = 2u;
+
 struct State {
     m: f32,
     w: f32,

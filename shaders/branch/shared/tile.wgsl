@@ -14,7 +14,7 @@ var<workgroup> z_tile: array<vec4<f32>, DEPTH * Z_QUADS>;
 // [k][channel / 4]; between products, what threads tell each other.
 var<workgroup> exchange: array<vec4<f32>, DEPTH * B_QUADS>;
 
-// Of token i of the quad: 4 channels from left_channel on in ci, from right_channel on in di.
+// ci has 4 channels of token i of the quad, from left_channel on, and di those from right_channel on.
 var<private> c0: vec4<f32>;
 var<private> c1: vec4<f32>;
 var<private> c2: vec4<f32>;

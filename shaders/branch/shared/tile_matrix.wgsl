@@ -9,12 +9,13 @@
 // B_cat has low parts, and SUBGROUPS. `features` is of the type of F0, `multiply` on
 // units or in software.
 
-// High parts of all rows, then low ones.
+// B_cat: high parts of all rows, then low ones.
 @group(0) @binding(3) var<storage, read> b_halves: array<vec4<f16>>;
 @group(0) @binding(4) var<storage, read> values: array<f32>;
 
+const SUBGROUP_TOKENS: u32 = 16u;
 const THREADS: u32 = SUBGROUPS * 32u;
-const TOKENS: u32 = SUBGROUPS * 16u;
+const TOKENS: u32 = SUBGROUPS * SUBGROUP_TOKENS;
 const CHANNELS: u32 = 64u;
 
 // Rows of halves and of sums, in vectors of 4. Padded, they keep the loads of a matrix from meeting in a bank.
@@ -28,12 +29,12 @@ const HALVES: u32 = B_LOW + select(0u, CHANNELS * STRIDE, LOW);
 var<workgroup> halves: array<vec4<f16>, HALVES>;
 var<workgroup> sums: array<vec4<f32>, TOKENS * OUT_STRIDE>;
 
-// 8 threads fetch a row of B_cat, each so many vectors in all.
+// 8 threads fetch a row of B_cat; each thread fetches FETCHES vectors in all.
 const ROWS: u32 = THREADS / 8u;
 const FETCHES_DOWN: u32 = CHANNELS / ROWS;
 const FETCHES: u32 = FETCHES_DOWN * (DEPTH / 32u);
 
-// Of each of its rows of Z, a lane has so many vectors.
+// Vectors that a lane has of each of its rows of Z.
 const QUADS: u32 = DEPTH / 32u;
 
 var<private> t: u32;
@@ -46,14 +47,6 @@ var<private> fetched_low: array<vec4<f16>, FETCHES>;
 struct Columns {
     first: u32,
     count: u32,
-}
-
-// The most of the 8 lanes of a row.
-fn row_most(v: vec4<u32>) -> u32 {
-    var x = max(max(v.x, v.y), max(v.z, v.w));
-    x = max(x, subgroupShuffleXor(x, 1u));
-    x = max(x, subgroupShuffleXor(x, 2u));
-    return max(x, subgroupShuffleXor(x, 4u));
 }
 
 // Puts Z's columns into `halves`; gives what undoes the powers of two of the lane's rows, and B_cat's.
@@ -80,13 +73,12 @@ fn stage_z(job: Job, columns: Columns, first_token: u32) -> vec4<f32> {
         for (var i = 0u; i < QUADS; i++) {
             most = max(most, exponents(bitcast<vec4<u32>>(z[i * 4u + row])));
         }
-        let scale = scale_of(row_most(most));
+        let scale = scale_of_row(most, 8u);
         for (var i = 0u; i < QUADS; i++) {
             let place = (slot + row * 4u) * STRIDE + lane % 8u + i * 8u;
-            let value = z[i * 4u + row] * scale;
-            let high = high_part(value);
-            halves[place] = vec4<f16>(high);
-            halves[Z_LOW + place] = vec4<f16>(value - high);
+            let parts = split(z[i * 4u + row] * scale);
+            halves[place] = parts.high;
+            halves[Z_LOW + place] = parts.low;
         }
         inverse[row] = inverse_of(scale) / B_SCALE;
     }
@@ -124,9 +116,9 @@ fn tile_product(job: Job, columns: Columns, next: u32) {
 
 // A lane's part of a row: 8 channels of F0 and of the product.
 struct Part {
-    // Of F0: its first vector of 4 channels.
+    // The first vector of 4 channels in F0.
     place: u32,
-    // In `sums`.
+    // The first vector of the product in `sums`.
     at: u32,
     // What the product is multiplied by.
     factor: f32,

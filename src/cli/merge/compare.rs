@@ -6,7 +6,7 @@ use clap::Args;
 use clap::builder::{PossibleValue, PossibleValuesParser};
 use loraweld::adapter::{check_target, write_atomic};
 use loraweld::merge::{METHODS, MethodEntry, Needs, Options, Report, Variant, method};
-use loraweld::{Calibration, Control, Device, Merged, Weighted};
+use loraweld::{Calibration, Control, Device, Merged, SaveOptions, Weighted};
 use serde_json::{Value, json};
 
 use super::{Inputs, Truncate};
@@ -140,6 +140,7 @@ impl Compare {
         calibration.select(&inputs.adapters.iter().collect::<Vec<_>>())?;
         let device = global.open_device(&self.memory, out)?;
         let truncation = self.truncate.truncation();
+        self.truncate.check(true)?;
 
         let mut rows = Vec::new();
         let mut table = Table::new(&[
@@ -160,10 +161,9 @@ impl Compare {
             let weighted = inputs.weighted();
             let merged = out.long(|control| {
                 let merged = method.merge(&device, &weighted, &calibration, *control)?;
-                let merged = match truncation.is_none() {
-                    true => merged,
-                    false => merged.truncated(&device, &truncation, control)?,
-                };
+                let (after, options) = (self.truncate.after(false), SaveOptions::default());
+                let merged =
+                    after.apply(merged, &device, &weighted, Some(&calibration), &options, control)?;
                 let seconds = merged.report.seconds;
                 Ok::<_, loraweld::Error>((merged.measured(&calibration, &weighted, control)?, seconds))
             });

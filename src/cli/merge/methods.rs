@@ -120,6 +120,13 @@ fn arg(option: &'static MethodOption) -> Arg {
             arg.value_name(called).value_parser(PossibleValuesParser::new(words.iter().map(word)))
         }
         Takes::Number(called, number) => numbers(arg.value_name(called), number),
+        Takes::NumberOr(called, number, word) => {
+            let parse = move |text: &str| match text == word {
+                true => Ok(json!(word)),
+                false => parsed(text, number).map_err(|e| format!("{e}, or `{word}`")),
+            };
+            arg.value_name(called).allow_hyphen_values(true).value_parser(ValueParser::new(parse))
+        }
         Takes::PerAdapter(called, number) => {
             numbers(arg.value_name(called), number).value_delimiter(',').action(ArgAction::Append)
         }
@@ -169,15 +176,16 @@ impl Chosen {
         let mut options = self.options(loras.len())?;
         let Self { entry, mut common, given } = self;
         if entry.needs == Needs::Truncation {
-            if common.truncate.truncation().is_none() {
+            if common.truncate.is_none() {
                 let name = entry.name;
                 return Err(usage(format!(
-                    "merge {name} needs --rank N or one of --sv-*; `merge linear` keeps every rank"
+                    "merge {name} needs --rank N, one of --sv-* or a budget; `merge linear` keeps every rank"
                 )));
             }
             // The method truncates itself; a dry run says to what.
             let dry = common.dry_run;
-            let truncation = if dry { common.truncate.truncation() } else { common.truncate.take() };
+            let measured = given.contains_id("calibration");
+            let truncation = if dry { common.truncate.truncation() } else { common.truncate.take(measured) };
             options.extend(serde_json::from_value::<Options>(serde_json::to_value(truncation)?)?);
         } else if entry.own_rank {
             options.extend(common.truncate.rank.take().map(|rank| ("rank".to_owned(), rank.into())));
@@ -188,6 +196,7 @@ impl Chosen {
         if let (Needs::Calibration { or }, true) = (entry.needs, file == Some(Path::new("none"))) {
             (name, file) = (or, None);
         }
+        common.truncate.check(file.is_some())?;
         let inputs = common.open(&loras, file.as_slice(), out)?;
         let calibration = file.map(host::calibration).transpose()?;
         let routes = matches!(entry.needs, Needs::Calibration { .. });
@@ -212,7 +221,8 @@ impl Chosen {
             return common.dry_run(&inputs, out);
         }
         // What routes by a calibration measures what it solves; what is cut off then is not in it.
-        let measure = calibration.as_deref().filter(|_| !routes || !common.truncate.truncation().is_none());
+        let changes = !common.truncate.is_none() || common.calibrate_singular_values;
+        let measure = calibration.as_deref().filter(|_| !routes || changes);
         common.finish(global, &inputs, measure, out, &*method)
     }
 
@@ -233,7 +243,9 @@ impl Chosen {
                 Takes::Nothing(json) => serde_json::from_str(json)?,
                 Takes::Bool => self.given.get_one::<bool>(option.name).copied().into(),
                 Takes::Word(..) => self.given.get_one::<String>(option.name).cloned().into(),
-                Takes::Number(..) => self.given.get_one::<Value>(option.name).cloned().into(),
+                Takes::Number(..) | Takes::NumberOr(..) => {
+                    self.given.get_one::<Value>(option.name).cloned().into()
+                }
                 Takes::PerAdapter(..) => {
                     let values = self.values(option.name);
                     per_adapter(option.name, &values, adapters)?;

@@ -11,10 +11,11 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use clap::Args;
+use clap::builder::{PossibleValuesParser, TypedValueParser};
 use loraweld::adapter::{check_target, same_file, write_atomic};
-use loraweld::merge::{Action, Losses, PlannedLayer, Report};
+use loraweld::merge::{Action, After, Losses, PlannedLayer, Report, TruncateBy};
 use loraweld::{
-    Adapter, Calibration, Control, Destination, Device, Dtype, Method, Plan, SaveOptions, Truncation,
+    Adapter, Budget, Calibration, Control, Destination, Device, Dtype, Method, Plan, SaveOptions, Truncation,
     Unnamed, Weighted,
 };
 use serde_json::json;
@@ -47,6 +48,9 @@ struct Common {
     output: Option<PathBuf>,
     #[command(flatten)]
     truncate: Truncate,
+    /// Lower the singular values along which the merge is louder than the adapters are; helps sums, and makes SSR worse.
+    #[arg(long)]
+    calibrate_singular_values: bool,
     /// Type of the output's tensors: `f16`, `bf16` or `f32` [default: the widest input's].
     #[arg(long, value_name = "TYPE")]
     dtype: Option<Dtype>,
@@ -87,6 +91,19 @@ struct Truncate {
     /// Keep the fewest singular values that hold this share of their sum, and one more, as kohya's resize script does.
     #[arg(long, value_name = "SHARE", value_parser = share, allow_hyphen_values = true, group = "spectrum")]
     sv_cumulative: Option<f64>,
+    /// Keep so many ranks in the whole file, where they count most.
+    #[arg(long, value_name = "N", value_parser = rank, group = "budget")]
+    budget_rank: Option<usize>,
+    /// Keep as many ranks as make a file of this size, where they count most.
+    #[arg(long, value_name = "MIB", value_parser = mib, allow_hyphen_values = true, group = "budget")]
+    budget_mib: Option<f64>,
+    /// Keep as few ranks as add no more than X to the loss, as the root mean square over layers; needs a calibration.
+    #[arg(long, value_name = "X", value_parser = loss, allow_hyphen_values = true, group = "budget")]
+    loss: Option<f64>,
+    /// Judge what is cut off by what it does on recorded inputs (`data`), or by its size (`norm`) [default: data, where a
+    /// calibration is given].
+    #[arg(long, value_name = "BY", value_parser = truncate_by())]
+    truncate_by: Option<TruncateBy>,
 }
 
 impl Truncate {
@@ -94,11 +111,62 @@ impl Truncate {
         Truncation { rank: self.rank, spectrum: spectrum(self.sv_ratio, self.sv_fro, self.sv_cumulative) }
     }
 
-    /// What was asked for, for a method that sees to it itself.
-    fn take(&mut self) -> Truncation {
+    /// Whether nothing is asked for.
+    fn is_none(&self) -> bool {
+        self.truncation().is_none() && self.budget().is_none()
+    }
+
+    fn budget(&self) -> Option<Budget> {
+        let bytes = |mib: f64| (mib * f64::from(1 << 20)) as u64;
+        let loss = self.loss.map(Budget::Loss);
+        loss.or(self.budget_rank.map(Budget::Ranks)).or(self.budget_mib.map(|mib| Budget::Bytes(bytes(mib))))
+    }
+
+    /// What was asked for, for a method that sees to it itself; nothing if it takes a budget or a calibration to do so.
+    fn take(&mut self, calibration: bool) -> Truncation {
+        let by_data = calibration && self.truncate_by != Some(TruncateBy::Norm);
+        if by_data || self.budget().is_some() {
+            return Truncation::default();
+        }
         let truncation = self.truncation();
-        *self = Self { rank: None, sv_ratio: None, sv_fro: None, sv_cumulative: None };
+        (self.rank, self.sv_ratio, self.sv_fro, self.sv_cumulative) = (None, None, None, None);
         truncation
+    }
+
+    /// Refuses what nothing can be judged by.
+    fn check(&self, calibration: bool) -> anyhow::Result<()> {
+        self.after(false).check(calibration).map_err(|e| usage(e.to_string()))
+    }
+
+    /// What is done with a merge in memory.
+    fn after(&self, calibrate_singular_values: bool) -> After {
+        After {
+            calibrate_singular_values,
+            truncate: self.truncation(),
+            budget: self.budget(),
+            truncate_by: self.truncate_by,
+        }
+    }
+}
+
+fn truncate_by() -> impl TypedValueParser<Value = TruncateBy> {
+    PossibleValuesParser::new(["data", "norm"]).map(|by| match by.as_str() {
+        "data" => TruncateBy::Data,
+        _ => TruncateBy::Norm,
+    })
+}
+
+fn mib(text: &str) -> Result<f64, String> {
+    match finite(text)? {
+        x if x > 0.0 => Ok(x),
+        x => Err(format!("is {x}; expected a size above 0")),
+    }
+}
+
+fn loss(text: &str) -> Result<f64, String> {
+    match finite(text)? {
+        x if x > 0.0 => Ok(x),
+        x => Err(format!("is {x}; expected a loss above 0")),
     }
 }
 
@@ -126,8 +194,8 @@ struct Measure {
 }
 
 /// What is merged, opened and checked.
-struct Inputs {
-    adapters: Vec<Adapter>,
+pub struct Inputs {
+    pub adapters: Vec<Adapter>,
     strengths: Vec<f64>,
     /// Strengths by layer, in words.
     by_layer: Option<String>,
@@ -138,7 +206,7 @@ struct Inputs {
 
 impl Inputs {
     /// Opens and matches adapters; `files` are all that is read.
-    fn open(
+    pub fn open(
         loras: &[LoraArg],
         by_layer: &ByLayer,
         reading: &Reading,
@@ -151,7 +219,7 @@ impl Inputs {
         Ok(Self { adapters, strengths, by_layer, plan, files })
     }
 
-    fn weighted(&self) -> Vec<Weighted<'_>> {
+    pub fn weighted(&self) -> Vec<Weighted<'_>> {
         self.adapters.iter().zip(&self.strengths).map(|(adapter, &strength)| adapter.at(strength)).collect()
     }
 
@@ -272,9 +340,10 @@ impl Common {
         let to = Destination { path: output, options: &options, truncation: self.truncate.truncation() };
         let report = out.long(|control| {
             let weighted = inputs.weighted();
-            match calibration {
-                Some(calibration) => merge_and_measure(method, &device, &weighted, calibration, &to, control),
-                None => method.merge_into(&device, &weighted, &to, *control),
+            let after = self.truncate.after(self.calibrate_singular_values);
+            match calibration.is_some() || after.budget.is_some() || after.calibrate_singular_values {
+                true => merge_in_memory(method, &device, &weighted, calibration, &after, &to, control),
+                false => method.merge_into(&device, &weighted, &to, *control),
             }
         })?;
         say_notes(&report, &inputs.plan, out)?;
@@ -309,23 +378,21 @@ impl Common {
     }
 }
 
-/// Merges, measures and then writes: losses are found of factors that are in memory.
-fn merge_and_measure(
+/// Merges, truncates, measures and then writes: losses are found, and budgets shared, of factors that are in memory.
+fn merge_in_memory(
     method: &dyn Method,
     device: &Device,
     weighted: &[Weighted<'_>],
-    calibration: &Calibration,
+    calibration: Option<&Calibration>,
+    after: &After,
     to: &Destination<'_>,
     control: &Control<'_>,
 ) -> loraweld::Result<Report> {
     let merged = method.merge_any(device, weighted, *control)?;
-    let merged = match to.truncation.is_none() {
-        true => merged,
-        false => merged.truncated_for(to.options, device, &to.truncation, control)?,
-    };
-    let merged = match merged.report.losses {
-        None => merged.measured(calibration, weighted, control)?,
-        Some(_) => merged,
+    let merged = after.apply(merged, device, weighted, calibration, to.options, control)?;
+    let merged = match calibration.filter(|_| merged.report.losses.is_none()) {
+        Some(calibration) => merged.measured(calibration, weighted, control)?,
+        None => merged,
     };
     merged.adapter.save_with(to.path, to.options, *control)?;
     Ok(merged.report)
@@ -333,7 +400,7 @@ fn merge_and_measure(
 
 impl Inputs {
     /// What goes in and what matches.
-    fn describe(&self, out: &Output) -> anyhow::Result<()> {
+    pub fn describe(&self, out: &Output) -> anyhow::Result<()> {
         for (adapter, strength) in self.adapters.iter().zip(&self.strengths) {
             let layers = adapter.layers();
             out.event(

@@ -9,7 +9,7 @@ use super::pipelines::Pipeline;
 use super::pool::best;
 use super::{Gpu, Pooled};
 use crate::compute::memory::Held;
-use crate::compute::shaders::{Kernel, Layout};
+use crate::compute::shaders::{Kernel, Layout, is_declared};
 use crate::{Error, Result};
 
 /// Workgroups in one row of a dispatch grid; WebGPU's default limit of a dimension.
@@ -60,8 +60,9 @@ pub(crate) struct Commands<'a> {
     tables: Vec<u8>,
     /// What launches use must not go to another user before they are submitted.
     kept: Vec<Arc<Pooled>>,
-    /// Of these alone, and what may become so.
+    /// Buffers of these commands alone.
     scratch: Vec<Arc<Pooled>>,
+    /// Buffers of commands that run before these, which may become their own.
     spare: Vec<Arc<Pooled>>,
 }
 
@@ -159,7 +160,7 @@ impl Commands<'_> {
         let grid = checked(kernel, fold(work.len() as u64))?;
         let jobs = self.append(bytemuck::cast_slice(jobs));
         let work = Some(self.append(bytemuck::cast_slice(work)));
-        self.push(kernel, jobs, work, grid, buffers);
+        self.push::<J>(kernel, jobs, work, grid, buffers);
         Ok(())
     }
 
@@ -177,13 +178,14 @@ impl Commands<'_> {
         let grid = checked(kernel, grid.map(|n| n as u64))?;
         if !grid.contains(&0) {
             let jobs = self.append(bytemuck::bytes_of(job));
-            self.push(kernel, jobs, None, grid, buffers);
+            self.push::<J>(kernel, jobs, None, grid, buffers);
         }
         Ok(())
     }
 
-    /// The same with workgroups that are numbered through, of which there may be more than a row of a grid holds: by
-    /// `workgroup_number` of `shaders/shared/line.wgsl`. Those past the last must do nothing.
+    /// Dispatches workgroups on one job that are numbered through, by `workgroup_number` of `shaders/shared/line.wgsl`:
+    /// there may be more of them than a row of a grid holds. Those past the last must do nothing. Bindings are those of
+    /// [`launch_grid`](Self::launch_grid).
     pub fn launch_line<J: NoUninit + Layout>(
         &mut self,
         kernel: Kernel,
@@ -201,7 +203,7 @@ impl Commands<'_> {
         start..self.tables.len()
     }
 
-    fn push(
+    fn push<J: Layout>(
         &mut self,
         kernel: Kernel,
         jobs: Range<usize>,
@@ -209,6 +211,7 @@ impl Commands<'_> {
         grid: [u32; 3],
         buffers: &[wgpu::BufferBinding<'_>],
     ) {
+        debug_assert!(is_declared::<J>(kernel), "{} is not declared with these jobs", kernel.label());
         let buffers = buffers
             .iter()
             .map(|b| OwnedBinding { buffer: b.buffer.clone(), offset: b.offset, size: b.size })
@@ -280,7 +283,7 @@ impl Commands<'_> {
 
     fn prepare(&mut self) -> Result<Pass> {
         self.launches.sort_by_key(|launch| launch.phase);
-        // The tables, and what wgpu stages them in.
+        // Both the tables and what wgpu stages them in count.
         let held = self.gpu.meter.hold(2 * self.tables.len() as u64);
         // Buffers of hosts may be of another device, or destroyed, which only wgpu knows. (Of another instance it does not: it
         // would take a buffer of its own with the same number, if that is as large.)
@@ -345,4 +348,26 @@ fn entry(
 /// The whole of a buffer.
 pub(crate) fn whole(buffer: &wgpu::Buffer) -> wgpu::BufferBinding<'_> {
     buffer.as_entire_buffer_binding()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn grids_fold_or_are_refused() {
+        let width = u64::from(GRID_WIDTH);
+        let kernel = Kernel::new("gradient_step");
+        for workgroups in [1, 2, width - 1, width, width + 1, 68_360, 1 << 20, 1 << 30, width * width] {
+            let [x, y, z] = checked(kernel, fold(workgroups)).unwrap().map(u64::from);
+            // Every number is there, and less than a row is too many.
+            assert!(z == 1 && x * y >= workgroups && x * y - workgroups < x, "{workgroups}: {x} x {y}");
+            assert!(y == 1 || x == width, "{workgroups}: {x} x {y}");
+            // A u32 holds the numbers of those that are too many as well.
+            assert!(x * y <= 1 << 32, "{workgroups}: {x} x {y}");
+        }
+        assert_eq!(fold(0), [0, 0, 1]);
+        let error = checked(kernel, fold(width * width + 1)).unwrap_err().to_string();
+        assert!(error.contains("gradient_step") && error.contains("65536"), "{error}");
+    }
 }

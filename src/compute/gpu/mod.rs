@@ -16,6 +16,7 @@ pub(crate) use self::pool::Pooled;
 use super::capabilities::{Capabilities, Disable};
 use super::memory::{Buffer, Meter};
 use super::pipeline_cache::PipelineCache;
+use super::shaders::job;
 use super::staging::{Downloads, Staging, Uploads};
 use crate::{Error, Result};
 
@@ -29,9 +30,18 @@ const STAGED_PART: u64 = 32;
 /// Bytes of factors that operations upload at once, beside their results: their part of the budget.
 const SOURCE_PART: u64 = 32;
 
+job! {
+    /// What every kernel with a table of work reads.
+    pub(crate) struct Params {
+        /// What shaders hide sums behind: it must not be a constant when they are compiled.
+        zero: u32,
+        grid_width: u32,
+    }
+}
+
 pub(crate) struct Gpu {
     pub name: String,
-    /// Of a device of our own.
+    /// The instance that a device of our own was made from.
     pub instance: Option<wgpu::Instance>,
     pub adapter: wgpu::Adapter,
     pub device: wgpu::Device,
@@ -77,8 +87,7 @@ impl Gpu {
             usage: wgpu::BufferUsages::UNIFORM | wgpu::BufferUsages::COPY_DST,
             mapped_at_creation: false,
         });
-        // The first word is the zero that shaders hide sums behind: it must not be a compile-time constant.
-        queue.write_buffer(&params, 0, bytemuck::cast_slice(&[0, GRID_WIDTH, 0, 0]));
+        queue.write_buffer(&params, 0, bytemuck::bytes_of(&Params { zero: 0, grid_width: GRID_WIDTH }));
         let meter = Arc::new(Meter::new(memory));
         meter.take(params.size());
         Self {
@@ -234,7 +243,7 @@ pub(crate) struct Download {
 impl Download {
     /// Waits for them.
     pub fn finish<T>(self, gpu: &Gpu, use_bytes: impl FnOnce(&[u8]) -> T) -> Result<T> {
-        // Not for what has been submitted since.
+        // What has been submitted since need not be waited for.
         let until = wgpu::PollType::Wait { submission_index: Some(self.copied), timeout: None };
         gpu.poll(until, self.retired)?;
         match self.mapped.recv() {

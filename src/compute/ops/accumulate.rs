@@ -102,7 +102,7 @@ fn accumulate_gpu(
     a: &Batch,
     sums: &mut Batch,
 ) -> Result<()> {
-    // For each of inputs, products and partial sums.
+    // Inputs, products and partial sums take so much each.
     let limit = device.gpu()?.max_arena().min(device.memory() / 12);
     let mut windows = Vec::new();
     for &(index, input) in inputs {

@@ -10,8 +10,12 @@ pub enum Activations<'a> {
     /// On the host.
     Host(RawMatrix<'a>),
     /// In a buffer of the device, with usage `STORAGE`.
+    ///
+    /// wgpu binds and copies whole words, of which halves may fill the last one in part: the buffer must go on to the next
+    /// multiple of 4. So 1 × 3 halves in a buffer of exactly 6 bytes are refused, and in one of 8 they are taken; what is
+    /// beyond the last half is neither used nor changed.
     Buffer {
-        /// The buffer.
+        /// The buffer, in which the activations end, rounded up to a multiple of 4 bytes.
         buffer: &'a wgpu::Buffer,
         /// Its first byte that counts; a multiple of 4.
         offset: u64,

@@ -51,7 +51,7 @@ impl Score {
         }
     }
 
-    /// As shaders/branch/shared/job.wgsl numbers it.
+    /// The number that shaders/branch/shared/job.wgsl gives it.
     pub(crate) const fn code(self) -> u32 {
         self as u32
     }
@@ -81,7 +81,7 @@ pub(crate) struct Call<'a> {
     pub adapters: &'a [usize],
     /// Factor of each branch, but for the adapter's strength.
     pub factors: &'a [f32],
-    /// Of the layer's factors.
+    /// Halves of the layer's factors.
     pub halves: &'a Halves,
     pub score: Score,
     pub rule: Rule,
@@ -107,6 +107,7 @@ job! {
 
 /// Elements of a layer's running means: a mean for each branch, the number of tokens, padding.
 pub(crate) const RUNNING: usize = 16;
+const _: () = assert!(RUNNING > MAX_BRANCHES);
 /// Tokens that a running mean reaches back.
 const WINDOW: f64 = 1_048_576.0;
 
@@ -150,13 +151,23 @@ const UPDATE_RUNNING: u32 = 16;
 const HAS_LOW: u32 = 32;
 
 /// Tile of the kernels without matrix units.
-const TOKENS: usize = 64;
-const CHANNELS: usize = 128;
+const TILE_TOKENS: usize = 64;
+const TILE_CHANNELS: usize = 128;
 /// Tokens of a subgroup and channels of a tile on matrix units.
 const UNIT_TOKENS: usize = 16;
 const UNIT_CHANNELS: usize = 64;
-/// There, wider parts are split also where the GPU is full: fewer channels do not make a workgroup's start worth while.
+/// On matrix units, wider parts are split also where the GPU is full: fewer channels are not worth the start of a workgroup.
 const UNIT_PART: usize = 1024;
+/// Columns of halves, of which each branch has a multiple.
+const COLUMN_STEP: usize = 16;
+/// Channels of a workgroup of `branch/split_b.wgsl`, and its vectors of 4 columns.
+const SPLIT_CHANNELS: usize = 32;
+const SPLIT_QUADS: usize = 8;
+/// What f16 does not hold of a mantissa in f32.
+pub(crate) const LOW_BITS: u32 = 0x1fff;
+/// Vectors of a partial score.
+const STATE: usize = 2;
+const STATE_BYTES: usize = STATE * 16;
 /// Tokens of a workgroup of `branch/finish.wgsl` and of `branch/choose.wgsl`.
 const FINISH_TOKENS: usize = 32;
 const CHOOSE_TOKENS: usize = 16;
@@ -172,7 +183,7 @@ fn scored(kernel: Kernel, score: Score, dtype: Dtype) -> Kernel {
     kernel.dtype(dtype).named("SCORE", score)
 }
 
-/// Which score, of features of a type.
+/// The kernel of a score, for features of a type.
 fn scores_kernel(score: Score, dtype: Dtype) -> Kernel {
     scored(Kernel::new("branch/scores"), score, dtype)
 }
@@ -207,34 +218,52 @@ pub(super) fn declared() -> Vec<Declared> {
     let tiles = || DTYPES.into_iter().flat_map(|dtype| Tile::all().map(move |tile| (dtype, tile)));
     let on_tiles = scores().flat_map(|(score, dtype)| Tile::all().map(move |tile| (score, dtype, tile)));
     vec![
-        Declared::new::<Job>(scores().map(|(score, dtype)| scores_kernel(score, dtype)))
-            .constant("TOKENS", TOKENS)
-            .constant("CHANNELS", CHANNELS)
-            .constant("KL", Score::Kl.code())
-            .constant("DOT", Score::Dot.code())
-            .constant("ENERGY", Score::Energy.code())
-            .constant("MAX_BRANCHES", MAX_BRANCHES)
-            .constant("RUNNING_STRIDE", RUNNING)
+        declare(scores().map(|(score, dtype)| scores_kernel(score, dtype)))
+            .constant("TOKENS", TILE_TOKENS)
+            .constant("CHANNELS", TILE_CHANNELS)
+            .constant("STATE", STATE)
             .with_struct::<Controls>("controls"),
-        Declared::new::<Job>(on_tiles.map(|(score, dtype, tile)| scores_matrix_kernel(score, dtype, tile)))
-            .constant("CHANNELS", UNIT_CHANNELS),
-        Declared::new::<Job>([halves::kernel()]).constant("TILE", UNIT_CHANNELS).constant("HAS_LOW", HAS_LOW),
-        Declared::new::<Job>([finish_kernel()]),
-        Declared::new::<Job>([means_kernel()])
-            .constant("RUNNING", UPDATE_RUNNING)
-            .constant("WINDOW", WINDOW as u32),
-        Declared::new::<Job>([choose_kernel()])
+        declare(on_tiles.map(|(score, dtype, tile)| scores_matrix_kernel(score, dtype, tile)))
+            .constant("SUBGROUP_TOKENS", UNIT_TOKENS)
+            .constant("CHANNELS", UNIT_CHANNELS)
+            .constant("COLUMN_STEP", COLUMN_STEP)
+            .constant("LOW_BITS", LOW_BITS)
+            .constant("STATE", STATE)
+            .with_struct::<Controls>("controls"),
+        declare([halves::kernel()])
+            .constant("TILE", UNIT_CHANNELS)
+            .constant("CHANNELS", SPLIT_CHANNELS)
+            .constant("QUADS", SPLIT_QUADS)
+            .constant("COLUMN_STEP", COLUMN_STEP)
+            .constant("LOW_BITS", LOW_BITS),
+        declare([finish_kernel()]).constant("TOKENS", FINISH_TOKENS).constant("STATE", STATE),
+        declare([means_kernel()]).float("WINDOW", WINDOW),
+        declare([choose_kernel()])
             .constant("TOKENS", CHOOSE_TOKENS)
-            .constant("FINISH", FINISH)
-            .constant("SOFT", SOFT)
-            .constant("NORMALISE", NORMALISE)
-            .constant("FIXED", FIXED),
-        Declared::new::<Job>(DTYPES.map(apply_kernel))
-            .constant("TOKENS", TOKENS)
-            .constant("CHANNELS", CHANNELS),
-        Declared::new::<Job>(tiles().map(|(dtype, tile)| apply_matrix_kernel(dtype, tile)))
-            .constant("CHANNELS", UNIT_CHANNELS),
+            .constant("STATE", STATE)
+            .with_struct::<Controls>("controls"),
+        declare(DTYPES.map(apply_kernel)).constant("TOKENS", TILE_TOKENS).constant("CHANNELS", TILE_CHANNELS),
+        declare(tiles().map(|(dtype, tile)| apply_matrix_kernel(dtype, tile)))
+            .constant("SUBGROUP_TOKENS", UNIT_TOKENS)
+            .constant("CHANNELS", UNIT_CHANNELS)
+            .constant("COLUMN_STEP", COLUMN_STEP)
+            .constant("LOW_BITS", LOW_BITS),
     ]
+}
+
+/// Kernels with what shaders/branch/shared/job.wgsl gives all of them.
+fn declare(kernels: impl IntoIterator<Item = Kernel>) -> Declared {
+    Declared::new::<Job>(kernels)
+        .constant("KL", Score::Kl.code())
+        .constant("DOT", Score::Dot.code())
+        .constant("ENERGY", Score::Energy.code())
+        .constant("MAX_BRANCHES", MAX_BRANCHES)
+        .constant("FINISH", FINISH)
+        .constant("SOFT", SOFT)
+        .constant("NORMALISE", NORMALISE)
+        .constant("FIXED", FIXED)
+        .constant("UPDATE_RUNNING", UPDATE_RUNNING)
+        .constant("HAS_LOW", HAS_LOW)
 }
 
 /// The buffers that calls share.
@@ -252,7 +281,7 @@ pub(crate) struct Buffers {
 }
 
 impl Buffers {
-    /// For calls of at most `tokens` on layers of at most these ranks and branches.
+    /// Buffers for calls of at most `tokens` on layers of at most these ranks and branches.
     pub fn new(
         gpu: &Arc<Gpu>,
         tokens: usize,
@@ -269,8 +298,8 @@ impl Buffers {
             )));
         }
         let z = tokens.saturating_mul(rank).saturating_mul(4) as u64;
-        let stats = (MAX_PARTS * branches * tokens * 32) as u64;
-        let stats = if stats > gpu.max_arena() { (branches * tokens * 32) as u64 } else { stats };
+        let stats = (MAX_PARTS * branches * tokens * STATE_BYTES) as u64;
+        let stats = if stats > gpu.max_arena() { (branches * tokens * STATE_BYTES) as u64 } else { stats };
         let buffer = |label: &str, elements: usize| gpu.allocate_values(label, elements, 4);
         Ok(Self {
             z: gpu.allocate("projected tokens", z)?,
@@ -417,7 +446,7 @@ pub(crate) fn encode(
     if !matches!(call.rule, Rule::Fixed(_)) {
         commands.phase(Phase::Score);
         let (kernel, tile, b) = match units {
-            None => (scores_kernel(call.score, f0.dtype()), [TOKENS, CHANNELS], factors.clone()),
+            None => (scores_kernel(call.score, f0.dtype()), [TILE_TOKENS, TILE_CHANNELS], factors.clone()),
             Some(SplitB { tiles: Tiles { scores: tile, .. }, buffer }) => {
                 let tokens = tile.subgroups(SCORES_SUBGROUPS) as usize * UNIT_TOKENS;
                 let kernel = scores_matrix_kernel(call.score, f0.dtype(), *tile);
@@ -426,7 +455,7 @@ pub(crate) fn encode(
         };
         let wanted = parts(tokens * branches, tile, call.width);
         let wanted = if units.is_some() { wanted.max(call.width / UNIT_PART) } else { wanted };
-        let most = buffers.stats.size() as usize / (branches * tokens * 32);
+        let most = buffers.stats.size() as usize / (branches * tokens * STATE_BYTES);
         (job.parts, job.part_width) = split(call.width, tile[1], wanted.min(most).min(MAX_PARTS));
         for window in &f0_windows {
             let grid = [window.count.div_ceil(tile[0]), branches, job.parts as usize];
@@ -458,7 +487,7 @@ pub(crate) fn encode(
     commands.phase(Phase::Apply);
     let apply = units.and_then(|units| Some((units.tiles.apply?, &units.buffer)));
     let (kernel, tile, b) = match apply {
-        None => (apply_kernel(f0.dtype()), TOKENS, factors),
+        None => (apply_kernel(f0.dtype()), TILE_TOKENS, factors),
         Some((tile, b)) => {
             let tile_tokens = tile.subgroups(APPLY_SUBGROUPS) as usize * UNIT_TOKENS;
             let wanted = parts(tokens, [tile_tokens, UNIT_CHANNELS], call.width).max(call.width / UNIT_PART);
@@ -469,7 +498,7 @@ pub(crate) fn encode(
     for window in &f0_windows {
         let tiles = window.count.div_ceil(tile);
         let grid = match apply {
-            None => [call.width.div_ceil(CHANNELS), tiles, 1],
+            None => [call.width.div_ceil(TILE_CHANNELS), tiles, 1],
             Some(_) => [tiles, job.parts as usize, 1],
         };
         let bindings = [b.clone(), z.clone(), window.bound.binding.clone()];
@@ -497,7 +526,7 @@ fn starts(blocks: &[Range<usize>]) -> [u32; MAX_BRANCHES + 1] {
 }
 
 impl Job {
-    /// On a layer's factors.
+    /// A job on a layer's factors.
     fn of(layer: &Batch) -> Self {
         let stride = layer.shapes()[1].cols / 4;
         Self { b: (layer.offset(1) / 4) as u32, stride: stride as u32, ..Self::default() }
@@ -581,9 +610,9 @@ pub(crate) fn branches_cpu(
     if !matches!(call.rule, Rule::Fixed(_)) {
         decided
             .scores
-            .par_chunks_mut(TOKENS * branches)
-            .zip(z.par_chunks(TOKENS * rank))
-            .zip(f0.par_chunks(TOKENS * width))
+            .par_chunks_mut(TILE_TOKENS * branches)
+            .zip(z.par_chunks(TILE_TOKENS * rank))
+            .zip(f0.par_chunks(TILE_TOKENS * width))
             .for_each(|((scores, z), f0)| {
                 let mut u = vec![0.0; f0.len()];
                 for k in 0..branches {
@@ -595,9 +624,9 @@ pub(crate) fn branches_cpu(
             });
     }
     decide_cpu(call, &decided.scores, &mut decided.weights, running);
-    f0.par_chunks_mut(TOKENS * width)
-        .zip(z.par_chunks(TOKENS * rank))
-        .zip(decided.weights.par_chunks(TOKENS * branches))
+    f0.par_chunks_mut(TILE_TOKENS * width)
+        .zip(z.par_chunks(TILE_TOKENS * rank))
+        .zip(decided.weights.par_chunks(TILE_TOKENS * branches))
         .for_each(|((f0, z), weights)| {
             let mut u = vec![0.0; f0.len()];
             for k in 0..branches {

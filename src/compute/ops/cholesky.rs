@@ -42,7 +42,7 @@ pub(super) fn check(a: &Batch) -> Result<()> {
     }
 }
 
-/// A batch of the host's.
+/// Factorises a batch of the host's.
 pub(super) fn factorise(a: &mut Batch) -> Result<Vec<std::result::Result<(), PivotFailure>>> {
     let orders: Vec<_> = a.shapes().iter().map(|s| s.rows).collect();
     Ok(a.host_mut()?.into_par_iter().zip(orders).map(|(a, n)| cholesky_cpu(a, n)).collect())
@@ -89,18 +89,20 @@ pub(super) fn submit(gpu: &Arc<Gpu>, a: OnGpu<'_>) -> Result<Status> {
 
 /// Columns that a workgroup makes at a time.
 const THREADS: usize = 128;
+/// Rows or columns of a panel, as shaders/shared/strip.wgsl has them.
+pub(super) const PANEL: usize = 16;
 
-/// Loop iterations of an invocation for each panel of 16 rows, at most, as the shader makes them.
+/// Loop iterations of an invocation for each panel of rows, at most, as the shader makes them.
 fn panel_costs(n: usize) -> impl Iterator<Item = usize> {
     // A matrix without rows has a panel too, so that its status is written.
-    (0..n.div_ceil(16).max(1)).map(move |panel| {
-        let above = panel * 16;
+    (0..n.div_ceil(PANEL).max(1)).map(move |panel| {
+        let above = panel * PANEL;
         let tiles = n.saturating_sub(above).div_ceil(THREADS);
-        // Of a block of 16 × 16.
-        let elements = 256_usize.div_ceil(THREADS);
+        // A thread makes so many elements of the block on the diagonal.
+        let elements = (PANEL * PANEL).div_ceil(THREADS);
         // In each tile, finished rows to copy, block by block, and to subtract, by fours, and substitution; once the
         // block on the diagonal, and zeros left of it.
-        tiles * (panel * elements + above * 4 / 3 + 30) + 16 + elements * (17 + panel)
+        tiles * (panel * elements + above * 4 / 3 + 30) + PANEL + elements * (PANEL + 1 + panel)
     })
 }
 
@@ -116,7 +118,9 @@ pub(crate) fn kernel(element: Element) -> Kernel {
 }
 
 pub(super) fn declared() -> Declared {
-    Declared::new::<Job>(WIDE.iter().map(|&element| kernel(element))).constant("THREADS", THREADS)
+    Declared::new::<Job>(WIDE.iter().map(|&element| kernel(element)))
+        .constant("THREADS", THREADS)
+        .constant("PANEL", PANEL)
 }
 
 /// The CPU twin for one matrix.

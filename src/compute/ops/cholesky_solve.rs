@@ -1,6 +1,6 @@
 use rayon::prelude::*;
 
-use super::cholesky::{self, PivotFailure};
+use super::cholesky::{self, PANEL, PivotFailure};
 use super::{cut, mismatch, same_count, view_mut};
 use crate::compute::batch::{OnGpu, Operands, WIDE};
 use crate::compute::gpu::{Gpu, Work};
@@ -65,7 +65,7 @@ fn check(factors: &Batch, q: &Batch) -> Result<()> {
     Ok(())
 }
 
-/// Batches of the host's.
+/// Solves with batches of the host's.
 fn substitute(factors: &Batch, q: &mut Batch) -> Result<()> {
     let shapes = q.shapes().to_vec();
     let factors = factors.host()?;
@@ -110,13 +110,15 @@ fn kernel(element: Element) -> Kernel {
 }
 
 pub(super) fn declared() -> Declared {
-    Declared::new::<Job>(WIDE.iter().map(|&element| kernel(element))).constant("ROWS", ROWS)
+    Declared::new::<Job>(WIDE.iter().map(|&element| kernel(element)))
+        .constant("ROWS", ROWS)
+        .constant("PANEL", PANEL)
 }
 
-/// Loop iterations of an invocation for each panel of 32 columns, forwards and then backwards, as the shader makes them.
+/// Loop iterations of an invocation for each panel of two strips, forwards and then backwards, as the shader makes them.
 fn step_costs(n: usize) -> impl Iterator<Item = usize> {
     // For each 16 solved columns 16 products; as much within the panel, which in two halves is substituted and stored.
-    (0..2).flat_map(move |_| (0..n.div_ceil(32)).map(|solved| solved * 34 + 110))
+    (0..2).flat_map(move |_| (0..n.div_ceil(2 * PANEL)).map(|solved| solved * 34 + 110))
 }
 
 job! {

@@ -10,7 +10,7 @@ job! {
         /// Elements from one sample's reference to the next; 0: one for all.
         pub reference_stride: u32,
         pub weight: f32,
-        /// Of the first sample.
+        /// First loss, that of the first sample.
         pub losses: u32,
     }
 }

@@ -147,19 +147,19 @@ pub fn entries(
         members: rule.members.len() as u32,
         chance: rule.chance,
         elect: match (rule.elect, rule.zero_is_minus) {
-            (false, _) => 0,
-            (true, false) => 1,
-            (true, true) => 2,
+            (false, _) => SUM,
+            (true, false) => ELECT_PLUS,
+            (true, true) => ELECT_MINUS,
         },
         scale: rule.scale as f32,
     };
     let tiles = (panel.rows.div_ceil(TILE) as u32, panel.cols.div_ceil(TILE) as u32);
     let work: Vec<Work> =
         (0..tiles.0).flat_map(|row| (0..tiles.1).map(move |c| [0, row, c, row * tiles.1 + c])).collect();
-    // Of each tile its sum of squares and its signs, which f32 counts exactly.
+    // Each tile leaves its sum of squares and its signs, which f32 counts exactly.
     let bytes = work.len() as u64 * 8;
     let tallies = gpu.scratch(bytes)?;
-    let members = gpu.scratch(rule.members.len() as u64 * 32)?;
+    let members = gpu.scratch((rule.members.len() * size_of::<Member>()) as u64)?;
     gpu.write(&members, 0, bytemuck::cast_slice(&table(&rule.members, &[])))?;
     let mut commands = gpu.commands();
     let buffers = [a_on.binding(), b_on.binding(), whole(&members), values.binding()?, whole(&tallies)];
@@ -174,6 +174,11 @@ pub fn entries(
 /// The side of a tile of entries, of which a thread of the shaders makes one.
 const TILE: usize = 16;
 
+/// How a job makes one of what counts, and the sign that a sum of zero elects.
+const SUM: u32 = 0;
+const ELECT_PLUS: u32 = 1;
+const ELECT_MINUS: u32 = 2;
+
 fn kernel(sums: Element) -> Kernel {
     Kernel::new("entries").real(sums)
 }
@@ -185,15 +190,24 @@ fn magnitudes_kernel(sums: Element) -> Kernel {
 pub(super) fn declared() -> [Declared; 2] {
     let each = |kernel: fn(Element) -> Kernel| ANY.iter().map(move |&sums| kernel(sums));
     [
-        Declared::new::<Job>(each(kernel)).constant("TILE", TILE).with_struct::<Member>("members"),
+        Declared::new::<Job>(each(kernel))
+            .constant("TILE", TILE)
+            .constant("SUM", SUM)
+            .constant("ELECT_PLUS", ELECT_PLUS)
+            .constant("ELECT_MINUS", ELECT_MINUS)
+            .with_struct::<Member>("members"),
         Declared::new::<MagnitudesJob>(each(magnitudes_kernel))
             .constant("TILE", TILE)
+            .constant("BUCKETS", BUCKETS)
+            .constant("LOWER_BITS", LOWER_BITS)
             .with_struct::<Member>("members"),
     ]
 }
 
 /// Buckets of a histogram of [`magnitudes`].
 pub const BUCKETS: usize = 1 << 16;
+/// Bits that the second histogram counts by.
+const LOWER_BITS: u32 = 15;
 
 /// Adds to `counts`, of [`BUCKETS`] for each member, how often bits of the magnitudes `|s_k·B_k·A_k|` as f32 occur in some
 /// rows: without `prefixes` the upper 16 bits; else the lower 15 of entries whose upper ones are the member's prefix.
@@ -235,7 +249,7 @@ pub fn magnitudes(
     let work: Vec<Work> = (0..members.len() as u32).flat_map(tile).collect();
     let bytes = (members.len() * BUCKETS * 4) as u64;
     let histogram = gpu.zeros(bytes)?;
-    let entries = gpu.scratch(members.len() as u64 * 32)?;
+    let entries = gpu.scratch((members.len() * size_of::<Member>()) as u64)?;
     gpu.write(&entries, 0, bytemuck::cast_slice(&table(members, prefixes.unwrap_or_default())))?;
     let mut commands = gpu.commands();
     let buffers = [a_on.binding(), b_on.binding(), whole(&entries), whole(&histogram)];
@@ -397,8 +411,10 @@ fn magnitudes_cpu(
             for v in update(a, b, member, first..last).data {
                 let bits = (v as f32).to_bits() & 0x7fff_ffff;
                 match prefixes {
-                    None => counts[(bits >> 15) as usize] += 1,
-                    Some(prefixes) if bits >> 15 == prefixes[k] => counts[(bits & 0x7fff) as usize] += 1,
+                    None => counts[(bits >> LOWER_BITS) as usize] += 1,
+                    Some(prefixes) if bits >> LOWER_BITS == prefixes[k] => {
+                        counts[(bits & ((1 << LOWER_BITS) - 1)) as usize] += 1;
+                    }
                     Some(_) => {}
                 }
             }

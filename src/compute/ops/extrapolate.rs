@@ -17,12 +17,15 @@ job! {
     }
 }
 
+/// Words that a workgroup changes.
+const CHUNK: usize = 256;
+
 fn kernel(dtype: Dtype) -> Kernel {
     Kernel::new("extrapolate").dtype(dtype)
 }
 
 pub(super) fn declared() -> Declared {
-    Declared::new::<ExtrapolateJob>(DTYPES.map(kernel))
+    Declared::new::<ExtrapolateJob>(DTYPES.map(kernel)).constant("CHUNK", CHUNK)
 }
 
 impl ExtrapolateJob {
@@ -34,7 +37,7 @@ impl ExtrapolateJob {
         buffers: [wgpu::BufferBinding<'_>; 2],
     ) -> Result<()> {
         let words = (self.len as usize * dtype.size()).div_ceil(4);
-        commands.launch_line(kernel(dtype), &self, words.div_ceil(256), &buffers)
+        commands.launch_line(kernel(dtype), &self, words.div_ceil(CHUNK), &buffers)
     }
 }
 

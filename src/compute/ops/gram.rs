@@ -167,6 +167,10 @@ const SIDES: [u32; 3] = [32, 64, 128];
 const MATRIX_SIDE: u32 = 128;
 const REAL_SIDE: u32 = 16;
 
+/// Elements that a workgroup of `gram_reduce.wgsl` adds up, and rows that one of `row_scale.wgsl` scales.
+const CHUNK: usize = 256;
+const ROWS: usize = 8;
+
 fn kernel(side: u32) -> Kernel {
     shared_tile(Kernel::new("gram").number("TILE", side), side)
 }
@@ -179,12 +183,12 @@ fn scale_kernel() -> Kernel {
     Kernel::new("row_scale")
 }
 
-/// Of Z of `part`, summed in `sums`.
+/// The kernel for Z of `part` and sums of `sums`.
 fn real_kernel(part: Element, sums: Element) -> Kernel {
     of_parts(Kernel::new("gram_real"), part, sums)
 }
 
-/// Of partial matrices of `part`, added to `sums`.
+/// The kernel that adds partial matrices of `part` to sums of `sums`.
 fn reduce_kernel(part: Element, sums: Element) -> Kernel {
     of_parts(Kernel::new("gram_reduce"), part, sums)
 }
@@ -199,9 +203,10 @@ pub(super) fn declared() -> [Declared; 5] {
     [
         Declared::new::<Job>(SIDES.map(kernel)),
         Declared::new::<MatrixJob>([matrix_kernel()]).constant("TILE", MATRIX_SIDE),
-        Declared::new::<ScaleJob>([scale_kernel()]),
+        Declared::new::<ScaleJob>([scale_kernel()]).constant("ROWS", ROWS),
         Declared::new::<Job>(pairs().map(|(part, sums)| real_kernel(part, sums))).constant("TILE", REAL_SIDE),
-        Declared::new::<ReduceJob>(pairs().map(|(part, sums)| reduce_kernel(part, sums))),
+        Declared::new::<ReduceJob>(pairs().map(|(part, sums)| reduce_kernel(part, sums)))
+            .constant("CHUNK", CHUNK),
     ]
 }
 
@@ -297,7 +302,8 @@ pub(super) fn encode(
         let (mut scales_len, mut scale_table, mut scale_work) = (0, Vec::new(), Vec::<Work>::new());
         for ((job, cut), r) in all().filter(|((_, cut), _)| cut.on_units) {
             work.extend(tiles(MATRIX_SIDE, table.len() as u32, r));
-            scale_work.extend((0..job.tokens as u32).step_by(8).map(|row| [table.len() as u32, row, 0, 0]));
+            scale_work
+                .extend((0..job.tokens as u32).step_by(ROWS).map(|row| [table.len() as u32, row, 0, 0]));
             let matrix = MatrixJob { job: self::job(job, cut, r), scales: scales_len };
             let Job { z, tokens: rows, rank: cols, .. } = matrix.job;
             scale_table.push(ScaleJob { matrix: z, scales: scales_len, rows, cols });
@@ -332,7 +338,7 @@ pub(super) fn encode(
     let work: Vec<Work> = reduce
         .iter()
         .enumerate()
-        .flat_map(|(i, job)| (0..job.rank * job.rank).step_by(256).map(move |e| [i as u32, e, 0, 0]))
+        .flat_map(|(i, job)| (0..job.rank * job.rank).step_by(CHUNK).map(move |e| [i as u32, e, 0, 0]))
         .collect();
     let buffers = [whole(&partial), sums.binding()?];
     commands.phase(Phase::Reduce);

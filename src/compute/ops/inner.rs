@@ -18,7 +18,7 @@ pub fn inner(device: &Device, x: &Batch, y: &Batch) -> Result<Batch> {
 /// [`inner`] with sums of another type: [`Device::product`], for long products that need no more.
 ///
 /// # Errors
-/// As of [`inner`].
+/// Those of [`inner`].
 pub fn inner_as(device: &Device, x: &Batch, y: &Batch, element: Element) -> Result<Batch> {
     same_count("inner", x, y)?;
     for (x, y) in x.shapes().iter().zip(y.shapes()) {

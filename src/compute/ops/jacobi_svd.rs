@@ -63,6 +63,10 @@ const MAX_SWEEPS: usize = 40;
 /// Largest magnitudes are brought here, so that squares of small ones do not underflow in f32 pairs.
 const TARGET: i32 = 30;
 
+/// Pairs of rows that a workgroup turns at a time, and its threads for each of them.
+const PAIRS: usize = 32;
+const LANES: usize = 8;
+
 job! {
     struct Job {
         rows: u32,
@@ -79,6 +83,8 @@ pub(super) fn kernel(element: Element) -> Kernel {
 
 pub(super) fn declared() -> Declared {
     Declared::new::<Job>(WIDE.iter().map(|&element| kernel(element)))
+        .constant("PAIRS", PAIRS)
+        .constant("LANES", LANES)
 }
 
 fn jacobi_svd_gpu(device: &Device, a: &[Matrix]) -> Result<Vec<Svd>> {
@@ -138,7 +144,7 @@ fn found(mut rows: Matrix, e: i32, floor: f64) -> Svd {
     let (matrix, status) = rows.data.split_at_mut(2 * n * n);
     let normalised = |row: &mut [f64]| {
         let square: f64 = row[..n].iter().map(|v| v * v).sum();
-        // Not orthogonal to the others, so no singular vector.
+        // Such a row need not be orthogonal to the others, so it is no singular vector.
         if square <= floor {
             row[..n].fill(0.0);
             return 0.0;
@@ -163,9 +169,9 @@ fn rounds(order: usize) -> usize {
 
 /// Loop iterations of an invocation for each step of all sweeps, as the shader makes them.
 fn step_costs(order: usize) -> impl Iterator<Item = usize> {
-    let groups = rounds(order).div_ceil(2).div_ceil(32);
+    let groups = rounds(order).div_ceil(2).div_ceil(PAIRS);
     let steps = if order == 0 { 0 } else { rounds(order) * MAX_SWEEPS };
-    std::iter::repeat_n(1 + groups * (10 + order.div_ceil(8) + (2 * order).div_ceil(32)), steps)
+    std::iter::repeat_n(1 + groups * (10 + order.div_ceil(LANES) + (2 * order).div_ceil(4 * LANES)), steps)
 }
 
 fn largest(a: &Matrix) -> f64 {

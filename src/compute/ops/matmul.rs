@@ -43,8 +43,8 @@ pub fn matmul(device: &Device, b: &Batch, r: &Batch) -> Result<Batch> {
         .iter()
         .enumerate()
         .flat_map(|(i, job)| {
-            (0..job.rows.div_ceil(TILE))
-                .flat_map(move |row| (0..job.cols.div_ceil(TILE)).map(move |c| [i as u32, row, c, 0]))
+            (0..job.rows.div_ceil(ROWS))
+                .flat_map(move |row| (0..job.cols.div_ceil(COLUMNS)).map(move |c| [i as u32, row, c, 0]))
         })
         .collect();
     let mut commands = gpu.commands();
@@ -53,8 +53,9 @@ pub fn matmul(device: &Device, b: &Batch, r: &Batch) -> Result<Batch> {
     Ok(c)
 }
 
-/// Side of a tile.
-const TILE: u32 = 64;
+/// A tile of C.
+const ROWS: u32 = 64;
+const COLUMNS: u32 = 64;
 
 job! {
     struct Job {
@@ -72,5 +73,7 @@ fn kernel(sums: Element) -> Kernel {
 }
 
 pub(super) fn declared() -> Declared {
-    Declared::new::<Job>(ANY.iter().map(|&sums| kernel(sums))).constant("TILE", TILE)
+    Declared::new::<Job>(ANY.iter().map(|&sums| kernel(sums)))
+        .constant("ROWS", ROWS)
+        .constant("COLUMNS", COLUMNS)
 }

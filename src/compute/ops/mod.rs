@@ -75,7 +75,7 @@ pub(super) fn declared() -> Vec<Declared> {
     all
 }
 
-/// Those of [`Stacks`], [`qr`] and [`jacobi_svd`] with sums of this type.
+/// The kernels of [`Stacks`], [`qr`] and [`jacobi_svd`] with sums of this type.
 pub(super) fn algebra_kernels(sums: Element) -> [Kernel; 4] {
     [jacobi_svd::kernel(sums), project::real_kernel(sums), rank_update::kernel(sums), rows::kernel()]
 }
@@ -110,7 +110,7 @@ fn cut(costs: impl IntoIterator<Item = usize>) -> Vec<std::ops::Range<u32>> {
 }
 
 /// The code that shaders/shared/words.wgsl gives a type.
-fn dtype_code(dtype: crate::Dtype) -> u32 {
+pub(super) fn dtype_code(dtype: crate::Dtype) -> u32 {
     match dtype {
         crate::Dtype::F32 => 0,
         crate::Dtype::F16 => 1,
@@ -153,7 +153,7 @@ fn gemm(
     faer::linalg::matmul::matmul(c, accum, a, b, scale, faer::Par::Seq);
 }
 
-/// A batch of a device that has no tier of full precision, where the CPU computes.
+/// A copy on the CPU of a batch of a device that has no tier of full precision, for the CPU to compute with.
 fn host(device: &Device, batch: &Batch) -> Result<Batch> {
     Batch::upload(&Device::cpu(), Element::Host, &batch.download(device)?)
 }

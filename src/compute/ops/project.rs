@@ -91,8 +91,8 @@ pub(super) const X_ALIGN: usize = 16;
 /// The rows of a tile, and the parts that a width is split into at most.
 const TILE_M: usize = 128;
 const MAX_PARTS: usize = 8;
-/// The shaders step along k by this much, or half of it.
-const DEPTH: usize = 32;
+/// The shader for matrix units steps along k by this much, the other one by half of it.
+const STEP: usize = 32;
 /// A part of the width is not worth its sum if it is narrower.
 const LEAST_PART: usize = 256;
 /// A wider part of rows of X may have left the cache when it is read again, once its powers of two are found; f16 has
@@ -135,7 +135,7 @@ impl Cut {
         let cached = if on_units && job.dtype != Dtype::F16 { a.cols / CACHED_PART } else { 0 };
         let most = (a.cols / LEAST_PART).clamp(1, most);
         let parts = (ENOUGH_WORKGROUPS / tiles.max(1)).max(cached).clamp(1, most);
-        let part_width = a.cols.div_ceil(parts).next_multiple_of(DEPTH).max(DEPTH);
+        let part_width = a.cols.div_ceil(parts).next_multiple_of(STEP).max(STEP);
         let parts = a.cols.div_ceil(part_width).max(1);
         // Units leave whole tiles behind; otherwise vectors of 4 are what is summed.
         let (kernel, rows, stride) = match on_units {
@@ -201,6 +201,10 @@ job! {
 /// No scales, in the place of their first element.
 const NONE: u32 = u32::MAX;
 
+/// Rows that a workgroup of `split_rows.wgsl` splits, and vectors of 4 sums that one of `sum_parts.wgsl` makes.
+const ROWS: usize = 8;
+const CHUNK: usize = 256;
+
 job! {
     struct SumJob {
         parts: u32,
@@ -227,13 +231,13 @@ job! {
     }
 }
 
-/// With the columns (rank) of its tile and the type of X.
+/// The kernel without matrix units, with the columns (rank) of its tile and the type of X.
 fn kernel(columns: u32, dtype: Dtype) -> Kernel {
     let rows = TILE_M as u32;
     shared_tile(Kernel::new("project").dtype(dtype).number("TILE_M", rows).number("TILE_N", columns), columns)
 }
 
-/// The same on matrix units.
+/// The kernel on matrix units, with the columns (rank) of its tile and the type of X.
 fn matrix_kernel(columns: u32, dtype: Dtype) -> Kernel {
     Kernel::new("project_matrix").dtype(dtype).number("TILE_N", columns)
 }
@@ -255,17 +259,15 @@ pub(super) fn declared() -> [Declared; 5] {
         columns.iter().flat_map(move |&columns| DTYPES.map(|dtype| kernel(columns, dtype)))
     };
     [
-        Declared::new::<Job>(each(&[32, 64, 128], kernel)),
+        Declared::new::<Job>(each(&[32, 64, 128], kernel)).constant("DEPTH", STEP / 2),
         Declared::new::<MatrixJob>(each(&[32, 64], matrix_kernel))
             .constant("TILE_M", TILE_M)
-            .constant("DEPTH", DEPTH),
-        Declared::new::<SplitJob>([split_kernel()]),
-        Declared::new::<SumJob>([sum_kernel()]).constant("NONE", NONE),
+            .constant("DEPTH", STEP),
+        Declared::new::<SplitJob>([split_kernel()]).constant("ROWS", ROWS),
+        Declared::new::<SumJob>([sum_kernel()]).constant("NONE", NONE).constant("CHUNK", CHUNK),
         Declared::new::<RealJob>(WIDE.iter().map(|&sums| real_kernel(sums)))
             .constant("TILE", REAL_TILE)
-            .constant("F32", dtype_code(Dtype::F32))
-            .constant("F16", dtype_code(Dtype::F16))
-            .constant("BF16", dtype_code(Dtype::Bf16)),
+            .dtypes(),
     ]
 }
 
@@ -315,7 +317,7 @@ impl SplitA {
 
     /// Bytes that this takes for an A of this shape.
     pub(super) fn bytes_for(gpu: &Gpu, a: Shape) -> u64 {
-        let halves = |columns| a.rows.next_multiple_of(columns) * a.cols.next_multiple_of(DEPTH);
+        let halves = |columns| a.rows.next_multiple_of(columns) * a.cols.next_multiple_of(STEP);
         Self::columns(gpu, a).map_or(0, |columns| 4 * (halves(columns) + a.rows) as u64)
     }
 
@@ -335,11 +337,11 @@ struct Tables {
     /// Elements of high and of low halves of A so far, and of the scales of its rows.
     halves_len: usize,
     scales_len: usize,
-    /// By binding of X.
+    /// The products of each binding of X.
     inputs: BTreeMap<usize, Products>,
 }
 
-/// Those of one binding of X. Its parts have a buffer of their own: launches that write to one buffer wait for each
+/// The tables of one binding of X. Its parts have a buffer of their own: launches that write to one buffer wait for each
 /// other.
 #[derive(Default)]
 struct Products {
@@ -361,7 +363,7 @@ impl Tables {
             return self.splits.0[place];
         }
         let shape = a.shapes()[index];
-        let (rows, stride) = (shape.rows.next_multiple_of(columns), shape.cols.next_multiple_of(DEPTH));
+        let (rows, stride) = (shape.rows.next_multiple_of(columns), shape.cols.next_multiple_of(STEP));
         let job = SplitJob {
             a: a.offset(index) as u32,
             halves: self.halves_len as u32,
@@ -373,7 +375,7 @@ impl Tables {
         let place = self.splits.0.len();
         self.split.insert(index, place);
         self.splits.0.push(job);
-        self.splits.1.extend((0..rows as u32).step_by(8).map(|row| [place as u32, row, 0, 0]));
+        self.splits.1.extend((0..rows as u32).step_by(ROWS).map(|row| [place as u32, row, 0, 0]));
         self.halves_len += rows * stride;
         self.scales_len += shape.rows;
         job
@@ -442,7 +444,7 @@ impl Tables {
                 a_scales,
             });
             let quads = entry.tokens * entry.rank.div_ceil(4);
-            sums.1.extend((0..quads).step_by(256).map(|first| [index, first, 0, 0]));
+            sums.1.extend((0..quads).step_by(CHUNK).map(|first| [index, first, 0, 0]));
         }
         let [rows, columns] =
             [job.tokens.div_ceil(TILE_M), shape.rows.div_ceil(cut.columns)].map(|n| n as u32);

@@ -30,7 +30,7 @@ pub struct Qr {
 /// Gram matrices square the condition number: after rows are scaled, directions whose singular value is below about
 /// `√(rank·ε)` of the largest (1e-7 in f64, 6e-7 in double-single, at rank 32) are taken for zero. What is kept has
 /// ‖QQᵀ − I‖ ≤ 1e-6, as f32 rounds it, and each direction of A a relative error of about 1e-7 of its own size.
-/// On the CPU two passes in f64 where the first bends rows by 1e-8 at most, else faer's Householder QR, which drops
+/// The CPU makes two passes in f64 where the first bends rows by 1e-8 at most, else faer's Householder QR, which drops
 /// nothing.
 ///
 /// # Errors
@@ -110,7 +110,7 @@ fn roots(device: &Device, rows: &Batch) -> Result<Vec<Root>> {
 }
 
 impl Root {
-    /// From the spectrum of a Gram matrix whose entries have an error of `epsilon`.
+    /// The root of the spectrum of a Gram matrix whose entries have an error of `epsilon`.
     fn new(spectrum: &Svd, epsilon: f64) -> Self {
         let n = spectrum.values.len();
         let largest = spectrum.values.first().copied().unwrap_or(0.0);
@@ -140,8 +140,8 @@ impl Root {
 
 /// L with `L·Lᵀ = A·Aᵀ`, rank × rank: all that is to be known of A if only `X·A` counts, for any X.
 ///
-/// On a GPU from the Gram matrix, so that directions below about 1e-7 of the largest (of scaled rows) are taken for zero;
-/// on the CPU only where that is exact, else from faer's Householder QR in f64.
+/// A GPU makes it of the Gram matrix, so that directions below about 1e-7 of the largest (of scaled rows) are taken for
+/// zero; the CPU does so only where that is exact, and else takes faer's Householder QR in f64.
 ///
 /// # Errors
 /// [`Error::Device`](crate::Error::Device).

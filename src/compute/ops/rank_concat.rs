@@ -113,7 +113,7 @@ fn kernel() -> Kernel {
 }
 
 pub(super) fn declared() -> Declared {
-    Declared::new::<Job>([kernel()]).constant("CHUNK", CHUNK)
+    Declared::new::<Job>([kernel()]).constant("CHUNK", CHUNK).dtypes()
 }
 
 fn rank_concat_gpu(gpu: &Arc<Gpu>, axis: Axis, jobs: &[&[Factor]], joined: &Batch) -> Result<()> {

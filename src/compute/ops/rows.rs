@@ -38,7 +38,7 @@ pub(super) fn kernel() -> Kernel {
 }
 
 pub(super) fn declared() -> Declared {
-    Declared::new::<Job>([kernel()]).constant("TILE", TILE).constant("TILES", TILES)
+    Declared::new::<Job>([kernel()]).constant("TILE", TILE).constant("TILES", TILES).dtypes()
 }
 
 /// Bytes that are uploaded at once, at most.
@@ -71,7 +71,7 @@ impl ScaledRows {
         Ok(Self { rows, exponents })
     }
 
-    /// The same for matrices in f64, which a GPU rounds to f32 once they are scaled.
+    /// [`new`](Self::new) for matrices in f64, which a GPU rounds to f32 once they are scaled.
     pub(crate) fn from_matrices(device: &Device, mut matrices: Vec<Matrix>) -> Result<Self> {
         let exponents = matrices
             .par_iter_mut()
@@ -181,7 +181,7 @@ fn rows_cpu(side: Side, parts: &[RawMatrix<'_>], exponents: &[i32], out: &mut [f
         let out = &mut out[first * width..(first + rank) * width];
         match side {
             Side::Input => out.copy_from_slice(&values),
-            // In blocks that fit a cache.
+            // Rows are turned in blocks that fit a cache.
             Side::Output => {
                 for block in (0..width).step_by(64) {
                     for k in 0..rank {
@@ -214,7 +214,7 @@ job! {
 /// Factors that go up together.
 #[derive(Default)]
 struct Upload<'a> {
-    /// With their places.
+    /// The factors, each with its place.
     pieces: Vec<(usize, RawMatrix<'a>)>,
     jobs: Vec<Job>,
     bytes: usize,
@@ -229,7 +229,7 @@ fn rows_gpu(
 ) -> Result<Vec<Vec<i32>>> {
     let ranks: usize = rows.shapes().iter().map(|shape| shape.rows).sum();
     let scale_buffer = gpu.scratch(ranks as u64 * 4)?;
-    // Of all rows so far.
+    // The exponents of all rows so far.
     let mut all: Vec<i32> = Vec::with_capacity(ranks);
     // Factors go up in groups that one binding holds; one of B as a whole.
     let largest = stacks.iter().flatten().map(|part| part.bytes().len()).max().unwrap_or(0);

@@ -27,7 +27,7 @@ impl<'a> Stacks<'a> {
     /// One stack of each list of factors.
     ///
     /// # Errors
-    /// As of [`ScaledRows::new`].
+    /// Those of [`ScaledRows::new`].
     pub fn new(device: &Device, side: Side, parts: Vec<Vec<RawMatrix<'a>>>) -> Result<Self> {
         let shapes = parts.iter().map(|parts| stacked_shape(side, parts)).collect::<Result<_>>()?;
         let rows = match device.sum() {
@@ -177,8 +177,8 @@ pub struct Root {
 }
 
 impl Root {
-    /// By Cholesky of the matrix, scaled by powers of two to a diagonal of size 1; `None` if it is singular to working
-    /// precision.
+    /// The root by Cholesky of the matrix, scaled by powers of two to a diagonal of size 1; `None` if it is singular to
+    /// working precision.
     pub fn new(device: &Device, gram: &Matrix) -> Option<Self> {
         let n = gram.rows;
         let e: Vec<i32> = (0..n).map(|k| exponent_of(gram[(k, k)].sqrt())).collect();

@@ -446,10 +446,11 @@ impl Merging<'_> {
             together.iter_mut().for_each(|unit| unit.sort_by_key(part));
             let units: Vec<truncate::Unit<'_>> = together
                 .iter()
-                .map(|unit| truncate::Unit { parts: unit.iter().map(|&i| update(i)).collect() })
+                .map(|unit| truncate::Unit { parts: unit.iter().map(|&i| update(i)).collect(), metric: None })
                 .collect();
-            let all =
-                spent.time(&spent.truncate, || truncate::truncated_units(on, &units, &run.truncation))?;
+            let all = spent.time(&spent.truncate, || {
+                truncate::truncated_units(on, &units, &vec![run.truncation; units.len()])
+            })?;
             for (unit, truncated) in together.iter().zip(all) {
                 for (n, (&i, layer)) in unit.iter().zip(truncated.layers).enumerate() {
                     let action =

@@ -2,10 +2,9 @@
 
 use std::ops::Range;
 
-use faer::Mat;
 use rayon::prelude::*;
 
-use crate::merge::algebra::{add, dot, times, wide};
+use crate::merge::algebra::{add, dot, least_squares, times, wide};
 use crate::merge::members::{blocks, members};
 use crate::merge::{Action, LayerReport, Losses, Merged, Plan, PlannedLayer};
 use crate::words;
@@ -221,7 +220,7 @@ fn measure(
     let bt = b.transposed();
     let inner = |x: &Matrix, y: &Matrix| times(x, &y.transposed());
 
-    let router = coefficients(&a_cat, &a);
+    let router = least_squares(&inner(&a_cat, &a_cat), &inner(&a, &a_cat));
     let rest = {
         let mut rest = times(&router, &a_cat);
         rest.data.iter_mut().zip(&a.data).for_each(|(r, a)| *r -= a);
@@ -244,38 +243,4 @@ fn scaled_rows(m: RawMatrix<'_>, scale: f64) -> Matrix {
     let mut m = wide(m);
     m.data.iter_mut().for_each(|v| *v *= scale);
     m
-}
-
-/// C of the least squares `‖A' − C·A‖`, of least norm where rows of A depend on each other.
-fn coefficients(a: &Matrix, target: &Matrix) -> Matrix {
-    // Rows of very different size are brought to size 1, so that none counts as nothing.
-    let sizes: Vec<f64> = (0..a.rows).map(|i| dot_rows(a.row(i)).sqrt()).collect();
-    let inverse = |size: f64| if size > 0.0 { 1.0 / size } else { 0.0 };
-    let unit = Matrix::from_fn(a.rows, a.cols, |i, j| a[(i, j)] * inverse(sizes[i]));
-    let gram = times(&unit, &unit.transposed());
-    let mixed = times(target, &unit.transposed());
-    let n = gram.rows;
-    let Ok(spectrum) = Mat::from_fn(n, n, |i, j| gram[(i, j)]).self_adjoint_eigen(faer::Side::Lower) else {
-        return Matrix::zeros(target.rows, n);
-    };
-    let (u, values) = (spectrum.U(), spectrum.S().column_vector());
-    let least = 1e-12 * (0..n).fold(0.0, |max, k| f64::max(max, values[k]));
-    let vectors = Matrix::from_fn(n, n, |i, k| u[(i, k)]);
-    let mut c = times(&mixed, &vectors);
-    for i in 0..c.rows {
-        for k in 0..n {
-            c[(i, k)] *= if values[k] > least { 1.0 / values[k] } else { 0.0 };
-        }
-    }
-    let mut c = times(&c, &vectors.transposed());
-    for i in 0..c.rows {
-        for (k, size) in sizes.iter().enumerate() {
-            c[(i, k)] *= inverse(*size);
-        }
-    }
-    c
-}
-
-fn dot_rows(row: &[f64]) -> f64 {
-    row.iter().map(|v| v * v).sum()
 }

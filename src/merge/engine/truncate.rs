@@ -6,15 +6,20 @@ use std::time::Instant;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
+use super::budget::{self, Budget};
 use super::chunks::chunks;
 use super::driver::TOO_LARGE;
-use crate::compute::ops::{Root, Side, Stacks, Svd};
+use super::metric::{Data, Metric};
+use crate::compute::ops::{self, Root, ScaledRows, Side, Stacks, Svd};
 use crate::merge::algebra::{directions, gram_first, significant, sum, svds, times};
 use crate::merge::factored::{Factored, Lifted, cores, size};
 use crate::merge::members::finite;
 use crate::merge::{DeviceMemory, Merged};
 use crate::words;
-use crate::{Adapter, Control, Device, Error, Layer, LayerKey, Matrix, RawMatrix, Result, SaveOptions};
+use crate::{
+    Adapter, Calibration, Control, Device, Dtype, Error, Layer, LayerKey, Matrix, RawMatrix, Result,
+    SaveOptions, Weighted,
+};
 
 /// How many singular values of an update to keep: the fewest that a limit asks for, and at least one.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Deserialize, Serialize)]
@@ -162,6 +167,42 @@ impl Truncations {
     }
 }
 
+/// How a merge is truncated that lies in memory.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Truncating<'a> {
+    /// The most that each layer keeps.
+    pub truncation: Truncation,
+    /// What all layers may cost together.
+    pub budget: Option<Budget>,
+    /// What judges what is cut off: a calibration, and the adapters of the merge at its strengths. Without it, the norm does.
+    pub data: Option<(&'a Calibration, &'a [Weighted<'a>])>,
+}
+
+impl From<Truncation> for Truncating<'_> {
+    fn from(truncation: Truncation) -> Self {
+        Self { truncation, ..Self::default() }
+    }
+}
+
+impl Truncating<'_> {
+    /// Whether everything is kept.
+    pub fn is_none(&self) -> bool {
+        self.truncation.is_none() && self.budget.is_none()
+    }
+
+    /// Refuses what is out of range.
+    fn check(&self) -> Result<()> {
+        self.truncation.check()?;
+        self.budget.as_ref().map_or(Ok(()), Budget::check)?;
+        match (self.budget, self.data) {
+            (Some(Budget::Loss(_)), None) => {
+                Err(Error::Invalid("a budget of loss needs a calibration, which measures it".into()))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
 impl Merged {
     /// Truncates every layer of a higher rank to what `truncation` keeps, by the singular value decomposition of its
     /// update: nothing of that rank is nearer to it (Eckart and Young).
@@ -177,7 +218,7 @@ impl Merged {
     /// [`Error::Invalid`] for a truncation out of range; [`Error::Layer`] if singular values cannot be found or a factor
     /// overflows f32; [`Error::Device`]; [`Error::Cancelled`].
     pub fn truncated(self, device: &Device, truncation: &Truncation, control: &Control<'_>) -> Result<Self> {
-        self.truncated_for(&SaveOptions::default(), device, truncation, control)
+        self.truncated_by(&(*truncation).into(), &SaveOptions::default(), device, control)
     }
 
     /// As [`truncated`](Self::truncated), for a file of these options: modules that it keeps fused are truncated as one.
@@ -191,10 +232,37 @@ impl Merged {
         truncation: &Truncation,
         control: &Control<'_>,
     ) -> Result<Self> {
+        self.truncated_by(&(*truncation).into(), options, device, control)
+    }
+
+    /// As [`truncated_for`](Self::truncated_for), judged by recorded inputs and by what all layers cost together, where that
+    /// is asked for.
+    ///
+    /// By data, what is kept of a layer `W·A` is what does most on its inputs. With their second moment Σ and
+    /// `A·Σ·Aᵀ = L·Lᵀ`, the SVD `W·L = U·S·Vᵀ` gives `B' = U`, `A' = Uᵀ·W·A` of the largest values, but for a factor on each
+    /// rank that balances the two; the mean of `‖(ΔW' − ΔW)·x‖²` is the sum of the S² that are left out. No update of that
+    /// rank comes nearer (reduced-rank regression, Izenman 1975). Σ is that of the calibration's tokens, and with a weight of
+    /// 0.03 that of inputs from anywhere. A layer without tokens of one of its adapters, and a module that is kept fused
+    /// and whose parts do not share A, is truncated by the norm; the report says so.
+    ///
+    /// A [`Budget`] is spent rank by rank where it takes most off the loss, each layer's counted as a share of what merging
+    /// nothing loses there (by the norm: of the update's).
+    ///
+    /// # Errors
+    /// As of [`truncated`](Self::truncated); [`Error::Invalid`] for a budget of less than a rank for each layer, or of loss
+    /// without a calibration; as [`Calibration::select`].
+    pub fn truncated_by(
+        self,
+        by: &Truncating<'_>,
+        options: &SaveOptions,
+        device: &Device,
+        control: &Control<'_>,
+    ) -> Result<Self> {
         let start = Instant::now();
         device.reset_memory_peak();
-        let truncation = Truncations::from(*truncation);
-        truncation.check()?;
+        by.check()?;
+        let truncation = Truncations::from(by.truncation);
+        let data = by.data.map(|(calibration, adapters)| Data::new(calibration, adapters)).transpose()?;
         let Self { adapter, mut report } = self;
         let mut layers = adapter.layers().to_vec();
         // What is written as one module is truncated as one.
@@ -206,41 +274,93 @@ impl Merged {
         units.extend((0..layers.len()).filter(|i| !grouped.contains(i)).map(|i| vec![i]));
         let rank = |unit: &[usize]| {
             let updates: Vec<Update<'_>> = unit.iter().map(|&i| Update::of(&layers[i])).collect();
-            Unit { parts: updates }.rank()
+            Unit { parts: updates, metric: None }.rank()
         };
-        units.retain(|unit| truncation.may_cut(|| rank(unit)));
+        units.retain(|unit| by.budget.is_some() || truncation.may_cut(|| rank(unit)));
         units.sort();
-        let places: Vec<&[usize]> = units.iter().map(Vec::as_slice).collect();
-        let (mut cuts, mut done) = (Cuts::default(), 0);
+        let places: Vec<(usize, &[usize])> = units.iter().map(Vec::as_slice).enumerate().collect();
         // Calls are cancelled between chunks. Two layers a thread keep all of them busy all the same.
         let at_once = 2 * rayon::current_num_threads();
-        let room = |unit: &[usize]| {
+        let room = |(_, unit): (usize, &[usize])| {
             let sum = |of: fn(&Layer) -> usize| unit.iter().map(|&i| of(&layers[i])).sum();
             size(device, sum(|l| l.rank), layers[unit[0]].input, sum(|l| l.output))
         };
-        for (chunk, on) in chunks(device, &places, room, |_| 0, at_once) {
-            control.step("truncate", &layers[chunk[0][0]].name(), done, places.len())?;
-            done += chunk.len();
-            let unit =
-                |unit: &&[usize]| Unit { parts: unit.iter().map(|&i| Update::of(&layers[i])).collect() };
-            let results = truncated_units(&on, &chunk.iter().map(unit).collect::<Vec<_>>(), &truncation)?;
-            for (unit, Truncated { layers: parts, cut }) in chunk.into_iter().zip(results) {
-                for (n, (&i, layer)) in unit.iter().zip(parts).enumerate() {
-                    // Reports and layers are both sorted by key.
-                    let Some(report) = report.layers.get_mut(i) else { continue };
-                    report.rank = layer.rank;
-                    if on.is_gpu() != device.is_gpu() {
-                        report.notes.push(TOO_LARGE.into());
-                    }
-                    report.cut = Some(cut.share());
-                    if n == 0 {
-                        cuts.add(&report.layer, &cut);
-                    }
-                    layers[i] = layer;
+        let chunks = chunks(device, &places, room, |_| 0, at_once);
+        let truncate = |stage: &'static str, to: &dyn Fn(usize) -> Truncations, layers: &[Layer]| {
+            let mut all = Vec::with_capacity(places.len());
+            for (chunk, on) in &chunks {
+                control.step(stage, &layers[chunk[0].1[0]].name(), all.len(), places.len())?;
+                let merged: Vec<&Layer> = chunk.iter().map(|(_, unit)| &layers[unit[0]]).collect();
+                let metrics = match &data {
+                    Some(data) => data.metrics(on, &merged)?,
+                    None => merged.iter().map(|_| None).collect(),
+                };
+                let unit = |((_, unit), metric): (&(usize, &[usize]), Option<Metric>)| Unit {
+                    parts: unit.iter().map(|&i| Update::of(&layers[i])).collect(),
+                    metric,
+                };
+                let to: Vec<Truncations> = chunk.iter().map(|(k, _)| to(*k)).collect();
+                let units: Vec<Unit<'_>> = chunk.iter().zip(metrics).map(unit).collect();
+                all.extend(truncated_units(on, &units, &to)?);
+            }
+            control.finish(stage, places.len());
+            Ok::<_, Error>(all)
+        };
+        let mut ranks = None;
+        if let Some(budget) = &by.budget {
+            // What each layer may keep shows in a cut to the least.
+            let least = Truncations::from(Truncation::rank(1));
+            let spectra = truncate("survey", &|_| least, &layers)?;
+            let element = options.dtype.unwrap_or(Dtype::F32).size();
+            let shared = |(unit, whole): (&Vec<usize>, &Truncated)| {
+                let kept = truncation.kept(&whole.values);
+                let width = layers[unit[0]].input + unit.iter().map(|&i| layers[i].output).sum::<usize>();
+                let most = whole.values.len().min(kept);
+                let share = |v: &f64| if whole.cut.of > 0.0 { v * v / whole.cut.of } else { 0.0 };
+                budget::Layer {
+                    shares: whole.values[..most].iter().map(share).collect(),
+                    bytes: (width * element) as u64,
                 }
+            };
+            let shared: Vec<budget::Layer> = units.iter().zip(&spectra).map(shared).collect();
+            let kept = budget.spent(&shared)?;
+            report.notes.push(spent(budget, &shared, &kept, data.is_some()));
+            ranks = Some(kept);
+        }
+        let to = |k: usize| match &ranks {
+            None => truncation,
+            Some(ranks) => Truncation::rank(ranks[k].max(1)).into(),
+        };
+        let (mut cuts, mut by_norm) = (Cuts::default(), 0);
+        let results = truncate("truncate", &to, &layers)?;
+        let on_cpu: BTreeSet<usize> = chunks
+            .iter()
+            .filter(|(_, on)| on.is_gpu() != device.is_gpu())
+            .flat_map(|(chunk, _)| chunk.iter().map(|(k, _)| *k))
+            .collect();
+        for (k, (unit, Truncated { layers: parts, cut, .. })) in units.iter().zip(results).enumerate() {
+            by_norm += usize::from(data.is_some() && !cut.by_data && !parts.is_empty());
+            for (n, (&i, layer)) in unit.iter().zip(parts).enumerate() {
+                // Reports and layers are both sorted by key.
+                let Some(report) = report.layers.get_mut(i) else { continue };
+                report.rank = layer.rank;
+                if on_cpu.contains(&k) {
+                    report.notes.push(TOO_LARGE.into());
+                }
+                report.cut = Some(cut.share());
+                report.added = cut.added();
+                if n == 0 {
+                    cuts.add(&report.layer, &cut);
+                }
+                layers[i] = layer;
             }
         }
-        control.finish("truncate", places.len());
+        if by_norm > 0 {
+            report.notes.push(format!(
+                "{} truncated by the norm: the calibration says too little about its inputs",
+                words::count(by_norm, "layer")
+            ));
+        }
         if let Some(note) = cuts.note(layers.len()) {
             report.notes.push(note);
             report.losses = None;
@@ -248,6 +368,11 @@ impl Merged {
         }
         let mut metadata = adapter.metadata().clone();
         truncation.record(&mut metadata)?;
+        if let Some(budget) = &by.budget {
+            let text =
+                serde_json::to_string(budget).map_err(|e| Error::Invalid(format!("the budget: {e}")))?;
+            metadata.insert("loraweld.budget".to_owned(), text);
+        }
         let adapter = Adapter::new(adapter.name(), adapter.format(), layers)?
             .spelled_like(&adapter)
             .with_metadata(metadata);
@@ -259,17 +384,40 @@ impl Merged {
     }
 }
 
-/// What truncation cuts off one layer: squared norms.
+/// What a budget bought, beside an even cut of the same cost.
+fn spent(budget: &Budget, layers: &[budget::Layer], kept: &[usize], by_data: bool) -> String {
+    let even = budget.even(layers, kept);
+    let what = if by_data { "loss" } else { "norm" };
+    format!(
+        "the budget leaves ranks {} to {}, {} in all, which costs {:.3} of the {what}; an even cut to rank {even} would \
+         cost {:.3}",
+        kept.iter().min().unwrap_or(&0),
+        kept.iter().max().unwrap_or(&0),
+        kept.iter().sum::<usize>(),
+        Budget::lost(layers, |i| kept[i]),
+        Budget::lost(layers, |_| even),
+    )
+}
+
+/// What truncation cuts off one layer: squared norms, or by data the mean of what the update does on its inputs, squared.
 #[derive(Clone, Copy)]
 pub(crate) struct Cut {
     off: f64,
     whole: f64,
+    /// What a budget counts it as a share of: by data, what merging nothing loses; else the whole.
+    of: f64,
+    by_data: bool,
 }
 
 impl Cut {
     /// As a share of the update's norm.
     pub fn share(&self) -> f64 {
         if self.whole > 0.0 { (self.off / self.whole).sqrt() } else { 0.0 }
+    }
+
+    /// By data, relative to what merging nothing loses.
+    fn added(&self) -> Option<f64> {
+        (self.by_data && self.of > 0.0).then(|| (self.off / self.of).sqrt())
     }
 }
 
@@ -279,6 +427,7 @@ pub(crate) struct Cuts {
     off: f64,
     whole: f64,
     count: usize,
+    by_data: usize,
     worst: (f64, String),
 }
 
@@ -288,6 +437,7 @@ impl Cuts {
         self.off += cut.off;
         self.whole += cut.whole;
         self.count += 1;
+        self.by_data += usize::from(cut.by_data);
         if cut.share() >= self.worst.0 {
             self.worst = (cut.share(), layer.to_owned());
         }
@@ -295,11 +445,13 @@ impl Cuts {
 
     /// What the user should know, if there is anything.
     pub fn note(&self, layers: usize) -> Option<String> {
-        let Self { off, whole, count, worst: (share, layer) } = self;
+        let Self { off, whole, count, by_data, worst: (share, layer) } = self;
+        let what =
+            if by_data == count { "what the update does on the recorded inputs" } else { "the update" };
         let all = if *whole > 0.0 { 100.0 * (off / whole).sqrt() } else { 0.0 };
         (*count > 0).then(|| {
             format!(
-                "truncated {count} of {}, which cuts off {all:.1} % of the update there, and {:.1} % of that of `{layer}`",
+                "truncated {count} of {}, which cuts off {all:.1} % of {what} there, and {:.1} % of that of `{layer}`",
                 words::count(layers, "layer"),
                 100.0 * share
             )
@@ -325,6 +477,8 @@ impl<'a> Update<'a> {
 /// whole.
 pub(crate) struct Unit<'a> {
     pub parts: Vec<Update<'a>>,
+    /// What recordings say of the first part's inputs.
+    pub metric: Option<Metric>,
 }
 
 impl Unit<'_> {
@@ -342,33 +496,50 @@ impl Unit<'_> {
 pub(crate) struct Truncated {
     /// Its parts; none if it keeps its rank.
     pub layers: Vec<Layer>,
+    /// All singular values, descending.
+    pub values: Vec<f64>,
     pub cut: Cut,
 }
 
-/// Truncates units, each as a whole.
+/// Truncates units, each as a whole and to what stands for it in `to`.
 pub(crate) fn truncated_units(
     device: &Device,
     units: &[Unit<'_>],
-    truncation: &Truncations,
+    to: &[Truncations],
 ) -> Result<Vec<Truncated>> {
     let stack = |unit: &Unit<'_>| match &unit.parts[..] {
         [_] => Vec::new(),
         parts => crate::adapter::stack(&parts.iter().map(|part| &part.members[..]).collect::<Vec<_>>()),
     };
     let stacks: Vec<Vec<(Layer, f64)>> = units.par_iter().map(stack).collect();
-    let updates: Vec<Update<'_>> = units
+    let wholes: Vec<Whole<'_>> = units
         .iter()
         .zip(&stacks)
-        .map(|(unit, stack)| match (&unit.parts[..], &stack[..]) {
-            ([part], _) => Update { template: part.template, members: part.members.clone() },
-            (_, stack) => Update {
-                template: &stack[0].0,
-                members: stack.iter().map(|(layer, factor)| (layer, *factor)).collect(),
-            },
+        .zip(to)
+        .map(|((unit, stack), &to)| {
+            let update = match (&unit.parts[..], &stack[..]) {
+                ([part], _) => Update { template: part.template, members: part.members.clone() },
+                (_, stack) => Update {
+                    template: &stack[0].0,
+                    members: stack.iter().map(|(layer, factor)| (layer, *factor)).collect(),
+                },
+            };
+            // Of several parts, inputs are known together only where all of them have the first one's A.
+            let metric = unit.metric.as_ref().filter(|metric| metric.gram.rows == update.rank());
+            Whole { update, metric, to }
         })
         .collect();
-    let whole = truncated(device, &updates, truncation)?;
-    let parts = |(unit, One { layer, cut }): (&Unit<'_>, One)| {
+    let (by_data, by_norm): (Vec<usize>, Vec<usize>) =
+        (0..wholes.len()).partition(|&i| wholes[i].metric.is_some());
+    let mut done: Vec<Option<One>> = wholes.iter().map(|_| None).collect();
+    let of = |places: &[usize]| places.iter().map(|&i| &wholes[i]).collect::<Vec<_>>();
+    for (i, one) in by_data.iter().zip(truncated_by_data(device, &of(&by_data))?) {
+        done[*i] = Some(one);
+    }
+    for (i, one) in by_norm.iter().zip(truncated(device, &of(&by_norm))?) {
+        done[*i] = Some(one);
+    }
+    let parts = |(unit, One { layer, values, cut }): (&Unit<'_>, One)| {
         let layers = match (layer, &unit.parts[..]) {
             (None, _) => Vec::new(),
             (Some(layer), [_]) => vec![layer],
@@ -377,31 +548,37 @@ pub(crate) fn truncated_units(
                 crate::adapter::unstack(&layer, &templates)
             }
         };
-        Truncated { layers, cut }
+        Truncated { layers, values, cut }
     };
-    Ok(units.iter().zip(whole).map(parts).collect())
+    Ok(units.iter().zip(done.into_iter().flatten()).map(parts).collect())
+}
+
+/// An update that is to be truncated, by what, and to what.
+struct Whole<'a> {
+    update: Update<'a>,
+    metric: Option<&'a Metric>,
+    to: Truncations,
 }
 
 /// What became of an update.
 struct One {
     /// `None` if it keeps its rank.
     layer: Option<Layer>,
+    values: Vec<f64>,
     cut: Cut,
 }
 
-fn truncated(device: &Device, updates: &[Update<'_>], truncation: &Truncations) -> Result<Vec<One>> {
-    let by_qr = |updates: &[&Update<'_>]| {
-        let members: Vec<&[(&Layer, f64)]> = updates.iter().map(|update| &update.members[..]).collect();
+fn truncated(device: &Device, wholes: &[&Whole<'_>]) -> Result<Vec<One>> {
+    let by_qr = |wholes: &[&&Whole<'_>]| {
+        let members: Vec<&[(&Layer, f64)]> = wholes.iter().map(|whole| &whole.update.members[..]).collect();
         let factored = Factored::new(device, &members)?;
         let cores: Vec<Matrix> = factored.cores.iter().map(|cores| sum(cores)).collect();
-        let templates: Vec<&Layer> = updates.iter().map(|update| update.template).collect();
-        let lifted = factored.lifted(device, &templates, &cores, |values| truncation.kept(values))?;
-        let one = |(update, Lifted { layer, values }): (&&Update<'_>, Lifted)| {
-            update.truncated(truncation, &values, layer)
-        };
-        Ok(updates.iter().zip(lifted).map(one).collect())
+        let templates: Vec<&Layer> = wholes.iter().map(|whole| whole.update.template).collect();
+        let lifted = factored.lifted(device, &templates, &cores, |k, values| wholes[k].to.kept(values))?;
+        let one = |(whole, Lifted { layer, values }): (&&&Whole<'_>, Lifted)| whole.truncated(values, layer);
+        Ok(wholes.iter().zip(lifted).map(one).collect())
     };
-    gram_first(updates, |updates| truncated_by_grams(device, updates, truncation), by_qr)
+    gram_first(wholes, |wholes| truncated_by_grams(device, wholes), by_qr)
 }
 
 /// How far singular vectors may be off for [`truncated_by_grams`]: less than f32 rounds them by.
@@ -410,59 +587,165 @@ const MAX_ERROR: f64 = 1e-8;
 /// Where factors are far enough from singular, their Gram matrices tell all: `A' = Σ^½·Vᵀ·L_a⁻¹·A` and
 /// `B' = B·L_b⁻ᵀ·U·Σ^½`, so that factors are read twice and nothing of their size is written but the result. `None` of the
 /// others.
-fn truncated_by_grams(
-    device: &Device,
-    updates: &[Update<'_>],
-    truncation: &Truncations,
-) -> Result<Vec<Option<One>>> {
-    let stacks = |side: Side, factor: for<'l> fn(&'l Layer) -> RawMatrix<'l>| {
-        let parts =
-            updates.iter().map(|update| update.members.iter().map(|(layer, _)| factor(layer)).collect());
-        Stacks::new(device, side, parts.collect())
-    };
-    let (a, b) = (stacks(Side::Input, Layer::a)?, stacks(Side::Output, Layer::b)?);
+fn truncated_by_grams(device: &Device, wholes: &[&Whole<'_>]) -> Result<Vec<Option<One>>> {
+    let (a, b) =
+        (stacks(device, wholes, Side::Input, Layer::a)?, stacks(device, wholes, Side::Output, Layer::b)?);
     let root = |gram: &Matrix| Root::new(device, gram).filter(|root| root.error <= MAX_ERROR);
     let roots: Vec<Option<[Root; 2]>> = (a.grams(device)?, b.grams(device)?)
         .into_par_iter()
         .map(|(a, b)| Some([root(&a)?, root(&b)?]))
         .collect();
-    let core = |(update, roots): (&Update<'_>, &Option<[Root; 2]>)| match roots {
-        Some([a, b]) => sum(&cores(&update.members, &a.left, &b.left)),
+    let core = |(whole, roots): (&&Whole<'_>, &Option<[Root; 2]>)| match roots {
+        Some([a, b]) => sum(&cores(&whole.update.members, &a.left, &b.left)),
         None => Matrix::default(),
     };
-    let all: Vec<Matrix> = (updates, &roots).into_par_iter().map(core).collect();
-    let svds = svds(device, &all, |k| updates[k].template.name())?;
+    let all: Vec<Matrix> = (wholes, &roots).into_par_iter().map(core).collect();
+    let svds = svds(device, &all, |k| wholes[k].update.template.name())?;
     let halves = |of: fn(&Svd) -> &Matrix, side: usize| -> Vec<Matrix> {
-        let half = |(update, (svd, roots)): (&Update<'_>, (&Svd, &Option<[Root; 2]>))| match roots {
+        let half = |(whole, (svd, roots)): (&&Whole<'_>, (&Svd, &Option<[Root; 2]>))| match roots {
             Some(roots) => {
-                let (vectors, kept) = (of(svd), truncation.kept(&svd.values));
+                let (vectors, kept) = (of(svd), whole.to.kept(&svd.values));
                 let half = Matrix::from_fn(kept, vectors.cols, |k, i| svd.values[k].sqrt() * vectors[(k, i)]);
                 times(&half, &roots[side].inverse)
             }
-            None => Matrix::zeros(0, update.rank()),
+            None => Matrix::zeros(0, whole.update.rank()),
         };
-        (updates, (&svds, &roots)).into_par_iter().map(half).collect()
+        (wholes, (&svds, &roots)).into_par_iter().map(half).collect()
     };
     let a = a.combined(device, &halves(|svd| &svd.right, 0))?;
     let b = b.combined(device, &halves(|svd| &svd.left, 1))?;
-    (updates, roots, svds, a, b)
+    (wholes, roots, svds, a, b)
         .into_par_iter()
-        .map(|(update, roots, svd, a, b)| match roots {
-            Some(_) => Ok(Some(update.truncated(truncation, &svd.values, finite(update.template, a, b)?))),
+        .map(|(whole, roots, svd, a, b)| match roots {
+            Some(_) => Ok(Some(whole.truncated(svd.values, finite(whole.update.template, a, b)?))),
             None => Ok(None),
         })
         .collect()
 }
 
-impl Update<'_> {
-    /// What became of it, `layer`, by its singular values.
-    fn truncated(&self, truncation: &Truncations, values: &[f64], layer: Layer) -> One {
-        let squares = |values: &[f64]| values.iter().map(|v| v * v).sum::<f64>();
-        let kept = truncation.kept(values);
-        let cut = Cut { off: squares(&values[kept..]), whole: squares(values) };
-        One { layer: (kept < self.rank()).then_some(layer), cut }
-    }
+/// The factors of the members of each update, stacked.
+fn stacks<'a>(
+    device: &Device,
+    wholes: &[&Whole<'a>],
+    side: Side,
+    factor: fn(&'a Layer) -> RawMatrix<'a>,
+) -> Result<Stacks<'a>> {
+    let parts =
+        wholes.iter().map(|whole| whole.update.members.iter().map(|(layer, _)| factor(layer)).collect());
+    Stacks::new(device, side, parts.collect())
+}
 
+/// By what recordings say of inputs.
+fn truncated_by_data(device: &Device, wholes: &[&Whole<'_>]) -> Result<Vec<One>> {
+    let by_grams = |wholes: &[&Whole<'_>]| {
+        let b = stacks(device, wholes, Side::Output, Layer::b)?;
+        let roots: Vec<Option<Root>> = b
+            .grams(device)?
+            .par_iter()
+            .map(|gram| Root::new(device, gram).filter(|root| root.error <= MAX_ERROR))
+            .collect();
+        let lefts: Vec<Option<&Matrix>> = roots.iter().map(|root| Some(&root.as_ref()?.left)).collect();
+        let Judged { a, b: halves, values } = Judged::new(device, wholes, &lefts)?;
+        let halves: Vec<Matrix> = halves
+            .into_par_iter()
+            .zip(&roots)
+            .map(|(half, root)| root.as_ref().map_or(half.clone(), |root| times(&half, &root.inverse)))
+            .collect();
+        let b = b.combined(device, &halves)?;
+        (wholes, roots, values, a, b)
+            .into_par_iter()
+            .map(|(whole, root, values, a, b)| {
+                let made = || Ok(whole.truncated(values, finite(whole.update.template, a, b)?));
+                root.map(|_| made()).transpose()
+            })
+            .collect()
+    };
+    let by_qr = |wholes: &[&&Whole<'_>]| {
+        let wholes: Vec<&Whole<'_>> = wholes.iter().map(|whole| **whole).collect();
+        let parts: Vec<Vec<RawMatrix<'_>>> =
+            wholes.iter().map(|w| w.update.members.iter().map(|(layer, _)| layer.b()).collect()).collect();
+        let b = ops::qr(device, &ScaledRows::new(device, Side::Output, &parts)?)?;
+        let lefts: Vec<Option<&Matrix>> = b.l.iter().map(Some).collect();
+        let Judged { a, b: halves, values } = Judged::new(device, &wholes, &lefts)?;
+        let b = ops::rank_update(device, None, &ops::small(device, &halves)?, &b.q)?.download_f32(device)?;
+        (wholes, values, a, b)
+            .into_par_iter()
+            .map(|(whole, values, a, b)| {
+                Ok(whole.truncated(values, finite(whole.update.template, a, b.transposed())?))
+            })
+            .collect()
+    };
+    gram_first(wholes, by_grams, by_qr)
+}
+
+/// Updates by what they do on recorded inputs.
+struct Judged {
+    /// A'.
+    a: Vec<Matrix<f32>>,
+    /// `B'ᵀ` in the rows of Q_b, of `Bᵀ = L_b·Q_b`.
+    b: Vec<Matrix>,
+    /// All singular values, descending.
+    values: Vec<Vec<f64>>,
+}
+
+impl Judged {
+    /// `lefts`: L_b of each; nothing is kept of those without.
+    fn new(device: &Device, wholes: &[&Whole<'_>], lefts: &[Option<&Matrix>]) -> Result<Self> {
+        // L_bᵀ with the factor on each rank, so that W = Q_bᵀ·this.
+        let outputs: Vec<Matrix> = (wholes, lefts)
+            .into_par_iter()
+            .map(|(whole, left)| {
+                let Some(left) = left else { return Matrix::default() };
+                let scales: Vec<f64> =
+                    whole.update.members.iter().flat_map(|(layer, s)| vec![*s; layer.rank]).collect();
+                Matrix::from_fn(left.cols, left.rows, |i, j| left[(j, i)] * scales[j])
+            })
+            .collect();
+        let core = |(whole, output): (&&Whole<'_>, &Matrix)| match whole.metric {
+            Some(metric) if output.rows > 0 => times(output, &metric.root(device)),
+            _ => Matrix::default(),
+        };
+        let cores: Vec<Matrix> = (wholes, &outputs).into_par_iter().map(core).collect();
+        let svds = svds(device, &cores, |k| wholes[k].update.template.name())?;
+        let half = |(whole, output, svd): (&&Whole<'_>, &Matrix, &Svd)| {
+            let (Some(metric), true) = (whole.metric, output.rows > 0) else {
+                let nothing = Matrix::zeros(0, whole.update.rank());
+                return (nothing.clone(), nothing);
+            };
+            let kept = whole.to.kept(&svd.values);
+            let left = Matrix::from_fn(kept, svd.left.cols, |k, i| svd.left[(k, i)]);
+            let right = times(&left, output);
+            // Each rank's A and B at one size.
+            let reach = times(&right, &metric.gram);
+            let size = |k: usize| -> f64 {
+                let square: f64 = (0..right.cols).map(|j| right[(k, j)] * reach[(k, j)]).sum();
+                if square > 0.0 { square.sqrt().sqrt() } else { 1.0 }
+            };
+            let sizes: Vec<f64> = (0..kept).map(size).collect();
+            (
+                Matrix::from_fn(kept, right.cols, |k, j| right[(k, j)] / sizes[k]),
+                Matrix::from_fn(kept, left.cols, |k, j| left[(k, j)] * sizes[k]),
+            )
+        };
+        let (a, b): (Vec<Matrix>, Vec<Matrix>) = (wholes, &outputs, &svds).into_par_iter().map(half).unzip();
+        let a = stacks(device, wholes, Side::Input, Layer::a)?.combined(device, &a)?;
+        Ok(Self { a, b, values: svds.into_iter().map(|svd| svd.values).collect() })
+    }
+}
+
+impl Whole<'_> {
+    /// What became of it, `layer`, by its singular values.
+    fn truncated(&self, values: Vec<f64>, layer: Layer) -> One {
+        let squares = |values: &[f64]| values.iter().map(|v| v * v).sum::<f64>();
+        let kept = self.to.kept(&values);
+        let whole = squares(&values);
+        let of = self.metric.map_or(whole, |metric| metric.nothing);
+        let cut = Cut { off: squares(&values[kept..]), whole, of, by_data: self.metric.is_some() };
+        One { layer: (kept < self.update.rank()).then_some(layer), values, cut }
+    }
+}
+
+impl Update<'_> {
     fn rank(&self) -> usize {
         self.members.iter().map(|(layer, _)| layer.rank).sum()
     }

@@ -104,6 +104,8 @@ pub enum Takes {
     Word(&'static str, &'static [(&'static str, &'static str)]),
     /// A number, and what it is called.
     Number(&'static str, Number),
+    /// A number, or this word; and what it is called, such as `P|fair`.
+    NumberOr(&'static str, Number, &'static str),
     /// A number for each adapter.
     PerAdapter(&'static str, Number),
     /// `PATTERN=X` or `PATTERN=WORD`, any number of times, for layers whose name matches: `[PATTERN, {KEY: X}]` or

@@ -3,6 +3,7 @@
 mod core;
 mod dare;
 mod entry;
+mod fair;
 mod iso_c;
 mod knots;
 mod linear;
@@ -22,7 +23,7 @@ pub use self::iso_c::{Iso, IsoMean};
 pub use self::linear::Linear;
 pub use self::np_lora::{Directions, NpLora, NpLoraOptions, Projection};
 pub use self::rule::Rule;
-pub use self::ssr::{Absent, Prior, Ridge, Ssr, SsrOptions};
+pub use self::ssr::{Absent, Coordinates, Prior, Ridge, Ssr, SsrOptions, TaskBalance};
 pub use self::svd::SvdMerge;
 pub use self::ties::Ties;
 pub use self::tsv::{Keep, Tsv};

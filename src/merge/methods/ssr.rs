@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::entry::{
     MethodEntry, MethodOption, Needs, Number, Only, OptionGroup, Options, Takes, Variant, json, over, take,
+    with,
 };
 use crate::calibration::LayerStatistics;
 use crate::compute::ops::{self, Axis, Factor};
@@ -14,6 +15,7 @@ use crate::compute::{Batch, Shape};
 use crate::merge::algebra::{add, dot, times};
 use crate::merge::engine::driver::{self, Done, Method, Run, Spec};
 use crate::merge::engine::measure::{Outputs, Squares, Statistics};
+use crate::merge::frame::Frame;
 use crate::merge::members::{blocks, joined, joined_a, joined_layer};
 use crate::merge::{Action, LayerReport, Losses, Merged, PlannedLayer, Report};
 use crate::power::{exponent, exponent_of, pow2};
@@ -63,6 +65,31 @@ Examples:
             .key("prior_weight")
             .only(Only { with: "prior", is: &["adapters"], or: None, why: "the ridge weighs the others" }),
             MethodOption::new(
+                "coordinates",
+                Takes::Word(
+                    "COORDINATES",
+                    &[
+                        ("orthonormal", "those in which the rows of each adapter's A are orthonormal"),
+                        ("files", "those of the files, as the authors' code has it"),
+                    ],
+                ),
+                "Where ridge and prior are measured: `orthonormal` gives the same merge however a file splits its updates \
+                 into A and B",
+            )
+            .default("orthonormal"),
+            MethodOption::new(
+                "isotropic",
+                Takes::Number("C", Number::NotNegative),
+                "Without a calibration: how much inputs from anywhere count beside those that an adapter's own A reads",
+            )
+            .default("0.3")
+            .only(Only {
+                with: "coordinates",
+                is: &["orthonormal"],
+                or: None,
+                why: "the proxy of the files' own coordinates has none",
+            }),
+            MethodOption::new(
                 "absent",
                 Takes::Word("ABSENT", &[("count", ""), ("skip", "")]),
                 "Inputs of an adapter on a layer that it lacks: `count` them, so that the merge does nothing on them there, or \
@@ -72,7 +99,8 @@ Examples:
             MethodOption::new(
                 "as-published",
                 Takes::Nothing("true"),
-                "As the authors' code has it: `--ridge 1e-4 --prior zero --absent skip`, each of which can be given besides",
+                "As the authors' code has it: `--ridge 1e-4 --prior zero --absent skip --coordinates files`, each of which can be \
+                 given besides",
             )
             .key("as_published"),
             MethodOption::new(
@@ -83,8 +111,9 @@ Examples:
             .key("task_weights"),
             MethodOption::new(
                 "balance",
-                Takes::Number("P", Number::NotNegative),
-                "Count adapters with a strong output less, by its energy to this power; 0 is off",
+                Takes::NumberOr("P|fair", Number::NotNegative, "fair"),
+                "Count adapters with a strong output less, by its energy to this power (0 is off); or `fair`, weigh all of \
+                 them so that the one that loses most loses as little as can be",
             )
             .default("0"),
             MethodOption::new(
@@ -97,11 +126,18 @@ Examples:
         ],
     }],
     build,
-    variants: &[Variant { name: "ssr-data-free", aliases: &[], whose: None, build: data_free }],
+    variants: &[
+        Variant { name: "ssr-data-free", aliases: &[], whose: None, build: data_free },
+        Variant { name: "ssr-fair", aliases: &[], whose: None, build: fair },
+    ],
 };
 
 fn build<'a>(options: Options, calibration: Option<&'a Calibration>) -> Result<Box<dyn Method + 'a>> {
     Ok(Box::new(Ssr { calibration, options: SsrOptions::parse(options)? }))
+}
+
+fn fair<'a>(options: Options, calibration: Option<&'a Calibration>) -> Result<Box<dyn Method + 'a>> {
+    build(with(options, "balance", "fair"), calibration)
 }
 
 fn data_free<'a>(options: Options, _: Option<&'a Calibration>) -> Result<Box<dyn Method + 'a>> {
@@ -149,6 +185,29 @@ impl Absent {
     }
 }
 
+/// The coordinates of a layer's ranks in which the router is solved for, and so what ridge and prior mean.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Coordinates {
+    /// Those in which the rows of each A_k are orthonormal. The merge is the same for `(B·D, D⁻¹·A)` with any D. The default.
+    #[default]
+    Orthonormal,
+    /// Those of the files' own A, as published.
+    Files,
+}
+
+/// How the adapters' statistics are weighed against each other, beside [`SsrOptions::task_weights`].
+#[derive(Clone, Copy, Debug, PartialEq, Deserialize, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum TaskBalance {
+    /// So that the task that loses most, over the whole file, loses as little as can be: weights are multiplied by the losses
+    /// until these are equal, or a task of the smallest weight still loses less. Each round solves all systems again.
+    Fair,
+    /// Those of task k count `e_k^-p`, with e_k its mean output energy; 0 is off.
+    #[serde(untagged)]
+    Power(f64),
+}
+
 /// Options of [`Ssr`].
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
@@ -161,11 +220,15 @@ pub struct SsrOptions {
     pub prior_weight: f64,
     /// Weight of each adapter's statistics, in the order of the adapters; 1 by default.
     pub task_weights: Option<Vec<f64>>,
-    /// Exponent p of the balance: statistics of task k also count `e_k^-p`, with e_k its mean output energy;
-    /// 0 by default, which is off.
-    pub balance: f64,
+    /// The balance; `Power(0.0)` by default, which is off.
+    pub balance: TaskBalance,
     /// Weight of the neutral inputs, on which the merge should do nothing; 0 by default.
     pub neutral_weight: f64,
+    /// The coordinates; `Orthonormal` by default.
+    pub coordinates: Coordinates,
+    /// Without a calibration, the weight c of inputs from anywhere in the data-free proxy; 0.3 by default. The proxy of
+    /// [`Coordinates::Files`] has none.
+    pub isotropic: f64,
     /// Inputs of adapters that lack a layer; counted by default.
     #[serde(skip_serializing_if = "Absent::is_count")]
     pub absent: Absent,
@@ -178,18 +241,26 @@ impl Default for SsrOptions {
             prior: Prior::Adapters,
             prior_weight: 0.03,
             task_weights: None,
-            balance: 0.0,
+            balance: TaskBalance::Power(0.0),
             neutral_weight: 0.0,
+            coordinates: Coordinates::default(),
+            isotropic: 0.3,
             absent: Absent::default(),
         }
     }
 }
 
 impl SsrOptions {
-    /// As the authors' code has it: an absolute ridge of 1e-4 toward zero, and nothing of inputs on layers that their
-    /// adapter lacks.
+    /// As the authors' code has it: an absolute ridge of 1e-4 toward zero in the files' own coordinates, and nothing of
+    /// inputs on layers that their adapter lacks.
     pub fn published() -> Self {
-        Self { ridge: Ridge::Absolute(1e-4), prior: Prior::Zero, absent: Absent::Skip, ..Self::default() }
+        Self {
+            ridge: Ridge::Absolute(1e-4),
+            prior: Prior::Zero,
+            coordinates: Coordinates::Files,
+            absent: Absent::Skip,
+            ..Self::default()
+        }
     }
 
     fn parse(mut options: Options) -> Result<Self> {
@@ -211,10 +282,17 @@ impl SsrOptions {
 /// ```
 ///
 /// G_k of an adapter that lacks the layer count, if it has tokens there: the merge is to do nothing on them (with
-/// [`Absent::Skip`], its G_k and N_k are left out). G_f is
-/// the data-free proxy: with `C = A_cat·A_catᵀ`, `G_f,k = C[:, k]·C[k, :]` at trace 1, summed; Q_f its rows as above.
-/// With R₀ = I, λ and w pull toward the plain sum. As published ([`SsrOptions::published`]), R₀ = 0,
-/// w = 0 and λ = 1e-4, and adapters that lack the layer are left out.
+/// [`Absent::Skip`], its G_k and N_k are left out). G_f is what the adapters' own A say about their inputs: with
+/// `C = A_cat·A_catᵀ`, `G_f,k = C[:, k]·C[k, :]` at trace 1, summed; Q_f its rows as above.
+/// With R₀ = I, λ and w pull toward the plain sum.
+///
+/// All of this is meant in coordinates in which the rows of each A_k are orthonormal: with `C_kk = L_k·L_kᵀ` and
+/// `L = blockdiag(L_1, …, L_K)`, G stands for `L⁻¹·G·L⁻ᵀ` (C and Q likewise), and the router between the files' own
+/// factors is `L·R*·L⁻¹`. Directions that an A_k lacks are left out. As published ([`SsrOptions::published`]), L = I,
+/// R₀ = 0, w = 0 and λ = 1e-4, and adapters that lack the layer are left out.
+///
+/// Without a calibration, `G' = Σ w_k·G_f,k` with `G_f,k = C[:, k]·C[k, :] + c·C`: an adapter's inputs lie where its own A
+/// reads, or, with weight c, anywhere. With L = I, c is 0 and each G_f,k is at trace 1.
 ///
 /// It minimises `Σ_k ‖B_cat·R·Z_k − s_k·B_k·A_k·X_k‖²`, regularised. Layers of one adapter pass through unchanged.
 /// Statistics and products are of the device's precision, the solve f64 or double-single, the result f32.
@@ -234,8 +312,8 @@ impl SsrOptions {
 /// ```
 #[derive(Clone, Debug)]
 pub struct Ssr<'a> {
-    calibration: Option<&'a Calibration>,
-    options: SsrOptions,
+    pub(super) calibration: Option<&'a Calibration>,
+    pub(super) options: SsrOptions,
 }
 
 impl<'a> Ssr<'a> {
@@ -244,8 +322,7 @@ impl<'a> Ssr<'a> {
         Self { calibration: Some(calibration), options: SsrOptions::default() }
     }
 
-    /// With the data-free proxy alone: `G' = Σ w_k·G_f,k`. Each adapter's A stands for its inputs; a proxy, worth
-    /// clearly less than a calibration.
+    /// With the data-free proxy alone: each adapter's A stands for its inputs. It is worth clearly less than a calibration.
     pub fn data_free() -> Ssr<'static> {
         Ssr { calibration: None, options: SsrOptions::default() }
     }
@@ -287,9 +364,15 @@ impl<'a> Ssr<'a> {
     /// [`Error::Invalid`] for values out of range, another number of task weights, or a neutral weight without a
     /// calibration; [`Error::File`] if the calibration has no neutral inputs.
     pub fn check(&self, adapters: usize) -> Result<()> {
-        let SsrOptions { ridge, prior_weight, task_weights, balance, neutral_weight, .. } = &self.options;
+        let SsrOptions { ridge, prior_weight, task_weights, balance, neutral_weight, isotropic, .. } =
+            &self.options;
         let (Ridge::Absolute(ridge) | Ridge::Relative(ridge)) = *ridge;
-        let named = [("ridge", ridge), ("prior weight", *prior_weight), ("neutral weight", *neutral_weight)];
+        let named = [
+            ("ridge", ridge),
+            ("prior weight", *prior_weight),
+            ("neutral weight", *neutral_weight),
+            ("isotropic", *isotropic),
+        ];
         let weights = task_weights.iter().flatten().map(|&w| ("task weights", w));
         for (name, value) in named.into_iter().chain(weights) {
             if !(value >= 0.0 && value.is_finite()) {
@@ -298,8 +381,15 @@ impl<'a> Ssr<'a> {
                 )));
             }
         }
-        if !balance.is_finite() {
-            return Err(Error::Invalid(format!("balance: {balance}, but it must be finite")));
+        if let TaskBalance::Power(power) = balance
+            && !power.is_finite()
+        {
+            return Err(Error::Invalid(format!("balance: {power}, but it must be finite")));
+        }
+        if *balance == TaskBalance::Fair && self.calibration.is_none() {
+            return Err(Error::Invalid(
+                "a fair balance needs a calibration, which measures the losses".into(),
+            ));
         }
         if let Some(weights) = task_weights
             && weights.len() != adapters
@@ -340,14 +430,19 @@ impl<'a> Ssr<'a> {
         if jobs.is_empty() {
             return Ok(Vec::new());
         }
-        let proxies = self.proxies(device, jobs)?;
-        let (b, scales) = sized(device, jobs, Axis::Columns)?;
+        let frames = self.frames(device, jobs)?;
+        let (b, scales) = sized_b(device, jobs)?;
         let bb = output_grams(device, &b, &scales)?;
-        let systems: Vec<_> = (0..jobs.len())
-            .into_par_iter()
-            .map(|i| self.system(jobs[i], proxies.get(i).map(Vec::as_slice), &bb[i]))
-            .collect();
-        let solved = solve(device, &systems)?;
+        let systems: Vec<_> =
+            (0..jobs.len()).into_par_iter().map(|i| self.system(jobs[i], frames.get(i), &bb[i])).collect();
+        let mut solved = solve(device, &systems)?;
+        if self.options.coordinates == Coordinates::Orthonormal {
+            solved.par_iter_mut().zip(&frames).for_each(|(solved, frame)| {
+                if let Ok(solved) = solved {
+                    solved.router = frame.router(&solved.router);
+                }
+            });
+        }
 
         // B_cat is held without scales, which are exact in the router's rows.
         let routers: Vec<Matrix> = solved
@@ -401,35 +496,48 @@ impl<'a> Ssr<'a> {
         self.calibration.map(|_| job.tasks.iter().map(|task| task.tokens).sum())
     }
 
-    /// The data-free statistics G_f,k of each member of each layer, where the options ask for them.
-    fn proxies(&self, device: &Device, jobs: &[&Job<'_>]) -> Result<Vec<Vec<Matrix>>> {
-        let prior = self.options.prior == Prior::Adapters && self.options.prior_weight > 0.0;
-        if self.calibration.is_some() && !prior {
+    /// The coordinates of each layer, where the options ask for them or for what the adapters' own A say.
+    pub(super) fn frames(&self, device: &Device, jobs: &[&Job<'_>]) -> Result<Vec<Frame>> {
+        if self.options.coordinates == Coordinates::Files && self.calibration.is_some() && !self.has_prior() {
             return Ok(Vec::new());
         }
-        let (a, scales) = sized(device, jobs, Axis::Rows)?;
-        let products = ops::inner_as(device, &a, &a, device.product())?.download(device)?;
-        Ok((0..jobs.len())
-            .into_par_iter()
-            .map(|i| {
-                let (c, scales) = (&products[i], &scales[i]);
-                let c = Matrix::from_fn(c.rows, c.cols, |i, j| {
-                    0.5 * (c[(i, j)] + c[(j, i)]) * scales[i] * scales[j]
-                });
-                jobs[i].blocks.iter().map(|block| proxy(&c, block)).collect()
-            })
-            .collect())
+        let members: Vec<&[(&Layer, f64)]> = jobs.iter().map(|job| job.members.as_slice()).collect();
+        Frame::new(device, &members)
     }
 
-    /// G' and Q' of one layer, or why there are none. `proxies`: G_f,k of its members; `bb`: BᵀB.
-    fn system(
+    /// Whether what the adapters' own A say counts beside a calibration.
+    fn has_prior(&self) -> bool {
+        self.options.prior == Prior::Adapters && self.options.prior_weight > 0.0
+    }
+
+    /// The data-free statistics G_f,k of each member of a layer. `c`: `A_cat·A_catᵀ`, in the coordinates of the solve.
+    fn proxies(&self, c: &Matrix, blocks: &[Range<usize>]) -> Vec<Matrix> {
+        let isotropic = match (self.calibration, self.options.coordinates) {
+            (None, Coordinates::Orthonormal) => Some(self.options.isotropic),
+            _ => None,
+        };
+        blocks.iter().map(|block| proxy(c, block, isotropic)).collect()
+    }
+
+    /// G' and Q' of one layer in the coordinates of the solve, or why there are none. `bb`: BᵀB, of the files.
+    pub(super) fn system(
         &self,
         job: &Job<'_>,
-        proxies: Option<&[Matrix]>,
+        frame: Option<&Frame>,
         bb: &Matrix,
     ) -> std::result::Result<System, String> {
         let options = &self.options;
         let order = job.planned.rank;
+        let orthonormal = frame.filter(|_| options.coordinates == Coordinates::Orthonormal);
+        let wanted = self.calibration.is_none() || self.has_prior();
+        let proxies = frame.filter(|_| wanted).map(|frame| match orthonormal {
+            Some(frame) => self.proxies(&frame.inputs(&frame.gram), &job.blocks),
+            None => self.proxies(&frame.gram, &job.blocks),
+        });
+        let proxies = proxies.as_deref();
+        // Statistics of a calibration are of the files' own A, as bb is; proxies are of the coordinates of the solve.
+        let outputs = orthonormal.filter(|_| self.calibration.is_none()).map(|frame| frame.outputs(bb));
+        let bb = outputs.as_ref().unwrap_or(bb);
         // (member, statistics, tokens, adapter) of each task; the proxy counts as statistics over one token.
         let tasks: Vec<(Option<usize>, &Matrix, f64, usize)> = match (self.calibration, proxies) {
             (None, Some(proxies)) => {
@@ -454,9 +562,9 @@ impl<'a> Ssr<'a> {
                 block.clone().flat_map(|i| block.clone().map(move |j| bb[(i, j)] * gram[(i, j)])).sum();
             (sum > 0.0 && sum.is_finite()).then_some(sum / tokens)
         };
+        let power = if let TaskBalance::Power(power) = options.balance { power } else { 0.0 };
         // A task without output has no energy to be balanced by.
-        let balances: Vec<Option<f64>> =
-            tasks.iter().map(|t| Some(energy(t)?.powf(-options.balance))).collect();
+        let balances: Vec<Option<f64>> = tasks.iter().map(|t| Some(energy(t)?.powf(-power))).collect();
         let known: Vec<f64> = balances.iter().flatten().copied().collect();
         let mean = known.iter().sum::<f64>() / known.len().max(1) as f64;
         let weight = |i: usize, balance: Option<f64>| {
@@ -484,6 +592,9 @@ impl<'a> Ssr<'a> {
                 m.data.iter_mut().for_each(|v| *v /= tokens);
             }
         }
+        if let (Some(frame), Some(_)) = (orthonormal, self.calibration) {
+            (g, q) = (frame.inputs(&g), frame.inputs(&q));
+        }
         let energy = trace(&g);
         if let (Some(_), Some(proxies)) = (self.calibration, proxies) {
             let total: f64 = proxies.iter().map(trace).sum();
@@ -495,12 +606,16 @@ impl<'a> Ssr<'a> {
                 }
             }
         }
-        let mean = trace(&g) / order as f64;
+        let mean = trace(&g) / orthonormal.map_or(order, Frame::rank).max(1) as f64;
         if g.data.iter().chain(&q.data).any(|v| !v.is_finite()) || !mean.is_finite() {
             return Err("its statistics are not finite".to_owned());
         }
         if mean == 0.0 {
             return Err("its statistics are zero: nothing is known about its inputs".to_owned());
+        }
+        // What an adapter lacks is no input of its router, and so must not be singular.
+        for i in orthonormal.iter().flat_map(|frame| frame.lacking()) {
+            g[(i, i)] = mean;
         }
         let toward = match options.prior {
             Prior::Adapters | Prior::Sum => 1.0,
@@ -539,6 +654,9 @@ impl Method for Ssr<'_> {
                 |c: &Calibration| c.statistics(&planned.key, &of(&active), &of(&planned.members));
             self.calibration.map(statistics).transpose()
         };
+        if self.options.balance == TaskBalance::Fair {
+            return self.fair(run, &active, &statistics);
+        }
         let merge = |on: &Device, jobs: &[driver::Job<'_>]| {
             let ours: Vec<Job<'_>> = jobs
                 .par_iter()
@@ -561,6 +679,9 @@ impl Method for Ssr<'_> {
         driver::run(run, &spec)
     }
 }
+
+/// The statistics of a layer, sliced to the adapters of a merge; none without a calibration.
+pub(super) type StatisticsOf<'s> = dyn Fn(&PlannedLayer) -> Result<Option<LayerStatistics>> + Sync + 's;
 
 impl Ssr<'_> {
     /// What the user should know about a whole merge.
@@ -585,28 +706,28 @@ impl Ssr<'_> {
 }
 
 /// A layer that several adapters have, and its statistics.
-struct Job<'a> {
-    planned: &'a PlannedLayer,
+pub(super) struct Job<'a> {
+    pub(super) planned: &'a PlannedLayer,
     /// The members' layers, and the factor on each.
-    members: Vec<(&'a Layer, f64)>,
+    pub(super) members: Vec<(&'a Layer, f64)>,
     /// The members' rows.
-    blocks: Vec<Range<usize>>,
-    tasks: Vec<TaskStatistics>,
-    neutral: Option<Matrix>,
+    pub(super) blocks: Vec<Range<usize>>,
+    pub(super) tasks: Vec<TaskStatistics>,
+    pub(super) neutral: Option<Matrix>,
     /// Why it cannot be routed.
-    lacking: Option<String>,
+    pub(super) lacking: Option<String>,
 }
 
-struct TaskStatistics {
-    adapter: usize,
+pub(super) struct TaskStatistics {
+    pub(super) adapter: usize,
     /// Its place among the members; an adapter that lacks the layer has none.
-    member: Option<usize>,
-    gram: Option<Matrix>,
-    tokens: u64,
+    pub(super) member: Option<usize>,
+    pub(super) gram: Option<Matrix>,
+    pub(super) tokens: u64,
 }
 
 impl<'a> Job<'a> {
-    fn new(
+    pub(super) fn new(
         planned: &'a PlannedLayer,
         members: Vec<(&'a Layer, f64)>,
         adapters: &[Weighted<'_>],
@@ -639,7 +760,7 @@ impl<'a> Job<'a> {
 }
 
 /// `(Q' + λ·R₀)·(G' + λ·I)⁻¹` to be solved.
-struct System {
+pub(super) struct System {
     g: Matrix,
     q: Matrix,
     /// tr(G')/R.
@@ -650,11 +771,11 @@ struct System {
     toward: f64,
 }
 
-struct Solved {
-    router: Matrix,
-    ridge: f64,
+pub(super) struct Solved {
+    pub(super) router: Matrix,
+    pub(super) ridge: f64,
     /// Whether the ridge is larger than was asked for.
-    raised: bool,
+    pub(super) raised: bool,
 }
 
 /// Says so if the merge is clearly worse than doing without it.
@@ -673,7 +794,7 @@ fn worse(losses: Losses) -> Option<String> {
 const TRIES: usize = 12;
 
 /// Solves all systems at once; those that are not positive definite again with a larger ridge.
-fn solve(
+pub(super) fn solve(
     device: &Device,
     systems: &[std::result::Result<System, String>],
 ) -> Result<Vec<std::result::Result<Solved, String>>> {
@@ -719,31 +840,27 @@ fn solve(
     Ok(out)
 }
 
-/// A_cat (by rows) or B_cat (by columns) of each layer, every block brought to size 1 by a power of two, so that f32 holds
-/// products of tiny and huge factors, and the factor that each rank lacks then.
-fn sized(device: &Device, jobs: &[&Job<'_>], axis: Axis) -> Result<(Batch, Vec<Vec<f64>>)> {
+/// B_cat of each layer, every block brought to size 1 by a power of two, so that f32 holds products of tiny and huge
+/// factors, and the factor that each rank lacks then.
+pub(super) fn sized_b(device: &Device, jobs: &[&Job<'_>]) -> Result<(Batch, Vec<Vec<f64>>)> {
     let (factors, scales): (Vec<Vec<Factor<'_>>>, Vec<Vec<f64>>) = jobs
         .par_iter()
         .map(|job| {
             let (mut factors, mut scales) = (Vec::new(), Vec::new());
             for (layer, scale) in &job.members {
-                let (matrix, scale) = match axis {
-                    Axis::Rows => (layer.a(), 1.0),
-                    Axis::Columns => (layer.b(), *scale),
-                };
-                let e = exponent(matrix).unwrap_or(0);
-                factors.push(Factor { matrix, scale: pow2(-e) as f32 });
+                let e = exponent(layer.b()).unwrap_or(0);
+                factors.push(Factor { matrix: layer.b(), scale: pow2(-e) as f32 });
                 scales.extend(std::iter::repeat_n(scale * pow2(e), layer.rank));
             }
             (factors, scales)
         })
         .unzip();
     let factors: Vec<&[Factor<'_>]> = factors.iter().map(Vec::as_slice).collect();
-    Ok((ops::rank_concat(device, axis, &factors)?, scales))
+    Ok((ops::rank_concat(device, Axis::Columns, &factors)?, scales))
 }
 
 /// BᵀB of each layer, with scales.
-fn output_grams(device: &Device, b: &Batch, scales: &[Vec<f64>]) -> Result<Vec<Matrix>> {
+pub(super) fn output_grams(device: &Device, b: &Batch, scales: &[Vec<f64>]) -> Result<Vec<Matrix>> {
     let shapes: Vec<_> = b.shapes().iter().map(|shape| Shape::new(shape.cols, shape.cols)).collect();
     let mut sums = Batch::zeros(device, device.sum(), &shapes)?;
     ops::gram(device, b, &mut sums)?;
@@ -753,14 +870,18 @@ fn output_grams(device: &Device, b: &Batch, scales: &[Vec<f64>]) -> Result<Vec<M
     Ok(grams.iter().zip(scales).map(scaled).collect())
 }
 
-/// `C[:, block]·C[block, :]` at trace 1; zero if there is nothing.
-fn proxy(c: &Matrix, block: &Range<usize>) -> Matrix {
+/// `C[:, block]·C[block, :] + c·C`; without c at trace 1, and zero if there is nothing.
+fn proxy(c: &Matrix, block: &Range<usize>, isotropic: Option<f64>) -> Matrix {
     let part = Matrix::from_fn(c.rows, block.len(), |i, j| c[(i, block.start + j)]);
+    let mut g = times(&part, &part.transposed());
+    if let Some(isotropic) = isotropic {
+        add(&mut g, c, isotropic, 0..c.rows);
+        return g;
+    }
     let scale = 1.0 / dot(&part, &part);
     if !scale.is_finite() {
         return Matrix::zeros(c.rows, c.rows);
     }
-    let mut g = times(&part, &part.transposed());
     g.data.iter_mut().for_each(|v| *v *= scale);
     g
 }

@@ -106,6 +106,10 @@ pub struct Formula {
     pub balance: f64,
     pub neutral: Option<(&'static str, f64)>,
     pub data_free: bool,
+    /// The weight of inputs from anywhere in the data-free statistics.
+    pub isotropic: f64,
+    /// The coordinates of the files' own A.
+    pub files: bool,
 }
 
 impl Formula {
@@ -120,6 +124,8 @@ impl Formula {
             balance: 0.0,
             neutral: None,
             data_free: false,
+            isotropic: 0.3,
+            files: false,
         }
     }
 }
@@ -131,6 +137,7 @@ pub struct Plain {
     pub blocks: Vec<std::ops::Range<usize>>,
     pub grams: Vec<Matrix>,
     pub tokens: Vec<f64>,
+    pub tasks: Vec<String>,
 }
 
 /// The stored layer whose inputs this one reads.
@@ -164,32 +171,55 @@ pub fn plain(adapters: &[Weighted<'_>], set: &str, tasks: &[&str], layer: &str) 
         start += l.rank();
     }
     let (grams, tokens) = tasks.iter().map(|task| plain_gram(&a, set, task, layer)).unzip();
-    Plain { a, b, blocks, grams, tokens }
+    let tasks = tasks.iter().map(|task| (*task).to_owned()).collect();
+    Plain { a, b, blocks, grams, tokens, tasks }
 }
 
 impl Plain {
     /// `B_cat·R*·A_cat`.
     pub fn merged(&self, set: &str, layer: &str, formula: &Formula) -> Matrix {
-        product(&product(&self.b, &self.router(set, layer, formula)), &self.a)
+        if !formula.files {
+            let files = Formula { files: true, ..formula.clone() };
+            return self.orthonormal(set, layer).merged_here(set, layer, &files, formula.data_free);
+        }
+        self.merged_here(set, layer, formula, false)
     }
 
-    pub fn router(&self, set: &str, layer: &str, formula: &Formula) -> Matrix {
-        let n = self.a.rows();
-        let mut w = formula.weights.clone();
-        if formula.balance != 0.0 {
-            let bb = product(&self.b.transposed(), &self.b);
-            let e: Vec<f64> = (0..w.len())
-                .map(|k| {
-                    let block = self.blocks[k].clone();
-                    let pairs = block.clone().flat_map(|i| block.clone().map(move |j| (i, j)));
-                    let energy: f64 = pairs.map(|at| bb[at] * self.grams[k][at]).sum();
-                    (energy / self.tokens[k]).powf(-formula.balance)
-                })
-                .collect();
-            let mean = e.iter().sum::<f64>() / e.len() as f64;
-            w.iter_mut().zip(e).for_each(|(w, e)| *w *= e / mean);
+    fn merged_here(&self, set: &str, layer: &str, formula: &Formula, isotropic: bool) -> Matrix {
+        product(&product(&self.b, &self.router(set, layer, formula, isotropic)), &self.a)
+    }
+
+    /// The same updates and inputs, by factors of which each A has orthonormal rows (Gram and Schmidt, twice).
+    pub fn orthonormal(&self, set: &str, layer: &str) -> Self {
+        let (mut a, mut b) = (self.a.clone(), self.b.clone());
+        for block in &self.blocks {
+            for _ in 0..2 {
+                for i in block.clone() {
+                    for j in block.start..i {
+                        let along: f64 = (0..a.cols()).map(|c| a[(i, c)] * a[(j, c)]).sum();
+                        (0..a.cols()).for_each(|c| a[(i, c)] -= along * a[(j, c)]);
+                        (0..b.rows()).for_each(|r| b[(r, j)] += along * b[(r, i)]);
+                    }
+                    let norm = (0..a.cols()).map(|c| a[(i, c)].powi(2)).sum::<f64>().sqrt();
+                    (0..a.cols()).for_each(|c| a[(i, c)] /= norm);
+                    (0..b.rows()).for_each(|r| b[(r, i)] *= norm);
+                }
+            }
         }
-        // Of the data-free statistics: each at trace 1.
+        let grams = self.tasks.iter().map(|task| plain_gram(&a, set, task, layer).0).collect();
+        Self {
+            a,
+            b,
+            grams,
+            blocks: self.blocks.clone(),
+            tokens: self.tokens.clone(),
+            tasks: self.tasks.clone(),
+        }
+    }
+
+    fn router(&self, set: &str, layer: &str, formula: &Formula, isotropic: bool) -> Matrix {
+        let n = self.a.rows();
+        // The data-free statistics, each at trace 1 or with inputs from anywhere.
         let c = product(&self.a, &self.a.transposed());
         let free: Vec<Matrix> = self
             .blocks
@@ -198,9 +228,27 @@ impl Plain {
                 let part = Matrix::from_fn(n, block.len(), |i, j| c[(i, block.start + j)]);
                 let g = product(&part, &part.transposed());
                 let t = trace(&g);
-                Matrix::from_fn(n, n, |i, j| g[(i, j)] / t)
+                match isotropic {
+                    true => Matrix::from_fn(n, n, |i, j| g[(i, j)] + formula.isotropic * c[(i, j)]),
+                    false => Matrix::from_fn(n, n, |i, j| g[(i, j)] / t),
+                }
             })
             .collect();
+        let mut w = formula.weights.clone();
+        let grams = if formula.data_free { &free } else { &self.grams };
+        if formula.balance != 0.0 {
+            let bb = product(&self.b.transposed(), &self.b);
+            let e: Vec<f64> = (0..w.len())
+                .map(|k| {
+                    let block = self.blocks[k].clone();
+                    let pairs = block.clone().flat_map(|i| block.clone().map(move |j| (i, j)));
+                    let energy: f64 = pairs.map(|at| bb[at] * grams[k][at]).sum();
+                    (energy / if formula.data_free { 1.0 } else { self.tokens[k] }).powf(-formula.balance)
+                })
+                .collect();
+            let mean = e.iter().sum::<f64>() / e.len() as f64;
+            w.iter_mut().zip(e).for_each(|(w, e)| *w *= e / mean);
+        }
         let sum = |grams: &[Matrix], w: &[f64]| {
             let (mut g, mut q) = (Matrix::zeros(n, n), Matrix::zeros(n, n));
             for ((gram, w), block) in grams.iter().zip(w).zip(&self.blocks) {
@@ -215,7 +263,7 @@ impl Plain {
             }
             (g, q)
         };
-        let (mut g, mut q) = sum(if formula.data_free { &free } else { &self.grams }, &w);
+        let (mut g, mut q) = sum(grams, &w);
         if let Some((task, w)) = formula.neutral {
             let (neutral, _) = plain_gram(&self.a, set, task, layer);
             g.data_mut().iter_mut().zip(neutral.data()).for_each(|(g, n)| *g += w * n);

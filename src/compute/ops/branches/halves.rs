@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use super::project::SplitA;
 use super::tile::Tile;
-use super::{HAS_LOW, Job, MAX_BRANCHES, UNIT_CHANNELS, starts};
+use super::{COLUMN_STEP, HAS_LOW, Job, MAX_BRANCHES, SPLIT_CHANNELS, SPLIT_QUADS, UNIT_CHANNELS, starts};
 use crate::Result;
 use crate::compute::gpu::{Gpu, Pooled, whole};
 use crate::compute::shaders::Kernel;
@@ -20,7 +20,7 @@ pub(crate) struct Halves {
     pub(super) b: Option<SplitB>,
 }
 
-/// Those of B_cat: whole tiles of channels × columns.
+/// The halves of B_cat: whole tiles of channels × columns.
 #[derive(Debug)]
 pub(super) struct SplitB {
     pub tiles: Tiles,
@@ -35,7 +35,7 @@ pub(super) fn kernel() -> Kernel {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Tiles {
     pub scores: Tile,
-    /// Without, if all columns together are too many.
+    /// `None` if all columns together are too many.
     pub apply: Option<Tile>,
     /// Columns of the halves, where each branch has its own.
     pub columns: usize,
@@ -43,7 +43,7 @@ pub(super) struct Tiles {
 }
 
 impl Tiles {
-    /// If they fit. Kernels read 4 channels at a time.
+    /// The tiles of a layer, if they fit. Kernels read 4 channels at a time.
     fn new(gpu: &Gpu, width: usize, ranks: impl Iterator<Item = usize>, low: bool) -> Option<Self> {
         let caps = &gpu.capabilities;
         let software = gpu.disable.software_units
@@ -56,7 +56,7 @@ impl Tiles {
         };
         let (mut columns, mut widest, mut column_starts) = (0, 0, [0; MAX_BRANCHES + 1]);
         for (end, rank) in column_starts[1..].iter_mut().zip(ranks) {
-            let own = rank.next_multiple_of(16);
+            let own = rank.next_multiple_of(COLUMN_STEP);
             columns += own;
             widest = widest.max(own);
             *end = columns as u32;
@@ -74,8 +74,8 @@ impl Tiles {
 }
 
 impl Halves {
-    /// Of A_cat (rank × in) and B_catᵀ (rank × width, its columns padded to a multiple of 4), which have been written;
-    /// `low`: whether B_cat has more bits than one half holds.
+    /// The halves of A_cat (rank × in) and B_catᵀ (rank × width, its columns padded to a multiple of 4), which have been
+    /// written; `low`: whether B_cat has more bits than one half holds.
     pub fn new(
         gpu: &Arc<Gpu>,
         layer: &Batch,
@@ -96,13 +96,14 @@ impl Halves {
             column_starts: tiles.column_starts,
             ..Job::of(layer)
         };
-        let grid = [width.next_multiple_of(UNIT_CHANNELS) / 32, tiles.columns.div_ceil(32), 1];
+        let rows = width.next_multiple_of(UNIT_CHANNELS);
+        let grid = [rows / SPLIT_CHANNELS, tiles.columns.div_ceil(4 * SPLIT_QUADS), 1];
         commands.launch_grid(kernel(), &job, grid, &[layer.binding()?, whole(&buffer)])?;
         commands.submit()?;
         Ok(Self { a, b: Some(SplitB { tiles, buffer }) })
     }
 
-    /// Bytes that they would take: of A_cat of this shape, and B_cat of this width and of branches of these ranks.
+    /// Bytes that the halves of an A_cat of this shape, and of a B_cat of this width and of branches of these ranks, take.
     pub fn bytes_for(
         gpu: &Gpu,
         a: Shape,

@@ -19,9 +19,10 @@ pub(super) struct Tile {
 }
 
 impl Tile {
-    /// Of every depth.
+    /// The depths that tiles have.
     pub const DEPTHS: [u32; 3] = [32, 64, 128];
 
+    /// All tiles that there is room for.
     pub fn all() -> impl Iterator<Item = Self> {
         let of = |depth| [(false, false), (true, false), (false, true), (true, true)].map(|of| (depth, of));
         let tiles = Self::DEPTHS.into_iter().flat_map(of);

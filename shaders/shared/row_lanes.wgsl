@@ -1,0 +1,14 @@
+// A row whose values neighbouring threads of a subgroup share.
+
+#import shared/exponents
+
+// The scale of a row that `lanes` neighbouring threads share, 4 or 8, each with the largest exponents of its values.
+fn scale_of_row(most: vec4<u32>, lanes: u32) -> f32 {
+    var all = largest_of(most);
+    all = max(all, subgroupShuffleXor(all, 1u));
+    all = max(all, subgroupShuffleXor(all, 2u));
+    if (lanes == 8u) {
+        all = max(all, subgroupShuffleXor(all, 4u));
+    }
+    return scale_of(all);
+}
