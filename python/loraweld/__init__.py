@@ -6,7 +6,7 @@
 ... )  # doctest: +SKIP
 
 - `open`, `Adapter`, `Layer`: what files hold, as numpy's arrays.
-- `merge`, `compare`, `inspect`, `convert`, `resize`, `bake`, `extract`: the commands, with their options by name; `run`
+- `merge`, `compare`, `strengths`, `inspect`, `convert`, `resize`, `bake`, `extract`: the commands, with their options by name; `run`
   runs any other.
 - `Calibration`, and `Recorder`, which fills one while a model of torch runs.
 - `methods` and `options`: what there is to choose from.
@@ -35,6 +35,7 @@ from ._commands import (
     options,
     resize,
     run,
+    strengths,
 )
 from ._errors import (
     ArrayError,
@@ -96,4 +97,5 @@ __all__ = [
     "options",
     "resize",
     "run",
+    "strengths",
 ]

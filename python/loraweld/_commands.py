@@ -402,6 +402,29 @@ def compare(
     return _run(("compare",), given, progress, output=output)
 
 
+def strengths(
+    adapters: Sequence[Lora],
+    calibration: PathLike | Calibration,
+    *,
+    per_block: bool = False,
+    device: str = "auto",
+    progress: Callable[[Progress], Any] | None = None,
+    **options: Any,
+) -> Result:
+    """Finds the strengths at which the plain sum of adapters loses least, for the whole file or for each block.
+
+    `result.all("strengths")[0]` has them in `blocks`, with the loss there, at the strengths given and of the average.
+    """
+    given = {
+        _places("strengths")[0]: list(adapters),
+        "calibration": calibration,
+        "per_block": per_block,
+        "device": device,
+        **options,
+    }
+    return _run(("strengths",), given, progress)
+
+
 def inspect(*adapters: Source, **options: Any) -> Result:
     """Tells what files hold, and which of their layers match.
 

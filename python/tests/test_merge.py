@@ -124,6 +124,14 @@ def test_compare_is_the_command_lines(loras, pets, tmp_path):
     assert str(result).splitlines()[-3].startswith("ssr")
 
 
+def test_strengths_are_the_command_lines(loras, pets):
+    for options, flags in [({}, []), ({"per_block": True}, ["--per-block"])]:
+        expected = command_line("strengths", *loras, "--calibration", pets, "--device", "cpu", "--json", *flags)
+        expected = [event for line in expected.splitlines() if (event := json.loads(line))["event"] == "strengths"]
+        assert loraweld.strengths(loras, pets, device="cpu", **options).all("strengths") == expected
+    assert expected[0]["loss"] <= expected[0]["given"] and len(expected[0]["blocks"]) > 1
+
+
 def test_inspect_is_the_command_lines(loras):
     expected = [json.loads(line) for line in command_line("inspect", *loras, "--json").splitlines()]
     assert loraweld.inspect(*loras).events == expected
