@@ -48,12 +48,27 @@ fi
 say "formatting"
 cargo fmt --all --check
 
+# Built with the rest, the Python package needs no second build of what all depend on.
+packages=(-p loraweld -p loraweld-capi)
+if python3 -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
+  packages+=(-p loraweld-python)
+else
+  say "the Python package is left out: it takes Python 3.10 or newer with venv"
+fi
+
 say "lints"
-cargo clippy -p loraweld -p loraweld-capi --all-targets -- -D warnings
+cargo clippy "${packages[@]}" --all-targets -- -D warnings
 cargo clippy --lib --no-default-features -- -D warnings
 
 say "tests"
-cargo test -p loraweld -p loraweld-capi
+cargo test "${packages[@]}"
+
+if [[ "${packages[*]}" == *python* ]]; then
+  say "the Python package"
+  # With the tests, since what these want of dependencies holds for all.
+  cargo build --quiet "${packages[@]}" --lib --bins --tests
+  LORAWELD_PYTHON_BUILT=1 LORAWELD=$PWD/target/debug/loraweld scripts/python.sh test -q
+fi
 
 say "the C header"
 cargo run --quiet --manifest-path capi/header/Cargo.toml --target-dir target/header -- --check

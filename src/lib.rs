@@ -56,6 +56,9 @@
 //! `cli` the crate is also the command `loraweld`; `default-features = false` leaves the library alone.
 //! [`wgpu`] is exported, so that a host uses the same version.
 
+#[cfg(feature = "cli")]
+extern crate self as loraweld;
+
 mod error;
 mod io;
 mod matrix;
@@ -66,6 +69,9 @@ mod words;
 pub mod adapter;
 pub mod calibration;
 pub mod checkpoint;
+#[cfg(feature = "cli")]
+#[doc(hidden)]
+pub mod cli;
 pub mod compute;
 pub mod fusion;
 pub mod merge;

@@ -1,12 +1,9 @@
 //! The `loraweld` command.
 
-mod cli;
-mod words;
-
 fn main() -> std::process::ExitCode {
     #[cfg(target_os = "linux")]
     without_desktop();
-    cli::main()
+    loraweld::cli::main()
 }
 
 /// Keeps Mesa's drivers quiet on machines without a desktop. They look for its socket in `XDG_RUNTIME_DIR`, and if that is

@@ -181,9 +181,38 @@ impl Adapter {
     /// Reads a `.safetensors` file that is in memory, without copying it: `include_bytes!(..)` or a `Vec<u8>`.
     /// `name` stands for the file in errors.
     pub fn from_bytes(name: impl Into<String>, bytes: impl Into<Cow<'static, [u8]>>) -> Result<Self> {
+        Self::from_bytes_with(name, bytes, &OpenOptions::default())
+    }
+
+    /// As [`from_bytes`](Self::from_bytes), with what other kinds of adapters take.
+    ///
+    /// # Errors
+    /// As [`open_with`](Self::open_with).
+    pub fn from_bytes_with(
+        name: impl Into<String>,
+        bytes: impl Into<Cow<'static, [u8]>>,
+        options: &OpenOptions,
+    ) -> Result<Self> {
         let name = name.into();
         let file = SafetensorsFile::from_bytes(&name, bytes)?;
-        Self::from_file(name, file, None, &OpenOptions::default())
+        Self::from_file(name, file, None, options)
+    }
+
+    /// The same file, read with these options; one that is in memory has no `adapter_config.json`. An adapter that was made
+    /// of layers stays as it is.
+    ///
+    /// # Errors
+    /// As [`open_with`](Self::open_with).
+    pub fn read_with(&self, options: &OpenOptions) -> Result<Self> {
+        match &self.0.file {
+            Some(file) => Self::from_file(self.0.name.clone(), file.clone(), None, options),
+            None => Ok(self.clone()),
+        }
+    }
+
+    /// The bytes of the file that it was read from; `None` if it was made of layers.
+    pub fn file_bytes(&self) -> Option<&[u8]> {
+        self.0.file.as_ref().map(SafetensorsFile::bytes)
     }
 
     fn from_file(

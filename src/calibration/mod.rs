@@ -267,6 +267,14 @@ impl Calibration {
         if has(&parsed) { parsed } else { LayerKey::meant(name).into_iter().find(has).unwrap_or(parsed) }
     }
 
+    /// Whether [`accumulate`](Self::accumulate) keeps inputs of a layer of this name: several adapters of the pool have it,
+    /// and the calibration was not read from a file.
+    pub fn takes(&self, layer: &str) -> bool {
+        let pool = self.source().ok();
+        let targets = pool.map(|pool| pool.targets(&self.key(layer))).unwrap_or_default();
+        targets.iter().any(|(key, _)| self.layers.contains_key(key))
+    }
+
     /// The layers that several adapters share and that read these inputs.
     fn checked(&self, layer: &str, x: &Activations<'_>) -> Result<Vec<LayerKey>> {
         let key = self.key(layer);

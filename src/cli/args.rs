@@ -9,6 +9,7 @@ use loraweld::adapter::BlockPreset;
 use loraweld::compute::{Device, DeviceOptions, Precision, Select};
 use loraweld::{Adapter, Family, Format, OpenOptions, Spectrum, Strengths};
 
+use super::host;
 use super::output::Output;
 
 /// Options that every command takes.
@@ -48,7 +49,7 @@ pub struct Global {
 impl Global {
     /// Opens the device, says which, and says once what the user should know about it.
     pub fn open_device(&self, memory: &Memory, out: &Output) -> anyhow::Result<Device> {
-        let device = Device::open(&DeviceOptions {
+        let device = host::device(&DeviceOptions {
             select: self.device.clone(),
             precision: self.precision,
             memory: memory.mib.map(|mib| mib << 20),
@@ -65,7 +66,7 @@ impl Global {
 }
 
 /// Where compiled pipelines are kept: `LORAWELD_CACHE` (nowhere if it is empty), else the user's cache folder.
-fn cache_folder() -> Option<PathBuf> {
+pub fn cache_folder() -> Option<PathBuf> {
     match std::env::var_os("LORAWELD_CACHE") {
         Some(folder) => Some(PathBuf::from(folder)).filter(|folder| !folder.as_os_str().is_empty()),
         None => dirs::cache_dir().map(|folder| folder.join("loraweld")),
@@ -341,7 +342,7 @@ pub fn open_adapters_for(
     reading: &Reading,
 ) -> anyhow::Result<Vec<Adapter>> {
     let options = reading.options();
-    let open = |lora: &LoraArg| Adapter::open_with(&lora.path, &options);
+    let open = |lora: &LoraArg| host::adapter(&lora.path, &options);
     let mut adapters = loras.iter().map(open).collect::<loraweld::Result<Vec<_>>>()?;
     let families = adapters.iter().map(Adapter::family).chain([family]).filter(|f| *f != Family::UNKNOWN);
     let Some(common) = families.reduce(Family::and).filter(|family| *family != Family::UNKNOWN) else {
@@ -349,8 +350,7 @@ pub fn open_adapters_for(
     };
     for (adapter, lora) in adapters.iter_mut().zip(loras) {
         if ![common, Family::UNKNOWN].contains(&adapter.family()) {
-            *adapter =
-                Adapter::open_with(&lora.path, &OpenOptions { family: Some(common), ..options.clone() })?;
+            *adapter = host::adapter(&lora.path, &OpenOptions { family: Some(common), ..options.clone() })?;
         }
     }
     Ok(adapters)

@@ -1,4 +1,7 @@
-//! The command line: one file a command, and what they share in [`args`] and [`output`].
+//! The command line: one file a command, and what they share in `args` and `output`.
+//!
+//! It is a part of the library so that other programs can run it in their own process: [`main_with`] does as the program
+//! does, [`run_for`] does without its terminal. It is no promise to anybody but this repository's own bindings.
 
 mod args;
 mod bake;
@@ -10,6 +13,7 @@ mod convert;
 mod demo;
 mod devices;
 mod extract;
+mod host;
 mod inspect;
 mod layers;
 mod merge;
@@ -19,17 +23,21 @@ mod report;
 mod schedule;
 mod strengths;
 
+use std::ffi::OsString;
 use std::io::{self, IsTerminal};
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 use loraweld::{Error, Remedy};
 use tracing::Level;
 use tracing_subscriber::filter::Targets;
 use tracing_subscriber::prelude::*;
 
 use self::args::Global;
+pub use self::args::cache_folder;
+pub use self::host::{Failure, Host, Lent, Told};
 use self::output::{CANCEL, CANCELLABLE, Output};
 
 /// Merge LoRA adapters of diffusion models without training, on any GPU.
@@ -90,9 +98,15 @@ fn usage(message: impl Into<String>) -> anyhow::Error {
 
 /// Runs the program's arguments.
 pub fn main() -> ExitCode {
-    let cli = match Cli::try_parse() {
+    ExitCode::from(main_with(std::env::args_os()))
+}
+
+/// Runs these arguments as the program does, the first of which is its name, and gives its exit code.
+pub fn main_with(args: impl IntoIterator<Item = OsString>) -> u8 {
+    let args: Vec<OsString> = args.into_iter().collect();
+    let cli = match Cli::try_parse_from(&args) {
         Ok(cli) => cli,
-        Err(e) => return refuse(&e),
+        Err(e) => return refuse(&e, args.iter().any(|arg| arg == "--json")),
     };
     let Global { json, quiet, verbose, .. } = cli.global;
     log(verbose);
@@ -105,10 +119,32 @@ pub fn main() -> ExitCode {
         }
     });
     let out = Output::new(json, quiet);
-    let Err(error) = run(cli, &out) else { return ExitCode::SUCCESS };
+    let Err(error) = run(cli, &out) else { return 0 };
     let is_usage = error.is::<Usage>();
     out.error(&chain(&error), if is_usage { "\nFor more information, try '--help'.\n" } else { "" });
-    ExitCode::from(if is_usage { 2 } else { 1 })
+    if is_usage { 2 } else { 1 }
+}
+
+/// Runs these arguments for a host, the first of which is the program's name. Nothing is printed, and no handler of
+/// signals is set.
+pub fn run_for(
+    host: &Arc<Host>,
+    args: impl IntoIterator<Item = impl Into<OsString> + Clone>,
+) -> Result<(), Failure> {
+    let cli = Cli::try_parse_from(args).map_err(|e| Failure::usage(in_one_line(&e)))?;
+    let out = Output::hosted(host.clone());
+    let failure = |error: anyhow::Error| Failure::new(text(&error), error.is::<Usage>(), error);
+    host::with(host, || run(cli, &out)).map_err(failure)
+}
+
+/// Whether an argument of a command is an adapter, with or without a strength.
+pub fn is_adapter(arg: &clap::Arg) -> bool {
+    arg.get_value_parser().type_id() == std::any::TypeId::of::<args::LoraArg>()
+}
+
+/// The commands and their arguments.
+pub fn command() -> clap::Command {
+    Cli::command()
 }
 
 fn run(cli: Cli, out: &Output) -> anyhow::Result<()> {
@@ -131,12 +167,17 @@ fn run(cli: Cli, out: &Output) -> anyhow::Result<()> {
     }
 }
 
-/// The error and its causes, but for those that the message before already tells, and which option helps.
-fn chain(error: &anyhow::Error) -> String {
-    let text = error.chain().skip(1).fold(error.to_string(), |text, cause| match cause.to_string() {
+/// The error and its causes, but for those that the message before already tells.
+fn text(error: &anyhow::Error) -> String {
+    error.chain().skip(1).fold(error.to_string(), |text, cause| match cause.to_string() {
         cause if text.contains(&cause) => text,
         cause => format!("{text}: {cause}"),
-    });
+    })
+}
+
+/// The error and its causes, and which option helps.
+fn chain(error: &anyhow::Error) -> String {
+    let text = text(error);
     match error.chain().find_map(|cause| cause.downcast_ref().and_then(remedy)) {
         Some(remedy) => format!("{text}; {remedy}"),
         None => text,
@@ -144,7 +185,7 @@ fn chain(error: &anyhow::Error) -> String {
 }
 
 /// The option that lets a command do what the library has refused.
-fn remedy(error: &loraweld::Error) -> Option<&'static str> {
+pub fn remedy(error: &loraweld::Error) -> Option<&'static str> {
     Some(match error {
         Error::Exists { .. } => "`--force` overwrites it",
         Error::NotMergeable { remedy: Remedy::Skip, .. } => "`--skip-unsupported` leaves such tensors out",
@@ -163,16 +204,20 @@ fn remedy(error: &loraweld::Error) -> Option<&'static str> {
 }
 
 /// Help and version go to stdout, wrong usage to stderr; a reader of JSON lines is told as well.
-fn refuse(error: &clap::Error) -> ExitCode {
+fn refuse(error: &clap::Error, json: bool) -> u8 {
     let _ = error.print();
-    if error.use_stderr() && std::env::args_os().any(|arg| arg == "--json") {
-        let text = error.render().to_string();
-        // Usage and hints follow after an empty line.
-        let lines: Vec<_> = text.lines().take_while(|line| !line.is_empty()).map(str::trim).collect();
-        let message = lines.join(" ").trim_start_matches("error: ").to_owned();
+    if error.use_stderr() && json {
+        let message = in_one_line(error);
         let _ = Output::new(true, true).event("error", &serde_json::json!({ "message": message }));
     }
-    ExitCode::from(if error.use_stderr() { 2 } else { 0 })
+    if error.use_stderr() { 2 } else { 0 }
+}
+
+/// What clap says is wrong, without usage and hints, which follow after an empty line.
+fn in_one_line(error: &clap::Error) -> String {
+    let text = error.render().to_string();
+    let lines: Vec<_> = text.lines().take_while(|line| !line.is_empty()).map(str::trim).collect();
+    lines.join(" ").trim_start_matches("error: ").to_owned()
 }
 
 /// Logs to stderr. `RUST_LOG` says what in more detail than `-v`: levels and `target=level`, with commas between them.
@@ -191,10 +236,8 @@ fn log(verbose: u8) {
 
 #[cfg(test)]
 mod tests {
-    use clap::CommandFactory;
-
     #[test]
     fn arguments_are_consistent() {
-        super::Cli::command().debug_assert();
+        super::command().debug_assert();
     }
 }

@@ -3,8 +3,8 @@
 use std::fmt::Display;
 use std::io::{self, IsTerminal, Write};
 use std::path::Path;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
@@ -13,6 +13,7 @@ use loraweld::{Control, Progress};
 use serde::Serialize;
 use serde_json::{Value, json};
 
+use super::host::{Host, Told};
 pub(crate) use crate::words::count;
 
 /// Set by Ctrl-C and SIGTERM: long calls then stop and remove their temporary file.
@@ -33,11 +34,19 @@ pub struct Output {
     bar: Mutex<Option<ProgressBar>>,
     /// Said so far, for the report.
     warnings: Mutex<Vec<String>>,
+    /// Who hears all this, instead of a terminal.
+    host: Option<Arc<Host>>,
 }
 
 impl Output {
     pub fn new(json: bool, quiet: bool) -> Self {
-        Self { json, quiet, broken: false.into(), bar: Mutex::default(), warnings: Mutex::default() }
+        let (bar, warnings) = (Mutex::default(), Mutex::default());
+        Self { json, quiet, broken: false.into(), bar, warnings, host: None }
+    }
+
+    /// Says everything to a host.
+    pub fn hosted(host: Arc<Host>) -> Self {
+        Self { host: Some(host), ..Self::new(false, false) }
     }
 
     /// What the command was asked for, in words.
@@ -52,7 +61,7 @@ impl Output {
 
     /// A JSON line `{"event": name, ...fields}`.
     pub fn event(&self, name: &str, fields: &impl Serialize) -> anyhow::Result<()> {
-        if !self.json {
+        if !self.json && self.host.is_none() {
             return Ok(());
         }
         let mut line = json!({ "event": name });
@@ -61,7 +70,11 @@ impl Output {
             (Some(line), other) => drop(line.insert("value".into(), other)),
             (None, _) => {}
         }
-        self.stdout(&format!("{line}\n"))
+        match &self.host {
+            Some(host) => (host.tell)(Told::Event(&line)),
+            None => self.stdout(&format!("{line}\n"))?,
+        }
+        Ok(())
     }
 
     /// Something that is no failure but may not be what the user wants.
@@ -87,6 +100,10 @@ impl Output {
 
     /// Runs a long call with a progress bar (or events) and a cancellation token.
     pub fn long<T>(&self, call: impl FnOnce(&Control) -> T) -> T {
+        if let Some(host) = &self.host {
+            let progress = |p: Progress| (host.tell)(Told::Progress(p));
+            return call(&Control { progress: Some(&progress), cancel: Some(&host.cancel) });
+        }
         let bar = if self.quiet || self.json || !io::stderr().is_terminal() {
             ProgressBar::hidden()
         } else {
@@ -119,6 +136,10 @@ impl Output {
     }
 
     fn stdout(&self, text: &str) -> anyhow::Result<()> {
+        if let Some(host) = &self.host {
+            (host.tell)(Told::Text(text));
+            return Ok(());
+        }
         if self.broken.load(Ordering::Relaxed) {
             return Ok(());
         }
@@ -135,6 +156,10 @@ impl Output {
     }
 
     fn stderr(&self, text: &str) {
+        if self.host.is_some() {
+            // Of what goes to stderr, a host hears the event.
+            return;
+        }
         // Not `eprint!`, which panics if stderr is closed.
         self.suspended(&mut || drop(io::stderr().write_all(text.as_bytes())));
     }

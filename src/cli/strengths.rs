@@ -3,10 +3,10 @@
 use std::path::PathBuf;
 
 use clap::Args;
-use loraweld::Calibration;
 use loraweld::merge::{Strengths, strengths};
 
 use super::args::{ByLayer, Global, LoraArg, Memory, Reading};
+use super::host;
 use super::merge::Inputs;
 use super::output::{Output, Table, count};
 
@@ -43,7 +43,7 @@ impl StrengthsCommand {
         files.push(self.calibration.clone());
         let inputs = Inputs::open(&self.loras, &self.by_layer, &self.reading, files)?;
         inputs.describe(out)?;
-        let calibration = Calibration::open(&self.calibration)?;
+        let calibration = host::calibration(&self.calibration)?;
         let device = global.open_device(&self.memory, out)?;
         let weighted = inputs.weighted();
         let found =

@@ -359,7 +359,7 @@ fn every_command(device: &'static str) {
         let name = |e: &Value| e["method"].as_str().unwrap_or_default().to_owned();
         events.iter().filter(|e| e["event"] == "method").map(name).collect()
     };
-    assert_eq!(names(&events).len(), 13);
+    assert_eq!(names(&events).len(), 14);
     // What a list has does not depend on the device, and entries take a software adapter long.
     if device == "cpu" {
         let variants = ["--methods", "linear,ties,dare,knots,core,tsv,iso-c", "--variants", "--rank", "4"];

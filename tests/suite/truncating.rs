@@ -31,6 +31,11 @@ fn inputs(adapters: &[Weighted<'_>], set: &str, layer: &str) -> (Matrix, f64) {
     (root(&moment), nothing(&plain, tokens))
 }
 
+/// [`inputs`] of all layers of the adapters.
+fn all_inputs(adapters: &[Weighted<'_>], set: &str) -> Vec<(Matrix, f64)> {
+    adapters[0].adapter.layers().iter().map(|layer| inputs(adapters, set, layer.module())).collect()
+}
+
 fn nothing(plain: &Plain, tokens: f64) -> f64 {
     let bb = product(&plain.b.transposed(), &plain.b);
     let own = |(gram, block): (&Matrix, &std::ops::Range<usize>)| {
@@ -97,18 +102,25 @@ fn by_data_it_is_the_weighted_decomposition() {
         Ssr::new(&from_cpu).merge(&cpu, &weighted).unwrap(),
         NpLora::default().merge(&cpu, weighted[0], &weighted[1..]).unwrap(),
     ];
+    let known = all_inputs(&weighted, "traj4");
+    let wanted = |merged: &Merged, i: usize, rank: usize| {
+        dense(&delta(&merged.adapter.layers()[i]), &known[i].0, rank)
+    };
+    let ranks = [1, 4, 8];
+    let wants: Vec<Vec<Vec<_>>> = merges
+        .iter()
+        .map(|merged| ranks.map(|rank| (0..3).map(|i| wanted(merged, i, rank)).collect()).into())
+        .collect();
     for case in devices() {
         let calibration = calibrated(&case.device, &adapters, "traj4", &POOL);
-        for merged in &merges {
-            for rank in [1, 4, 8] {
+        for (merged, wants) in merges.iter().zip(&wants) {
+            for (rank, wants) in ranks.into_iter().zip(wants) {
                 let truncation = Truncation::rank(rank);
                 let got = truncated(merged, &by(&calibration, &weighted, truncation), &case.device);
                 let what = format!("{}, {} of rank {rank}", case.name, merged.report.method);
-                for (layer, report) in got.adapter.layers().iter().zip(&got.report.layers) {
-                    let update = delta(merged.adapter.find(layer.module()).unwrap());
-                    let (root, nothing) = inputs(&weighted, "traj4", layer.module());
-                    let (want, squares) = dense(&update, &root, rank);
-                    let error = relative(&delta(layer), &want);
+                for (i, (layer, report)) in got.adapter.layers().iter().zip(&got.report.layers).enumerate() {
+                    let ((want, squares), nothing) = (&wants[i], known[i].1);
+                    let error = relative(&delta(layer), want);
                     assert!(error <= tolerance(&case), "{what}, {}: {error:e}", layer.module());
                     assert_eq!((layer.rank(), report.rank), (rank, rank));
                     let off: f64 = squares[rank..].iter().sum();
@@ -133,24 +145,24 @@ fn what_it_adds_is_what_it_leaves_out_and_the_norm_adds_more() {
     let device = Device::cpu();
     let calibration = calibrated(&device, &adapters, "step1", &POOL);
     let merged = Ssr::new(&calibration).merge(&device, &weighted).unwrap();
+    let known = all_inputs(&weighted, "step1");
     for rank in 1..=8 {
         let truncation = Truncation::rank(rank);
         let data = truncated(&merged, &by(&calibration, &weighted, truncation), &device);
         let norm = truncated(&merged, &truncation.into(), &device);
-        for layer in merged.adapter.layers() {
-            let (root, nothing) = inputs(&weighted, "step1", layer.module());
+        for (i, layer) in merged.adapter.layers().iter().enumerate() {
+            let (root, nothing) = &known[i];
             let lost = |merged: &Merged| {
                 let found = merged.adapter.find(layer.module()).unwrap();
-                square(&product(&minus(&delta(found), &delta(layer)), &root))
+                square(&product(&minus(&delta(found), &delta(layer)), root))
             };
             let (by_data, by_norm) = (lost(&data), lost(&norm));
-            let places = merged.adapter.layers().iter().position(|l| l.module() == layer.module()).unwrap();
-            let added = data.report.layers[places].added.unwrap();
+            let added = data.report.layers[i].added.unwrap();
             // The factors are rounded to f32.
             let error = (by_data / nothing - added * added).abs() / (added * added);
             assert!(error <= 1e-5, "rank {rank}, {}: {error:e}", layer.module());
             assert!(by_data <= by_norm * (1.0 + 1e-9), "rank {rank}, {}", layer.module());
-            assert!(norm.report.layers[places].added.is_none());
+            assert!(norm.report.layers[i].added.is_none());
         }
     }
 }

@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 
 use super::{Inputs, Truncate};
 use crate::cli::args::{ByLayer, Global, LoraArg, Memory, Reading};
+use crate::cli::host;
 use crate::cli::layers::range;
 use crate::cli::output::{Output, Table, size};
 use crate::cli::report::{Comparison, Entry, is_page};
@@ -145,7 +146,7 @@ impl Compare {
         }
         let inputs = Inputs::open(&self.loras, &self.by_layer, &self.reading, files)?;
         inputs.describe(out)?;
-        let calibration = Calibration::open(&self.calibration)?;
+        let calibration = host::calibration(&self.calibration)?;
         calibration.select(&inputs.adapters.iter().collect::<Vec<_>>())?;
         let device = global.open_device(&self.memory, out)?;
         let truncation = self.truncate.truncation();

@@ -14,6 +14,7 @@ use serde_json::{Value, json};
 
 use super::{Common, Inputs, Measure};
 use crate::cli::args::{Global, LoraArg, finite, share, weight};
+use crate::cli::host;
 use crate::cli::output::{Output, count, some};
 use crate::cli::usage;
 
@@ -197,7 +198,7 @@ impl Chosen {
         }
         common.truncate.check(file.is_some())?;
         let inputs = common.open(&loras, file.as_slice(), out)?;
-        let calibration = file.map(Calibration::open).transpose()?;
+        let calibration = file.map(host::calibration).transpose()?;
         let routes = matches!(entry.needs, Needs::Calibration { .. });
         match &calibration {
             Some(calibration) if routes => check(calibration, &inputs, out)?,
@@ -206,7 +207,7 @@ impl Chosen {
             }
             None => {}
         }
-        let method = method(name, options, calibration.as_ref()).map_err(|e| usage(e.to_string()))?;
+        let method = method(name, options, calibration.as_deref()).map_err(|e| usage(e.to_string()))?;
         method.check(loras.len())?;
         if common.dry_run {
             let shared = inputs.plan.layers().iter().any(|layer| layer.members.len() > 1);
@@ -221,7 +222,7 @@ impl Chosen {
         }
         // What routes by a calibration measures what it solves; what is cut off then is not in it.
         let changes = !common.truncate.is_none() || common.calibrate_singular_values;
-        let measure = calibration.as_ref().filter(|_| !routes || changes);
+        let measure = calibration.as_deref().filter(|_| !routes || changes);
         common.finish(global, &inputs, measure, out, &*method)
     }
 

@@ -1,10 +1,11 @@
 //! `loraweld resize`: `merge svd` of one adapter.
 
 use clap::Args;
-use loraweld::{Calibration, SvdMerge};
+use loraweld::SvdMerge;
 
 use super::{Common, Measure};
 use crate::cli::args::{Global, LoraArg};
+use crate::cli::host;
 use crate::cli::output::Output;
 use crate::cli::usage;
 
@@ -42,11 +43,11 @@ impl Resize {
         if common.dry_run {
             return common.dry_run(&inputs, out);
         }
-        let calibration = file.map(Calibration::open).transpose()?;
+        let calibration = file.map(host::calibration).transpose()?;
         if let Some(calibration) = &calibration {
             calibration.select(&inputs.adapters.iter().collect::<Vec<_>>())?;
         }
         let method = SvdMerge::new(common.truncate.take(calibration.is_some()));
-        common.finish(global, &inputs, calibration.as_ref(), out, &method)
+        common.finish(global, &inputs, calibration.as_deref(), out, &method)
     }
 }

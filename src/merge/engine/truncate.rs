@@ -283,7 +283,9 @@ impl Merged {
         let at_once = 2 * rayon::current_num_threads();
         let room = |(_, unit): (usize, &[usize])| {
             let sum = |of: fn(&Layer) -> usize| unit.iter().map(|&i| of(&layers[i])).sum();
-            size(device, sum(|l| l.rank), layers[unit[0]].input, sum(|l| l.output))
+            // By data, the adapters' own factors are looked at beside those of the merge.
+            let looked_at = if data.is_some() { 2 } else { 1 };
+            size(device, looked_at * sum(|l| l.rank), layers[unit[0]].input, sum(|l| l.output))
         };
         let chunks = chunks(device, &places, room, |_| 0, at_once);
         let truncate = |stage: &'static str, to: &dyn Fn(usize) -> Truncations, layers: &[Layer]| {

@@ -309,6 +309,6 @@ mod tests {
         let refused = |name, options| made(name, options).unwrap_err().to_string();
         assert!(refused("tsv", r#"{"kept": "all"}"#).contains("options of tsv: unknown field `kept`"));
         assert!(refused("core", r#"{"rule": "sum", "density": 0.5}"#).contains("there is no `density`"));
-        assert!(refused("median", "{}").contains("one of ssr, ssr-data-free, np-lora,"));
+        assert!(refused("median", "{}").contains("one of ssr, ssr-data-free, ssr-fair, np-lora,"));
     }
 }

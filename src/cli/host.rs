@@ -1,0 +1,107 @@
+//! Commands within another program's process, such as Python's: what it lends them, and what it hears of them.
+
+use std::cell::RefCell;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use loraweld::compute::{Device, DeviceOptions};
+use loraweld::{Adapter, Calibration, OpenOptions, Progress};
+use serde_json::Value;
+
+/// What a program lends a command, in place of files and of a terminal.
+pub struct Host {
+    /// Adapters that are open already, by the paths that stand for them in the arguments.
+    pub adapters: Vec<(PathBuf, Lent)>,
+    /// Calibrations in memory, in the same way.
+    pub calibrations: Vec<(PathBuf, Arc<Calibration>)>,
+    /// Opens devices, which a program may keep for later calls.
+    pub device: fn(&DeviceOptions) -> loraweld::Result<Device>,
+    /// Hears what the command says.
+    pub tell: Box<dyn Fn(Told<'_>) + Send + Sync>,
+    /// Set to true, it ends long calls.
+    pub cancel: Arc<AtomicBool>,
+}
+
+/// Gives an adapter, read with these options as far as those of its own leave them open.
+pub type Lent = Box<dyn Fn(&OpenOptions) -> loraweld::Result<Adapter> + Send + Sync>;
+
+/// What a command says.
+pub enum Told<'a> {
+    /// What it says with `--json`: an object with its name in `event`.
+    Event(&'a Value),
+    /// What it says without.
+    Text(&'a str),
+    /// How far a long call is.
+    Progress(Progress<'a>),
+}
+
+/// Why a command failed.
+#[derive(Debug)]
+pub struct Failure {
+    /// What was wrong, where, and what would be right.
+    pub message: String,
+    /// Whether the arguments do not fit together.
+    pub usage: bool,
+    error: Option<anyhow::Error>,
+}
+
+impl Failure {
+    pub(super) fn new(message: String, usage: bool, error: anyhow::Error) -> Self {
+        Self { message, usage, error: Some(error) }
+    }
+
+    pub(super) fn usage(message: String) -> Self {
+        Self { message, usage: true, error: None }
+    }
+
+    /// The cause of this type, if it has one.
+    pub fn cause<E: std::error::Error + Send + Sync + 'static>(&self) -> Option<&E> {
+        self.error.as_ref()?.chain().find_map(|cause| cause.downcast_ref())
+    }
+}
+
+thread_local! {
+    static HOST: RefCell<Option<Arc<Host>>> = const { RefCell::new(None) };
+}
+
+/// Runs a command on this thread for a host.
+pub(super) fn with<T>(host: &Arc<Host>, run: impl FnOnce() -> T) -> T {
+    struct Reset(Option<Arc<Host>>);
+    impl Drop for Reset {
+        fn drop(&mut self) {
+            HOST.set(self.0.take());
+        }
+    }
+    let _reset = Reset(HOST.replace(Some(host.clone())));
+    run()
+}
+
+fn host() -> Option<Arc<Host>> {
+    HOST.with_borrow(Clone::clone)
+}
+
+/// Opens an adapter, or takes the host's.
+pub(super) fn adapter(path: &Path, options: &OpenOptions) -> loraweld::Result<Adapter> {
+    let host = host();
+    let lent = host.iter().flat_map(|host| &host.adapters).find(|(name, _)| name == path);
+    match lent {
+        Some((_, open)) => open(options),
+        None => Adapter::open_with(path, options),
+    }
+}
+
+/// Opens a calibration, or takes the host's.
+pub(super) fn calibration(path: impl AsRef<Path>) -> loraweld::Result<Arc<Calibration>> {
+    let host = host();
+    let lent = host.iter().flat_map(|host| &host.calibrations).find(|(name, _)| name == path.as_ref());
+    match lent {
+        Some((_, calibration)) => Ok(calibration.clone()),
+        None => Calibration::open(path).map(Arc::new),
+    }
+}
+
+/// Opens a device, or takes the host's.
+pub(super) fn device(options: &DeviceOptions) -> loraweld::Result<Device> {
+    host().map_or(Device::open as fn(&DeviceOptions) -> _, |host| host.device)(options)
+}
