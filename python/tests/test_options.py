@@ -63,7 +63,7 @@ def test_wrong_options_are_told_with_those_that_there_are(loras):
         loraweld.merge("ties", loras, force=1)
     with pytest.raises(loraweld.InvalidError, match="'density <SHARE>': is 3; expected a share above 0"):
         loraweld.merge("ties", loras, density=3)
-    with pytest.raises(loraweld.InvalidError, match="merge svd needs rank N or one of sv_*"):
+    with pytest.raises(loraweld.InvalidError, match=r"merge svd needs rank N, one of sv_\* or a budget"):
         loraweld.merge("svd", loras)
     with pytest.raises(loraweld.InvalidError, match="`median`, but it is one of ssr, np-lora"):
         loraweld.merge("median", loras)
