@@ -1,5 +1,6 @@
 //! Names by which command lines and other languages choose: of types, spellings and arithmetic.
 
+use std::fmt;
 use std::str::FromStr;
 
 use crate::{Dtype, Error, Format, Precision, Result};
@@ -33,6 +34,16 @@ impl FromStr for Format {
 }
 
 /// `auto`, `f64` or `double-single`.
+impl fmt::Display for Precision {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Auto => "auto",
+            Self::F64 => "f64",
+            Self::DoubleSingle => "double-single",
+        })
+    }
+}
+
 impl FromStr for Precision {
     type Err = Error;
 

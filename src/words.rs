@@ -1,8 +1,13 @@
-//! Counts in words, for what the library and the command say.
+//! Counts and bytes in words, for what the library and the command say.
 
 /// `1 layer`, `2 layers`.
 pub(crate) fn count(n: usize, noun: &str) -> String {
     format!("{n} {noun}{}", if n == 1 { "" } else { "s" })
+}
+
+/// Bytes as hexadecimal digits.
+pub(crate) fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|b| format!("{b:02x}")).collect()
 }
 
 #[cfg(test)]

@@ -6,7 +6,7 @@
 ... )  # doctest: +SKIP
 
 - `open`, `Adapter`, `Layer`: what files hold, as numpy's arrays.
-- `merge`, `compare`, `strengths`, `inspect`, `convert`, `resize`, `bake`, `extract`: the commands, with their options by name; `run`
+- `merge`, `compare`, `strengths`, `inspect`, `convert`, `resize`, `bake`, `extract`, `batch`: the commands, with their options by name; `run`
   runs any other.
 - `Calibration`, and `Recorder`, which fills one while a model of torch runs.
 - `methods` and `options`: what there is to choose from.
@@ -24,6 +24,7 @@ from ._commands import (
     Progress,
     Result,
     bake,
+    batch,
     commands,
     compare,
     convert,
@@ -85,6 +86,7 @@ __all__ = [
     "UnnamedError",
     "__version__",
     "bake",
+    "batch",
     "commands",
     "compare",
     "convert",

@@ -487,6 +487,32 @@ def extract(
     return _run(("extract",), given, progress, output=output, makes="extracted")
 
 
+def batch(
+    jobs: PathLike,
+    *,
+    grid: Mapping[str, str] | None = None,
+    shard: str | None = None,
+    results: PathLike | None = None,
+    device: str = "auto",
+    progress: Callable[[Progress], Any] | None = None,
+    **options: Any,
+) -> Result:
+    """Runs many commands, one a line of a file, or the share of them that `shard` names ("1/4"); done ones are skipped.
+
+    `grid` has the numbers that names in braces stand for: `{"cat": ".4:1:.2"}`. Raises a `LoraweldError` at the end if jobs
+    failed; the folder of results says which and why.
+    """
+    given = {
+        _places("batch")[0]: jobs,
+        "grid": grid,
+        "shard": shard,
+        "results": results,
+        "device": device,
+        **options,
+    }
+    return _run(("batch",), given, progress)
+
+
 def devices(**options: Any) -> list[dict[str, Any]]:
     """The devices, and what each can do."""
     return _run(("devices",), options, None).all("adapter")

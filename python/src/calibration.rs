@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use loraweld::cli::cache_folder;
+use loraweld::cli::{cache_folder, kept};
 use loraweld::compute::{DeviceOptions, Precision, Select};
 use loraweld::{Device, LayerKey, RawMatrix, Source};
 use numpy::{PyArray1, PyArrayMethods};
@@ -12,7 +12,6 @@ use pyo3::types::PyString;
 
 use crate::adapter::Adapter;
 use crate::array::Array;
-use crate::device;
 use crate::error::{Raised, raised};
 use crate::run::interruptible;
 
@@ -107,7 +106,7 @@ impl Calibration {
             ..DeviceOptions::default()
         };
         let adapters: Vec<_> = adapters.iter().map(|adapter| adapter.get().adapter.clone()).collect();
-        let made = py.detach(|| Ok((loraweld::Calibration::new(&adapters)?, device::open(&options)?)));
+        let made = py.detach(|| Ok((loraweld::Calibration::new(&adapters)?, kept::open(&options)?)));
         let (calibration, device) = made.map_err(raised)?;
         Ok(Self { inner: Mutex::new(Arc::new(calibration)), device })
     }

@@ -6,7 +6,6 @@
 mod adapter;
 mod array;
 mod calibration;
-mod device;
 mod error;
 mod options;
 mod run;

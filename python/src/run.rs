@@ -11,13 +11,12 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use loraweld::Control;
-use loraweld::cli::{Failure, Host, Told, run_for};
+use loraweld::cli::{Failure, Host, Told, kept, run_for};
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
 
 use crate::adapter::Adapter;
 use crate::calibration::Calibration;
-use crate::device;
 use crate::error::Raised;
 
 /// How often Python is asked whether a signal came.
@@ -68,7 +67,7 @@ pub fn run(
             .into_iter()
             .map(|(path, calibration)| Ok((path, calibration.get().shared()?)))
             .collect::<PyResult<_>>()?,
-        device: device::open,
+        device: kept::open,
         tell: Box::new(move |told| {
             let message = match told {
                 Told::Event(event) => Message::Event(event.to_string()),
@@ -212,6 +211,6 @@ pub fn shut_down(py: Python<'_>) {
             }
         }
         loraweld::adapter::remove_temporary_files();
-        device::close();
+        kept::close();
     });
 }

@@ -12,7 +12,7 @@ use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 
 use super::write::{Module, Target, modules};
-use super::{Adapter, Layer, LayerKey, SaveOptions, TensorData, hash, metadata};
+use super::{Adapter, Layer, LayerKey, SaveOptions, TensorData, metadata};
 use crate::io::atomic::{AtomicFile, Flusher, read_at, write_at, write_error};
 use crate::io::safetensors_file::{FileDtype, Layout, TensorOut};
 use crate::{Control, Dtype, Error, Result};
@@ -120,7 +120,7 @@ pub(crate) fn save_while<T>(
     let hash = || {
         let mut sha = Sha256::new();
         tensors.iter().try_for_each(|t| (t.write)(&mut Hashing(&mut sha, control)))?;
-        Ok(hash::hex(sha.finalize().as_slice()))
+        Ok(crate::words::hex(sha.finalize().as_slice()))
     };
     let metadata = metadata(&modules, &after, &hash).map_err(failed)?;
     let layout = Layout::new(&metadata, &mut tensors).map_err(failed)?;

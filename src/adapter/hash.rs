@@ -3,6 +3,7 @@
 use sha2::{Digest, Sha256};
 
 use super::{Adapter, Layer};
+use crate::words::hex;
 use crate::{Control, RawMatrix, Result};
 
 /// Elements widened at a time.
@@ -41,8 +42,4 @@ pub(super) fn of_a(adapter: &Adapter) -> String {
         }
     }
     hex(sha.finalize().as_slice())
-}
-
-pub(super) fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|b| format!("{b:02x}")).collect()
 }

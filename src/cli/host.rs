@@ -55,6 +55,12 @@ impl Failure {
         Self { message, usage: true, error: None }
     }
 
+    /// What was wrong, and which option of the command line helps.
+    pub(super) fn advice(&self) -> String {
+        let remedy = self.cause().and_then(super::remedy);
+        remedy.map_or_else(|| self.message.clone(), |remedy| format!("{}; {remedy}", self.message))
+    }
+
     /// The cause of this type, if it has one.
     pub fn cause<E: std::error::Error + Send + Sync + 'static>(&self) -> Option<&E> {
         self.error.as_ref()?.chain().find_map(|cause| cause.downcast_ref())
@@ -99,6 +105,11 @@ pub(super) fn calibration(path: impl AsRef<Path>) -> loraweld::Result<Arc<Calibr
         Some((_, calibration)) => Ok(calibration.clone()),
         None => Calibration::open(path).map(Arc::new),
     }
+}
+
+/// What ends long calls of the host's.
+pub(super) fn cancel() -> Option<Arc<AtomicBool>> {
+    host().map(|host| host.cancel.clone())
 }
 
 /// Opens a device, or takes the host's.

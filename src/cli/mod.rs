@@ -5,17 +5,21 @@
 
 mod args;
 mod bake;
+mod batch;
 mod calibrate;
 mod calibration;
 mod check;
 mod checkpoint;
+mod completions;
 mod convert;
 mod demo;
 mod devices;
 mod extract;
 mod host;
 mod inspect;
+pub mod kept;
 mod layers;
+mod man;
 mod merge;
 mod output;
 mod overlap;
@@ -69,6 +73,7 @@ enum Command {
     Strengths(strengths::StrengthsCommand),
     Bake(bake::Bake),
     Extract(extract::Extract),
+    Batch(batch::Batch),
     Calibrate(calibrate::Calibrate),
     Calibration(calibration::CalibrationCommand),
     Schedule(schedule::ScheduleCommand),
@@ -77,6 +82,8 @@ enum Command {
     Check(check::Check),
     Devices(devices::Devices),
     Demo(demo::Demo),
+    Completions(completions::Completions),
+    Man(man::Man),
 }
 
 /// The arguments do not fit together: exit code 2.
@@ -156,6 +163,7 @@ fn run(cli: Cli, out: &Output) -> anyhow::Result<()> {
         Command::Strengths(command) => command.run(&global, out),
         Command::Bake(command) => command.run(out),
         Command::Extract(command) => command.run(out),
+        Command::Batch(command) => command.run(&global, out),
         Command::Calibrate(command) => command.run(&global, out),
         Command::Calibration(command) => command.run(out),
         Command::Schedule(command) => command.run(out),
@@ -164,6 +172,8 @@ fn run(cli: Cli, out: &Output) -> anyhow::Result<()> {
         Command::Check(command) => command.run(out),
         Command::Devices(command) => command.run(&global, out),
         Command::Demo(command) => command.run(&global, out),
+        Command::Completions(command) => command.run(out),
+        Command::Man(command) => command.run(out),
     }
 }
 

@@ -4,7 +4,7 @@ use std::fmt::Display;
 use std::io::{self, IsTerminal, Write};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, LazyLock, Mutex};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
@@ -17,7 +17,7 @@ use super::host::{Host, Told};
 pub(crate) use crate::words::count;
 
 /// Set by Ctrl-C and SIGTERM: long calls then stop and remove their temporary file.
-pub static CANCEL: AtomicBool = AtomicBool::new(false);
+pub static CANCEL: LazyLock<Arc<AtomicBool>> = LazyLock::new(Arc::default);
 
 /// Whether something runs that looks at it.
 pub static CANCELLABLE: AtomicBool = AtomicBool::new(false);
@@ -84,6 +84,11 @@ impl Output {
         self.event("warning", &json!({ "message": text }))?;
         lock(&self.warnings).push(text);
         Ok(())
+    }
+
+    /// A part of the work that failed, while the rest goes on.
+    pub fn complain(&self, text: impl Display) {
+        self.stderr(&format!("error: {}\n", clean(text)));
     }
 
     /// Every warning so far.

@@ -7,6 +7,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use sha2::{Digest, Sha256};
 
+use crate::words::hex;
+
 /// A driver's cache, and the file that it comes from and goes to.
 pub(super) struct PipelineCache {
     cache: wgpu::PipelineCache,
@@ -95,10 +97,6 @@ fn sealed(data: &[u8]) -> Vec<u8> {
 fn unsealed(bytes: &[u8]) -> Option<&[u8]> {
     let (hash, data) = bytes.split_at_checked(32)?;
     (Sha256::digest(data).as_slice() == hash).then_some(data)
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|b| format!("{b:02x}")).collect()
 }
 
 #[cfg(test)]

@@ -6,6 +6,7 @@ mod common;
 mod adapter;
 mod algebra;
 mod baselines;
+mod batch;
 mod calibration;
 mod checkpoint;
 mod cli;

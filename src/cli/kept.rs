@@ -1,10 +1,10 @@
-//! Devices, of which the last is kept: opening a GPU takes longer than many merges.
+//! A device that is kept between commands of one process: opening a GPU takes longer than many merges.
 
 use std::path::PathBuf;
 use std::sync::{Mutex, PoisonError};
 
-use loraweld::compute::{Precision, Select};
-use loraweld::{Device, DeviceOptions, Result};
+use loraweld::Result;
+use loraweld::compute::{Device, DeviceOptions, Precision, Select};
 
 #[derive(Clone, Debug, PartialEq)]
 struct Asked {
