@@ -49,7 +49,8 @@ fn bench_selection(c: &mut Criterion) {
             target.sized(&[(3072, 3072), (3072, 12288), (12288, 3072)], &[(256, 256)]);
         for &(input, output) in shapes {
             let layer = [("layer".to_owned(), input, output)];
-            let mut selector = selector(&target, &layer, rank, SelectorOptions { tokens, records: 64 });
+            let mut selector =
+                selector(&target, &layer, rank, SelectorOptions { tokens, records: 64, exact: false });
             for dtype in [Dtype::F16, Dtype::Bf16, Dtype::F32] {
                 let many = |width| Input::many(&target, dtype, tokens, width);
                 let (xs, f0s) = (many(input), many(output));
@@ -114,7 +115,8 @@ fn bench_encode(c: &mut Criterion) {
     let mut group = c.benchmark_group("encode");
     for target in gpus() {
         let layers = flux_layers(&target);
-        let mut selector = selector(&target, &layers, 4, SelectorOptions { tokens: 64, records: 1024 });
+        let mut selector =
+            selector(&target, &layers, 4, SelectorOptions { tokens: 64, records: 1024, exact: false });
         let input = |width| Input::new(&target.device, Dtype::F16, 64, width, 1);
         let inputs: Vec<_> = layers.iter().map(|(_, i, o)| (input(*i), input(*o))).collect();
         let (gpu, _) = target.device.wgpu().expect("a GPU");

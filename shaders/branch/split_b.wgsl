@@ -2,7 +2,8 @@
 //
 //   B_catᵀ: rank × width (padded), f32      halves: whole tiles of 64 channels × columns, f16
 //
-// High parts of all rows, then with HAS_LOW low ones.
+// They are laid out in fragments of 16 channels × 16 columns, those of 16 channels one after the other: a unit reads 512
+// bytes in a row. High parts of all channels, then with HAS_LOW low ones.
 //
 // Grid: (CHANNELS channels, QUADS quads of columns). Bindings: 3 B_catᵀ, 4 halves.
 
@@ -37,7 +38,8 @@ fn main(@builtin(workgroup_id) work: vec3<u32>, @builtin(local_invocation_index)
         let first = job.b * 4u + jobs[0].starts[branch] * stride + channel;
         value = quad(first, stride, column - jobs[0].column_starts[branch], rank) * B_SCALE;
     }
-    let place = (channel * job.columns + column) / 4u;
+    let fragment = channel / 16u * (job.columns / 16u) + column / 16u;
+    let place = fragment * 64u + channel % 16u * 4u + column % 16u / 4u;
     let parts = split(value);
     halves[place] = parts.high;
     if ((job.flags & HAS_LOW) != 0u) {

@@ -55,6 +55,8 @@ pub struct Capabilities {
     pub f16: bool,
     /// Subgroup operations, and the smallest and largest subgroup.
     pub subgroups: Option<(u32, u32)>,
+    /// Barriers among the invocations of a subgroup.
+    pub subgroup_barrier: bool,
     /// The shapes and types of matrix units, as `16x16x16 F16 to F32`; empty if there are none.
     pub cooperative_matrix: Vec<String>,
     /// Timestamp queries at the ends of passes.
@@ -86,6 +88,7 @@ impl Capabilities {
             f16: has(wgpu::Features::SHADER_F16) && !disable.f16,
             subgroups: (has(wgpu::Features::SUBGROUP) && !disable.subgroups)
                 .then_some((info.subgroup_min_size, info.subgroup_max_size)),
+            subgroup_barrier: has(wgpu::Features::SUBGROUP_BARRIER) && !disable.subgroups,
             cooperative_matrix: match cooperative {
                 false => Vec::new(),
                 true => adapter
@@ -142,6 +145,7 @@ pub fn wanted_features() -> wgpu::Features {
     wgpu::Features::SHADER_F64
         | wgpu::Features::SHADER_F16
         | wgpu::Features::SUBGROUP
+        | wgpu::Features::SUBGROUP_BARRIER
         | wgpu::Features::TIMESTAMP_QUERY
         | wgpu::Features::PIPELINE_CACHE
         | wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX

@@ -60,11 +60,14 @@ pub struct SelectorOptions {
     pub tokens: usize,
     /// Calls that the log reaches back.
     pub records: usize,
+    /// Keep the accuracy of f32 also for features of 16 bits, on devices that have matrix units; see
+    /// [accuracy](Selector#accuracy).
+    pub exact: bool,
 }
 
 impl Default for SelectorOptions {
     fn default() -> Self {
-        Self { tokens: 4608, records: 4096 }
+        Self { tokens: 4608, records: 4096, exact: false }
     }
 }
 
@@ -107,9 +110,16 @@ pub struct Tokens {
 /// Factors stay on the device, in f32 and, where it has matrix units, also as the halves that those multiply. A call
 /// adds dispatches to the host's encoder, and reads nothing back: one product `Z = X·A_catᵀ`, one pass over f0 for the
 /// scores, one that decides, one over f0 in place for the result.
+///
+/// # Accuracy
 /// The divergence is summed as `ln(1 + Σ p·φ(u − ū))`, `φ(d) = e^d − 1 − d`, whose terms are all positive:
 /// it keeps 1e-5 of itself, however small, for features up to ±80 τ, and is finite for ±1e4. Decisions equal those of
 /// the f64 twin unless the two largest scores are within 1e-4 of each other.
+///
+/// Features in f16 and bf16 are rounded themselves, to 5e-4 and 4e-3 of their size. On matrix units they are met in one
+/// product of halves, which is about twice as fast: scores are then good to 2e-3 of themselves or 1e-6, decisions equal
+/// within that margin, and what is added to a feature is good to 1e-3 of its size before it is rounded.
+/// [`SelectorOptions::exact`] asks for f32's accuracy there too.
 ///
 /// # Example
 /// ```
@@ -529,6 +539,7 @@ impl Selector {
             rule,
             group,
             normalise: selection.normalise,
+            exact: self.options.exact,
         })
     }
 

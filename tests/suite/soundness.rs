@@ -84,9 +84,9 @@ fn sizes_that_no_memory_holds_are_refused() {
         }
         let both = adapters(2, 8, 8);
         for options in [
-            SelectorOptions { tokens: usize::MAX, records: 1 },
-            SelectorOptions { tokens: 1, records: usize::MAX },
-            SelectorOptions { tokens: 1, records: (1 << 61) + 1 },
+            SelectorOptions { tokens: usize::MAX, records: 1, ..Default::default() },
+            SelectorOptions { tokens: 1, records: usize::MAX, ..Default::default() },
+            SelectorOptions { tokens: 1, records: (1 << 61) + 1, ..Default::default() },
         ] {
             if device.is_gpu() {
                 refused(selector(device, &both, options), &[]);
@@ -278,7 +278,8 @@ fn every_token_may_be_a_group() {
     let x: Vec<f32> = random.matrix(tokens, input, 1.0).data().iter().map(|v| *v as f32).collect();
     let f0: Vec<f32> = random.matrix(tokens, output, 1.0).data().iter().map(|v| *v as f32).collect();
     let device = &gpus().remove(2).device;
-    let mut selector = selector(device, &both, SelectorOptions { tokens, records: 2 }).unwrap();
+    let mut selector =
+        selector(device, &both, SelectorOptions { tokens, records: 2, ..Default::default() }).unwrap();
     let mut run = |scope| {
         let mut f = f0.clone();
         let how = Selection { scope, ..Default::default() };

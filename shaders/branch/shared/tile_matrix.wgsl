@@ -29,10 +29,8 @@ const HALVES: u32 = B_LOW + select(0u, CHANNELS * STRIDE, LOW);
 var<workgroup> halves: array<vec4<f16>, HALVES>;
 var<workgroup> sums: array<vec4<f32>, TOKENS * OUT_STRIDE>;
 
-// 8 threads fetch a row of B_cat; each thread fetches FETCHES vectors in all.
-const ROWS: u32 = THREADS / 8u;
-const FETCHES_DOWN: u32 = CHANNELS / ROWS;
-const FETCHES: u32 = FETCHES_DOWN * (DEPTH / 32u);
+// Vectors of B_cat that a thread fetches for a tile.
+const FETCHES: u32 = CHANNELS * DEPTH / 4u / THREADS;
 
 // Vectors that a lane has of each of its rows of Z.
 const QUADS: u32 = DEPTH / 32u;
@@ -85,13 +83,28 @@ fn stage_z(job: Job, columns: Columns, first_token: u32) -> vec4<f32> {
     return inverse;
 }
 
-// Fetches the rows of B_cat of CHANNELS channels. Beyond the last column anything will do: it is not multiplied.
+// The fragment of a tile that holds a vector, of those from left to right and then down, and its row and quad in there.
+struct Slot {
+    down: u32,
+    right: u32,
+    row: u32,
+    quad: u32,
+}
+
+fn slot_of(vector: u32) -> Slot {
+    let fragment = vector / 64u;
+    return Slot(fragment / (DEPTH / 16u), fragment % (DEPTH / 16u), vector % 64u / 4u, vector % 4u);
+}
+
+// Fetches B_cat of CHANNELS channels, as branch/split_b.wgsl lays it out. Beyond the last column anything will do: it is not
+// multiplied.
 fn fetch_b(job: Job, columns: Columns, channel: u32) {
     let low = (job.width + CHANNELS - 1u) / CHANNELS * CHANNELS * job.columns / 4u;
     for (var i = 0u; i < FETCHES; i++) {
-        let row = t / 8u + i % FETCHES_DOWN * ROWS;
-        let quad = min(t % 8u + i / FETCHES_DOWN * 8u, max(columns.count / 4u, 1u) - 1u);
-        let source = ((channel + row) * job.columns + columns.first) / 4u + quad;
+        let slot = slot_of(t + i * THREADS);
+        let right = columns.first / 16u + min(slot.right, max(columns.count / 16u, 1u) - 1u);
+        let fragment = (channel / 16u + slot.down) * (job.columns / 16u) + right;
+        let source = fragment * 64u + slot.row * 4u + slot.quad;
         fetched_high[i] = b_halves[source];
         if (LOW) {
             fetched_low[i] = b_halves[low + source];
@@ -102,7 +115,8 @@ fn fetch_b(job: Job, columns: Columns, channel: u32) {
 // `sums` become Z·B_catᵀ of what was fetched; `next`: the channel from which on to fetch then. Every thread calls it.
 fn tile_product(job: Job, columns: Columns, next: u32) {
     for (var i = 0u; i < FETCHES; i++) {
-        let place = (t / 8u + i % FETCHES_DOWN * ROWS) * STRIDE + t % 8u + i / FETCHES_DOWN * 8u;
+        let slot = slot_of(t + i * THREADS);
+        let place = (slot.down * 16u + slot.row) * STRIDE + slot.right * 4u + slot.quad;
         halves[B_HIGH + place] = fetched_high[i];
         if (LOW) {
             halves[B_LOW + place] = fetched_low[i];

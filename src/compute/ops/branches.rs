@@ -2,7 +2,8 @@
 //!
 //! The kernels are, in their order, `shaders/branch/scores.wgsl`, where tokens decide by means `branch/finish.wgsl` and
 //! `branch/means.wgsl`, then `branch/choose.wgsl` and `branch/apply.wgsl`. Matrix units have `branch/scores_matrix.wgsl` and
-//! `branch/apply_matrix.wgsl`, for which [`Halves`] are made of a layer's factors. Below stand the f64 twins.
+//! `branch/apply_matrix.wgsl`, for which [`Halves`] are made of a layer's factors; and for features of 16 bits
+//! `branch/scores_halves.wgsl` and `branch/apply_halves.wgsl`. Below stand the f64 twins.
 
 mod halves;
 mod tile;
@@ -15,7 +16,7 @@ use serde::Serialize;
 
 pub(crate) use self::halves::Halves;
 use self::halves::{SplitB, Tiles};
-use self::tile::{APPLY_SUBGROUPS, SCORES_SUBGROUPS, Tile};
+use self::tile::{APPLY_SUBGROUPS, Block, SCORES_SUBGROUPS, Tile};
 use super::activations::Bound;
 use super::project::{self, ProjectJob, project_cpu};
 use super::{Activations, DTYPES, ENOUGH_WORKGROUPS, gemm, view, view_mut};
@@ -88,6 +89,8 @@ pub(crate) struct Call<'a> {
     /// Tokens that choose together; 0: each for itself.
     pub group: usize,
     pub normalise: bool,
+    /// Keep f32's accuracy for features of 16 bits as well.
+    pub exact: bool,
 }
 
 impl Call<'_> {
@@ -156,6 +159,12 @@ const TILE_CHANNELS: usize = 128;
 /// Tokens of a subgroup and channels of a tile on matrix units.
 const UNIT_TOKENS: usize = 16;
 const UNIT_CHANNELS: usize = 64;
+/// Tokens, channels and subgroups of the kernels for features of 16 bits.
+const BLOCK_TOKENS: usize = 32;
+const BLOCK_CHANNELS: usize = 16;
+const BLOCK_SUBGROUPS: usize = 4;
+/// Workgroups that keep a large GPU busy with these, whose loads have little else to wait for.
+const ENOUGH_BLOCKS: usize = 1152;
 /// On matrix units, wider parts are split also where the GPU is full: fewer channels are not worth the start of a workgroup.
 const UNIT_PART: usize = 1024;
 /// Columns of halves, of which each branch has a multiple.
@@ -171,6 +180,8 @@ const STATE_BYTES: usize = STATE * 16;
 /// Tokens of a workgroup of `branch/finish.wgsl` and of `branch/choose.wgsl`.
 const FINISH_TOKENS: usize = 32;
 const CHOOSE_TOKENS: usize = 16;
+/// Features of 16 bits.
+const HALVES: [Dtype; 2] = [Dtype::F16, Dtype::Bf16];
 /// Most parts that the channels are split into.
 const MAX_PARTS: usize = 8;
 
@@ -213,11 +224,36 @@ fn apply_matrix_kernel(dtype: Dtype, tile: Tile) -> Kernel {
     tile.permutation(Kernel::new("branch/apply_matrix").dtype(dtype), APPLY_SUBGROUPS, dtype)
 }
 
+fn scores_halves_kernel(score: Score, dtype: Dtype, block: Block) -> Kernel {
+    block.permutation(scored(Kernel::new("branch/scores_halves"), score, dtype))
+}
+
+fn apply_halves_kernel(dtype: Dtype, block: Block) -> Kernel {
+    block.permutation(Kernel::new("branch/apply_halves").dtype(dtype))
+}
+
 pub(super) fn declared() -> Vec<Declared> {
     let scores = || Score::ALL.into_iter().flat_map(|score| DTYPES.map(|dtype| (score, dtype)));
     let tiles = || DTYPES.into_iter().flat_map(|dtype| Tile::all().map(move |tile| (dtype, tile)));
     let on_tiles = scores().flat_map(|(score, dtype)| Tile::all().map(move |tile| (score, dtype, tile)));
+    let in_blocks = || HALVES.into_iter().flat_map(|dtype| Block::all().map(move |block| (dtype, block)));
+    let scores_in_blocks =
+        Score::ALL.into_iter().flat_map(|score| in_blocks().map(move |(dtype, block)| (score, dtype, block)));
+    let of_blocks = |declared: Declared| {
+        declared
+            .constant("TOKENS", BLOCK_TOKENS)
+            .constant("CHANNELS", BLOCK_CHANNELS)
+            .constant("SUBGROUPS", BLOCK_SUBGROUPS)
+            .constant("COLUMN_STEP", COLUMN_STEP)
+            .constant("LOW_BITS", LOW_BITS)
+    };
     vec![
+        of_blocks(declare(
+            scores_in_blocks.map(|(score, dtype, block)| scores_halves_kernel(score, dtype, block)),
+        ))
+        .constant("STATE", STATE)
+        .with_struct::<Controls>("controls"),
+        of_blocks(declare(in_blocks().map(|(dtype, block)| apply_halves_kernel(dtype, block)))),
         declare(scores().map(|(score, dtype)| scores_kernel(score, dtype)))
             .constant("TOKENS", TILE_TOKENS)
             .constant("CHANNELS", TILE_CHANNELS)
@@ -334,11 +370,26 @@ fn parts(tokens: usize, tile: [usize; 2], width: usize) -> usize {
     (ENOUGH_WORKGROUPS / tiles).clamp(1, width.div_ceil(tile[1]).max(1))
 }
 
+/// The tile of a workgroup of the kernels for features of 16 bits.
+const BLOCK_TILE: [usize; 2] = [BLOCK_TOKENS, BLOCK_SUBGROUPS * BLOCK_CHANNELS];
+
+/// Into how many parts the channels are split for those, of `pairs` of branches.
+fn block_parts(tokens: usize, pairs: usize) -> usize {
+    ENOUGH_BLOCKS / (tokens.div_ceil(BLOCK_TOKENS) * pairs).max(1)
+}
+
 /// B's halves, if f0 lies so that kernels for matrix units can read 4 channels at a time.
 fn units<'a>(call: &Call<'a>, dtype: Dtype, windows: &[Window<'_>]) -> Option<&'a SplitB> {
     let words = if dtype == Dtype::F32 { 4 } else { 2 };
     let aligned = windows.iter().all(|window| window.bound.word.is_multiple_of(words));
     call.halves.b.as_ref().filter(|_| aligned)
+}
+
+/// The blocks of kernels for features of 16 bits, if these are, and lie so that they can read 8 channels at a time.
+fn blocks(call: &Call<'_>, units: &SplitB, dtype: Dtype, windows: &[Window<'_>]) -> Option<(Block, Block)> {
+    let aligned = windows.iter().all(|window| window.bound.word.is_multiple_of(4));
+    let fits = aligned && call.width.is_multiple_of(8) && dtype != Dtype::F32 && !call.exact;
+    units.tiles.blocks.filter(|_| fits)
 }
 
 /// As many rows of a host's matrix as one binding holds.
@@ -429,6 +480,7 @@ pub(crate) fn encode(
     }
 
     let units = units(call, f0.dtype(), &f0_windows);
+    let of_blocks = units.and_then(|units| blocks(call, units, f0.dtype(), &f0_windows));
     let mut job = job(call, layer, units, running, record);
     let (z, stats, scores) = (whole(&buffers.z), whole(&buffers.stats), whole(&buffers.scores));
     let (weights, means) = (whole(&buffers.weights), whole(&buffers.running));
@@ -445,20 +497,28 @@ pub(crate) fn encode(
 
     if !matches!(call.rule, Rule::Fixed(_)) {
         commands.phase(Phase::Score);
-        let (kernel, tile, b) = match units {
-            None => (scores_kernel(call.score, f0.dtype()), [TILE_TOKENS, TILE_CHANNELS], factors.clone()),
-            Some(SplitB { tiles: Tiles { scores: tile, .. }, buffer }) => {
-                let tokens = tile.subgroups(SCORES_SUBGROUPS) as usize * UNIT_TOKENS;
+        // Kernels, the tile of a workgroup, the branches that it takes at once, and parts of the channels.
+        let (kernel, tile, at_once, wanted) = match (units, of_blocks) {
+            (_, Some((of_two, _))) => {
+                let kernel = scores_halves_kernel(call.score, f0.dtype(), of_two);
+                (kernel, BLOCK_TILE, 2, block_parts(tokens, branches.div_ceil(2)))
+            }
+            (Some(SplitB { tiles: Tiles { scores: tile, .. }, .. }), None) => {
                 let kernel = scores_matrix_kernel(call.score, f0.dtype(), *tile);
-                (kernel, [tokens, UNIT_CHANNELS], whole(buffer))
+                let tile = [tile.subgroups(SCORES_SUBGROUPS) as usize * UNIT_TOKENS, UNIT_CHANNELS];
+                (kernel, tile, 1, parts(tokens * branches, tile, call.width))
+            }
+            (None, None) => {
+                let tile = [TILE_TOKENS, TILE_CHANNELS];
+                (scores_kernel(call.score, f0.dtype()), tile, 1, parts(tokens * branches, tile, call.width))
             }
         };
-        let wanted = parts(tokens * branches, tile, call.width);
+        let b = units.map_or_else(|| factors.clone(), |units| whole(&units.buffer));
         let wanted = if units.is_some() { wanted.max(call.width / UNIT_PART) } else { wanted };
         let most = buffers.stats.size() as usize / (branches * tokens * STATE_BYTES);
         (job.parts, job.part_width) = split(call.width, tile[1], wanted.min(most).min(MAX_PARTS));
         for window in &f0_windows {
-            let grid = [window.count.div_ceil(tile[0]), branches, job.parts as usize];
+            let grid = [window.count.div_ceil(tile[0]), branches.div_ceil(at_once), job.parts as usize];
             let f0 = window.bound.binding.clone();
             let bindings = [b.clone(), z.clone(), f0, controls.clone(), stats.clone()];
             commands.launch_grid(kernel, &for_window(&job, window), grid, &bindings)?;
@@ -485,22 +545,28 @@ pub(crate) fn encode(
     let bindings = [stats, scores, weights, means, log, z.clone(), controls];
     commands.launch_grid(choose_kernel(), &job, grid, &bindings)?;
     commands.phase(Phase::Apply);
-    let apply = units.and_then(|units| Some((units.tiles.apply?, &units.buffer)));
-    let (kernel, tile, b) = match apply {
-        None => (apply_kernel(f0.dtype()), TILE_TOKENS, factors),
-        Some((tile, b)) => {
-            let tile_tokens = tile.subgroups(APPLY_SUBGROUPS) as usize * UNIT_TOKENS;
-            let wanted = parts(tokens, [tile_tokens, UNIT_CHANNELS], call.width).max(call.width / UNIT_PART);
+    let (kernel, tile, b) = match (units, of_blocks) {
+        (Some(units), Some((_, of_all))) => {
+            let wanted = block_parts(tokens, 1).max(call.width / UNIT_PART);
+            (job.parts, job.part_width) = split(call.width, BLOCK_TILE[1], wanted);
+            (apply_halves_kernel(f0.dtype(), of_all), BLOCK_TOKENS, whole(&units.buffer))
+        }
+        (Some(SplitB { tiles: Tiles { apply: Some(tile), .. }, buffer }), None) => {
+            let tokens_of_tile = tile.subgroups(APPLY_SUBGROUPS) as usize * UNIT_TOKENS;
+            let wanted =
+                parts(tokens, [tokens_of_tile, UNIT_CHANNELS], call.width).max(call.width / UNIT_PART);
             (job.parts, job.part_width) = split(call.width, UNIT_CHANNELS, wanted);
-            (apply_matrix_kernel(f0.dtype(), tile), tile_tokens, whole(b))
+            (apply_matrix_kernel(f0.dtype(), *tile), tokens_of_tile, whole(buffer))
+        }
+        _ => {
+            (job.parts, job.part_width) = split(call.width, TILE_CHANNELS, usize::MAX);
+            (apply_kernel(f0.dtype()), TILE_TOKENS, factors)
         }
     };
+    let on_units = kernel != apply_kernel(f0.dtype());
     for window in &f0_windows {
         let tiles = window.count.div_ceil(tile);
-        let grid = match apply {
-            None => [call.width.div_ceil(TILE_CHANNELS), tiles, 1],
-            Some(_) => [tiles, job.parts as usize, 1],
-        };
+        let grid = if on_units { [tiles, job.parts as usize, 1] } else { [job.parts as usize, tiles, 1] };
         let bindings = [b.clone(), z.clone(), window.bound.binding.clone()];
         commands.launch_grid(kernel, &for_window(&job, window), grid, &bindings)?;
     }

@@ -6,7 +6,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::project::SplitA;
-use super::tile::Tile;
+use super::tile::{Block, Tile};
 use super::{COLUMN_STEP, HAS_LOW, Job, MAX_BRANCHES, SPLIT_CHANNELS, SPLIT_QUADS, UNIT_CHANNELS, starts};
 use crate::Result;
 use crate::compute::gpu::{Gpu, Pooled, whole};
@@ -37,6 +37,8 @@ pub(super) struct Tiles {
     pub scores: Tile,
     /// `None` if all columns together are too many.
     pub apply: Option<Tile>,
+    /// The blocks of two branches and of all, for features of 16 bits; `None` if their columns are too many.
+    pub blocks: Option<(Block, Block)>,
     /// Columns of the halves, where each branch has its own.
     pub columns: usize,
     pub column_starts: [u32; MAX_BRANCHES + 1],
@@ -63,7 +65,15 @@ impl Tiles {
         }
         let usable = (software || caps.matrix_units()) && width.is_multiple_of(4) && columns > 0;
         let scores = usable.then(|| tile(widest)).flatten()?;
-        Some(Self { scores, apply: tile(columns), columns, column_starts })
+        let of_two = column_starts
+            .windows(3)
+            .step_by(2)
+            .map(|starts| starts[1].max(starts[2]).saturating_sub(starts[0]));
+        let blocks = of_two.max().and_then(|of_two| {
+            let blocks = Block::of(of_two as usize, software).zip(Block::of(columns, software));
+            blocks.filter(|_| software || caps.subgroup_barrier)
+        });
+        Some(Self { scores, apply: tile(columns), blocks, columns, column_starts })
     }
 
     /// Bytes of B_cat's halves. Without low parts there is no room for them.

@@ -1,4 +1,5 @@
-//! The tiles of the kernels for matrix units, `shaders/branch/shared/tile_matrix.wgsl`.
+//! The tiles of the kernels for matrix units: `shaders/branch/shared/tile_matrix.wgsl`, which keep f32's accuracy, and
+//! `branch/shared/block.wgsl`, for features of 16 bits.
 
 use crate::Dtype;
 use crate::compute::shaders::Kernel;
@@ -56,5 +57,39 @@ impl Tile {
         let kernel = kernel.number("DEPTH", self.depth).flag("LOW", self.low);
         let kernel = kernel.number("SUBGROUPS", self.subgroups(most));
         kernel.import("multiply", multiply).import("features", features)
+    }
+}
+
+/// What the kernels for features of 16 bits have of Z at a time.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Block {
+    /// Most columns of it.
+    pub depth: u32,
+    /// Without matrix units, to test what is around them.
+    pub software: bool,
+}
+
+impl Block {
+    /// The depths that blocks have. Of the last, Z and sums take 28 KB of workgroup memory.
+    pub const DEPTHS: [u32; 4] = [32, 64, 128, 256];
+
+    /// For so many columns, if there is one.
+    pub fn of(columns: usize, software: bool) -> Option<Self> {
+        let depth = Self::DEPTHS.into_iter().find(|&depth| columns <= depth as usize)?;
+        Some(Self { depth, software })
+    }
+
+    /// All blocks.
+    pub fn all() -> impl Iterator<Item = Self> {
+        Self::DEPTHS.into_iter().flat_map(|depth| [false, true].map(|software| Self { depth, software }))
+    }
+
+    /// The permutation of a kernel for this.
+    pub fn permutation(self, kernel: Kernel) -> Kernel {
+        let multiply = match self.software {
+            true => "branch/shared/block_software",
+            false => "branch/shared/block_units",
+        };
+        kernel.number("DEPTH", self.depth).import("multiply", multiply)
     }
 }
