@@ -4,8 +4,8 @@
 //   F0: tokens × width in f16 or bf16; width a multiple of 8    stats: parts × branches × tokens × STATE vec4
 //
 // Each lane has a token and walks its channels, 16 at a time, for two branches, which have the weights e^(a - m) in
-// common. It sums those, and times d and φ(d), d = u - r, with the mean of the first block for r. What strays far from m
-// and r is merged as branch/shared/state.wgsl does it.
+// common. It sums those, and times d and φ(d), d = u - r, with an r near the mean, which moves when the mean strays. A few
+// registers hold all of that: more would keep other subgroups out.
 //
 // Grid: (token tile, pair of branches, part of the channels). Bindings: 5 F0, 6 controls, 7 stats; see
 // branch/shared/block.wgsl. The permutation sets SCORE, DTYPE and DEPTH.
@@ -34,28 +34,26 @@ const LN_2: f32 = 0.69314718;
 // Of d: up to where φ's series of 4 terms is good to 2e-4, and up to where e^d needs no exponent of its own.
 const NEAR: f32 = 0.5;
 const FAR: f32 = 20.0;
-// How far the mean may stray from r, for e^(r - mean) to keep its digits.
+// How far the mean may stray from r.
 const DRIFT: f32 = 2.0;
-// The largest exponent that need not be kept apart.
-const LARGE: f32 = 30.0;
 
-// Sums of a branch over some channels, with e^(a - m) for weights: of d, and of φ(d)·e^-g.
-// For `dot` and `energy` Σ f0·u and Σ u² in d and s.
+// Sums of a branch over some channels, with e^(a - m) for weights: of d, and of φ(d); b·e^g is the sum of e^d that φ leaves
+// out where d is far. For `dot` and `energy` Σ f0·u and Σ u² in d and s.
 struct Sums {
     r: f32,
     d: f32,
     s: f32,
+    b: f32,
     g: f32,
 }
 
-// 16 channels of a token: its features, and their weights. For `dot` and `energy` the features are in their place.
+// The weights of 16 channels of a token, and their sum. For `dot` and `energy` features are in their place.
 struct Block {
-    low: vec4<u32>,
-    high: vec4<u32>,
     e0: vec4<f32>,
     e1: vec4<f32>,
     e2: vec4<f32>,
     e3: vec4<f32>,
+    own: f32,
 }
 
 var<private> temperature: f32;
@@ -73,69 +71,113 @@ fn phi(d: vec4<f32>) -> vec4<f32> {
     return select(exp2(d * LOG2_E) - (1.0 + d), small, q <= vec4<f32>(NEAR * NEAR));
 }
 
-fn absolute(u0: vec4<f32>, u1: vec4<f32>, u2: vec4<f32>, u3: vec4<f32>) -> f32 {
-    return max4(max(max(abs(u0), abs(u1)), max(abs(u2), abs(u3))));
-}
-
 fn total(e: Block, u0: vec4<f32>, u1: vec4<f32>, u2: vec4<f32>, u3: vec4<f32>) -> f32 {
     return sum4(fma(e.e0, u0, e.e1 * u1) + fma(e.e2, u2, e.e3 * u3));
 }
 
-// The sums with weights `w` in all, relative to 2^m, as a state. Σ w·φ(u - c) = e^-h·(Σ w·φ(u - r) - φ(h)·Σ w), h = c - r.
-fn state(x: Sums, m: f32, w: f32) -> State {
+// e^x of one value
+fn exp1(x: f32) -> f32 {
+    return exp4(vec4<f32>(x)).x;
+}
+
+// Moves r by h, of sums with weights `w` in all:
+// Σ w·φ(d - h) = e^-h·Σ w·φ(d) + φ(-h)·Σ w + (e^-h - 1)·Σ w·d
+fn moved(old: Sums, w: f32, h: f32) -> Sums {
+    var x = old;
+    if (h < -FAR) {
+        // What was near is far from there.
+        let g = select(0.0, max(x.g, 0.0), x.b > 0.0);
+        x.b = x.b * exp1(x.g - g) + (x.s + w + x.d) * exp1(-g);
+        x.g = g;
+        x.s = w * h - w - x.d;
+    } else {
+        let e = exp1(-h);
+        x.s = e * x.s + w * phi(vec4<f32>(-h)).x + x.d * (e - 1.0);
+    }
+    x.d -= w * h;
+    x.g -= h;
+    x.r += h;
+    return x;
+}
+
+// Adds what is far: e^d of it apart, and the rest of φ. A weight that is zero in f32 may be far enough to count.
+fn add_far(old: Sums, e: vec4<f32>, d: vec4<f32>, m: f32, raw: Raw) -> Sums {
+    var x = old;
+    let is_far = d > vec4<f32>(FAR);
+    let logs = select(vec4<f32>(LOWEST), widened(raw) * temperature - m * LN_2 + d, is_far);
+    let most = max4(logs);
+    let g = select(most, max(x.g, most), x.b > 0.0);
+    x.b = x.b * exp1(x.g - g) + sum4(select(vec4<f32>(0.0), exp4(logs - g), is_far));
+    x.g = g;
+    x.s += sum4(e * select(phi(min(d, vec4<f32>(FAR))), -1.0 - d, is_far));
+    return x;
+}
+
+// The second half of a block of features. Channels that are not there weigh nothing.
+fn second(place: u32, has_second: bool) -> vec4<u32> {
+    if (has_second) {
+        return f0[place + 1u];
+    }
+    return vec4<u32>(NOWHERE);
+}
+
+// Adds a block, which begins at `place` of F0; `m`: the largest a, in powers of two; `w`: the weights so far.
+fn absorb(old: Sums, e: Block, m: f32, w: f32, factor: f32, place: u32, has_second: bool) -> Sums {
+    var x = old;
+    let at = subgroup * OUT_LEN + lane * OUT_STRIDE;
+    var d0 = fma(sums[at], vec4<f32>(factor), vec4<f32>(-x.r));
+    var d1 = fma(sums[at + 1u], vec4<f32>(factor), vec4<f32>(-x.r));
+    var d2 = fma(sums[at + 2u], vec4<f32>(factor), vec4<f32>(-x.r));
+    var d3 = fma(sums[at + 3u], vec4<f32>(factor), vec4<f32>(-x.r));
+    let d = total(e, d0, d1, d2, d3);
     if (SCORE != KL) {
-        return State(w, x.d, x.s, 0.0, 0.0);
+        x.d += d;
+        x.s += sum4(fma(d0, d0, d1 * d1) + fma(d2, d2, d3 * d3));
+        return x;
+    }
+    let mean = (x.d + d) / (w + e.own);
+    if (abs(mean) > DRIFT || w == 0.0) {
+        if (w == 0.0) {
+            x.r += mean;
+        } else {
+            x = moved(x, w, mean);
+        }
+        d0 -= mean;
+        d1 -= mean;
+        d2 -= mean;
+        d3 -= mean;
+        x.d = 0.0;
+    } else {
+        x.d += d;
+    }
+    if (max4(max(max(d0, d1), max(d2, d3))) <= FAR) {
+        x.s += total(e, phi(d0), phi(d1), phi(d2), phi(d3));
+        return x;
+    }
+    // Read again, features need no registers meanwhile.
+    let left = f0[place];
+    let right = second(place, has_second);
+    x = add_far(x, e.e0, d0, m, left.xy);
+    x = add_far(x, e.e1, d1, m, left.zw);
+    x = add_far(x, e.e2, d2, m, right.xy);
+    return add_far(x, e.e3, d3, m, right.zw);
+}
+
+// The sums with weights `w` in all, relative to 2^m, as a state.
+fn state(old: Sums, m: f32, w: f32) -> State {
+    if (SCORE != KL) {
+        return State(w, old.d, old.s, 0.0, 0.0);
     }
     if (w == 0.0) {
         return empty_state();
     }
-    let h = x.d / w;
-    let s = exp4(vec4<f32>(-h)).x * (x.s - w * phi(vec4<f32>(h)).x);
-    return State(m * LN_2, w, x.r + h, max(s, 0.0), x.g);
+    let x = moved(old, w, old.d / w);
+    let g = select(0.0, max(x.g, 0.0), x.b > 0.0);
+    return State(m * LN_2, w, x.r, max(x.s * exp1(-g) + x.b * exp1(x.g - g), 0.0), g);
 }
 
-// Sums about the mean of a state.
-fn centred(x: State) -> Sums {
-    let is_apart = x.g > LARGE;
-    let s = select(x.s * exp4(vec4<f32>(x.g)).x, x.s, is_apart);
-    return Sums(x.c, 0.0, s, select(0.0, x.g, is_apart));
-}
-
-// Adds a block; `m`, `w`: the largest a, in powers of two, and the weights so far, in relation to it.
-fn absorb(old: Sums, e: Block, m: f32, w: f32, factor: f32) -> Sums {
-    var x = old;
-    let at = subgroup * OUT_LEN + lane * OUT_STRIDE;
-    let u0 = sums[at] * factor;
-    let u1 = sums[at + 1u] * factor;
-    let u2 = sums[at + 2u] * factor;
-    let u3 = sums[at + 3u] * factor;
-    if (SCORE != KL) {
-        x.d += total(e, u0, u1, u2, u3);
-        x.s += sum4(fma(u0, u0, u1 * u1) + fma(u2, u2, u3 * u3));
-        return x;
-    }
-    let own = sum4((e.e0 + e.e1) + (e.e2 + e.e3));
-    if (w == 0.0 && own > 0.0) {
-        x.r = total(e, u0, u1, u2, u3) / own;
-    }
-    let d0 = u0 - x.r;
-    let d1 = u1 - x.r;
-    let d2 = u2 - x.r;
-    let d3 = u3 - x.r;
-    if (absolute(d0, d1, d2, d3) <= FAR && x.g == 0.0) {
-        x.d += total(e, d0, d1, d2, d3);
-        x.s += total(e, phi(d0), phi(d1), phi(d2), phi(d3));
-        if (abs(x.d) <= DRIFT * (w + own)) {
-            return x;
-        }
-        return centred(state(x, m, w + own));
-    }
-    let a0 = max(widened(e.low.xy) * temperature, vec4<f32>(LOWEST));
-    let a1 = max(widened(e.low.zw) * temperature, vec4<f32>(LOWEST));
-    let a2 = max(widened(e.high.xy) * temperature, vec4<f32>(LOWEST));
-    let a3 = max(widened(e.high.zw) * temperature, vec4<f32>(LOWEST));
-    let block = merge_states(state_of(a0, a1, u0, u1), state_of(a2, a3, u2, u3));
-    return centred(merge_states(state(x, m, w), block));
+fn faded(x: Sums, fade: f32) -> Sums {
+    return Sums(x.r, x.d * fade, x.s * fade, x.b * fade, x.g);
 }
 
 fn together(x: State, y: State) -> State {
@@ -207,15 +249,12 @@ fn main(
     for (var base = start; base < stop; base += SUBGROUPS * CHANNELS) {
         let channel = base + subgroup * CHANNELS;
         let inside = channel < stop;
-        var e = Block(low, select(nowhere, high, channel + 8u < job.width), vec4<f32>(), vec4<f32>(), vec4<f32>(), vec4<f32>());
+        let right = select(nowhere, high, channel + 8u < job.width);
+        var e = Block(widened(low.xy), widened(low.zw), widened(right.xy), widened(right.zw), 0.0);
         // The next block is on its way while this one is at work.
         next = channel + SUBGROUPS * CHANNELS;
         low = f0[place + min(next, job.width - 8u) / 8u];
         high = f0[place + min(next + 8u, job.width - 8u) / 8u];
-        e.e0 = widened(e.low.xy);
-        e.e1 = widened(e.low.zw);
-        e.e2 = widened(e.high.xy);
-        e.e3 = widened(e.high.zw);
         var weights = w;
         if (SCORE == KL) {
             // By the built-in exponential of the difference: it loses digits of large arguments only.
@@ -223,31 +262,28 @@ fn main(
             let fade = select(1.0, exp2(m - most), inside);
             m = select(m, most, inside);
             weights *= fade;
-            x.d *= fade;
-            x.s *= fade;
-            y.d *= fade;
-            y.s *= fade;
+            x = faded(x, fade);
+            y = faded(y, fade);
             e.e0 = exp2(fma(e.e0, vec4<f32>(scale), vec4<f32>(-m)));
             e.e1 = exp2(fma(e.e1, vec4<f32>(scale), vec4<f32>(-m)));
             e.e2 = exp2(fma(e.e2, vec4<f32>(scale), vec4<f32>(-m)));
             e.e3 = exp2(fma(e.e3, vec4<f32>(scale), vec4<f32>(-m)));
+            e.own = sum4((e.e0 + e.e1) + (e.e2 + e.e3));
+        } else {
+            e.own = total(e, e.e0, e.e1, e.e2, e.e3);
         }
         let block = min(channel, job.width - 1u) / CHANNELS;
         multiply(job, block, first, middle, 0u);
         meet();
         if (inside) {
-            x = absorb(x, e, m, weights, factors.x);
+            x = absorb(x, e, m, weights, factors.x, place + channel / 8u, channel + 8u < job.width);
         }
         meet();
         multiply(job, block, middle, end, middle - first);
         meet();
         if (inside) {
-            y = absorb(y, e, m, weights, factors.y);
-            if (SCORE == KL) {
-                w = weights + sum4((e.e0 + e.e1) + (e.e2 + e.e3));
-            } else {
-                w += total(e, e.e0, e.e1, e.e2, e.e3);
-            }
+            y = absorb(y, e, m, weights, factors.y, place + channel / 8u, channel + 8u < job.width);
+            w = weights + e.own;
         }
         meet();
     }

@@ -14,7 +14,7 @@ use super::args::{Global, Memory};
 use super::calibrate::accumulate;
 use super::merge::{losses, say_merged};
 use super::output::{Output, quoted, size};
-use super::report::Made;
+use super::report::{Made, Norms};
 
 /// Calibrate and merge four small adapters that come with the program, and show what is lost.
 #[derive(Args, Debug)]
@@ -101,7 +101,10 @@ impl Demo {
         }
         calibration.save(&calibration_file, true)?;
         let weighted: Vec<_> = opened.iter().map(|adapter| adapter.at(1.0)).collect();
-        let merged = out.long(|control| Ssr::new(&calibration).merge_with(&device, &weighted, *control))?;
+        let merged = out.long(|control| {
+            let merged = Ssr::new(&calibration).merge_with(&device, &weighted, *control)?;
+            merged.measured(&calibration, &weighted, control)
+        })?;
         let options = SaveOptions {
             overwrite: true,
             metadata: merged.adapter.metadata().clone(),
@@ -118,6 +121,7 @@ impl Demo {
             format: merged.adapter.format().name(),
             warnings: out.warnings(),
             calibration: Some(&calibration_file),
+            norms: Norms::of(&weighted, &merged_file),
         };
         write(&page_file, made.page().text()?.as_bytes())?;
         let fields = json!({

@@ -43,5 +43,7 @@ pub use methods::{
 };
 pub use overlap::{LayerOverlap, Overlap, Overlaps, overlaps};
 pub use plan::{Plan, PlannedLayer};
-pub use report::{Action, DeviceMemory, InputReport, LayerReport, Losses, Merged, ProjectionReport, Report};
+pub use report::{
+    Action, DeviceMemory, InputReport, LayerReport, Losses, Merged, ProjectionReport, Report, TaskLosses,
+};
 pub use strengths::{BlockStrengths, Strengths, strengths};

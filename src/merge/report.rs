@@ -35,6 +35,8 @@ pub struct Report {
     pub layers: Vec<LayerReport>,
     /// Losses of all routed layers together; `None` where nothing was measured.
     pub losses: Option<Losses>,
+    /// What each adapter's own inputs lose, where losses were [measured](super::Merged::measured); else empty.
+    pub tasks: Vec<TaskLosses>,
     /// What the user should know about the whole merge.
     pub notes: Vec<String>,
     /// How much memory of a GPU it took; `None` on the CPU.
@@ -287,6 +289,16 @@ pub struct Losses {
     pub sum: f64,
     /// Of the average (R = I/K).
     pub average: f64,
+}
+
+/// What a merge loses on the inputs of one adapter.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct TaskLosses {
+    /// Which of [`Report::inputs`] it is.
+    pub adapter: usize,
+    /// Its losses, relative to what it loses if nothing is merged.
+    #[serde(flatten)]
+    pub losses: Losses,
 }
 
 /// Layers that the table shows.

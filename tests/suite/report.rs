@@ -72,6 +72,10 @@ impl Sandbox {
             for figure in losses.chain(cut).chain([rank]) {
                 assert!(row.contains(&figure), "{figure} is not in {row}");
             }
+            for task in json["tasks"].as_array().into_iter().flatten() {
+                let loss = format!(">{:.3}<", task["merged"].as_f64().expect("a loss"));
+                assert!(page.contains("Who loses what") && page.contains(&loss), "{task}");
+            }
             for p in layer["projections"].as_array().into_iter().flatten() {
                 let removed = format!(">{:.1}%<", 100.0 * p["removed"].as_f64().expect("a share"));
                 let is_row = |line: &&str| line.contains(&format!(">{name}<")) && line.contains(&removed);
@@ -94,6 +98,18 @@ fn pages_tell_what_the_json_tells() {
     let calibration = ["--calibration", "loraweld-demo/calibration.safetensors"];
     let page = sandbox.both(&[&["merge", "ssr", &mirror, &rot90][..], &calibration].concat());
     assert!(page.contains("loss of the plain sum") && page.contains("loraweld compare"), "{page}");
+    assert!(page.contains("Who loses what") && page.contains("before and after"), "{page}");
+    // A block's norm is that of its layers together, before and after.
+    let norm = |path: &str| {
+        let adapter = Adapter::open(path).expect("an adapter");
+        let of_block =
+            adapter.layers().iter().filter(|layer| layer.name().starts_with("transformer_blocks.0."));
+        of_block.map(|layer| layer.norm().powi(2)).sum::<f64>().sqrt()
+    };
+    let merged = sandbox.path("out.safetensors").display().to_string();
+    for path in [&mirror, &rot90, &merged] {
+        assert!(page.contains(&format!(">{:.3}<", norm(path))), "the norm of {path}");
+    }
     let [style, heart] = ["style_gradient", "content_heart"].map(lora);
     let page = sandbox.both(&["merge", "np-lora", "--style", &style, "--subject", &heart]);
     assert!(page.contains("style_gradient is kept whole") && page.contains("interference"), "{page}");

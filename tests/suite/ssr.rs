@@ -277,6 +277,8 @@ fn losses_are_those_of_the_tokens_themselves() {
     let calibration = calibrated(&device, &adapters, "traj4", &POOL);
     let merged = Ssr::new(&calibration).merge(&device, &at_one(&adapters)).unwrap();
     let (mut all, mut nothing) = ([0f64; 3], 0.0);
+    // Of each task: the three losses, and nothing.
+    let mut of_tasks = [[0f64; 4]; POOL.len()];
     for (layer, report) in merged.adapter.layers().iter().zip(&merged.report.layers) {
         let update = delta(layer);
         let singles: Vec<_> = adapters.iter().map(|a| delta(a.find(layer.module()).unwrap())).collect();
@@ -291,9 +293,10 @@ fn losses_are_those_of_the_tokens_themselves() {
             }
             let got = out(&update);
             for (i, want) in want.data().iter().enumerate() {
-                loss[0] += (got.data()[i] - want).powi(2);
-                loss[1] += f64::powi(sum.data()[i] - want, 2);
-                loss[2] += (sum.data()[i] / 4.0 - want).powi(2);
+                let sum = sum.data()[i];
+                let errors = [got.data()[i] - want, sum - want, sum / 4.0 - want, *want];
+                of_tasks[k].iter_mut().zip(errors).for_each(|(all, error)| *all += error * error);
+                loss.iter_mut().zip(errors).for_each(|(all, error)| *all += error * error);
                 none += want * want;
             }
         }
@@ -314,6 +317,16 @@ fn losses_are_those_of_the_tokens_themselves() {
     for (square, measured) in all.iter().zip([total.merged, total.sum, total.average]) {
         // As each layer's.
         assert!(((square / nothing).sqrt() - measured).abs() <= 1e-5 * measured);
+    }
+    let control = loraweld::Control::default();
+    let measured = merged.clone().measured(&calibration, &at_one(&adapters), &control).unwrap();
+    assert_eq!(measured.report.tasks.len(), POOL.len());
+    for (task, of_task) in measured.report.tasks.iter().zip(of_tasks) {
+        let losses = [task.losses.merged, task.losses.sum, task.losses.average];
+        for (square, measured) in of_task.iter().zip(losses) {
+            // As each layer's.
+            assert!(((square / of_task[3]).sqrt() - measured).abs() <= 1e-5 * measured, "{}", task.adapter);
+        }
     }
     assert!(total.merged < 0.5 * total.sum && total.merged < total.average, "{total:?}");
     println!("{}", merged.report);

@@ -16,6 +16,7 @@ use super::{Common, Inputs, Measure};
 use crate::cli::args::{Global, LoraArg, finite, share, weight};
 use crate::cli::host;
 use crate::cli::output::{Output, count, some};
+use crate::cli::report::is_page;
 use crate::cli::usage;
 
 /// A method, and what was given for it.
@@ -220,9 +221,11 @@ impl Chosen {
             }
             return common.dry_run(&inputs, out);
         }
-        // What routes by a calibration measures what it solves; what is cut off then is not in it.
+        // What routes by a calibration measures what it solves; what is cut off then is not in it, nor is what each adapter
+        // loses, which a page shows.
         let changes = !common.truncate.is_none() || common.calibrate_singular_values;
-        let measure = calibration.as_deref().filter(|_| !routes || changes);
+        let shows = common.report.as_deref().is_some_and(is_page);
+        let measure = calibration.as_deref().filter(|_| !routes || changes || shows);
         common.finish(global, &inputs, measure, out, &*method)
     }
 

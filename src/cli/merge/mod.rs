@@ -25,7 +25,7 @@ use super::args::{
 };
 use super::layers::{group, pattern, range};
 use super::output::{Output, Table, count, size, some};
-use super::report::{Made, is_page};
+use super::report::{Made, Norms, is_page};
 use super::{chain, usage};
 
 /// Merge adapters into one.
@@ -344,8 +344,8 @@ impl Common {
             metadata: strengths.into_iter().collect(),
         };
         let to = Destination { path: output, options: &options, truncation: self.truncate.truncation() };
+        let weighted = inputs.weighted();
         let report = out.long(|control| {
-            let weighted = inputs.weighted();
             let after = self.truncate.after(self.calibrate_singular_values);
             match calibration.is_some() || after.budget.is_some() || after.calibrate_singular_values {
                 true => merge_in_memory(method, &device, &weighted, calibration, &after, &to, control),
@@ -374,6 +374,7 @@ impl Common {
                         format: format.name(),
                         warnings: out.warnings(),
                         calibration: inputs.other(),
+                        norms: Norms::of(&weighted, output),
                     };
                     made.page().text()?
                 }
@@ -409,7 +410,7 @@ fn merge_in_memory(
 ) -> loraweld::Result<Report> {
     let merged = method.merge_any(device, weighted, *control)?;
     let merged = after.apply(merged, device, weighted, calibration, to.options, control)?;
-    let merged = match calibration.filter(|_| merged.report.losses.is_none()) {
+    let merged = match calibration {
         Some(calibration) => merged.measured(calibration, weighted, control)?,
         None => merged,
     };

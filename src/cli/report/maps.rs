@@ -45,6 +45,12 @@ pub fn maps(values: &[(&str, f64)], of: impl Fn(f64) -> Cell) -> Vec<Grid> {
     group(split).into_iter().map(map).collect()
 }
 
+/// The kind and the numbers of a layer's block; neither outside of blocks.
+pub fn block_of(name: &str) -> (String, Vec<u64>) {
+    let (kind, block, _) = place(name);
+    (kind, block)
+}
+
 /// Kind of block, numbers of the block, and module: `blocks.*`, 3 and `attn.to_q` of `blocks.3.attn.to_q`. Numbers are a
 /// block's as [`pattern`](crate::cli::layers::pattern) has it; a layer outside blocks is all module.
 fn place(name: &str) -> (String, Vec<u64>, &str) {

@@ -1,11 +1,14 @@
 //! The page of one merge.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
-use loraweld::merge::{Action, InputReport, LayerReport, Losses, ProjectionReport, Report};
+use loraweld::merge::{Action, InputReport, LayerReport, Losses, ProjectionReport, Report, TaskLosses};
+use loraweld::{Adapter, Family, Layer, OpenOptions, Weighted};
+use rayon::prelude::*;
 
 use super::html::{Cell, Column, Drawing, Grid, Number, Page, Section, Step, percent};
-use super::maps::maps;
+use super::maps::{block_of, maps};
 use crate::cli::layers::range;
 use crate::cli::output::{count, quoted, size};
 
@@ -18,6 +21,32 @@ pub struct Made<'a> {
     pub format: &'a str,
     pub warnings: Vec<String>,
     pub calibration: Option<&'a Path>,
+    /// `None` if what was written cannot be read.
+    pub norms: Option<Norms>,
+}
+
+/// Norms of updates, by the name of the layer.
+pub struct Norms {
+    /// Of each adapter at its strength.
+    before: Vec<BTreeMap<String, f64>>,
+    /// Of what was written.
+    after: BTreeMap<String, f64>,
+}
+
+impl Norms {
+    /// Reads what was written.
+    pub fn of(adapters: &[Weighted<'_>], output: &Path) -> Option<Self> {
+        let family = adapters.first()?.adapter.family();
+        let options =
+            OpenOptions { family: Some(family).filter(|f| *f != Family::UNKNOWN), ..Default::default() };
+        let after = Adapter::open_with(output, &options).ok()?;
+        let norms = |adapter: &Adapter, strength: f64| {
+            let of = |layer: &Layer| (layer.name(), layer.norm() * strength.abs());
+            adapter.layers().par_iter().map(of).collect()
+        };
+        let before = adapters.iter().map(|w| norms(w.adapter, w.strength)).collect();
+        Some(Self { before, after: norms(&after, 1.0) })
+    }
 }
 
 /// A merge is called close to each adapter alone, near it, or far from it, by its loss.
@@ -33,6 +62,8 @@ impl Made<'_> {
         numbers.truncate(3);
         let mut sections = vec![inputs(report)];
         sections.extend(totals(report));
+        sections.extend(tasks(report));
+        sections.extend(self.norms.as_ref().map(|norms| norms_of_blocks(report, norms)));
         sections.extend(self.maps());
         sections.extend(projections(report));
         sections.push(layers(report));
@@ -457,6 +488,81 @@ fn totals(report: &Report) -> Option<Section> {
         ),
         grids: vec![Grid { columns: columns(&["", ">loss", ""]), rows, ..Grid::default() }],
     })
+}
+
+/// Who pays for the merge.
+fn tasks(report: &Report) -> Option<Section> {
+    let losses = report.tasks.iter().map(|task| task.losses);
+    let most = losses.map(|l| l.merged.max(l.sum)).reduce(f64::max)?;
+    let row = |task: &TaskLosses| {
+        let losses = task.losses;
+        vec![
+            Cell::text(report.inputs.get(task.adapter).map_or("", |input| &input.name)),
+            Cell::loss(losses.merged),
+            bar(losses.merged, most),
+            Cell::loss(losses.sum),
+            Cell::loss(losses.average),
+        ]
+    };
+    Some(Section {
+        title: "Who loses what".into(),
+        text: "Each adapter's loss on its own inputs. A higher strength for one that loses much gives it more, and takes from \
+               the others; `--balance fair` of ssr looks for equal losses."
+            .into(),
+        grids: vec![Grid {
+            columns: columns(&["inputs of", ">loss", "", ">of the sum", ">of the average"]),
+            rows: report.tasks.iter().map(row).collect(),
+            ..Grid::default()
+        }],
+    })
+}
+
+/// What each block had, and has.
+fn norms_of_blocks(report: &Report, norms: &Norms) -> Section {
+    let blocks = |norms: &BTreeMap<String, f64>| {
+        let mut squares: BTreeMap<(String, Vec<u64>), f64> = BTreeMap::new();
+        for (name, norm) in norms {
+            *squares.entry(block_of(name)).or_default() += norm * norm;
+        }
+        squares
+    };
+    let (before, after): (Vec<_>, _) = (norms.before.iter().map(blocks).collect(), blocks(&norms.after));
+    let mut places: Vec<_> = before.iter().flat_map(BTreeMap::keys).chain(after.keys()).collect();
+    places.sort();
+    places.dedup();
+    let most = before
+        .iter()
+        .flat_map(BTreeMap::values)
+        .chain(after.values())
+        .fold(0.0, |m: f64, v| m.max(*v))
+        .sqrt();
+    let row = |place: &(String, Vec<u64>)| {
+        let cell = |squares: &BTreeMap<_, f64>| match squares.get(place) {
+            Some(square) => Cell::loss(square.sqrt()).heated(most),
+            None => Cell::default(),
+        };
+        let numbers: Vec<_> = place.1.iter().map(u64::to_string).collect();
+        let name = match place.0.as_str() {
+            "" => "outside blocks".to_owned(),
+            kind => format!("{} {}", kind.trim_end_matches(['*', '.', '_']), numbers.join(".")),
+        };
+        let cells = before.iter().map(cell).chain([cell(&after)]);
+        std::iter::once(Cell::text(name)).chain(cells).collect()
+    };
+    let names = report.inputs.iter().map(|input| format!(">{}", input.name));
+    let names = std::iter::once("block".to_owned()).chain(names).chain([">merged".to_owned()]);
+    Section {
+        title: "Norms of the updates, before and after".into(),
+        text: "A row is a block. Adapters count at their strengths; updates that are unlike each other add up to less than \
+               their norms do."
+            .into(),
+        grids: vec![Grid {
+            columns: names.map(|name| Column::new(&name)).collect(),
+            rows: places.into_iter().map(row).collect(),
+            map: true,
+            ..Grid::default()
+        }],
+    }
 }
 
 fn projections(report: &Report) -> Option<Section> {

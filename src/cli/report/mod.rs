@@ -9,7 +9,7 @@ mod merge;
 
 pub use compare::{Comparison, Entry};
 pub use inspect::Inspected;
-pub use merge::Made;
+pub use merge::{Made, Norms};
 
 use std::path::Path;
 

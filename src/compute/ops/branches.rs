@@ -181,7 +181,7 @@ const STATE_BYTES: usize = STATE * 16;
 const FINISH_TOKENS: usize = 32;
 const CHOOSE_TOKENS: usize = 16;
 /// Features of 16 bits.
-const HALVES: [Dtype; 2] = [Dtype::F16, Dtype::Bf16];
+const OF_16_BITS: [Dtype; 2] = [Dtype::F16, Dtype::Bf16];
 /// Most parts that the channels are split into.
 const MAX_PARTS: usize = 8;
 
@@ -236,7 +236,7 @@ pub(super) fn declared() -> Vec<Declared> {
     let scores = || Score::ALL.into_iter().flat_map(|score| DTYPES.map(|dtype| (score, dtype)));
     let tiles = || DTYPES.into_iter().flat_map(|dtype| Tile::all().map(move |tile| (dtype, tile)));
     let on_tiles = scores().flat_map(|(score, dtype)| Tile::all().map(move |tile| (score, dtype, tile)));
-    let in_blocks = || HALVES.into_iter().flat_map(|dtype| Block::all().map(move |block| (dtype, block)));
+    let in_blocks = || OF_16_BITS.into_iter().flat_map(|dtype| Block::all().map(move |block| (dtype, block)));
     let scores_in_blocks =
         Score::ALL.into_iter().flat_map(|score| in_blocks().map(move |(dtype, block)| (score, dtype, block)));
     let of_blocks = |declared: Declared| {

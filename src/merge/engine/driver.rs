@@ -233,6 +233,7 @@ pub(crate) fn run(run: &Run<'_>, spec: &Spec<'_>) -> Result<Merged> {
         options: spec.options.clone(),
         layers,
         losses,
+        tasks: Vec::new(),
         notes,
         memory,
         seconds: run.start.elapsed().as_secs_f64(),

@@ -6,7 +6,7 @@ use rayon::prelude::*;
 
 use crate::merge::algebra::{add, dot, least_squares, times, wide};
 use crate::merge::members::{blocks, members};
-use crate::merge::{Action, LayerReport, Losses, Merged, Plan, PlannedLayer};
+use crate::merge::{Action, LayerReport, Losses, Merged, Plan, PlannedLayer, TaskLosses};
 use crate::words;
 use crate::{Calibration, Control, Layer, Matrix, RawMatrix, Result, Weighted};
 
@@ -134,8 +134,7 @@ impl Merged {
                 return Ok(None);
             }
             let blocks = blocks(&members);
-            let statistics = Statistics::new(&parts, &blocks);
-            Ok(Some(Measured { tokens, ..measure(merged, &members, &statistics, &blocks) }))
+            Ok(Some(Measured { tokens, ..measure(merged, &members, &parts, &blocks) }))
         };
         // Reports, plan and layers are all sorted by key.
         let mut measured = Vec::new();
@@ -148,10 +147,12 @@ impl Merged {
         }
         control.finish("measure", measured.len());
         let (mut total, mut unseen, mut count) = (Squares::default(), 0.0f64, 0);
+        let mut of_tasks = vec![Squares::default(); active.len()];
         for (report, measured) in self.report.layers.iter_mut().zip(measured) {
             report.losses = None;
             let Some(measured) = measured else { continue };
             total.add(&measured.squares);
+            of_tasks.iter_mut().zip(&measured.tasks).for_each(|(all, task)| all.add(task));
             report.tokens = Some(measured.tokens);
             report.losses = measured.squares.relative();
             if measured.unseen > UNSEEN {
@@ -174,12 +175,18 @@ impl Merged {
             self.report.notes.push(format!("no loss is known of {layers} without calibration tokens"));
         }
         self.report.losses = total.relative();
+        let of_task = |(&adapter, squares): (&usize, &Squares)| {
+            Some(TaskLosses { adapter, losses: squares.relative()? })
+        };
+        self.report.tasks = active.iter().zip(&of_tasks).filter_map(of_task).collect();
         Ok(self)
     }
 }
 
 struct Measured {
     squares: Squares,
+    /// Of each task, of which those are the sum.
+    tasks: Vec<Squares>,
     tokens: u64,
     /// ‖B'·(A' − C·A_cat)‖ / ‖B'·A'‖.
     unseen: f64,
@@ -201,11 +208,11 @@ impl Statistics {
     }
 }
 
-/// The losses of one merged layer.
+/// The losses of one merged layer. `tasks`: each one's place among the members, and its G_k.
 fn measure(
     layer: &Layer,
     members: &[(&Layer, f64)],
-    statistics: &Statistics,
+    tasks: &[(Option<usize>, Option<&Matrix>)],
     blocks: &[Range<usize>],
 ) -> Measured {
     let (a, b) = (scaled_rows(layer.a(), 1.0), wide(layer.b()));
@@ -236,7 +243,10 @@ fn measure(
         members: &inner(&b_cat, &b_cat),
         router: &router,
     };
-    Measured { squares: Squares::new(&outputs, statistics, blocks), tokens: 0, unseen }
+    let of = |tasks: &[_]| Squares::new(&outputs, &Statistics::new(tasks, blocks), blocks);
+    // A task that is no member has nothing of its own to lose, and counts by what the merge does to it.
+    let each = tasks.iter().map(|task| of(std::slice::from_ref(task))).collect();
+    Measured { squares: of(tasks), tasks: each, tokens: 0, unseen }
 }
 
 fn scaled_rows(m: RawMatrix<'_>, scale: f64) -> Matrix {
