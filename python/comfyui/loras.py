@@ -22,6 +22,8 @@ class Lora:
     """Factors on layers, `PATTERN=W` each."""
     blocks: str = ""
     """Factors on blocks."""
+    model: str = ""
+    """The model that it is for, where the file does not tell."""
     prompt: object = None
     """The CONDITIONING that it is calibrated with."""
 
@@ -36,12 +38,16 @@ class Lora:
 
 
 def arguments(loras):
-    """What is said of single layers, as arguments of the wheel's functions."""
+    """What is said of adapters and their layers, as arguments of the wheel's functions."""
     special = [lora for lora in loras if lora.strength_for or lora.blocks]
     names = [lora.name for lora in loras]
     if several := next((lora.name for lora in special if names.count(lora.name) > 1), None):
         raise ValueError(f"two files are called `{several}`: strengths of one's layers would be the other's too; rename one")
+    models = {lora.model for lora in loras if lora.model}
+    if len(models) > 1:
+        raise ValueError(f"adapters are said to be for {' and for '.join(sorted(models))}; they must be for one model")
     found = {
+        "model": next(iter(models), None),
         "strength_for": [f"{lora.name}:{line}" for lora in special for line in lora.strength_for],
         "blocks": [f"{lora.name}:{lora.blocks}" for lora in special if lora.blocks],
     }
@@ -65,7 +71,7 @@ class Bar:
 def plain(lora):
     """The adapter's file as any loader understands it: a plain LoRA, with its scale and the strengths of its layers in
     the factors."""
-    path = files.new("loras", "")
+    path = files.lora("")
     loraweld.convert(lora.path, "same", output=path, progress=Bar(), **arguments([lora]))
     return path
 

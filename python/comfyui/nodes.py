@@ -89,8 +89,8 @@ def one(adapters):
 class LoraweldAdapter(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        by_layer = loraweld.options("merge", METHODS[0])
-        strength_for, blocks = by_layer["strength_for"], by_layer["blocks"]
+        about = loraweld.options("merge", METHODS[0])
+        strength_for, blocks, model = (about[name] for name in ("strength_for", "blocks", "model"))
         return node(
             cls, "Adapter", "A LoRA, its strength, and what it is meant for. Several are chained.",
             [
@@ -99,6 +99,7 @@ class LoraweldAdapter(io.ComfyNode):
                 io.String.Input("strength_for", default="", multiline=True, optional=True,
                                 placeholder="strength_for: PATTERN=W, one a line", tooltip=strength_for.help),
                 io.String.Input("blocks", default="", optional=True, placeholder="blocks: W,W,...", tooltip=blocks.help),
+                io.String.Input("model", default="", optional=True, placeholder="model: ID", tooltip=model.help),
                 adapters_in(optional=True, tooltip="The adapters that come before this one."),
                 io.Conditioning.Input("prompt", optional=True, tooltip="A prompt that it is meant for, for Calibrate."),
             ],
@@ -106,10 +107,10 @@ class LoraweldAdapter(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def execute(cls, lora_name, strength, strength_for="", blocks="", adapters=(), prompt=None):
+    def execute(cls, lora_name, strength, strength_for="", blocks="", model="", adapters=(), prompt=None):
         path = Path(folder_paths.get_full_path_or_raise("loras", lora_name))
         lines = tuple(line.strip() for line in strength_for.splitlines() if line.strip())
-        return io.NodeOutput([*(adapters or ()), Lora(path, strength, lines, blocks.strip(), prompt)])
+        return io.NodeOutput([*(adapters or ()), Lora(path, strength, lines, blocks.strip(), model.strip(), prompt)])
 
     @classmethod
     def fingerprint_inputs(cls, lora_name, **_):
@@ -172,7 +173,7 @@ class LoraweldMerge(io.ComfyNode):
     def execute(cls, method, adapters, save_as, calibration=None, options=None, model=None, clip=None):
         needed = loraweld.options("merge", method)["calibration"].required
         result = loraweld.merge(
-            method, [lora.source for lora in adapters], output=files.new("loras", save_as), progress=Bar(),
+            method, [lora.source for lora in adapters], output=files.lora(save_as), progress=Bar(),
             calibration="none" if needed and calibration is None else calibration,
             **arguments(adapters), **widgets.ready(options or {}),
         )  # fmt: skip
@@ -202,7 +203,7 @@ class LoraweldNpLora(io.ComfyNode):
     def execute(cls, style, subject, save_as, calibration=None, options=None, model=None, clip=None, **values):
         adapters = [one(style), *subject]
         result = loraweld.merge(
-            cls.METHOD.name, [lora.source for lora in adapters], output=files.new("loras", save_as), progress=Bar(),
+            cls.METHOD.name, [lora.source for lora in adapters], output=files.lora(save_as), progress=Bar(),
             calibration=calibration, **arguments(adapters), **widgets.ready({**(options or {}), **widgets.chosen(cls.METHOD.options, values)}),
         )  # fmt: skip
         return merged(result, model, clip)
@@ -249,7 +250,7 @@ class LoraweldCalibrate(io.ComfyNode):
     def execute(cls, model, adapters, latent_image, seed, steps, scheduler, save_as, neutral=None):
         calibration, lines = calibrating.calibrate(model, adapters, latent_image, seed, steps, scheduler, neutral)
         if save_as.strip():
-            path = files.new(files.CALIBRATIONS, save_as, ".calibration.safetensors")
+            path = files.calibration(save_as)
             calibration.save(path)
             lines.append(f"saved {path}")
         return shown(calibration, text="\n".join(lines))
@@ -365,10 +366,10 @@ class LoraweldResize(io.ComfyNode):
     @classmethod
     def execute(cls, adapters, save_as, calibration=None, **values):
         result = loraweld.resize(
-            one(adapters).source, output=files.new("loras", save_as), progress=Bar(), calibration=calibration,
+            one(adapters).source, output=files.lora(save_as), progress=Bar(), calibration=calibration,
             **arguments(adapters), **widgets.given(cls.OPTIONS, values),
         )  # fmt: skip
-        return shown([Lora(result.output, prompt=adapters[0].prompt)], text=said(result))
+        return shown([Lora(result.output, model=adapters[0].model, prompt=adapters[0].prompt)], text=said(result))
 
 
 class LoraweldConvert(io.ComfyNode):
@@ -392,10 +393,10 @@ class LoraweldConvert(io.ComfyNode):
     def execute(cls, adapters, format, save_as, **values):
         lora = one(adapters)
         result = loraweld.convert(
-            lora.path, format.strip(), output=files.new("loras", save_as), progress=Bar(),
+            lora.path, format.strip(), output=files.lora(save_as), progress=Bar(),
             **arguments(adapters), **widgets.given(cls.OPTIONS, values),
         )  # fmt: skip
-        return shown([Lora(result.output, lora.strength, prompt=lora.prompt)], text=said(result))
+        return shown([Lora(result.output, lora.strength, model=lora.model, prompt=lora.prompt)], text=said(result))
 
 
 class LoraweldBake(io.ComfyNode):
@@ -416,11 +417,11 @@ class LoraweldBake(io.ComfyNode):
 
     @classmethod
     def execute(cls, checkpoint, adapters, save_as, **values):
-        folder = checkpoint.split("/", 1)[0]
         if not save_as.strip():
             raise ValueError("save_as is empty; a baked model needs a name")
+        path, root = files.model(checkpoint)
         result = loraweld.bake(
-            files.model_path(checkpoint), [lora.source for lora in adapters], files.new(folder, save_as), progress=Bar(),
+            path, [lora.source for lora in adapters], files.new(root, save_as), progress=Bar(),
             **arguments(adapters), **widgets.given(cls.OPTIONS, values),
         )  # fmt: skip
         return shown(result.output.name, text=said(result))

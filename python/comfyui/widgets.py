@@ -11,7 +11,7 @@ UNSET = "default"
 REPORT = "report"
 """The option that names a page; a widget only says whether there is to be one."""
 
-CHOSEN_BY_NODES = {"calibration", "output", "force", "dry_run", "strength_for", "blocks"}
+CHOSEN_BY_NODES = {"calibration", "output", "force", "dry_run", "strength_for", "blocks", "model"}
 """Options that nodes give themselves: sockets, places on the disk, and what an adapter carries."""
 
 FOR_EXPERTS = {"Reading", "Global options"}
@@ -84,7 +84,7 @@ def chosen(options, values):
 
 def ready(arguments):
     """The same for a call, which writes a page of its own if one is wanted."""
-    return {**arguments, "report": files.new("output", "loraweld/report", ".html")} if arguments.get("report") else arguments
+    return {**arguments, "report": files.report()} if arguments.get("report") else arguments
 
 
 def given(options, values):
@@ -103,4 +103,4 @@ def _value(option, value):
         return [part.strip() for part in parts if part.strip()] or None
     if not text or text == option.default:
         return None
-    return files.model_path(text) if option.value == "PATH" else text
+    return files.model(text)[0] if option.value == "PATH" else text

@@ -239,8 +239,9 @@ def test_methods_and_options_are_those_of_the_wheel(comfy):
     for command in ("compare", "strengths", "inspect", "resize", "convert", "bake"):
         node = f"Loraweld{command.capitalize()}"
         theirs = {o.name for o in loraweld.options(command).values() if not o.positional}
-        left_out = theirs - widgets(node).keys() - {"calibration", "output", "force", "dry_run", "strength_for", "blocks"}
-        assert not left_out, (command, left_out)
+        left_out = theirs - widgets(node).keys() - {"calibration", "output", "force", "dry_run"}
+        # What an adapter is, it is for every command.
+        assert left_out <= widgets("LoraweldAdapter").keys(), (command, left_out)
 
 
 def test_merge_is_the_sum_of_comfyuis_patches(comfy, kind, not_loaded):
@@ -254,9 +255,10 @@ def test_merge_is_the_sum_of_comfyuis_patches(comfy, kind, not_loaded):
     assert merged.path == comfy.loras / f"merged/{kind}_00001_.safetensors" and merged.path.exists()
     theirs = forward(comfy, loaded(model, [(cat, 0.8), (dog, -0.6)]), kind)
     assert not not_loaded and "warning: ComfyUI" not in text
-    base = forward(comfy, model, kind)
-    assert apart(base, theirs) > 1e-2
-    assert apart(forward(comfy, patched, kind), theirs) < 1e-5
+    base, ours = forward(comfy, model, kind), forward(comfy, patched, kind)
+    print(f"{kind}: {apart(ours, theirs):.1e} off, of a change by {apart(base, theirs):.1e}")
+    assert apart(base, theirs) > 1e-3
+    assert apart(ours, theirs) < 1e-5
     # The next one gets a number of its own.
     again = comfy.run("LoraweldMerge", method="linear", adapters=comfy.adapters((cat, 1.0), (dog, 1.0)), save_as=f"merged/{kind}")
     assert again[2][0].path.name == f"{kind}_00002_.safetensors" and again[0] is None
@@ -292,14 +294,14 @@ def test_options_reach_the_method(comfy):
 def test_strengths_of_layers_and_blocks(comfy, not_loaded):
     model = comfy.tiny.model("flux")
     cat, dog = two(comfy, model, "flux-comfyui")
-    # Of the cat, only the single blocks, at half.
+    # Of the cat, only the single blocks.
     part = load_file(cat)
-    part = {key: value * (0.5 if "lora_B" in key else 1) for key, value in part.items() if "single_blocks" in key}
+    part = {key: value for key, value in part.items() if "single_blocks" in key}
     save_file(part, comfy.loras / "part.safetensors")
     theirs = forward(comfy, loaded(model, [(comfy.loras / "part.safetensors", 0.9), (dog, 1.0)]), "flux")
     for more in (
-        dict(strength_for=["*=0\nsingle_transformer_blocks.*=0.5", ""]),
-        dict(blocks=[",".join(["0"] * (1 + 19) + ["0.5"] * 38 + ["0"] * 3)[: -len(",0,0,0")] + ",0.5,0.5,0.5", ""]),
+        dict(strength_for=["*=0\nsingle_*=1", ""]),
+        dict(blocks=["SINGLE", "ALL"], model=["flux1", "flux1"]),
     ):
         adapters = comfy.adapters((cat, 0.9), (dog, 1.0), **more)
         (options,) = comfy.run("LoraweldMergeOptions", dtype="f32")
@@ -357,8 +359,8 @@ def test_calibrate_records_what_layers_read(comfy, kind, calibrated):
         "flux": ("single_transformer_blocks.1.proj_out", "single_blocks.1.linear2"),
         "sdxl": ("down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_k", "input_blocks.4.1.transformer_blocks.0.attn1.to_k"),
     }[kind.split("-")[0]]
-    if kind == "flux-kohya":
-        name = "lora_unet_single_blocks_1_linear2"
+    if name not in loraweld.open(adapters[0].path):
+        (name,) = (layer for layer in calibration.layers if layer.endswith(target.replace(".", "_")))
     import comfy.sample as sample
     from comfy.utils import get_attr
 
@@ -384,7 +386,7 @@ def test_ssr_loses_less_than_the_sum(comfy, kind, calibrated):
     given = dict(adapters=adapters, calibration=calibration, options=options, model=model, save_as="")
     ssr, _, _, text = comfy.run("LoraweldMerge", method="ssr", **given)
     plain, _, _, _ = comfy.run("LoraweldMerge", method="linear", **given)
-    found = re.search(r"loss\s+([\d.]+).*?sum\s+([\d.]+)", text)
+    found = re.search(r"^loss\s+ssr\s+sum.*?^total\s+([\d.]+)\s+([\d.]+)", text, re.M | re.S)
     assert found, text
     assert float(found[1]) < 0.8 * float(found[2])
     # And the model itself, beside what it makes with each adapter alone, on other noise.
@@ -427,7 +429,7 @@ def test_calibrate_wants_a_prompt_and_the_right_model(comfy):
 def test_compare_and_strengths(comfy, calibrated):
     model, adapters, calibration, _ = calibrated("flux-diffusers")
     (text,) = comfy.run("LoraweldCompare", adapters=adapters, calibration=calibration, methods="ssr, linear,ties")
-    assert re.findall(r"^(ssr|linear|ties|dare) ", text, re.M) == ["ssr", "linear", "ties"]
+    assert re.findall(r"^(ssr|linear|ties|dare) +[\d.]+ ", text, re.M) == ["ssr", "linear", "ties"]
     for per_block in (False, True):
         better, text = comfy.run("LoraweldStrengths", adapters=adapters, calibration=calibration, per_block=per_block)
         loss = float(re.search(r"loss ([\d.]+)", text)[1])
@@ -447,21 +449,21 @@ def test_inspect_and_overlap(comfy):
     assert "38 layers" in re.sub(r"layers\s+38", "38 layers", text)
     image, text = comfy.run("LoraweldOverlap", adapters=adapters)
     assert image.shape[0] == 1 and image.shape[3] == 3 and 0 <= image.min() < image.max() <= 1
-    assert "disturbs" in text
-    with pytest.raises(ValueError, match="nothing to overlap"):
+    assert "also reads" in text
+    with pytest.raises(ValueError, match="two LoRA files or more"):
         comfy.run("LoraweldOverlap", adapters=adapters[:1])
 
 
 def test_resize_and_convert(comfy, not_loaded):
     model = comfy.tiny.model("flux")
     cat, _ = two(comfy, model, "flux-diffusers")
-    adapters = comfy.adapters((cat, 0.7))
+    adapters = comfy.adapters((cat, 0.7), model=["flux1"])
     (small,), _ = comfy.run("LoraweldResize", adapters=adapters, rank="4", dtype="f32", save_as="resized")
     # Of rank 4 as before: the same update, at the strength given.
     theirs = forward(comfy, loaded(model, [(cat, 0.7)]), "flux")
     patched = comfy.run("LoraweldApply", adapters=[small], model=model)[0]
     assert apart(forward(comfy, patched, "flux"), theirs) < 1e-5
-    (spelled,), _ = comfy.run("LoraweldConvert", adapters=adapters, format="kohya", model="flux1", dtype="f32", save_as="spelled")
+    (spelled,), _ = comfy.run("LoraweldConvert", adapters=adapters, format="kohya", dtype="f32", save_as="spelled")
     assert all(key.startswith("lora_unet_double_blocks") or "single_blocks" in key for key in load_file(spelled.path))
     assert apart(forward(comfy, loaded(model, [(place(comfy, spelled.path), 0.7)]), "flux"), theirs) < 1e-5
     assert not not_loaded
