@@ -27,7 +27,7 @@ def image(names, overlap):
         shares = [cell["disturbs"] for i, row in enumerate(layer["pairs"]) for j, cell in enumerate(row) if i != j]
         at = split(layer["layer"])
         found[at] = max([found.get(at, 0.0), *shares])
-    blocks, modules = (list(dict.fromkeys(at[side] for at in found)) for side in (0, 1))
+    blocks, modules = (in_order([at[side] for at in found]) for side in (0, 1))
     inside = [[found.get((block, module)) for module in modules] for block in blocks]
     maps = [
         drawn("Share of an update (row) that also reads what another adapter (column) reads, in %", names, names, pairs),
@@ -39,6 +39,12 @@ def image(names, overlap):
         whole.paste(part, (0, top))
         top += part.height
     return torch.from_numpy(numpy.asarray(whole, numpy.float32) / 255)[None]
+
+
+def in_order(names):
+    """Each name once: kinds as they come, and those of a kind by their numbers."""
+    kinds = list(dict.fromkeys(re.sub(r"\d+", "0", name) for name in names))
+    return sorted(set(names), key=lambda name: (kinds.index(re.sub(r"\d+", "0", name)), [int(n) for n in re.findall(r"\d+", name)]))
 
 
 def drawn(title, rows, columns, values):
