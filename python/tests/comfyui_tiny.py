@@ -14,11 +14,11 @@ SDXL = dict(
     image_size=32, in_channels=4, out_channels=4, model_channels=32, num_res_blocks=[2, 2, 2], channel_mult=(1, 2, 4),
     transformer_depth=[0, 0, 2, 2, 3, 3], transformer_depth_output=[0, 0, 0, 2, 2, 2, 3, 3, 3],
     transformer_depth_middle=3, use_linear_in_transformer=True, use_spatial_transformer=True, legacy=False,
-    num_classes="sequential", adm_in_channels=2816, context_dim=2048, num_heads=2, num_head_channels=-1,
+    num_classes="sequential", adm_in_channels=2816, context_dim=64, num_heads=2, num_head_channels=-1,
 )  # fmt: skip
 
 # The class of comfy.supported_models, its configuration, and the widths of a prompt and of what is pooled of it.
-MODELS = {"flux": ("Flux", FLUX, 48, 40), "sdxl": ("SDXL", SDXL, 2048, 1280)}
+MODELS = {"flux": ("Flux", FLUX, 48, 40), "sdxl": ("SDXL", SDXL, 64, 1280)}
 
 
 def model(name):

@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -549,3 +550,125 @@ def test_cancelling_ends_calibrate_between_layers(comfy, calibrated, cancelled_a
         comfy.run("LoraweldCalibrate", model=model, adapters=adapters, latent_image=latent, scheduler="simple")
     layers = [layer for layer in model.model.modules() if layer._forward_pre_hooks]
     assert not layers, "hooks are left behind"
+
+
+def test_the_bar_moves_to_its_end(comfy):
+    import comfy.utils as utils
+
+    model = comfy.tiny.model("flux")
+    cat, dog = two(comfy, model, "flux-diffusers")
+    moves = []
+    utils.set_progress_bar_global_hook(lambda value, total, *_, **__: moves.append((value, total)))
+    try:
+        comfy.run("LoraweldMerge", method="linear", adapters=comfy.adapters((cat, 1.0), (dog, 1.0)), save_as="")
+    finally:
+        utils.set_progress_bar_global_hook(None)
+    assert moves == sorted(moves) and moves[-1] == (38, 38)
+
+
+def test_devices_are_listed_beside_angle():
+    """ComfyUI's nodes for shaders load ANGLE, whose functions of Vulkan then come before the loader's own."""
+    pytest.importorskip("comfy_angle")
+    listing = """
+import ctypes, comfy_angle
+for path in (comfy_angle.get_egl_path(), comfy_angle.get_glesv2_path()):
+    ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
+import loraweld
+loraweld.devices()
+"""
+    done = subprocess.run([sys.executable, "-c", listing], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+# ---- ComfyUI's server
+
+
+class Server:
+    def __init__(self, base):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.url, self.log = f"http://127.0.0.1:{port}", base / "log"
+        options = ["--cpu", "--port", port, "--base-directory", base, "--disable-auto-launch"]
+        options += ["--database-url", f"sqlite:///{base}/user/comfyui.db"]
+        self.process = subprocess.Popen(
+            [sys.executable, "main.py", *map(str, options)], cwd=COMFYUI, stdout=self.log.open("w"), stderr=subprocess.STDOUT
+        )
+
+    def get(self, path, data=None):
+        request = urllib.request.Request(self.url + path, data and json.dumps(data).encode(), {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request) as answer:
+            return json.load(answer)
+
+    def wait(self, path, found, seconds=300):
+        """Asks again and again until the answer is what is looked for."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end and self.process.poll() is None:
+            try:
+                if (answer := found(self.get(path))) is not None:
+                    return answer
+            except urllib.error.HTTPError:
+                raise
+            except OSError:
+                pass
+            time.sleep(0.3)
+        pytest.fail(f"{path}: no answer\n{self.log.read_text()[-4000:]}")
+
+
+@pytest.fixture
+def server(tmp_path, comfy):
+    base = folder(tmp_path / "server")
+    for path, name in zip(two(comfy, comfy.tiny.model("sdxl"), "sdxl-kohya"), ("cat", "dog")):
+        shutil.copy(path, base / f"models/loras/{name}.safetensors")
+    running = Server(base)
+    running.base = base
+    yield running
+    running.process.terminate()
+    running.process.wait(30)
+
+
+API = json.loads((FOLDER / "api/calibrate_and_merge.api.json").read_text())
+
+
+def tiny(node, **inputs):
+    return {"class_type": node, "inputs": inputs}
+
+
+def test_the_server_runs_the_example(server):
+    about = server.wait("/object_info", lambda answer: answer)
+    assert {node["class_type"] for node in API.values()} <= about.keys()
+    assert "Cannot import" not in server.log.read_text() and "IMPORT FAILED" not in server.log.read_text()
+    # The example with a tiny model, prompts without text encoders, and nothing that decodes images.
+    graph = {key: json.loads(json.dumps(node)) for key, node in API.items()}
+    by_title = {node["_meta"]["title"]: key for key, node in graph.items()}
+    graph[by_title["The model"]] = tiny("TinyModel", name="sdxl")
+    for seed, title in enumerate(("The cat's prompt", "The dog's prompt", "Both", "Nothing")):
+        graph[by_title[title]] = tiny("TinyPrompt", name="sdxl", seed=seed)
+    graph[by_title["The size of images"]]["inputs"].update(width=64, height=64)
+    sampler = next(key for key, node in graph.items() if node["class_type"] == "KSampler")
+    graph[sampler]["inputs"]["steps"] = 2
+    del graph[by_title["Merge"]]["inputs"]["clip"], graph[by_title["VAEDecode"]]
+    graph[by_title["SaveImage"]] = tiny("SaveLatent", samples=[sampler, 0], filename_prefix="pets")
+
+    queued = server.get("/prompt", {"prompt": graph})["prompt_id"]
+    done = server.wait(f"/history/{queued}", lambda answer: answer.get(queued))
+    assert done["status"]["status_str"] == "success", done["status"]
+    said = done["outputs"][by_title["Merge"]]["text"][0]
+    losses = re.search(r"^total\s+([\d.]+)\s+([\d.]+)", said, re.M)
+    assert float(losses[1]) < float(losses[2])
+    assert done["outputs"][by_title["What it lost"]]["text"] == [said]
+    assert done["outputs"][by_title["Are they in each other's way?"]]["images"]
+    assert done["outputs"][by_title["What do the layers read?"]]["text"] == ["calibrated 337 layers of cat, dog"]
+    assert (server.base / "models/loras/loraweld/pets_00001_.safetensors").exists()
+    assert list((server.base / "output").glob("pets*.latent"))
+
+
+def test_the_workflow_of_the_page_is_that_of_the_api():
+    page = json.loads((FOLDER / "example_workflows/calibrate_and_merge.json").read_text())
+    links = {link[0]: [str(link[1]), link[2]] for link in page["links"]}
+    nodes = {str(node["id"]): node for node in page["nodes"]}
+    assert {key: node["type"] for key, node in nodes.items()} == {key: node["class_type"] for key, node in API.items()}
+    for key, node in API.items():
+        linked = {name: value for name, value in node["inputs"].items() if isinstance(value, list)}
+        found = {i["name"]: links[i["link"]] for i in nodes[key].get("inputs", []) if i.get("link") is not None}
+        assert found == linked
