@@ -1,6 +1,7 @@
 """What the layers of a MODEL read in the first step of a sampler, with each adapter active in turn."""
 
 from contextlib import contextmanager
+from dataclasses import replace
 
 import comfy.lora
 import comfy.model_management
@@ -27,7 +28,8 @@ def calibrate(model, loras, latent, seed, steps, scheduler, neutral=None):
     for done, (task, prompt, lora) in enumerate(runs):
         active = model
         if lora is not None:
-            active, _, more = apply(plain(lora), model, None)
+            # At full strength in all layers, as an adapter is recorded everywhere else.
+            active, _, more = apply(plain(replace(lora, strength_for=(), blocks="")), model, None)
             warnings += more
         with interruptible(layers.values()), loraweld.Recorder(layers, calibration, task=task):
             first_step(active, prompt, latent, seed, steps, scheduler)

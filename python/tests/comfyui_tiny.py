@@ -1,13 +1,14 @@
 """Nodes for tests, as a custom node of ComfyUI: models of its own classes with a few blocks and random weights, and prompts
 for them that need no text encoder."""
 
+import comfy.ldm.flux.model
 import comfy.model_patcher
 import comfy.supported_models
 import torch
 
 FLUX = dict(
     image_model="flux", in_channels=16, out_channels=16, vec_in_dim=40, context_in_dim=48, hidden_size=32,
-    mlp_ratio=4.0, num_heads=2, depth=2, depth_single_blocks=2, axes_dim=[4, 4, 8], theta=10000, patch_size=1,
+    mlp_ratio=4.0, num_heads=2, depth=2, depth_single_blocks=2, axes_dim=[4, 4, 8], theta=10000, patch_size=2,
     qkv_bias=True, guidance_embed=True, txt_ids_dims=[],
 )  # fmt: skip
 SDXL = dict(
@@ -16,6 +17,9 @@ SDXL = dict(
     transformer_depth_middle=3, use_linear_in_transformer=True, use_spatial_transformer=True, legacy=False,
     num_classes="sequential", adm_in_channels=2816, context_dim=64, num_heads=2, num_head_channels=-1,
 )  # fmt: skip
+
+if "txt_ids_dims" not in comfy.ldm.flux.model.FluxParams.__annotations__:
+    del FLUX["txt_ids_dims"]  # Versions of 2025 have it as a constant.
 
 # The class of comfy.supported_models, its configuration, and the widths of a prompt and of what is pooled of it.
 MODELS = {"flux": ("Flux", FLUX, 48, 40), "sdxl": ("SDXL", SDXL, 64, 1280)}
