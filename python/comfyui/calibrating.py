@@ -19,7 +19,7 @@ def calibrate(model, loras, latent, seed, steps, scheduler, neutral=None):
     """A calibration of adapters on a MODEL, and what is to be said of it."""
     if unprompted := next((lora.name for lora in loras if lora.prompt is None), None):
         raise ValueError(f"{unprompted} has no prompt; connect the conditioning that it is meant for to its Adapter node")
-    calibration = loraweld.Calibration([loraweld.open(lora.path) for lora in loras])
+    calibration = loraweld.Calibration([loraweld.open(lora.path, model=lora.model or None) for lora in loras])
     layers = layers_of(model, calibration)
     runs = [(at, lora.prompt, lora) for at, lora in enumerate(loras)]
     if neutral is not None:

@@ -1,8 +1,12 @@
 """Nodes for tests, as a custom node of ComfyUI: models of its own classes with a few blocks and random weights, and prompts
 for them that need no text encoder."""
 
+import functools
+
 import comfy.ldm.flux.model
 import comfy.model_patcher
+import comfy.sd
+import comfy.sd1_clip
 import comfy.supported_models
 import torch
 
@@ -45,6 +49,36 @@ def prompt(name, seed):
     generator = torch.Generator().manual_seed(seed)
     text = torch.randn(1, 9, width, generator=generator)
     return [[text, {"pooled_output": torch.randn(1, pooled, generator=generator), "guidance": 3.5}]]
+
+
+CLIP_L = dict(
+    hidden_size=32, intermediate_size=64, num_attention_heads=2, num_hidden_layers=2, max_position_embeddings=77,
+    vocab_size=49408, hidden_act="quick_gelu", eos_token_id=49407, projection_dim=32,
+)  # fmt: skip
+
+
+def clip():
+    """Text encoders without a tokenizer."""
+
+    class Target:
+        params = {}
+        encoder = functools.partial(comfy.sd1_clip.SDClipModel, textmodel_json_config=dict(CLIP_L))
+        clip = functools.partial(comfy.sd1_clip.SD1ClipModel, clip_model=encoder)
+
+        def tokenizer(**_):
+            return None
+
+    made = comfy.sd.CLIP(Target)
+    generator = torch.Generator().manual_seed(0)
+    for weight in made.cond_stage_model.state_dict().values():
+        if weight.is_floating_point() and weight.ndim:
+            weight.copy_(torch.randn(weight.shape, generator=generator) / weight.shape[-1] ** 0.5)
+    return made
+
+
+def encoded(clip):
+    tokens = [49406, 320, 1125, 539, 49407]
+    return clip.encode_from_tokens({"l": [[(token, 1.0) for token in tokens + [49407] * (77 - len(tokens))]]})
 
 
 class TinyModel:

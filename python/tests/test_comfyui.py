@@ -265,6 +265,32 @@ def test_merge_is_the_sum_of_comfyuis_patches(comfy, kind, not_loaded):
     assert again[2][0].path.name == f"{kind}_00002_.safetensors" and again[0] is None
 
 
+def test_text_encoders_are_merged_and_applied(comfy, not_loaded):
+    import nodes
+
+    model, clip = comfy.tiny.model("sdxl"), comfy.tiny.clip()
+    layers = {f"lora_unet_{key.replace('.', '_')}": shape for key, shape in weights(model, r"attn2\.to_k\.weight").items()}
+    for i in range(2):
+        for layer, shape in {"self_attn_q_proj": (32, 32), "mlp_fc1": (64, 32), "mlp_fc2": (32, 64)}.items():
+            layers[f"lora_te1_text_model_encoder_layers_{i}_{layer}"] = shape
+    files = [random_lora(comfy.loras / f"{name}_te.safetensors", layers, seed, alpha=2.0, spelling="kohya")
+             for seed, name in enumerate(("cat", "dog"))]  # fmt: skip
+    (options,) = comfy.run("LoraweldMergeOptions", dtype="f32")
+    given = dict(method="linear", adapters=comfy.adapters((files[0], 0.8), (files[1], 0.5)), options=options, save_as="")
+    patched, patched_clip, _, text = comfy.run("LoraweldMerge", model=model, clip=clip, **given)
+    theirs, their_clip = model, clip
+    for path, strength in zip(files, (0.8, 0.5)):
+        theirs, their_clip = nodes.LoraLoader().load_lora(theirs, their_clip, path.name, strength, strength)
+    assert not not_loaded and "warning: ComfyUI" not in text
+    base, ours, expected = (comfy.tiny.encoded(c)[0].double() for c in (clip, patched_clip, their_clip))
+    assert apart(base, expected) > 1e-2 and apart(ours, expected) < 1e-5
+    assert apart(forward(comfy, patched, "sdxl"), forward(comfy, theirs, "sdxl")) < 1e-5
+    # What is left out is told.
+    _, _, _, text = comfy.run("LoraweldMerge", model=model, **given)
+    assert f"ComfyUI's loader took {len(layers) - 6} of {len(layers)} layers" in text and "need a CLIP" in text
+    assert not_loaded
+
+
 def test_every_method_runs_and_is_loaded_whole(comfy, not_loaded):
     model = comfy.tiny.model("flux")
     cat, dog = two(comfy, model, "flux-diffusers")
