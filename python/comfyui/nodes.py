@@ -66,7 +66,7 @@ def text_out():
 
 
 def shown(*outputs, text):
-    """Outputs, of which the last is a text that the node shows as well."""
+    """Outputs, of which the last is a text; ComfyUI's history has it too."""
     return io.NodeOutput(*outputs, text, ui=ui.PreviewText(text))
 
 
