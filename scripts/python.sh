@@ -6,7 +6,8 @@
 #
 # Tests run on the library in target/debug, which is built unless LORAWELD_PYTHON_BUILT=1 says that it was. Those of torch
 # are skipped, and say so, unless LORAWELD_PYTHON_TORCH=1 asks for it to be installed. PYTHON names the interpreter, 3.10 or
-# newer.
+# newer. Those of the nodes for ComfyUI are skipped, and say so, unless COMFYUI names a checkout; COMFYUI_PYTHON is the
+# interpreter that runs it, which also needs pytest.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -48,8 +49,13 @@ test() {
   Linux) cp target/debug/lib_loraweld.so "$root/package/loraweld/_loraweld.abi3.so" ;;
   *) cp target/debug/_loraweld.dll "$root/package/loraweld/_loraweld.pyd" ;;
   esac
-  PYTHONPATH=$root/package "$root/test/bin/python" -m pytest -c python/pyproject.toml \
+  PYTHONPATH=$root/package COMFYUI='' "$root/test/bin/python" -m pytest -c python/pyproject.toml \
     --doctest-modules python/tests "$root/package/loraweld" "$@"
+  if [ -n "${COMFYUI:-}" ]; then
+    PYTHONPATH=$root/package "${COMFYUI_PYTHON:-$python}" -m pytest -c python/pyproject.toml python/tests/test_comfyui.py "$@"
+  else
+    echo "The nodes for ComfyUI were skipped: COMFYUI names no checkout." >&2
+  fi
 }
 
 case "${1:-}" in

@@ -17,7 +17,7 @@ when Ctrl-C is pressed.
 
 import atexit as _atexit
 
-from . import _loraweld
+from . import _loraweld, _vulkan
 from ._commands import (
     Method,
     Option,
@@ -58,6 +58,7 @@ from ._errors import (
 from ._loraweld import Adapter, Calibration, Layer, __version__, open
 from .recorder import Recorder
 
+_vulkan.keep_apart()
 _atexit.register(_loraweld.shut_down)
 
 __all__ = [

@@ -69,7 +69,7 @@ class Recorder:
     """Fills a calibration with what the layers of a model read.
 
     `model` is a `torch.nn.Module`, a pipeline of diffusers, or a dict of modules by the names of a pipeline's components
-    (`{"transformer": ..., "text_encoder": ...}`). `adapters` are those that are to be merged: paths, open adapters or
+    (`{"transformer": ..., "text_encoder": ...}`) or of layers, for a model that calls them otherwise. `adapters` are those that are to be merged: paths, open adapters or
     tensors by their keys; or a calibration of them, to which this adds. `task` is the one that is active meanwhile, by its
     name or its place; `None` is for the base model on unrelated prompts, where a merge should change nothing. Activating it
     is up to the caller.
@@ -121,13 +121,13 @@ class Recorder:
                 # What PEFT puts in a layer's place has the layer, and its factors, in it.
                 if inside is not None and path.startswith(inside):
                     continue
-                if not path or not hasattr(layer, "weight"):
+                names = [".".join(filter(None, (component, path)))]
+                if not names[0] or not hasattr(layer, "weight"):
                     continue
-                names = [f"{component}.{path}" if component else path]
                 if component.startswith("text_encoder"):  # transformers 5.6 took this out of CLIP's names.
                     names.append(f"{component}.text_model.{path}")
                 if known := next((name for name in names if self.calibration.takes(name)), None):
-                    inside = f"{path}."
+                    inside = f"{path}." if path else ""
                     yield names[0], known, layer
 
     def _hook(self, name):

@@ -80,6 +80,21 @@ def test_sums_are_those_of_hooks_of_our_own(adapters, dtype):
     assert merged.losses["merged"] < 1
 
 
+def test_layers_may_go_by_other_names(adapters):
+    """One layer of a model may be what adapters know as several."""
+    model, x = Model(), torch.randn(2, 3, 8, 8)
+    layer = model.blocks[0]["to_q"]
+    with loraweld.Recorder(model, adapters, task="cat", device="cpu") as whole:
+        model(x)
+    names = {"transformer.blocks.0.to_q": layer, "blocks.1.to_q": layer}
+    with loraweld.Recorder(names, adapters, task="cat", device="cpu") as named:
+        assert named.layers == list(names)
+        model(x)
+    expected = whole.calibration.gram("cat", "blocks.0.to_q")
+    np.testing.assert_array_equal(named.calibration.gram("cat", "blocks.0.to_q"), expected)
+    assert named.calibration.tokens("cat", "blocks.1.to_q") == whole.calibration.tokens("cat", "blocks.0.to_q")
+
+
 def test_no_input_is_kept(adapters):
     """However often the model runs, of what its layers read nothing is alive."""
     model, alive = Model(), []
