@@ -158,10 +158,10 @@ impl<'a> Extract<'a> {
                 self.left_out.push(module.clone());
                 continue;
             };
-            found.values()?;
+            found.checked()?;
             for (part, place) in &pair {
                 let other = &self.of_base[place.found];
-                other.values()?;
+                other.checked()?;
                 matched.insert(place.found);
                 let shape = |found: &Found<'_>, part: &Part| (part.rows.len(), found.weight.widths.0);
                 let (own, theirs) = (shape(found, part), shape(other, &place.part));
@@ -227,6 +227,8 @@ impl<'a> Extract<'a> {
         }
         control.finish("extract", self.pairs.len());
         let changed = self.changed(control)?;
+        self.tuned.check_files()?;
+        self.base.check_files()?;
         if layers.is_empty() {
             let what = match changed.len() {
                 0 => "the two checkpoints are the same".to_owned(),
@@ -287,10 +289,10 @@ impl<'a> Extract<'a> {
                     continue;
                 }
                 let Some(other) = others.get(&name) else { continue };
-                let same =
-                    other.dtype == tensor.dtype && other.shape == tensor.shape && other.bytes == tensor.bytes;
+                let (own, theirs) = (tensor.bytes()?, other.bytes()?);
+                let same = other.dtype == tensor.dtype && other.shape == tensor.shape && own == theirs;
                 // Types may differ and values be the same.
-                let equal = || match (Values::plain(tensor), Values::plain(*other)) {
+                let equal = || match (Values::plain(tensor, &own), Values::plain(*other, &theirs)) {
                     (Some(x), Some(y)) => x == y,
                     _ => false,
                 };

@@ -1,11 +1,11 @@
 //! Compiled pipelines, kept on disk: drivers take up to seconds to make them anew in every process.
 
-use std::fs;
-use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use sha2::{Digest, Sha256};
+
+use crate::io::disk::{self, File};
 
 /// A driver's cache, and the file that it comes from and goes to.
 pub(super) struct PipelineCache {
@@ -31,7 +31,7 @@ impl PipelineCache {
             info.driver_info
         );
         let file = folder.join(format!("pipelines-{}", &hex(&Sha256::digest(key))[..16]));
-        let data = match fs::read(&file) {
+        let data = match disk::read(&file) {
             Ok(bytes) => unsealed(&bytes).map(<[u8]>::to_vec),
             Err(_) => None,
         };
@@ -64,16 +64,15 @@ impl PipelineCache {
         let Some(data) = self.cache.get_data() else { return };
         let bytes = sealed(&data);
         let write = || -> std::io::Result<()> {
-            if fs::read(&self.file).is_ok_and(|old| old == bytes) {
+            if disk::read(&self.file).is_ok_and(|old| old == bytes) {
                 return Ok(());
             }
             let folder = self.file.parent().unwrap_or(Path::new("."));
-            fs::create_dir_all(folder)?;
+            disk::create_folder(folder)?;
             // Another process sees the old file or the new one.
-            let mut temp = tempfile::NamedTempFile::new_in(folder)?;
-            temp.write_all(&bytes)?;
-            temp.persist(&self.file)?;
-            Ok(())
+            let (file, temp) = File::temporary(folder, &tempfile::Builder::new())?;
+            file.write_at(&bytes, 0)?;
+            disk::persist(temp, &self.file, true)
         };
         match write() {
             Ok(()) => {

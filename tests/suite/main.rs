@@ -22,6 +22,7 @@ mod ops;
 mod portability;
 mod report;
 mod soundness;
+mod sources;
 mod ssr;
 mod streaming;
 mod truncating;

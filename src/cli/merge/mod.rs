@@ -343,7 +343,12 @@ impl Common {
             protect: inputs.files.clone(),
             metadata: strengths.into_iter().collect(),
         };
-        let to = Destination { path: output, options: &options, truncation: self.truncate.truncation() };
+        let to = Destination {
+            path: output,
+            sink: None,
+            options: &options,
+            truncation: self.truncate.truncation(),
+        };
         let report = out.long(|control| {
             let weighted = inputs.weighted();
             let after = self.truncate.after(self.calibrate_singular_values);

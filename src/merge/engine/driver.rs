@@ -8,18 +8,20 @@ use std::time::Instant;
 use super::chunks::{IN_FLIGHT, chunks, in_turn, room};
 use super::measure::Squares;
 use super::truncate::{self, Cut, Cuts, Truncations};
-use crate::adapter::{Draft, save_while, stacked_rank};
+use crate::adapter::{Draft, Output, save_while, stacked_rank};
 use crate::merge::members::{joined, members, passed_through, template};
 use crate::merge::{
     Action, DeviceMemory, InputReport, LayerReport, Merged, Plan, PlannedLayer, Report, Truncation, factored,
 };
-use crate::{Adapter, Control, Device, Layer, LayerKey, Result, SaveOptions, Weighted};
+use crate::{Adapter, Control, Device, Layer, LayerKey, Result, SaveOptions, Weighted, WriteAt};
 
 /// Where a merge goes while it is computed.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy)]
 pub struct Destination<'a> {
-    /// The file to write.
+    /// The file to write, or the name of what is written to `sink`.
     pub path: &'a Path,
+    /// What a host has instead of a file.
+    pub sink: Option<&'a dyn WriteAt>,
     /// How it is written.
     pub options: &'a SaveOptions,
     /// What every layer is truncated to, as by [`Merged::truncated_for`] these options.
@@ -187,18 +189,19 @@ pub(crate) fn run(run: &Run<'_>, spec: &Spec<'_>) -> Result<Merged> {
             let layers = kept.iter_mut().filter_map(|kept| kept.layer.take()).collect();
             (finish(&inputs, layers)?, inputs, kept)
         }
-        Some(Destination { path, options, .. }) => {
+        Some(&Destination { path, sink, options, .. }) => {
             // Hashes are as long as what stands for them.
             let mut before = inputs.clone();
             for (input, weighted) in before.iter_mut().zip(run.adapters) {
                 input.sha256 = weighted.adapter.has_file().then(|| "0".repeat(64));
             }
             let skeleton = finish(&before, plan.layers().iter().map(|l| merging.planned(l)).collect())?;
-            let (inputs, kept) = save_while(&skeleton, path, options, &run.control, |draft| {
-                let (inputs, kept) = merging.all(inputs, Some(draft))?;
-                let metadata = metadata(run, spec, &inputs)?;
-                Ok(((inputs, kept), metadata))
-            })?;
+            let (inputs, kept) =
+                save_while(&skeleton, Output { path, sink }, options, &run.control, |draft| {
+                    let (inputs, kept) = merging.all(inputs, Some(draft))?;
+                    let metadata = metadata(run, spec, &inputs)?;
+                    Ok(((inputs, kept), metadata))
+                })?;
             (skeleton, inputs, kept)
         }
     };
@@ -243,6 +246,11 @@ pub(crate) fn run(run: &Run<'_>, spec: &Spec<'_>) -> Result<Merged> {
     tracing::info!(method = spec.method, layers = report.layers.len(), seconds = report.seconds, "merged");
     merging.spent.log();
     Ok(Merged { adapter, report })
+}
+
+/// The same layers, which keep nothing of what they read for longer than they live themselves.
+fn unread(members: Vec<(&Layer, f64)>) -> Vec<(Layer, f64)> {
+    members.into_iter().map(|(layer, scale)| (layer.unread(), scale)).collect()
 }
 
 /// Whether a truncation may take something of a fused module: not, if one adapter alone has it and its rank is low enough.
@@ -333,6 +341,7 @@ impl Merging<'_> {
         })?;
         // A hash that was interrupted is missing, as that of an adapter in memory is.
         control.check()?;
+        adapters.iter().try_for_each(|weighted| weighted.adapter.check_file())?;
         control.finish("merge", total);
         Ok((inputs, results.into_values().collect()))
     }
@@ -422,13 +431,18 @@ impl Merging<'_> {
         let Self { run, spec, spent, .. } = self;
         run.control.check()?;
         spent.time(&spent.check, || self.check(planned))?;
-        let job = |&planned| Job { planned, members: members(planned, run.adapters) };
-        let jobs: Vec<Job<'_>> = planned.iter().map(job).collect();
+        // What is read of these layers goes with them.
+        let own: Vec<_> = planned.iter().map(|planned| unread(members(planned, run.adapters))).collect();
+        let job = |i: usize| Job {
+            planned: planned[i],
+            members: own[i].iter().map(|(layer, scale)| (layer, *scale)).collect(),
+        };
+        let jobs: Vec<Job<'_>> = (0..planned.len()).map(job).collect();
         tracing::trace!(layers = jobs.len(), gpu = on.is_gpu(), "merging a chunk");
         let mut kept: Vec<Option<Kept>> = jobs.iter().map(|_| None).collect();
         let (sums, merged): (Vec<usize>, Vec<usize>) = (0..jobs.len())
             .partition(|&i| !self.is_merged(planned[i]) || (spec.is_sum && self.is_truncated(planned[i])));
-        let chosen: Vec<Job<'_>> = merged.iter().map(|&i| job(&planned[i])).collect();
+        let chosen: Vec<Job<'_>> = merged.iter().map(|&i| job(i)).collect();
         if !chosen.is_empty() {
             let done = spent.time(&spent.merge, || (spec.merge)(on, &chosen))?;
             for (i, done) in merged.into_iter().zip(done) {
