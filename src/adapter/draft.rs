@@ -13,6 +13,7 @@ use sha2::{Digest, Sha256};
 use super::write::{Module, Target, modules};
 use super::{Adapter, Layer, LayerKey, SaveOptions, TensorData, hash, metadata};
 use crate::io::atomic::{AtomicFile, Flusher, write_error};
+use crate::io::blamed;
 use crate::io::safetensors_file::{FileDtype, Layout, SafetensorsFile, TensorOut};
 use crate::{Control, Dtype, Error, Result, WriteAt};
 
@@ -94,10 +95,23 @@ struct Place {
 /// cases it is, byte for byte, what saving the computed adapter writes.
 pub(crate) fn save_while<T>(
     adapter: &Adapter,
+    to: Output<'_>,
+    options: &SaveOptions,
+    control: &Control<'_>,
+    compute: impl FnOnce(&Draft<'_>) -> Result<(T, BTreeMap<String, String>)>,
+) -> Result<T> {
+    let files = files_of(adapter);
+    let unchanged = || files.iter().try_for_each(|file| file.check());
+    blamed(written(adapter, to, options, control, compute, &unchanged), unchanged)
+}
+
+fn written<T>(
+    adapter: &Adapter,
     Output { path, sink }: Output<'_>,
     options: &SaveOptions,
     control: &Control<'_>,
     compute: impl FnOnce(&Draft<'_>) -> Result<(T, BTreeMap<String, String>)>,
+    unchanged: &dyn Fn() -> Result<()>,
 ) -> Result<T> {
     let failed = |e| write_error(path, e);
     let dtype = options.dtype.unwrap_or(adapter.dtype());
@@ -110,9 +124,6 @@ pub(crate) fn save_while<T>(
         metadata::written(modules, target.spelling.format, adapter.family(), &given, hash)
     };
     let protect = protected(adapter, options);
-    let files = files_of(adapter);
-    let unchanged = || files.iter().try_for_each(|file| file.check());
-
     let first = match sink {
         Some(sink) => Sink::Host(sink),
         None => Sink::File(AtomicFile::create(path, options.overwrite, &protect)?),

@@ -43,9 +43,9 @@ use self::spelling::{Spelling, Usual};
 pub(crate) use self::weights::{Inventory, Part, Weight, layers_of_weight};
 pub use self::write::{SaveOptions, Unnamed};
 pub use crate::io::atomic::{check_target, remove_temporary_files, same_file, write_atomic};
-use crate::io::disk;
 use crate::io::safetensors_file::SafetensorsFile;
 use crate::io::spill::Values;
+use crate::io::{disk, resting_on};
 use crate::{Control, Dtype, Error, Matrix, RawMatrix, ReadAt, Result, WriteAt};
 
 /// The name of the tensors' file in a PEFT folder.
@@ -248,8 +248,7 @@ impl Adapter {
         config: Option<(&Path, &str)>,
         options: &OpenOptions,
     ) -> Result<Self> {
-        let read::Read { layers, notes } = read::read(&file, config, options)?;
-        file.check()?;
+        let read::Read { layers, notes } = resting_on(read::read(&file, config, options), || file.check())?;
         tracing::info!(file = %file.path().display(), layers = layers.len(), "read an adapter");
         // Text encoders come in fewer spellings; the main model's layers tell more.
         let main = layers.iter().find(|l| l.key.component().is_empty()).or(layers.first());
@@ -382,8 +381,8 @@ impl Adapter {
 
     pub(crate) fn check_finite_with(&self, control: &Control<'_>) -> Result<()> {
         let check = |layer: &Layer| control.check().and_then(|()| self.check_layer(layer)).err();
-        self.layers().par_iter().filter_map(check).find_first(|_| true).map_or(Ok(()), Err)?;
-        self.check_file()
+        let first = self.layers().par_iter().filter_map(check).find_first(|_| true);
+        resting_on(first.map_or(Ok(()), Err), || self.check_file())
     }
 
     /// Refuses NaN and infinity in one of the layers.
@@ -391,8 +390,6 @@ impl Adapter {
         let layer = &layer.unread();
         let first = |tensor| Some((tensor, Tensor::raw(tensor).first_non_finite()?));
         let Some((tensor, i)) = [&layer.a, &layer.b].into_iter().find_map(first) else { return Ok(()) };
-        // What cannot be read is no number either.
-        self.check_file()?;
         let raw = tensor.raw();
         let size = raw.dtype().size();
         let element = RawMatrix::within(raw.dtype(), 1, 1, &raw.bytes()[i * size..]);

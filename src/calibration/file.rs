@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{Blocks, Calibration, State, Sum, Task};
 use crate::io::atomic::write_atomic;
+use crate::io::resting_on;
 use crate::io::safetensors_file::{FileDtype, SafetensorsFile, TensorOut, TensorRef, write_safetensors};
 use crate::{Error, LayerKey, Matrix, ReadAt, Result};
 
@@ -90,7 +91,7 @@ impl Calibration {
     /// [`Error::File`] and [`Error::Tensor`], naming file and key, if it is no calibration, is of another version,
     /// or anything in it is missing, of the wrong shape, not symmetric or not finite.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
-        Self::read(SafetensorsFile::open(path.as_ref())?)
+        Self::read(&SafetensorsFile::open(path.as_ref())?)
     }
 
     /// As [`open`](Self::open), of what a host has. `name` stands for the file in errors.
@@ -98,10 +99,14 @@ impl Calibration {
     /// # Errors
     /// As of [`open`](Self::open).
     pub fn from_source(name: &str, source: Arc<dyn ReadAt>) -> Result<Self> {
-        Self::read(SafetensorsFile::from_source(name, source)?)
+        Self::read(&SafetensorsFile::from_source(name, source)?)
     }
 
-    fn read(file: SafetensorsFile) -> Result<Self> {
+    fn read(file: &SafetensorsFile) -> Result<Self> {
+        resting_on(Self::parsed(file), || file.check())
+    }
+
+    fn parsed(file: &SafetensorsFile) -> Result<Self> {
         let path = file.path();
         let get = |key: &str| file.metadata().get(key).map(String::as_str);
         if get(KIND) != Some("calibration") {
@@ -198,7 +203,6 @@ impl Calibration {
                 "belongs to no task and layer of the pool in the metadata",
             ));
         }
-        file.check()?;
         let tasks = records.into_iter().map(|r| Task { name: r.name, a_sha256: r.a_sha256 }).collect();
         tracing::info!(file = %path.display(), layers = layers.len(), "read a calibration");
         let path = Some(path.to_owned());

@@ -21,8 +21,8 @@ use self::resident::Resident;
 pub(crate) use self::resident::arena;
 use crate::adapter::dotted;
 pub use crate::compute::ops::Activations;
-use crate::io::disk;
 use crate::io::safetensors_file::{FileDtype, SafetensorsFile, TensorRef};
+use crate::io::{disk, resting_on};
 use crate::words::count;
 use crate::{Adapter, Control, Device, Dtype, Error, Layer, LayerKey, Matrix, RawMatrix, Result};
 
@@ -383,9 +383,20 @@ impl Calibration {
         control: &Control<'_>,
         summary: &mut FileSummary,
     ) -> Result<()> {
-        let slot = self.slot(source)?;
         let file = SafetensorsFile::open(path)?;
-        let alias = read_alias(&file, |name| self.key(name))?;
+        resting_on(self.add_open(device, source, &file, control, summary), || file.check())
+    }
+
+    fn add_open(
+        &mut self,
+        device: &Device,
+        source: Source,
+        file: &SafetensorsFile,
+        control: &Control<'_>,
+        summary: &mut FileSummary,
+    ) -> Result<()> {
+        let (path, slot) = (file.path(), self.slot(source)?);
+        let alias = read_alias(file, |name| self.key(name))?;
         let total = file.tensors().count();
         let limit = resident::call_limit(device);
         let mut pending = Vec::new();
@@ -431,7 +442,6 @@ impl Calibration {
             summary.tokens += x.rows as u64;
         }
         self.add_inputs(device, slot, &host(&pending))?;
-        file.check()?;
         control.finish("calibrate", total);
         tracing::info!(file = %path.display(), tensors = total, "read activations");
         Ok(())
@@ -452,8 +462,8 @@ impl Calibration {
         }
         let State { sums, resident } = state;
         let resident = resident.get_or_insert_with(|| Resident::new(device, layers, pool));
-        resident.accumulate(slot, inputs, &pool.adapters, tasks, sums)?;
-        pool.adapters.iter().try_for_each(Adapter::check_file)
+        let added = resident.accumulate(slot, inputs, &pool.adapters, tasks, sums);
+        resting_on(added, || pool.adapters.iter().try_for_each(Adapter::check_file))
     }
 
     /// Fetches sums that are on the device. Methods that read them do it themselves.

@@ -15,6 +15,7 @@ use serde::Serialize;
 use super::quantised::{CHUNK, Noise, Round, Stored, Values, fresh_scale, scale_bytes};
 use super::read::{Checkpoint, Found, Shard};
 use crate::io::atomic::{AtomicFile, AtomicFolder, Flusher, free_folder, write_error};
+use crate::io::blamed;
 use crate::io::disk::{self, File};
 use crate::io::safetensors_file::SafetensorsFile;
 use crate::words::count;
@@ -292,7 +293,11 @@ impl<'a> Bake<'a> {
     /// [`Error::Layer`] for values that are not finite, or too large for the stored type; [`Error::Io`];
     /// [`Error::Cancelled`].
     pub fn save(&self, path: impl AsRef<Path>, control: &Control<'_>) -> Result<BakeReport> {
-        let (path, start) = (path.as_ref(), Instant::now());
+        blamed(self.write_all(path.as_ref(), control), || self.check_inputs())
+    }
+
+    fn write_all(&self, path: &Path, control: &Control<'_>) -> Result<BakeReport> {
+        let start = Instant::now();
         self.check_output(path)?;
         let adapters: Vec<&Adapter> = self.adapters.iter().map(|of| of.adapter).collect();
         adapters.iter().try_for_each(|adapter| adapter.check_finite_with(control))?;

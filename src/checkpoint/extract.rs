@@ -11,6 +11,7 @@ use super::low_rank::{LowRank, error, low_rank};
 use super::quantised::{CHUNK, Values};
 use super::read::{Checkpoint, Found, Place};
 use crate::adapter::{Part, layers_of_weight};
+use crate::io::resting_on;
 use crate::words::count;
 use crate::{Adapter, Control, Dtype, Error, Family, Format, Matrix, Result, Spectrum, Truncation};
 
@@ -200,6 +201,11 @@ impl<'a> Extract<'a> {
     /// [`Error::Invalid`] for a truncation out of range, or if no module differs; [`Error::Tensor`] for values that are not
     /// finite; [`Error::Cancelled`].
     pub fn run(&self, options: &ExtractOptions, control: &Control<'_>) -> Result<Extracted> {
+        let unchanged = || self.tuned.check_files().and_then(|()| self.base.check_files());
+        resting_on(self.extracted(options, control), unchanged)
+    }
+
+    fn extracted(&self, options: &ExtractOptions, control: &Control<'_>) -> Result<Extracted> {
         let start = Instant::now();
         check(&options.truncation)?;
         let (mut layers, mut reports, mut unchanged) = (Vec::new(), Vec::new(), 0);
@@ -227,8 +233,6 @@ impl<'a> Extract<'a> {
         }
         control.finish("extract", self.pairs.len());
         let changed = self.changed(control)?;
-        self.tuned.check_files()?;
-        self.base.check_files()?;
         if layers.is_empty() {
             let what = match changed.len() {
                 0 => "the two checkpoints are the same".to_owned(),

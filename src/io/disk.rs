@@ -7,8 +7,14 @@ use std::time::SystemTime;
 
 use memmap2::Mmap;
 
+pub(crate) mod mapped;
+
+use self::mapped::Mapped;
+
 #[cfg(test)]
 pub(crate) mod faults;
+#[cfg(all(test, feature = "cli"))]
+mod tests;
 
 /// What is asked of the file system.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -98,7 +104,7 @@ impl File {
     }
 
     /// Maps it.
-    pub fn map(&self) -> io::Result<Mmap> {
+    pub fn map(&self) -> io::Result<Mapped> {
         asked(Call::Map, &self.path)?;
         // SAFETY: the map is only read, and this crate replaces files by renaming, never in place. Another process may
         // write to the file all the same: then bytes change between two looks at them, which is sound for what reads
@@ -106,7 +112,8 @@ impl File {
         // another process cuts the file, touching what is gone ends the process by a signal; no memory is read that is
         // not the map's. `FileSource` maps only what is local, `FileSource::check` finds both out before a result is
         // kept, and the command line says which file it was.
-        unsafe { Mmap::map(&self.file) }
+        let map = unsafe { Mmap::map(&self.file) }?;
+        Ok(Mapped::new(map, &self.path))
     }
 
     /// Fills a buffer from a place, from any thread.
@@ -229,6 +236,16 @@ impl super::WriteAt for File {
 
     fn set_size(&self, bytes: u64) -> io::Result<()> {
         self.set_size(bytes)
+    }
+}
+
+impl super::ReadAt for File {
+    fn size(&self) -> u64 {
+        self.state().map_or(0, |(size, _)| size)
+    }
+
+    fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+        self.read_at(buffer, offset)
     }
 }
 

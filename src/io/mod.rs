@@ -10,3 +10,4 @@ pub(crate) mod spill;
 
 pub use self::control::{Control, Progress};
 pub use self::source::{ReadAt, WriteAt};
+pub(crate) use self::source::{blamed, resting_on};

@@ -5,9 +5,8 @@ use std::io;
 use std::path::Path;
 use std::time::SystemTime;
 
-use memmap2::Mmap;
-
-use super::disk;
+use super::disk::{self, mapped::Mapped};
+use crate::{Error, Result};
 
 /// What gives bytes at an offset: a file in a host's archive, an object in a store, a `File` of a browser.
 /// [`Adapter::from_source`](crate::Adapter::from_source) reads an adapter from one, a factor at a time, when it is needed.
@@ -76,6 +75,20 @@ pub trait WriteAt: Send + Sync {
     fn set_size(&self, bytes: u64) -> io::Result<()>;
 }
 
+/// A result, unless what it rests on has changed or could not be read: then that is the error, whatever came of it.
+pub(crate) fn resting_on<T>(result: Result<T>, check: impl Fn() -> Result<()>) -> Result<T> {
+    let value = blamed(result, &check)?;
+    check().map(|()| value)
+}
+
+/// A result. If it is an error, and something that it rests on has changed or could not be read, then that is the error.
+pub(crate) fn blamed<T>(result: Result<T>, check: impl Fn() -> Result<()>) -> Result<T> {
+    match result {
+        Err(error) if !matches!(error, Error::Cancelled) => check().and(Err(error)),
+        result => result,
+    }
+}
+
 impl ReadAt for Cow<'static, [u8]> {
     fn size(&self) -> u64 {
         self.len() as u64
@@ -98,7 +111,7 @@ pub(crate) struct FileSource {
     file: disk::File,
     size: u64,
     modified: Option<SystemTime>,
-    map: Option<Mmap>,
+    map: Option<Mapped>,
 }
 
 impl FileSource {

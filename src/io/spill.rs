@@ -5,9 +5,7 @@ use std::io;
 use std::ops::Deref;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use memmap2::Mmap;
-
-use super::disk::File;
+use super::disk::{File, mapped::Mapped};
 
 /// Bytes of factors that are kept in memory, in the whole process.
 const KEPT: usize = 256 << 20;
@@ -20,7 +18,7 @@ static HELD: AtomicUsize = AtomicUsize::new(0);
 #[derive(Debug)]
 pub(crate) enum Values {
     Memory(Vec<f32>),
-    Mapped(Mmap),
+    Mapped(Mapped),
 }
 
 impl Values {
@@ -60,7 +58,7 @@ impl Deref for Values {
 }
 
 /// Little-endian values in a file that has no name and goes with the map.
-fn mapped(values: &[f32]) -> io::Result<Mmap> {
+fn mapped(values: &[f32]) -> io::Result<Mapped> {
     let file = File::unnamed()?;
     file.write_at(bytemuck::cast_slice(values), 0)?;
     // It has no name, and nothing but this map holds it once this function returns: nobody can cut it short.

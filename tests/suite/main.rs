@@ -21,6 +21,7 @@ mod np_lora;
 mod ops;
 mod portability;
 mod report;
+mod soak;
 mod soundness;
 mod sources;
 mod ssr;

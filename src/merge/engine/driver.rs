@@ -1,6 +1,6 @@
 //! What every method does around its own arithmetic: match, check, pass through, cut into chunks, write, report.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
@@ -9,6 +9,7 @@ use super::chunks::{IN_FLIGHT, chunks, in_turn, room};
 use super::measure::Squares;
 use super::truncate::{self, Cut, Cuts, Truncations};
 use crate::adapter::{Draft, Output, save_while, stacked_rank};
+use crate::io::blamed;
 use crate::merge::members::{joined, members, passed_through, template};
 use crate::merge::{
     Action, DeviceMemory, InputReport, LayerReport, Merged, Plan, PlannedLayer, Report, Truncation, factored,
@@ -77,7 +78,17 @@ pub struct Run<'a> {
     pub(crate) control: Control<'a>,
     pub(crate) truncation: Truncations,
     pub(crate) output: Option<&'a Destination<'a>>,
+    pub(crate) only: Option<Only<'a>>,
     pub(crate) start: Instant,
+}
+
+/// Some layers of a merge.
+#[derive(Clone, Copy)]
+pub(crate) struct Only<'a> {
+    /// Which.
+    pub layers: &'a BTreeSet<&'a LayerKey>,
+    /// How the merge is written, on which depends what is truncated as one.
+    pub options: &'a SaveOptions,
 }
 
 impl<'a> Run<'a> {
@@ -90,6 +101,7 @@ impl<'a> Run<'a> {
             control,
             truncation: Truncations::default(),
             output: None,
+            only: None,
             start: Instant::now(),
         }
     }
@@ -161,6 +173,10 @@ impl From<Done> for Kept {
 
 /// Merges the layers that several adapters have, in chunks that the device has room for, and passes the others through.
 pub(crate) fn run(run: &Run<'_>, spec: &Spec<'_>) -> Result<Merged> {
+    blamed(merged(run, spec), || run.adapters.iter().try_for_each(|of| of.adapter.check_file()))
+}
+
+fn merged(run: &Run<'_>, spec: &Spec<'_>) -> Result<Merged> {
     run.truncation.check()?;
     let plan = Plan::new(run.adapters)?;
     let inputs: Vec<_> = run.adapters.iter().map(InputReport::new).collect();
@@ -170,7 +186,8 @@ pub(crate) fn run(run: &Run<'_>, spec: &Spec<'_>) -> Result<Merged> {
         Ok(Adapter::new("merged", first.format(), layers)?.spelled_like(first).with_metadata(metadata))
     };
     let mut merging = Merging { run, spec, plan: &plan, groups: HashMap::new(), spent: Spent::default() };
-    let options = run.output.map_or_else(SaveOptions::default, |to| to.options.clone());
+    let options = run.output.map(|to| to.options).or(run.only.map(|only| only.options));
+    let options = options.cloned().unwrap_or_default();
     let mut notes = plan.notes().to_vec();
     {
         let skeleton = finish(&inputs, plan.layers().iter().map(|l| merging.planned(l)).collect())?;
@@ -300,7 +317,10 @@ impl Merging<'_> {
         draft: Option<&Draft<'_>>,
     ) -> Result<(Vec<InputReport>, Vec<Kept>)> {
         let Run { device, adapters, control, .. } = self.run;
-        let units = self.units();
+        let mut units = self.units();
+        if let Some(only) = self.run.only {
+            units.retain(|unit| unit.iter().any(|(_, planned)| only.layers.contains(&planned.key)));
+        }
         let units: Vec<&[(usize, &PlannedLayer)]> = units.iter().map(Vec::as_slice).collect();
         let host = |unit: &[(usize, &PlannedLayer)]| {
             let rank = |l| self.rank(l).min(self.run.truncation.rank());
@@ -327,7 +347,8 @@ impl Merging<'_> {
         let name = |i: usize| chunks[i].0.first().map_or("", |(_, planned)| planned.name.as_str());
         rayon::in_place_scope(|scope| {
             scope.spawn(|_| device.prepare_algebra());
-            for (input, weighted) in inputs.iter_mut().zip(*adapters) {
+            let hashed = if self.run.only.is_none() { *adapters } else { &[] };
+            for (input, weighted) in inputs.iter_mut().zip(hashed) {
                 scope.spawn(|_| {
                     let hash = || weighted.adapter.file_sha256_with(control).ok();
                     input.sha256 = self.spent.time(&self.spent.hash, hash);
