@@ -295,6 +295,9 @@ mod tests {
         let mut table = Table::new(&["module", ">rank"]);
         table.row(["x".repeat(1 << 17) + "é.7", "8".to_owned()].map(String::from));
         let text = table.to_string();
-        assert!(text.contains("xxx…xxx") && text.contains("é.7      8") && text.len() < 1000, "{text}");
+        assert!(
+            text.contains("xxx…xxx") && text.contains("é.7") && text.ends_with(" 8") && text.len() < 1000,
+            "{text}"
+        );
     }
 }

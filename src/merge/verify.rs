@@ -11,7 +11,7 @@ use crate::io::resting_on;
 use crate::{Adapter, Control, Device, Error, Layer, LayerKey, RawMatrix, Result, SaveOptions, Weighted};
 
 /// The most that a merge may be off what the CPU finds in f64, relative in the Frobenius norm, beside the rounding of its
-/// factors to the file's type.
+/// factors to the file's type, unless its method [has another bound](Method::bound).
 pub const VERIFIED: f64 = 1e-4;
 
 /// What [`verify`] found.
@@ -34,7 +34,7 @@ pub struct Verified {
 /// them is as good, and may differ by as much as they are large.
 ///
 /// # Errors
-/// [`Error::Layer`] for a layer that is missing or further off than [`VERIFIED`] and the rounding of its factors; as of the
+/// [`Error::Layer`] for a layer that is missing or further off than [`Method::bound`] and the rounding of its factors; as of the
 /// method's `merge_with`.
 pub fn verify(
     method: &dyn Method,
@@ -79,7 +79,7 @@ fn verified(
             let reason = format!("is missing in {}; {BUG}", merged.path().display());
             return Err(Error::layer(want.name(), reason));
         };
-        let off = compare(&got.unread(), want, !truncation.is_none())?;
+        let off = compare(&got.unread(), want, !truncation.is_none(), method.bound())?;
         if off > verified.worst || verified.layers == 0 {
             (verified.worst, verified.layer) = (off, want.name());
         }
@@ -92,7 +92,7 @@ fn verified(
 const BUG: &str = "this is an error of the program or of the GPU's driver: please report it, with what `loraweld devices` says";
 
 /// How far one update is off the other, relative to the other's norm.
-fn compare(got: &Layer, want: &Layer, truncated: bool) -> Result<f64> {
+fn compare(got: &Layer, want: &Layer, truncated: bool, bound: f64) -> Result<f64> {
     let fail = |reason: String| Err(Error::layer(want.name(), reason));
     if (got.input, got.output) != (want.input, want.output) {
         return fail(format!(
@@ -106,7 +106,7 @@ fn compare(got: &Layer, want: &Layer, truncated: bool) -> Result<f64> {
     let relative = if off == 0.0 { 0.0 } else { off / norm.max(f64::MIN_POSITIVE) };
     let rounding = rounding(got);
     // NaN is not smaller.
-    if off <= VERIFIED * norm + rounding {
+    if off <= bound * norm + rounding {
         return Ok(relative);
     }
     // What is cut off where singular values are alike is a matter of chance.
@@ -114,17 +114,17 @@ fn compare(got: &Layer, want: &Layer, truncated: bool) -> Result<f64> {
     let (most, last) = (t.first().copied().unwrap_or(0.0), significant_last(&t));
     let near = |i: usize| {
         let of = |values: &[f64]| values.get(i).copied().unwrap_or(0.0);
-        (of(&s) - of(&t)).abs() <= VERIFIED * most + rounding
+        (of(&s) - of(&t)).abs() <= bound * most + rounding
     };
     let alike = (0..s.len().max(t.len())).all(near);
     let largest = difference.singular_values().first().copied().unwrap_or(f64::NAN);
     let may_differ = truncated || got.rank < got.input.min(got.output);
-    if may_differ && alike && largest <= 2.0 * last + VERIFIED * most + rounding {
+    if may_differ && alike && largest <= 2.0 * last + bound * most + rounding {
         return Ok(relative);
     }
     fail(format!(
         "the merge is {relative:.1e} off what the CPU finds in f64, relative to the update's norm of {norm:.3e}; at most \
-         {VERIFIED:.0e} and a rounding of {:.1e} is promised; {BUG}",
+         {bound:.0e} and a rounding of {:.1e} is promised; {BUG}",
         rounding / norm
     ))
 }
@@ -240,7 +240,7 @@ mod tests {
             (Matrix::from_fn(2, 6, |k, i| of(6, i, k)), Matrix::from_fn(6, 2, |i, k| of(6, i, k)))
         };
         let layer = |from| Layer::new("x.0", eye(from).0, eye(from).1).unwrap();
-        assert!(compare(&layer(0), &layer(2), true).is_ok());
-        assert!(compare(&layer(0).with_scale(1.1), &layer(2), true).is_err());
+        assert!(compare(&layer(0), &layer(2), true, VERIFIED).is_ok());
+        assert!(compare(&layer(0).with_scale(1.1), &layer(2), true, VERIFIED).is_err());
     }
 }

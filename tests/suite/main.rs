@@ -15,6 +15,7 @@ mod entries;
 mod families;
 mod field;
 mod fusion;
+mod hostile;
 mod known_issues;
 mod memory;
 mod np_lora;

@@ -17,11 +17,14 @@ pub(crate) enum Outcome {
     Fails(io::Error),
 }
 
+/// What becomes of a call, by its number from 0 on.
+type Choose = dyn Fn(usize, Call, &Path) -> Outcome + Send + Sync;
+
 /// What becomes of the calls on paths in a folder, by their number from 0 on.
 pub(crate) struct Plan {
     folder: PathBuf,
     calls: AtomicUsize,
-    outcome: Box<dyn Fn(usize, Call, &Path) -> Outcome + Send + Sync>,
+    outcome: Box<Choose>,
 }
 
 static PLANS: Mutex<Vec<Arc<Plan>>> = Mutex::new(Vec::new());

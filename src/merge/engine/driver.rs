@@ -12,7 +12,8 @@ use crate::adapter::{Draft, Output, save_while, stacked_rank};
 use crate::io::blamed;
 use crate::merge::members::{joined, members, passed_through, template};
 use crate::merge::{
-    Action, DeviceMemory, InputReport, LayerReport, Merged, Plan, PlannedLayer, Report, Truncation, factored,
+    Action, DeviceMemory, InputReport, LayerReport, Merged, Plan, PlannedLayer, Report, Truncation, VERIFIED,
+    factored,
 };
 use crate::{Adapter, Control, Device, Layer, LayerKey, Result, SaveOptions, Weighted, WriteAt};
 
@@ -38,6 +39,11 @@ pub trait Method: Sync {
     fn check(&self, adapters: usize) -> Result<()> {
         let _ = adapters;
         Ok(())
+    }
+
+    /// How far its updates may be off what the CPU finds in f64, relative, on any device in `auto` arithmetic.
+    fn bound(&self) -> f64 {
+        VERIFIED
     }
 
     /// Merges, into memory or into a file.
