@@ -86,7 +86,7 @@ pub use checkpoint::{
 };
 pub use compute::{Device, DeviceOptions, Disable, Precision, Select};
 pub use error::{Error, Remedy, Result};
-pub use io::{Control, Progress};
+pub use io::{Control, Progress, ReadAt, WriteAt};
 pub use matrix::{Dtype, Matrix, RawMatrix};
 pub use merge::{
     Absent, Action, Alone, Bases, Budget, Coordinates, CoreMerge, Dare, Destination, DeviceMemory,

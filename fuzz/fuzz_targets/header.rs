@@ -9,8 +9,8 @@ fuzz_target!(|data: &[u8]| {
         let _ = adapter.check_finite();
         let _ = adapter.a_sha256();
         for layer in adapter.layers() {
-            assert_eq!(layer.a().bytes.len(), layer.rank * layer.input * layer.a().dtype.size());
-            assert_eq!(layer.b().bytes.len(), layer.rank * layer.output * layer.b().dtype.size());
+            assert_eq!(layer.a().bytes().len(), layer.rank() * layer.input() * layer.a().dtype().size());
+            assert_eq!(layer.b().bytes().len(), layer.rank() * layer.output() * layer.b().dtype().size());
         }
     }
 });

@@ -22,7 +22,7 @@ fuzz_target!(|text: &str| {
         for layer in adapter.layers() {
             assert!(Format::ALL.contains(&layer.format().unwrap_or(Format::Peft)));
             assert!(layer.matches("*") && !layer.block().is_empty());
-            assert!(layer.key.as_str() == LayerKey::parse(&layer.name()).as_str(), "{}", layer.name());
+            assert!(layer.key().as_str() == LayerKey::parse(&layer.name()).as_str(), "{}", layer.name());
         }
     }
 });

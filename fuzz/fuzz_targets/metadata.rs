@@ -25,7 +25,7 @@ fuzz_target!(|text: &str| {
         let header = serde_json::to_vec(&header).expect("a header");
         let bytes = [&(header.len() as u64).to_le_bytes()[..], &header, &[0x3c; 8]].concat();
         if let Ok(adapter) = Adapter::from_bytes("fuzz", bytes) {
-            assert!(adapter.layers()[0].scale.value.is_finite());
+            assert!(adapter.layers()[0].scale().value.is_finite());
             let _ = Adapter::common_metadata([&adapter, &adapter]);
         }
     }

@@ -2,7 +2,6 @@
 
 use std::cmp::Reverse;
 use std::collections::BTreeMap;
-use std::io::Write;
 use std::path::PathBuf;
 
 use loraweld::adapter::write_atomic;
@@ -216,7 +215,7 @@ impl Adapter {
     #[pyo3(signature = (*, bits = false))]
     fn tensors<'py>(slf: &Bound<'py, Self>, bits: bool) -> PyResult<Bound<'py, PyDict>> {
         let adapter = &slf.get().adapter;
-        let bytes = adapter.file_bytes().unwrap_or_default();
+        let bytes = adapter.file_bytes().map_err(raised)?.unwrap_or_default();
         let file = SafeTensors::deserialize(bytes)
             .map_err(|e| Raised::new("FileError", format!("{}: {e}", adapter.path().display())))?;
         let all = PyDict::new(slf.py());
@@ -235,7 +234,7 @@ impl Adapter {
     #[pyo3(signature = (path, *, force = false))]
     fn save(&self, py: Python<'_>, path: PathBuf, force: bool) -> PyResult<()> {
         let saved = py.detach(|| {
-            let bytes = self.adapter.file_bytes().unwrap_or_default();
+            let bytes = self.adapter.file_bytes()?.unwrap_or_default();
             let protect: Vec<PathBuf> =
                 self.path.iter().cloned().chain([self.adapter.path().into()]).collect();
             write_atomic(&path, force, &protect, |file| file.write_all(bytes))

@@ -1,7 +1,6 @@
 //! Files of adapters that are written while their layers are computed.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::fs::File;
 use std::io::{self, BufWriter, Write};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -13,9 +12,10 @@ use sha2::{Digest, Sha256};
 
 use super::write::{Module, Target, modules};
 use super::{Adapter, Layer, LayerKey, SaveOptions, TensorData, metadata};
-use crate::io::atomic::{AtomicFile, Flusher, read_at, write_at, write_error};
-use crate::io::safetensors_file::{FileDtype, Layout, TensorOut};
-use crate::{Control, Dtype, Error, Result};
+use crate::io::atomic::{AtomicFile, Flusher, write_error};
+use crate::io::blamed;
+use crate::io::safetensors_file::{FileDtype, Layout, SafetensorsFile, TensorOut};
+use crate::{Control, Dtype, Error, Result, WriteAt};
 
 /// Bytes that are gathered before they are written.
 const BUFFER: usize = 1 << 17;
@@ -23,7 +23,7 @@ const BUFFER: usize = 1 << 17;
 /// A file that is laid out, and filled as factors become known, in any order and from any thread.
 pub(crate) struct Draft<'a> {
     path: &'a Path,
-    file: &'a File,
+    file: &'a dyn WriteAt,
     dtype: Dtype,
     options: &'a SaveOptions,
     control: &'a Control<'a>,
@@ -36,8 +36,39 @@ pub(crate) struct Draft<'a> {
     end: AtomicU64,
     /// Layers of modules that lack others.
     waiting: Mutex<HashMap<usize, Vec<Layer>>>,
-    flusher: &'a Flusher,
+    flusher: Option<&'a Flusher>,
     written: Mutex<HashMap<usize, Written>>,
+}
+
+/// Where a file goes.
+#[derive(Clone, Copy)]
+pub(crate) struct Output<'a> {
+    /// What errors name, and what is written if there is no sink.
+    pub path: &'a Path,
+    /// What a host has for it.
+    pub sink: Option<&'a dyn WriteAt>,
+}
+
+/// What a host has, or a file that is not there until it is whole.
+enum Sink<'a> {
+    Host(&'a dyn WriteAt),
+    File(AtomicFile),
+}
+
+impl Sink<'_> {
+    fn get(&self) -> &dyn WriteAt {
+        match self {
+            Self::Host(sink) => *sink,
+            Self::File(file) => file.file(),
+        }
+    }
+
+    fn commit(self, path: &Path) -> Result<()> {
+        match self {
+            Self::Host(_) => Ok(()),
+            Self::File(file) => file.commit(path),
+        }
+    }
 }
 
 /// What became of a module.
@@ -64,10 +95,23 @@ struct Place {
 /// cases it is, byte for byte, what saving the computed adapter writes.
 pub(crate) fn save_while<T>(
     adapter: &Adapter,
-    path: &Path,
+    to: Output<'_>,
     options: &SaveOptions,
     control: &Control<'_>,
     compute: impl FnOnce(&Draft<'_>) -> Result<(T, BTreeMap<String, String>)>,
+) -> Result<T> {
+    let files = files_of(adapter);
+    let unchanged = || files.iter().try_for_each(|file| file.check());
+    blamed(written(adapter, to, options, control, compute, &unchanged), unchanged)
+}
+
+fn written<T>(
+    adapter: &Adapter,
+    Output { path, sink }: Output<'_>,
+    options: &SaveOptions,
+    control: &Control<'_>,
+    compute: impl FnOnce(&Draft<'_>) -> Result<(T, BTreeMap<String, String>)>,
+    unchanged: &dyn Fn() -> Result<()>,
 ) -> Result<T> {
     let failed = |e| write_error(path, e);
     let dtype = options.dtype.unwrap_or(adapter.dtype());
@@ -80,20 +124,24 @@ pub(crate) fn save_while<T>(
         metadata::written(modules, target.spelling.format, adapter.family(), &given, hash)
     };
     let protect = protected(adapter, options);
-    let create = || AtomicFile::create(path, options.overwrite, &protect);
-
-    let first = create()?;
-    let (planned, result, after, written) = {
+    let first = match sink {
+        Some(sink) => Sink::Host(sink),
+        None => Sink::File(AtomicFile::create(path, options.overwrite, &protect)?),
+    };
+    let (planned, end, result, after, written) = {
         let mut tensors: Vec<_> = modules.iter().flat_map(|m| m.tensors(dtype)).collect();
         // Hashes are not known yet, but how long they are.
         let before = metadata(&modules, adapter.metadata(), &|| Ok("0".repeat(64))).map_err(failed)?;
         let layout = Layout::new(&before, &mut tensors).map_err(failed)?;
-        first.file().set_len(layout.len()).map_err(failed)?;
-        let flusher = Flusher::new(&first, layout.len());
+        first.get().set_size(layout.len()).map_err(failed)?;
+        let flusher = match &first {
+            Sink::File(file) => Some(Flusher::new(file, layout.len())),
+            Sink::Host(_) => None,
+        };
         let places = tensors.iter().map(|t| t.name.clone()).zip(layout.places.iter().cloned());
         let draft = Draft {
             path,
-            file: first.file(),
+            file: first.get(),
             dtype,
             options,
             control,
@@ -102,20 +150,20 @@ pub(crate) fn save_while<T>(
             places: places.collect(),
             end: layout.len().into(),
             waiting: Mutex::default(),
-            flusher: &flusher,
+            flusher: flusher.as_ref(),
             written: Mutex::default(),
         };
         let (result, after) = compute(&draft)?;
-        let written = draft.finish()?;
-        flusher.finish().map_err(failed)?;
-        (layout, result, after, written)
+        let (written, end) = draft.finish()?;
+        flusher.map_or(Ok(()), Flusher::finish).map_err(failed)?;
+        (layout, end, result, after, written)
     };
 
     for (module, written) in modules.iter_mut().zip(&written) {
         (module.rank, module.alpha) = (written.rank, written.alpha);
     }
     let mut tensors: Vec<_> =
-        written.iter().flat_map(|w| &w.tensors).map(|place| place.tensor(first.file())).collect();
+        written.iter().flat_map(|w| &w.tensors).map(|place| place.tensor(first.get())).collect();
     TensorOut::sort(&mut tensors);
     let hash = || {
         let mut sha = Sha256::new();
@@ -125,31 +173,66 @@ pub(crate) fn save_while<T>(
     let metadata = metadata(&modules, &after, &hash).map_err(failed)?;
     let layout = Layout::new(&metadata, &mut tensors).map_err(failed)?;
     if layout.places == planned.places {
-        write_at(first.file(), &layout.header, 0).map_err(failed)?;
+        // What was written beyond the plan is not needed.
+        let write =
+            || first.get().set_size(layout.len()).and_then(|()| first.get().write_at(&layout.header, 0));
+        write().map_err(failed)?;
         drop(tensors);
         control.check()?;
+        unchanged()?;
         return first.commit(path).map(|()| result);
     }
     tracing::debug!("not all layers have the rank that was planned; writing the file again");
-    let second = create()?;
-    let file = second.file();
-    file.set_len(layout.len()).and_then(|()| write_at(file, &layout.header, 0)).map_err(failed)?;
-    let write =
-        |(t, place): (&TensorOut<'_>, Range<u64>)| write_tensor(t, file, place.start, control).map(drop);
-    tensors.par_iter().zip(layout.places).try_for_each(write).map_err(failed)?;
-    drop(tensors);
-    drop(first);
-    second.commit(path).map(|()| result)
+    let write = |file: &dyn WriteAt, start: u64| {
+        file.set_size(start + layout.len())?;
+        file.write_at(&layout.header, start)?;
+        let all = tensors.par_iter().zip(&layout.places);
+        all.try_for_each(|(t, place)| write_tensor(t, file, start + place.start, control))
+    };
+    match &first {
+        Sink::Host(sink) => {
+            // Behind the first, and then from there to the front.
+            write(*sink, end).and_then(|()| moved_down(*sink, end, layout.len(), control)).map_err(failed)?;
+            unchanged()
+        }
+        Sink::File(_) => {
+            let second = AtomicFile::create(path, options.overwrite, &protect)?;
+            write(second.file(), 0).map_err(failed)?;
+            drop(tensors);
+            drop(first);
+            unchanged()?;
+            second.commit(path)
+        }
+    }
+    .map(|()| result)
+}
+
+/// Moves so many bytes from a place to the front, and ends there.
+fn moved_down(sink: &dyn WriteAt, from: u64, bytes: u64, control: &Control<'_>) -> io::Result<()> {
+    let mut buffer = vec![0; bytes.min(COPY as u64) as usize];
+    for at in (0..bytes).step_by(COPY) {
+        control.check().map_err(io::Error::other)?;
+        let piece = &mut buffer[..(bytes - at).min(COPY as u64) as usize];
+        sink.read_at(piece, from + at)?;
+        sink.write_at(piece, at)?;
+    }
+    sink.set_size(bytes)
+}
+
+/// The files that its tensors come from.
+fn files_of(adapter: &Adapter) -> Vec<&SafetensorsFile> {
+    let tensors = adapter.layers().iter().flat_map(|layer| [&layer.a, &layer.b]);
+    let files = tensors.filter_map(|tensor| match &tensor.data {
+        TensorData::File(file, ..) => Some(file),
+        _ => None,
+    });
+    let by_path: BTreeMap<_, _> = files.chain(&adapter.0.file).map(|file| (file.path(), file)).collect();
+    by_path.into_values().collect()
 }
 
 /// Files that are not to be overwritten.
 fn protected(adapter: &Adapter, options: &SaveOptions) -> Vec<PathBuf> {
-    let tensors = adapter.layers().iter().flat_map(|layer| [&layer.a, &layer.b]);
-    let files = tensors.filter_map(|tensor| match &tensor.data {
-        TensorData::File(file, _) => Some(file),
-        _ => None,
-    });
-    let files = files.chain(&adapter.0.file).filter(|file| file.is_on_disk());
+    let files = files_of(adapter).into_iter().filter(|file| file.is_on_disk());
     let all: BTreeSet<_> =
         options.protect.iter().map(PathBuf::as_path).chain(files.map(|file| file.path())).collect();
     all.into_iter().map(Path::to_owned).collect()
@@ -194,8 +277,8 @@ impl Draft<'_> {
         layers.into_par_iter().try_for_each(|layer| self.put(layer))
     }
 
-    /// Writes what was there from the start; gives what became of every module.
-    fn finish(self) -> Result<Vec<Written>> {
+    /// Writes what was there from the start; gives what became of every module, and where the last of them ends.
+    fn finish(self) -> Result<(Vec<Written>, u64)> {
         let lacking: BTreeSet<usize> = self.planned.values().copied().collect();
         let rest = self.modules.par_iter().enumerate().filter(|(i, _)| !lacking.contains(i));
         rest.try_for_each(|(i, module)| self.write(i, module))?;
@@ -203,7 +286,7 @@ impl Draft<'_> {
         let all = self.modules.iter().enumerate().map(|(i, module)| {
             written.remove(&i).ok_or_else(|| Error::layer(module.layer.name(), "was not computed"))
         });
-        all.collect()
+        Ok((all.collect::<Result<_>>()?, self.end.into_inner()))
     }
 
     fn write(&self, i: usize, module: &Module<'_>) -> Result<()> {
@@ -215,7 +298,7 @@ impl Draft<'_> {
                 _ => self.end.fetch_add(size, Ordering::Relaxed),
             };
             write_tensor(&t, self.file, start, self.control).map_err(|e| write_error(self.path, e))?;
-            self.flusher.wrote(size);
+            self.flusher.inspect(|flusher| flusher.wrote(size));
             let TensorOut { name, dtype, shape, .. } = t;
             tensors.push(Place { name, dtype, shape, start });
         }
@@ -226,14 +309,14 @@ impl Draft<'_> {
 
 impl Place {
     /// The tensor, read from the draft.
-    fn tensor<'a>(&self, draft: &'a File) -> TensorOut<'a> {
+    fn tensor<'a>(&self, draft: &'a dyn WriteAt) -> TensorOut<'a> {
         let Self { name, dtype, shape, start } = self;
         let (start, size) = (*start, shape.iter().product::<usize>() * dtype.bitsize() / 8);
         let write = move |out: &mut dyn Write| {
             let mut buffer = vec![0; COPY.min(size)];
             (0..size).step_by(COPY).try_for_each(|at| {
                 let piece = &mut buffer[..COPY.min(size - at)];
-                read_at(draft, piece, start + at as u64)?;
+                draft.read_at(piece, start + at as u64)?;
                 out.write_all(piece)
             })
         };
@@ -245,7 +328,7 @@ impl Place {
 const COPY: usize = 1 << 20;
 
 /// Writes a tensor to its place.
-fn write_tensor(t: &TensorOut<'_>, file: &File, start: u64, control: &Control<'_>) -> io::Result<()> {
+fn write_tensor(t: &TensorOut<'_>, file: &dyn WriteAt, start: u64, control: &Control<'_>) -> io::Result<()> {
     let mut out = BufWriter::with_capacity(BUFFER, At { file, next: start, control });
     (t.write)(&mut out)?;
     let At { next, .. } = out.into_inner().map_err(io::IntoInnerError::into_error)?;
@@ -254,7 +337,7 @@ fn write_tensor(t: &TensorOut<'_>, file: &File, start: u64, control: &Control<'_
 
 /// Writes to a place of a file, and ends with [`Error::Cancelled`] if it has to.
 struct At<'a> {
-    file: &'a File,
+    file: &'a dyn WriteAt,
     next: u64,
     control: &'a Control<'a>,
 }
@@ -264,7 +347,7 @@ impl Write for At<'_> {
         self.control.check().map_err(io::Error::other)?;
         // In pieces, between which the call may be cancelled.
         let bytes = &bytes[..bytes.len().min(COPY)];
-        write_at(self.file, bytes, self.next)?;
+        self.file.write_at(bytes, self.next)?;
         self.next += bytes.len() as u64;
         Ok(bytes.len())
     }

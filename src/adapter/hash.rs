@@ -3,6 +3,7 @@
 use sha2::{Digest, Sha256};
 
 use super::{Adapter, Layer};
+use crate::io::safetensors_file::SafetensorsFile;
 use crate::words::hex;
 use crate::{Control, RawMatrix, Result};
 
@@ -12,11 +13,11 @@ const CHUNK: usize = 1 << 14;
 /// Bytes hashed between looks at the cancellation token.
 const BLOCK: usize = 4 << 20;
 
-pub(super) fn of_bytes(bytes: &[u8], control: &Control<'_>) -> Result<String> {
+pub(super) fn of_file(file: &SafetensorsFile, control: &Control<'_>) -> Result<String> {
     let mut sha = Sha256::new();
-    for block in bytes.chunks(BLOCK) {
+    for start in (0..file.size()).step_by(BLOCK) {
         control.check()?;
-        sha.update(block);
+        sha.update(file.read(start..file.size().min(start + BLOCK as u64))?);
     }
     Ok(hex(sha.finalize().as_slice()))
 }
@@ -32,6 +33,7 @@ pub(super) fn of_a(adapter: &Adapter) -> String {
     }
     let (mut values, mut bytes) = (vec![0f32; CHUNK], Vec::with_capacity(4 * CHUNK));
     for layer in adapter.layers() {
+        let layer = layer.unread();
         let a = layer.a();
         for chunk in a.bytes().chunks(CHUNK * a.dtype().size()) {
             let n = chunk.len() / a.dtype().size();

@@ -63,9 +63,9 @@ impl Adapter {
     /// This compares keys with what the loaders were seen to take whole, and says nothing of widths. A loader may take
     /// some layers all the same.
     pub fn not_taken(&self, loader: Loader) -> Vec<NotTaken> {
-        let only_blocks = self.only_blocks();
+        let (family, only_blocks) = (self.family(), self.only_blocks());
         let not_taken = |layer: &Layer| {
-            let reason = refused(layer, self.family(), loader, only_blocks)?;
+            let reason = refused(layer, family, loader, only_blocks)?;
             Some(NotTaken { module: layer.key_in_file(), reason })
         };
         // Parts of a fused module are one key.

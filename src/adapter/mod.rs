@@ -30,7 +30,7 @@ use std::sync::{Arc, OnceLock};
 use rayon::prelude::*;
 
 pub use self::blocks::{BlockPreset, Strengths};
-pub(crate) use self::draft::{Draft, save_while};
+pub(crate) use self::draft::{Draft, Output, save_while};
 pub use self::families::Family;
 use self::families::{Fused, Names};
 pub(crate) use self::fuse::{stack, stacked_rank, unstack};
@@ -45,7 +45,8 @@ pub use self::write::{SaveOptions, Unnamed};
 pub use crate::io::atomic::{check_target, remove_temporary_files, same_file, write_atomic};
 use crate::io::safetensors_file::SafetensorsFile;
 use crate::io::spill::Values;
-use crate::{Control, Dtype, Error, Matrix, RawMatrix, Result};
+use crate::io::{disk, resting_on};
+use crate::{Control, Dtype, Error, Matrix, RawMatrix, ReadAt, Result, WriteAt};
 
 /// The name of the tensors' file in a PEFT folder.
 const PEFT_MODEL: &str = "adapter_model.safetensors";
@@ -164,7 +165,7 @@ impl Adapter {
         let text = if !folder && model.file_name() != Some(PEFT_MODEL.as_ref()) {
             None
         } else {
-            match std::fs::read_to_string(&config) {
+            match disk::read_to_string(&config) {
                 Ok(text) => Some(text),
                 Err(e) if e.kind() == std::io::ErrorKind::NotFound && !folder => None,
                 // Guessing alpha would scale every layer wrongly without a word.
@@ -198,6 +199,22 @@ impl Adapter {
         Self::from_file(name, file, None, options)
     }
 
+    /// Opens a `.safetensors` file that a host has, in an archive of its own or in a browser. Its header is read at once,
+    /// factors when they are needed; merges, norms and hashes keep few of them at a time. `name` stands for the file in
+    /// errors.
+    ///
+    /// # Errors
+    /// As [`open_with`](Self::open_with). If a factor cannot be read later, what was asked for fails with [`Error::Io`].
+    pub fn from_source(
+        name: impl Into<String>,
+        source: Arc<dyn ReadAt>,
+        options: &OpenOptions,
+    ) -> Result<Self> {
+        let name = name.into();
+        let file = SafetensorsFile::from_source(&name, source)?;
+        Self::from_file(name, file, None, options)
+    }
+
     /// The same file, read with these options; one that is in memory has no `adapter_config.json`. An adapter that was made
     /// of layers stays as it is.
     ///
@@ -210,9 +227,19 @@ impl Adapter {
         }
     }
 
-    /// The bytes of the file that it was read from; `None` if it was made of layers.
-    pub fn file_bytes(&self) -> Option<&[u8]> {
-        self.0.file.as_ref().map(SafetensorsFile::bytes)
+    /// The bytes of the file that it was read from; `None` if it was made of layers. Where the file is neither in memory nor
+    /// mapped, they are read at the first call, and kept.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if they cannot be read.
+    pub fn file_bytes(&self) -> Result<Option<&[u8]>> {
+        self.0.file.as_ref().map(SafetensorsFile::bytes).transpose()
+    }
+
+    /// Fails if its file could not be read, or has changed since it was opened. What was computed of it is to be thrown
+    /// away then.
+    pub(crate) fn check_file(&self) -> Result<()> {
+        self.0.file.as_ref().map_or(Ok(()), SafetensorsFile::check)
     }
 
     fn from_file(
@@ -221,7 +248,7 @@ impl Adapter {
         config: Option<(&Path, &str)>,
         options: &OpenOptions,
     ) -> Result<Self> {
-        let read::Read { layers, notes } = read::read(&file, config, options)?;
+        let read::Read { layers, notes } = resting_on(read::read(&file, config, options), || file.check())?;
         tracing::info!(file = %file.path().display(), layers = layers.len(), "read an adapter");
         // Text encoders come in fewer spellings; the main model's layers tell more.
         let main = layers.iter().find(|l| l.key.component().is_empty()).or(layers.first());
@@ -354,11 +381,13 @@ impl Adapter {
 
     pub(crate) fn check_finite_with(&self, control: &Control<'_>) -> Result<()> {
         let check = |layer: &Layer| control.check().and_then(|()| self.check_layer(layer)).err();
-        self.layers().par_iter().filter_map(check).find_first(|_| true).map_or(Ok(()), Err)
+        let first = self.layers().par_iter().filter_map(check).find_first(|_| true);
+        resting_on(first.map_or(Ok(()), Err), || self.check_file())
     }
 
     /// Refuses NaN and infinity in one of the layers.
     pub(crate) fn check_layer(&self, layer: &Layer) -> Result<()> {
+        let layer = &layer.unread();
         let first = |tensor| Some((tensor, Tensor::raw(tensor).first_non_finite()?));
         let Some((tensor, i)) = [&layer.a, &layer.b].into_iter().find_map(first) else { return Ok(()) };
         let raw = tensor.raw();
@@ -391,7 +420,7 @@ impl Adapter {
 
     pub(crate) fn file_sha256_with(&self, control: &Control<'_>) -> Result<String> {
         match &self.0.file {
-            Some(file) => hash::of_bytes(file.bytes(), control),
+            Some(file) => hash::of_file(file, control),
             None => Err(Error::Invalid(format!("adapter `{}` does not come from a file", self.name()))),
         }
     }
@@ -412,7 +441,24 @@ impl Adapter {
         options: &SaveOptions,
         control: Control<'_>,
     ) -> Result<()> {
-        save_while(self, path.as_ref(), options, &control, |_| Ok(((), self.0.metadata.clone())))
+        let to = Output { path: path.as_ref(), sink: None };
+        save_while(self, to, options, &control, |_| Ok(((), self.0.metadata.clone())))
+    }
+
+    /// As [`save_with`](Self::save_with), to what a host has. `name` stands for it in errors.
+    /// [`SaveOptions::overwrite`] and [`SaveOptions::protect`] are of no account.
+    ///
+    /// # Errors
+    /// As of [`save`](Self::save). What was written is to be thrown away then.
+    pub fn save_to(
+        &self,
+        name: &str,
+        sink: &dyn WriteAt,
+        options: &SaveOptions,
+        control: Control<'_>,
+    ) -> Result<()> {
+        let to = Output { path: Path::new(name), sink: Some(sink) };
+        save_while(self, to, options, &control, |_| Ok(((), self.0.metadata.clone())))
     }
 }
 
@@ -543,6 +589,11 @@ impl Layer {
         };
         let (a, b) = (tensor(&self.a, rank, self.input, group), tensor(&self.b, self.output, rank, 0));
         Self { rank, scale: Scale::given(1.0), a, b, ..self.clone() }
+    }
+
+    /// The same layer, which keeps nothing of what it reads for longer than it lives itself.
+    pub(crate) fn unread(&self) -> Self {
+        Self { a: self.a.unread(), b: self.b.unread(), ..self.clone() }
     }
 
     /// The layer's name for people: the module as the file spells it, without the prefix; of a text encoder,
@@ -679,8 +730,8 @@ struct Tensor {
 
 #[derive(Clone)]
 enum TensorData {
-    /// From a row of the file's tensor.
-    File(SafetensorsFile, usize),
+    /// From a row of the file's tensor, and what was read of it if the file is neither mapped nor in memory.
+    File(SafetensorsFile, usize, Arc<OnceLock<Vec<u8>>>),
     Memory(Arc<Values>),
     /// Of any type, little-endian.
     Bytes(Arc<Vec<u8>>),
@@ -697,9 +748,10 @@ impl Tensor {
     fn raw(&self) -> RawMatrix<'_> {
         let len = self.rows * self.cols * self.dtype.size();
         let bytes = match &self.data {
-            TensorData::File(file, row) => {
-                let bytes = file.tensor(&self.key).map_or(&[][..], |t| t.bytes);
-                bytes.get(row * self.cols * self.dtype.size()..).and_then(|b| b.get(..len)).unwrap_or(&[])
+            TensorData::File(file, row, read) => {
+                let start = row * self.cols * self.dtype.size();
+                let read = || read.get_or_init(|| file.read_of(&self.key, start, len)).as_slice();
+                file.held_of(&self.key, start, len).unwrap_or_else(read)
             }
             TensorData::Memory(values) => values,
             TensorData::Bytes(bytes) => bytes.as_slice(),
@@ -711,15 +763,26 @@ impl Tensor {
     /// Some of the rows.
     fn rows(&self, rows: std::ops::Range<usize>) -> Self {
         let data = match &self.data {
-            TensorData::File(file, first) => TensorData::File(file.clone(), first + rows.start),
+            TensorData::File(file, first, _) => {
+                TensorData::File(file.clone(), first + rows.start, Arc::default())
+            }
             _ => TensorData::Bytes(Arc::new(self.raw().row_range(rows.start, rows.end).bytes().to_vec())),
         };
         Self { rows: rows.len(), data, ..self.clone() }
     }
 
+    /// The same values, not read yet.
+    fn unread(&self) -> Self {
+        let data = match &self.data {
+            TensorData::File(file, row, _) => TensorData::File(file.clone(), *row, Arc::default()),
+            data => data.clone(),
+        };
+        Self { data, ..self.clone() }
+    }
+
     /// Rows of a file's tensor before this one.
     fn first_row(&self) -> usize {
-        if let TensorData::File(_, row) = self.data { row } else { 0 }
+        if let TensorData::File(_, row, _) = self.data { row } else { 0 }
     }
 
     /// Whether both hold the same bytes.
@@ -741,7 +804,7 @@ impl Tensor {
 
     fn path(&self) -> Option<&Path> {
         match &self.data {
-            TensorData::File(file, _) => Some(file.path()),
+            TensorData::File(file, ..) => Some(file.path()),
             TensorData::Memory(_) | TensorData::Bytes(_) | TensorData::Planned(_) => None,
         }
     }

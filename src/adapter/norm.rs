@@ -6,7 +6,8 @@ use crate::RawMatrix;
 impl Layer {
     /// Frobenius norm of ΔW: `‖s·B·A‖² = s²·⟨BᵀB, A·Aᵀ⟩`, in f64; NaN if a factor holds one.
     pub fn norm(&self) -> f64 {
-        let (aa, bb) = (gram(self.a(), true), gram(self.b(), false));
+        let layer = self.unread();
+        let (aa, bb) = (gram(layer.a(), true), gram(layer.b(), false));
         let squared: f64 = aa.iter().zip(&bb).map(|(x, y)| x * y).sum();
         // `max` would make zero of NaN.
         let squared = if squared < 0.0 { 0.0 } else { squared };

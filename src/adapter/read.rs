@@ -12,6 +12,7 @@ use super::other::{self, Base, Lost, Other};
 use super::scale::{Scale, Scales};
 use super::spelling::Spelling;
 use super::{Format, Kernel, Layer, PartOf, Tensor, TensorData, fuse};
+use crate::io::disk;
 use crate::io::safetensors_file::{FileDtype, SafetensorsFile, TensorRef};
 use crate::words::count;
 use crate::{Dtype, Error, Matrix, Remedy, Result};
@@ -497,7 +498,7 @@ pub(super) fn factor(file: &SafetensorsFile, t: &TensorRef, wanted: &str) -> Res
         FileDtype::BF16 => Dtype::Bf16,
         // Every value of theirs is one of f16.
         FileDtype::F8_E4M3 | FileDtype::F8_E5M2 => {
-            let bytes = t.bytes.iter().flat_map(|&b| f8(b, t.dtype).to_le_bytes()).collect::<Vec<u8>>();
+            let bytes = t.bytes()?.iter().flat_map(|&b| f8(b, t.dtype).to_le_bytes()).collect::<Vec<u8>>();
             let data = TensorData::Bytes(bytes.into());
             return Ok(Tensor { dtype: Dtype::F16, rows, cols, key, data });
         }
@@ -506,7 +507,7 @@ pub(super) fn factor(file: &SafetensorsFile, t: &TensorRef, wanted: &str) -> Res
             return fail(format!("is of type {other}; {supported}"));
         }
     };
-    Ok(Tensor { dtype, rows, cols, key, data: TensorData::File(file.clone(), 0) })
+    Ok(Tensor { dtype, rows, cols, key, data: TensorData::File(file.clone(), 0, Arc::default()) })
 }
 
 /// A number of 8 bits, exactly.
@@ -530,17 +531,19 @@ pub(super) fn number(path: &Path, t: &TensorRef, what: &str) -> Result<f64> {
     if t.shape.iter().product::<usize>() != 1 {
         return fail(format!("has the shape {:?}, but {what} is one number", t.shape));
     }
+    let bytes = t.bytes()?;
+    let bytes = &*bytes;
     macro_rules! number {
         ($type:ty) => {
-            t.bytes.try_into().map(<$type>::from_le_bytes).ok().map(|x| x as f64)
+            bytes.try_into().map(<$type>::from_le_bytes).ok().map(|x| x as f64)
         };
     }
     let value = match t.dtype {
         FileDtype::F64 => number!(f64),
         FileDtype::F32 => number!(f32),
-        FileDtype::F16 => t.bytes.try_into().map(|b| half::f16::from_le_bytes(b).to_f64()).ok(),
-        FileDtype::BF16 => t.bytes.try_into().map(|b| half::bf16::from_le_bytes(b).to_f64()).ok(),
-        FileDtype::F8_E4M3 | FileDtype::F8_E5M2 => t.bytes.first().map(|b| f8(*b, t.dtype).to_f64()),
+        FileDtype::F16 => bytes.try_into().map(|b| half::f16::from_le_bytes(b).to_f64()).ok(),
+        FileDtype::BF16 => bytes.try_into().map(|b| half::bf16::from_le_bytes(b).to_f64()).ok(),
+        FileDtype::F8_E4M3 | FileDtype::F8_E5M2 => bytes.first().map(|b| f8(*b, t.dtype).to_f64()),
         FileDtype::I64 => number!(i64),
         FileDtype::U64 => number!(u64),
         FileDtype::I32 => number!(i32),
@@ -570,10 +573,8 @@ pub(super) fn shards(path: &Path) -> Result<BTreeSet<PathBuf>> {
     if !path.is_dir() {
         return Ok([path.to_owned()].into());
     }
-    let entries = std::fs::read_dir(path).map_err(|e| Error::io(path, "list", e))?;
     let mut files = BTreeSet::new();
-    for entry in entries {
-        let file = entry.map_err(|e| Error::io(path, "list", e))?.path();
+    for file in disk::list(path).map_err(|e| Error::io(path, "list", e))? {
         if file.extension().is_some_and(|e| e == "safetensors") && file.is_file() {
             files.insert(file);
         }

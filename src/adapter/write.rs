@@ -40,7 +40,8 @@ pub enum Unnamed {
     /// Nothing is written, and the error lists them.
     #[default]
     Refuse,
-    /// They keep the name that their file has, with the format's prefix where only that differs.
+    /// They keep the name that their file has, with the format's prefix where only that differs. XLabs' format has suffixes
+    /// for its own names alone, and so they are refused there.
     Keep,
     /// They are left out.
     LeaveOut,
@@ -242,6 +243,12 @@ impl Target {
         for layer in layers {
             match (self.written(layer), self.unnamed) {
                 (Ok(written), _) => all.push((layer, written)),
+                // XLabs' suffixes belong to its own names: what has another could be read by nobody.
+                (Err(reason), Unnamed::Keep)
+                    if self.own.is_none() && self.spelling.format == Format::Xlabs =>
+                {
+                    refused.push((layer, reason));
+                }
                 (Err(_), Unnamed::Keep) => all.push((layer, self.unknown(layer))),
                 (Err(_), _) if self.own.is_some() => all.push((layer, self.unknown(layer))),
                 (Err(_), Unnamed::LeaveOut) => {}

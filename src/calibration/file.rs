@@ -2,14 +2,15 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
 use serde::{Deserialize, Serialize};
 
 use super::{Blocks, Calibration, State, Sum, Task};
 use crate::io::atomic::write_atomic;
+use crate::io::resting_on;
 use crate::io::safetensors_file::{FileDtype, SafetensorsFile, TensorOut, TensorRef, write_safetensors};
-use crate::{Error, LayerKey, Matrix, Result};
+use crate::{Error, LayerKey, Matrix, ReadAt, Result};
 
 const KIND: &str = "loraweld.kind";
 const VERSION: &str = "loraweld.version";
@@ -90,7 +91,22 @@ impl Calibration {
     /// [`Error::File`] and [`Error::Tensor`], naming file and key, if it is no calibration, is of another version,
     /// or anything in it is missing, of the wrong shape, not symmetric or not finite.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
-        let file = SafetensorsFile::open(path.as_ref())?;
+        Self::read(&SafetensorsFile::open(path.as_ref())?)
+    }
+
+    /// As [`open`](Self::open), of what a host has. `name` stands for the file in errors.
+    ///
+    /// # Errors
+    /// As of [`open`](Self::open).
+    pub fn from_source(name: &str, source: Arc<dyn ReadAt>) -> Result<Self> {
+        Self::read(&SafetensorsFile::from_source(name, source)?)
+    }
+
+    fn read(file: &SafetensorsFile) -> Result<Self> {
+        resting_on(Self::parsed(file), || file.check())
+    }
+
+    fn parsed(file: &SafetensorsFile) -> Result<Self> {
         let path = file.path();
         let get = |key: &str| file.metadata().get(key).map(String::as_str);
         if get(KIND) != Some("calibration") {
@@ -210,7 +226,7 @@ fn read_gram(path: &Path, tensor: &TensorRef<'_>, order: usize) -> Result<Matrix
         ));
     }
     let gram =
-        Matrix { rows: order, cols: order, data: bytemuck::pod_collect_to_vec::<u8, f64>(tensor.bytes) };
+        Matrix { rows: order, cols: order, data: bytemuck::pod_collect_to_vec::<u8, f64>(&tensor.bytes()?) };
     for i in 0..order {
         for j in 0..=i {
             let (x, y) = (gram[(i, j)], gram[(j, i)]);

@@ -9,10 +9,11 @@
 mod file;
 mod resident;
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rayon::prelude::*;
 
@@ -21,6 +22,7 @@ pub(crate) use self::resident::arena;
 use crate::adapter::dotted;
 pub use crate::compute::ops::Activations;
 use crate::io::safetensors_file::{FileDtype, SafetensorsFile, TensorRef};
+use crate::io::{disk, resting_on};
 use crate::words::count;
 use crate::{Adapter, Control, Device, Dtype, Error, Layer, LayerKey, Matrix, RawMatrix, Result};
 
@@ -340,10 +342,8 @@ impl Calibration {
         if !path.is_dir() {
             return self.accumulate_file(device, source, path, control);
         }
-        let entries = std::fs::read_dir(path).map_err(|e| Error::io(path, "list", e))?;
         let mut files = Vec::<PathBuf>::new();
-        for entry in entries {
-            let file = entry.map_err(|e| Error::io(path, "list", e))?.path();
+        for file in disk::list(path).map_err(|e| Error::io(path, "list", e))? {
             if file.extension().is_some_and(|e| e == "safetensors") && file.is_file() {
                 files.push(file);
             }
@@ -383,9 +383,20 @@ impl Calibration {
         control: &Control<'_>,
         summary: &mut FileSummary,
     ) -> Result<()> {
-        let slot = self.slot(source)?;
         let file = SafetensorsFile::open(path)?;
-        let alias = read_alias(&file, |name| self.key(name))?;
+        resting_on(self.add_open(device, source, &file, control, summary), || file.check())
+    }
+
+    fn add_open(
+        &mut self,
+        device: &Device,
+        source: Source,
+        file: &SafetensorsFile,
+        control: &Control<'_>,
+        summary: &mut FileSummary,
+    ) -> Result<()> {
+        let (path, slot) = (file.path(), self.slot(source)?);
+        let alias = read_alias(file, |name| self.key(name))?;
         let total = file.tensors().count();
         let limit = resident::call_limit(device);
         let mut pending = Vec::new();
@@ -410,28 +421,27 @@ impl Calibration {
                 summary.unknown.push(tensor.name.to_owned());
                 continue;
             }
-            let x = activations(path, &tensor)?;
+            let x = Arc::new(Inputs::read(path, &tensor)?);
             for (key, width) in targets {
-                if x.cols() != width {
+                if x.cols != width {
                     let (name, file) = self.source()?.describe(&key);
-                    let reason =
-                        format!("has width {}, but {file} reads {width} on layer `{name}`", x.cols());
+                    let reason = format!("has width {}, but {file} reads {width} on layer `{name}`", x.cols);
                     return Err(Error::tensor(path, tensor.name, reason));
                 }
                 if let Some(blocks) = self.layers.get(&key) {
-                    cost += resident::call_cost(x, blocks.order());
-                    pending.push((key.clone(), Activations::Host(x)));
+                    cost += resident::call_cost(x.matrix(), blocks.order());
+                    pending.push((key.clone(), x.clone()));
                 }
                 summary.layers.insert(key);
                 if cost > limit {
-                    self.add_inputs(device, slot, &pending)?;
+                    self.add_inputs(device, slot, &host(&pending))?;
                     pending.clear();
                     cost = 0;
                 }
             }
-            summary.tokens += x.rows() as u64;
+            summary.tokens += x.rows as u64;
         }
-        self.add_inputs(device, slot, &pending)?;
+        self.add_inputs(device, slot, &host(&pending))?;
         control.finish("calibrate", total);
         tracing::info!(file = %path.display(), tensors = total, "read activations");
         Ok(())
@@ -452,7 +462,8 @@ impl Calibration {
         }
         let State { sums, resident } = state;
         let resident = resident.get_or_insert_with(|| Resident::new(device, layers, pool));
-        resident.accumulate(slot, inputs, &pool.adapters, tasks, sums)
+        let added = resident.accumulate(slot, inputs, &pool.adapters, tasks, sums);
+        resting_on(added, || pool.adapters.iter().try_for_each(Adapter::check_file))
     }
 
     /// Fetches sums that are on the device. Methods that read them do it themselves.
@@ -777,29 +788,48 @@ fn read_alias(
     Ok(names)
 }
 
-/// A tensor as activations, checked.
-fn activations<'a>(path: &Path, tensor: &TensorRef<'a>) -> Result<RawMatrix<'a>> {
-    let fail = |reason: String| Err(Error::tensor(path, tensor.name, reason));
-    let dtype = match tensor.dtype {
-        FileDtype::F32 => Dtype::F32,
-        FileDtype::F16 => Dtype::F16,
-        FileDtype::BF16 => Dtype::Bf16,
-        other => return fail(format!("is of type {other}; activations are F32, F16 or BF16")),
-    };
-    let &[rows, cols] = tensor.shape else {
-        return fail(format!("has the shape {:?}; activations are [tokens, width]", tensor.shape));
-    };
-    if rows == 0 || cols == 0 {
-        return fail(format!("has the shape [{rows}, {cols}]: it holds no tokens"));
+/// What a layer reads, of a file.
+struct Inputs<'a> {
+    dtype: Dtype,
+    rows: usize,
+    cols: usize,
+    bytes: Cow<'a, [u8]>,
+}
+
+/// The same as matrices.
+fn host<'a>(inputs: &'a [(LayerKey, Arc<Inputs<'_>>)]) -> Vec<(LayerKey, Activations<'a>)> {
+    inputs.iter().map(|(key, x)| (key.clone(), Activations::Host(x.matrix()))).collect()
+}
+
+impl<'a> Inputs<'a> {
+    fn matrix(&self) -> RawMatrix<'_> {
+        RawMatrix::within(self.dtype, self.rows, self.cols, &self.bytes)
     }
-    let x = RawMatrix::new(dtype, rows, cols, tensor.bytes)?;
-    match x.first_non_finite() {
-        None => Ok(x),
-        Some(i) => {
-            let (row, col) = (i / cols, i % cols);
-            fail(format!(
-                "element {i} (row {row}, column {col}) is NaN or infinite; every value must be finite"
-            ))
+
+    /// A tensor as activations, checked.
+    fn read(path: &Path, tensor: &TensorRef<'a>) -> Result<Self> {
+        let fail = |reason: String| Err(Error::tensor(path, tensor.name, reason));
+        let dtype = match tensor.dtype {
+            FileDtype::F32 => Dtype::F32,
+            FileDtype::F16 => Dtype::F16,
+            FileDtype::BF16 => Dtype::Bf16,
+            other => return fail(format!("is of type {other}; activations are F32, F16 or BF16")),
+        };
+        let &[rows, cols] = tensor.shape else {
+            return fail(format!("has the shape {:?}; activations are [tokens, width]", tensor.shape));
+        };
+        if rows == 0 || cols == 0 {
+            return fail(format!("has the shape [{rows}, {cols}]: it holds no tokens"));
+        }
+        let x = Self { dtype, rows, cols, bytes: tensor.bytes()? };
+        match x.matrix().first_non_finite() {
+            None => Ok(x),
+            Some(i) => {
+                let (row, col) = (i / cols, i % cols);
+                fail(format!(
+                    "element {i} (row {row}, column {col}) is NaN or infinite; every value must be finite"
+                ))
+            }
         }
     }
 }

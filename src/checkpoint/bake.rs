@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
-use std::fs::{self, File};
+use std::fs;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -14,7 +14,10 @@ use serde::Serialize;
 
 use super::quantised::{CHUNK, Noise, Round, Stored, Values, fresh_scale, scale_bytes};
 use super::read::{Checkpoint, Found, Shard};
-use crate::io::atomic::{AtomicFile, AtomicFolder, Flusher, free_folder, write_at, write_error};
+use crate::io::atomic::{AtomicFile, AtomicFolder, Flusher, free_folder, write_error};
+use crate::io::blamed;
+use crate::io::disk::{self, File};
+use crate::io::safetensors_file::SafetensorsFile;
 use crate::words::count;
 use crate::{Adapter, Control, Error, Family, Layer, Result, Weighted};
 
@@ -190,7 +193,7 @@ impl<'a> Bake<'a> {
                 };
                 let found = &self.found[place.found];
                 if !all.contains_key(&place.found) {
-                    found.values()?;
+                    found.checked()?;
                 }
                 let part = &place.part;
                 let shape = (part.rows.len(), found.weight.widths.0);
@@ -290,7 +293,11 @@ impl<'a> Bake<'a> {
     /// [`Error::Layer`] for values that are not finite, or too large for the stored type; [`Error::Io`];
     /// [`Error::Cancelled`].
     pub fn save(&self, path: impl AsRef<Path>, control: &Control<'_>) -> Result<BakeReport> {
-        let (path, start) = (path.as_ref(), Instant::now());
+        blamed(self.write_all(path.as_ref(), control), || self.check_inputs())
+    }
+
+    fn write_all(&self, path: &Path, control: &Control<'_>) -> Result<BakeReport> {
+        let start = Instant::now();
         self.check_output(path)?;
         let adapters: Vec<&Adapter> = self.adapters.iter().map(|of| of.adapter).collect();
         adapters.iter().try_for_each(|adapter| adapter.check_finite_with(control))?;
@@ -299,10 +306,11 @@ impl<'a> Bake<'a> {
         let Some(root) = &self.checkpoint.root else {
             let shard = &self.checkpoint.shards[0];
             let file = AtomicFile::create(path, self.options.overwrite, &self.inputs())?;
-            let flusher = Flusher::new(&file, shard.file.bytes().len() as u64);
+            let flusher = Flusher::new(&file, shard.file.size());
             self.write(0, shard, path, file.file(), &|bytes| flusher.wrote(bytes), control, &mut done)?;
             flusher.finish().map_err(|e| write_error(path, e))?;
             control.check()?;
+            self.check_inputs()?;
             file.commit(path)?;
             return Ok(self.report(done, start));
         };
@@ -310,12 +318,12 @@ impl<'a> Bake<'a> {
         let create = |relative: &Path| -> Result<PathBuf> {
             let to = folder.path().join(relative);
             to.parent()
-                .map_or(Ok(()), fs::create_dir_all)
+                .map_or(Ok(()), disk::create_folder)
                 .map_err(|e| Error::io(path, "create a folder in it", e))?;
             Ok(to)
         };
         for (i, shard) in self.checkpoint.shards.iter().enumerate() {
-            let file = File::create_new(create(&shard.relative)?)
+            let file = File::create_new(&create(&shard.relative)?)
                 .map_err(|e| Error::io(path, "create a file in it", e))?;
             self.write(i, shard, path, &file, &|_| (), control, &mut done)?;
             file.sync_all().map_err(|e| write_error(path, e))?;
@@ -323,9 +331,10 @@ impl<'a> Bake<'a> {
         for relative in &self.checkpoint.beside {
             control.check()?;
             let from = root.join(relative);
-            let copied = fs::copy(&from, create(relative)?).map_err(|e| Error::io(&from, "copy", e))?;
+            let copied = disk::copy(&from, &create(relative)?).map_err(|e| Error::io(&from, "copy", e))?;
             done.bytes += copied;
         }
+        self.check_inputs()?;
         folder.commit(path)?;
         Ok(self.report(done, start))
     }
@@ -350,6 +359,12 @@ impl<'a> Bake<'a> {
             ));
         }
         Ok(())
+    }
+
+    /// Fails if an input has changed since it was opened.
+    fn check_inputs(&self) -> Result<()> {
+        self.checkpoint.check_files()?;
+        self.adapters.iter().try_for_each(|of| of.adapter.check_file())
     }
 
     /// Files that are read.
@@ -384,11 +399,10 @@ impl<'a> Bake<'a> {
     ) -> Result<()> {
         let failed = |e| write_error(path, e);
         let (header, start) = shard.file.header_with(&self.metadata(shard)).map_err(failed)?;
-        let bytes = shard.file.bytes();
-        let length = (header.len() + bytes.len() - start) as u64;
-        out.set_len(length).and_then(|()| write_at(out, &header, 0)).map_err(failed)?;
+        let length = header.len() as u64 + shard.file.size() - start;
+        out.set_size(length).and_then(|()| out.write_at(&header, 0)).map_err(failed)?;
         let target = Writer { path, out, wrote, control, shift: header.len() as i64 - start as i64 };
-        let mut changed: Vec<(Range<usize>, usize, &Vec<Segment<'a>>)> = self
+        let mut changed: Vec<(Range<u64>, usize, &Vec<Segment<'a>>)> = self
             .updates
             .iter()
             .filter(|(found, _)| self.found[**found].shard == index)
@@ -399,7 +413,7 @@ impl<'a> Bake<'a> {
         for (place, i, segments) in &changed {
             let found = &self.found[*i];
             control.step("bake", found.tensor.name, done.tensors, self.updates.len())?;
-            target.copy(bytes, next..place.start)?;
+            target.copy(&shard.file, next..place.start)?;
             next = place.end;
             let values = found.values()?;
             let factored: Vec<Factored> =
@@ -417,7 +431,7 @@ impl<'a> Bake<'a> {
             }
             done.tensors += 1;
         }
-        target.copy(bytes, next..bytes.len())?;
+        target.copy(&shard.file, next..shard.file.size())?;
         // Over the old ones, which were copied with what is around them.
         scales.iter().try_for_each(|(place, bytes)| target.put(bytes, place.start))?;
         done.bytes += length;
@@ -466,7 +480,7 @@ impl<'a> Bake<'a> {
         segments: &[Segment<'_>],
         factored: &[Factored],
         grown: Option<&[f32]>,
-        place: usize,
+        place: u64,
         target: &Writer<'_>,
     ) -> Result<Vec<Sums>> {
         let noise = (self.options.round == Round::Stochastic).then(|| Noise::of(values.tensor.name));
@@ -479,7 +493,7 @@ impl<'a> Bake<'a> {
                 if !sums.fits {
                     return Err(unfit(values, rows, &scratch.delta, of));
                 }
-                target.put(&scratch.bytes, place + rows.start * row_bytes)?;
+                target.put(&scratch.bytes, place + (rows.start * row_bytes) as u64)?;
                 Ok(sums)
             };
             let pieces = factored.pieces(values.cols).into_par_iter();
@@ -499,8 +513,8 @@ impl<'a> Bake<'a> {
             if !gap.is_empty() && grown.is_some() {
                 one(&Factored::nothing(gap), None)?;
             } else if !gap.is_empty() {
-                let bytes = &values.tensor.bytes[gap.start * row_bytes..gap.end * row_bytes];
-                target.put_all(bytes, place + gap.start * row_bytes)?;
+                let bytes = &values.bytes[gap.start * row_bytes..gap.end * row_bytes];
+                target.put_all(bytes, place + (gap.start * row_bytes) as u64)?;
             }
         }
         segments.iter().zip(factored).map(|(segment, factored)| one(factored, Some(segment))).collect()
@@ -581,24 +595,28 @@ struct Writer<'a> {
 
 impl Writer<'_> {
     /// Writes bytes where `place` of the input was.
-    fn put(&self, bytes: &[u8], place: usize) -> Result<()> {
-        let place = (place as i64 + self.shift) as u64;
-        write_at(self.out, bytes, place).map_err(|e| write_error(self.path, e))?;
+    fn put(&self, bytes: &[u8], place: u64) -> Result<()> {
+        let place = place.wrapping_add_signed(self.shift);
+        self.out.write_at(bytes, place).map_err(|e| write_error(self.path, e))?;
         (self.wrote)(bytes.len() as u64);
         Ok(())
     }
 
     /// As [`put`](Self::put), side by side.
-    fn put_all(&self, bytes: &[u8], place: usize) -> Result<()> {
+    fn put_all(&self, bytes: &[u8], place: u64) -> Result<()> {
         bytes.par_chunks(COPY).enumerate().try_for_each(|(i, chunk)| {
             self.control.check()?;
-            self.put(chunk, place + i * COPY)
+            self.put(chunk, place + (i * COPY) as u64)
         })
     }
 
     /// Copies a part of the input.
-    fn copy(&self, input: &[u8], place: Range<usize>) -> Result<()> {
-        self.put_all(&input[place.clone()], place.start)
+    fn copy(&self, input: &SafetensorsFile, place: Range<u64>) -> Result<()> {
+        let starts: Vec<u64> = place.clone().step_by(COPY).collect();
+        starts.into_par_iter().try_for_each(|start| {
+            self.control.check()?;
+            self.put(&input.read(start..place.end.min(start + COPY as u64))?, start)
+        })
     }
 }
 

@@ -11,6 +11,7 @@ use super::low_rank::{LowRank, error, low_rank};
 use super::quantised::{CHUNK, Values};
 use super::read::{Checkpoint, Found, Place};
 use crate::adapter::{Part, layers_of_weight};
+use crate::io::resting_on;
 use crate::words::count;
 use crate::{Adapter, Control, Dtype, Error, Family, Format, Matrix, Result, Spectrum, Truncation};
 
@@ -158,10 +159,10 @@ impl<'a> Extract<'a> {
                 self.left_out.push(module.clone());
                 continue;
             };
-            found.values()?;
+            found.checked()?;
             for (part, place) in &pair {
                 let other = &self.of_base[place.found];
-                other.values()?;
+                other.checked()?;
                 matched.insert(place.found);
                 let shape = |found: &Found<'_>, part: &Part| (part.rows.len(), found.weight.widths.0);
                 let (own, theirs) = (shape(found, part), shape(other, &place.part));
@@ -200,6 +201,11 @@ impl<'a> Extract<'a> {
     /// [`Error::Invalid`] for a truncation out of range, or if no module differs; [`Error::Tensor`] for values that are not
     /// finite; [`Error::Cancelled`].
     pub fn run(&self, options: &ExtractOptions, control: &Control<'_>) -> Result<Extracted> {
+        let unchanged = || self.tuned.check_files().and_then(|()| self.base.check_files());
+        resting_on(self.extracted(options, control), unchanged)
+    }
+
+    fn extracted(&self, options: &ExtractOptions, control: &Control<'_>) -> Result<Extracted> {
         let start = Instant::now();
         check(&options.truncation)?;
         let (mut layers, mut reports, mut unchanged) = (Vec::new(), Vec::new(), 0);
@@ -287,10 +293,10 @@ impl<'a> Extract<'a> {
                     continue;
                 }
                 let Some(other) = others.get(&name) else { continue };
-                let same =
-                    other.dtype == tensor.dtype && other.shape == tensor.shape && other.bytes == tensor.bytes;
+                let (own, theirs) = (tensor.bytes()?, other.bytes()?);
+                let same = other.dtype == tensor.dtype && other.shape == tensor.shape && own == theirs;
                 // Types may differ and values be the same.
-                let equal = || match (Values::plain(tensor), Values::plain(*other)) {
+                let equal = || match (Values::plain(tensor, &own), Values::plain(*other, &theirs)) {
                     (Some(x), Some(y)) => x == y,
                     _ => false,
                 };

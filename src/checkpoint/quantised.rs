@@ -1,5 +1,6 @@
 //! Numbers as checkpoints store them: f32, f16, bf16, and fp8 with or without a scale. Read exactly, rounded when written.
 
+use std::borrow::Cow;
 use std::path::Path;
 
 use half::slice::HalfFloatSliceExt;
@@ -218,6 +219,8 @@ impl Noise {
 
 /// A weight of a checkpoint: how its numbers are stored, and the factors that they are stored without.
 pub(super) struct Values<'a> {
+    /// All of them, as they are stored; empty until they are needed.
+    pub bytes: Cow<'a, [u8]>,
     pub path: &'a Path,
     pub tensor: TensorRef<'a>,
     pub stored: Stored,
@@ -264,7 +267,8 @@ pub(super) fn foreign(file: &SafetensorsFile, module: &str, tensor: &TensorRef<'
     }
     // ComfyUI writes the name of the format as JSON.
     if let Some(said) = beside(".comfy_quant") {
-        let said: serde_json::Value = serde_json::from_slice(said.bytes).unwrap_or_default();
+        let said: serde_json::Value =
+            serde_json::from_slice(&said.bytes().unwrap_or_default()).unwrap_or_default();
         let format = said.get("format").and_then(|format| format.as_str()).unwrap_or("unknown");
         if !["float8_e4m3fn", "float8_e5m2"].contains(&format) {
             return Some(format!("`{format}` of ComfyUI"));
@@ -312,7 +316,7 @@ impl<'a> Values<'a> {
                 return fail(found.name, reason);
             };
             let mut values = vec![0.0; count];
-            of_scale.widen(found.bytes, &mut values);
+            of_scale.widen(&found.bytes()?, &mut values);
             if let Some(bad) = values.iter().find(|v| !(v.is_finite() && **v > 0.0)) {
                 return fail(found.name, format!("holds {bad}, but a scale is finite and above 0"));
             }
@@ -320,21 +324,21 @@ impl<'a> Values<'a> {
                 return fail(found.name, format!("is a second scale of `{}`", tensor.name));
             }
         }
-        Ok(Self { path: file.path(), tensor, stored, cols, scale })
+        Ok(Self { path: file.path(), tensor, stored, cols, scale, bytes: Cow::Borrowed(&[]) })
     }
 
-    /// All numbers of a tensor without a scale; `None` for types that are not supported.
-    pub fn plain(tensor: TensorRef<'_>) -> Option<Vec<f32>> {
+    /// All numbers of a tensor without a scale, of these bytes; `None` for types that are not supported.
+    pub fn plain(tensor: TensorRef<'_>, bytes: &[u8]) -> Option<Vec<f32>> {
         let stored = Stored::of(tensor.dtype)?;
         let mut out = vec![0.0; tensor.shape.iter().product()];
-        stored.widen(tensor.bytes, &mut out);
+        stored.widen(bytes, &mut out);
         Some(out)
     }
 
     /// The numbers of a piece of a row, `out.len()` of them, in f32.
     pub fn read(&self, row: usize, col: usize, out: &mut [f32]) {
         let (size, start) = (self.stored.size(), row * self.cols + col);
-        self.stored.widen(&self.tensor.bytes[start * size..(start + out.len()) * size], out);
+        self.stored.widen(&self.bytes[start * size..(start + out.len()) * size], out);
         if let Some(scale) = &self.scale {
             let scale = scale.of_row(row);
             out.iter_mut().for_each(|v| *v *= scale);

@@ -2,11 +2,13 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use super::quantised::{Values, foreign};
 use crate::adapter::{Inventory, Part, Weight};
+use crate::io::disk;
 use crate::io::safetensors_file::{SafetensorsFile, TensorRef};
-use crate::{Error, Family, LayerKey, Result};
+use crate::{Error, Family, LayerKey, ReadAt, Result};
 
 /// How the name of an index ends.
 const INDEX: &str = ".safetensors.index.json";
@@ -119,7 +121,7 @@ impl Checkpoint {
     /// that holds several checkpoints; [`Error::Io`].
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
-        let (root, parts, beside, mut notes) = match path.is_dir() {
+        let (root, parts, beside, notes) = match path.is_dir() {
             true => folder(path)?,
             false if is_index(path) => {
                 let root = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
@@ -140,6 +142,27 @@ impl Checkpoint {
                 relative.map_or_else(|| PathBuf::from(path.file_name().unwrap_or_default()), Path::to_owned);
             shards.push(Shard { file, relative, prefix });
         }
+        Ok(Self::recognised(path, root, shards, beside, notes))
+    }
+
+    /// Opens a `.safetensors` file that a host has. Its header is read at once, tensors when they are needed. `name` stands
+    /// for the file in errors.
+    ///
+    /// # Errors
+    /// As of [`open`](Self::open).
+    pub fn from_source(name: &str, source: Arc<dyn ReadAt>) -> Result<Self> {
+        let file = SafetensorsFile::from_source(name, source)?;
+        let shard = Shard { file, relative: PathBuf::from(name), prefix: String::new() };
+        Ok(Self::recognised(Path::new(name), None, vec![shard], Vec::new(), Vec::new()))
+    }
+
+    fn recognised(
+        path: &Path,
+        root: Option<PathBuf>,
+        shards: Vec<Shard>,
+        beside: Vec<PathBuf>,
+        mut notes: Vec<String>,
+    ) -> Self {
         let mut checkpoint =
             Self { path: path.to_owned(), root, shards, beside, family: Family::UNKNOWN, notes: Vec::new() };
         let (inventory, note) = checkpoint.inventory(None);
@@ -147,7 +170,7 @@ impl Checkpoint {
         notes.extend(note.map(|note| format!("`{}`: {note}", path.display())));
         checkpoint.notes = notes;
         tracing::info!(path = %path.display(), shards = checkpoint.shards.len(), "read a checkpoint");
-        Ok(checkpoint)
+        checkpoint
     }
 
     /// Whether a path looks like a checkpoint and not like an adapter: a folder that PEFT did not save, an index, or a file
@@ -157,8 +180,7 @@ impl Checkpoint {
             let is_weights = |path: PathBuf| {
                 is_index(&path) || path.extension().is_some_and(|e| e == "safetensors") && path.is_file()
             };
-            let holds =
-                || std::fs::read_dir(path).into_iter().flatten().flatten().any(|of| is_weights(of.path()));
+            let holds = || disk::list(path).into_iter().flatten().any(is_weights);
             let is_component = |name: &&str| path.join(name).is_dir();
             return !path.join("adapter_model.safetensors").exists()
                 && (path.join(PIPELINE).is_file() || COMPONENTS.iter().any(is_component) || holds());
@@ -176,6 +198,11 @@ impl Checkpoint {
     /// The same, of this model, whatever its tensors tell.
     pub fn with_family(self, family: Family) -> Self {
         Self { family, ..self }
+    }
+
+    /// Fails if one of its files has changed since it was opened.
+    pub(super) fn check_files(&self) -> Result<()> {
+        self.shards.iter().try_for_each(|shard| shard.file.check())
     }
 
     /// The path that was opened.
@@ -280,6 +307,12 @@ impl Checkpoint {
 impl<'a> Found<'a> {
     /// Its numbers.
     pub fn values(&self) -> Result<Values<'a>> {
+        let bytes = self.tensor.bytes()?;
+        Ok(Values { bytes, ..self.checked()? })
+    }
+
+    /// What is known of its numbers before they are read.
+    pub fn checked(&self) -> Result<Values<'a>> {
         Values::open(self.file, self.module, self.tensor)
     }
 }
@@ -326,7 +359,7 @@ fn refuse_shard(path: &Path) -> Result<()> {
 
 /// The files that an index names.
 fn shards_of(index: &Path) -> Result<Vec<PathBuf>> {
-    let text = std::fs::read_to_string(index).map_err(|e| Error::io(index, "read", e))?;
+    let text = disk::read_to_string(index).map_err(|e| Error::io(index, "read", e))?;
     let fail = |reason: String| Error::file(index, reason);
     let json: serde_json::Value =
         serde_json::from_str(&text).map_err(|e| fail(format!("is not the JSON of an index: {e}")))?;
@@ -434,10 +467,9 @@ fn folder(root: &Path) -> Result<Folder> {
 
 /// The files of the one model in a folder; none if there is none.
 fn model(folder: &Path) -> Result<Vec<PathBuf>> {
-    let entries = std::fs::read_dir(folder).map_err(|e| Error::io(folder, "list", e))?;
+    let entries = disk::list(folder).map_err(|e| Error::io(folder, "list", e))?;
     let (mut indices, mut singles) = (BTreeSet::new(), BTreeSet::new());
-    for entry in entries {
-        let path = entry.map_err(|e| Error::io(folder, "list", e))?.path();
+    for path in entries {
         if !path.is_file() {
             continue;
         }
@@ -474,11 +506,7 @@ fn model(folder: &Path) -> Result<Vec<PathBuf>> {
 
 /// All files of a folder and of those in it, but for hidden ones.
 fn files(folder: &Path, depth: usize, all: &mut Vec<PathBuf>) -> Result<()> {
-    let entries = std::fs::read_dir(folder).map_err(|e| Error::io(folder, "list", e))?;
-    let mut paths: Vec<PathBuf> = entries
-        .map(|entry| entry.map(|e| e.path()))
-        .collect::<Result<_, _>>()
-        .map_err(|e| Error::io(folder, "list", e))?;
+    let mut paths = disk::list(folder).map_err(|e| Error::io(folder, "list", e))?;
     paths.sort();
     for path in paths {
         if path.file_name().is_some_and(|name| name.to_string_lossy().starts_with('.')) {

@@ -1,7 +1,6 @@
 //! What commands share that read checkpoints.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use loraweld::adapter::write_atomic;

@@ -125,6 +125,8 @@ pub fn main_with(args: impl IntoIterator<Item = OsString>) -> u8 {
             std::process::exit(130);
         }
     });
+    #[cfg(unix)]
+    crate::io::disk::mapped::end_when_cut();
     let out = Output::new(json, quiet);
     let Err(error) = run(cli, &out) else { return 0 };
     let is_usage = error.is::<Usage>();

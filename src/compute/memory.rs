@@ -9,6 +9,9 @@ pub(crate) struct Meter {
     /// Bytes to stay within.
     budget: u64,
     count: Mutex<Count>,
+    /// What a test does at each allocation.
+    #[cfg(test)]
+    pub fault: fault::Fault,
 }
 
 #[derive(Debug, Default)]
@@ -22,7 +25,12 @@ struct Count {
 
 impl Meter {
     pub fn new(budget: u64) -> Self {
-        Self { budget, count: Mutex::default() }
+        Self {
+            budget,
+            count: Mutex::default(),
+            #[cfg(test)]
+            fault: fault::Fault::default(),
+        }
     }
 
     pub fn budget(&self) -> u64 {
@@ -36,6 +44,8 @@ impl Meter {
 
     /// Counts bytes that are taken whatever the budget is.
     pub fn take(&self, bytes: u64) {
+        #[cfg(test)]
+        self.fault.allocation();
         let mut count = self.count();
         count.held += bytes;
         count.peak = count.peak.max(count.held);
@@ -100,6 +110,49 @@ impl Meter {
 
     fn count(&self) -> MutexGuard<'_, Count> {
         self.count.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Allocations that fail when a test says so.
+#[cfg(test)]
+pub(crate) mod fault {
+    use std::sync::Mutex;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    /// What happens at one of the allocations of a device, and how many there were.
+    #[derive(Default)]
+    pub struct Fault {
+        pub count: AtomicUsize,
+        pub at: Mutex<Option<(usize, What)>>,
+    }
+
+    #[derive(Clone)]
+    pub enum What {
+        /// The device is destroyed before.
+        Destroyed(wgpu::Device),
+        /// The driver refuses it; not all of what is small is asked.
+        Refused,
+    }
+
+    impl std::fmt::Debug for Fault {
+        fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            f.write_str("Fault")
+        }
+    }
+
+    impl Fault {
+        /// Counts one; tells whether it is refused.
+        pub fn allocation(&self) -> bool {
+            let n = self.count.fetch_add(1, Ordering::SeqCst);
+            match &*self.at.lock().unwrap() {
+                Some((at, What::Destroyed(device))) if *at == n => {
+                    device.destroy();
+                    false
+                }
+                Some((at, What::Refused)) => *at == n,
+                _ => false,
+            }
+        }
     }
 }
 

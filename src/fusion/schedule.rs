@@ -1,7 +1,6 @@
 //! Schedules: which adapter acts at which layer and step, computed from the adapters alone.
 
 use std::collections::BTreeMap;
-use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use rayon::prelude::*;
@@ -9,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{Choice, Selection};
 use crate::adapter::{dotted, write_atomic};
+use crate::io::disk;
 use crate::words::count;
 use crate::{Adapter, Control, Error, Layer, LayerKey, Matrix, Result, Weighted};
 
@@ -141,7 +141,7 @@ impl Schedule {
     /// Reads a file.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
-        let text = std::fs::read(path).map_err(|e| Error::io(path, "read the schedule", e))?;
+        let text = disk::read(path).map_err(|e| Error::io(path, "read the schedule", e))?;
         let bad = |reason: String| Error::file(path, reason);
         let file: File = serde_json::from_slice(&text).map_err(|e| bad(format!("is no schedule: {e}")))?;
         if file.kind != KIND || file.version != VERSION {
@@ -483,10 +483,12 @@ fn schedule(
         sha256: w.adapter.a_sha256(),
         strength: w.strength,
     };
+    let adapters = [("subject", subject), ("style", style)].map(of).to_vec();
+    [subject, style].iter().try_for_each(|weighted| weighted.adapter.check_file())?;
     Ok(Schedule {
         method: method.to_owned(),
         options: serde_json::to_value(options).map_err(|e| Error::Invalid(format!("the options: {e}")))?,
-        adapters: [("subject", subject), ("style", style)].map(of).to_vec(),
+        adapters,
         layers,
     })
 }

@@ -234,6 +234,7 @@ impl Selector {
         for (index, ((key, of), low)) in all.into_iter().zip(low).enumerate() {
             layers.insert(key.clone(), Resident::load(device, index, &of, low)?);
         }
+        adapters.iter().try_for_each(|weighted| weighted.adapter.check_file())?;
         let mut selector = Self {
             device: device.clone(),
             options,

@@ -2,8 +2,8 @@
 
 use std::collections::BTreeSet;
 use std::ffi::OsString;
-use std::fs::{self, File, OpenOptions};
-use std::io::{self, BufWriter, Seek};
+use std::fs;
+use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use super::disk::{self, File};
 use crate::{Error, Result};
 
 /// Writes a file beside the target and renames it when it is whole.
@@ -22,7 +23,7 @@ pub fn write_atomic(
     path: &Path,
     overwrite: bool,
     protect: &[PathBuf],
-    write: impl FnOnce(&mut BufWriter<File>) -> io::Result<()>,
+    write: impl FnOnce(&mut dyn Write) -> io::Result<()>,
 ) -> Result<()> {
     let AtomicFile { file, place } = AtomicFile::create(path, overwrite, protect)?;
     // From here on, dropping `place` removes the file.
@@ -54,8 +55,7 @@ impl AtomicFile {
     /// Creates it; see [`write_atomic`].
     pub fn create(path: &Path, overwrite: bool, protect: &[PathBuf]) -> Result<Self> {
         let Some(target) = resolve(path, overwrite, protect)? else {
-            let file =
-                tempfile::tempfile().map_err(|e| Error::io(path, "create a temporary file for it", e))?;
+            let file = File::unnamed().map_err(|e| Error::io(path, "create a temporary file for it", e))?;
             return Ok(Self { file, place: Place::Elsewhere });
         };
         // The end of a very long name is left out, so that the temporary one is not too long.
@@ -75,12 +75,10 @@ impl AtomicFile {
     }
 
     /// Puts it in the target's place, on disk. `path`: the target, as errors name it.
-    pub fn commit(mut self, path: &Path) -> Result<()> {
+    pub fn commit(self, path: &Path) -> Result<()> {
         let Place::Beside { target, temp, listed: _listed, overwrite } = self.place else {
-            let mut out =
-                OpenOptions::new().write(true).open(path).map_err(|e| Error::io(path, "open", e))?;
-            let copied = self.file.rewind().and_then(|()| io::copy(&mut self.file, &mut out));
-            return copied.map(drop).map_err(|e| write_error(path, e));
+            let mut out = File::open_to_write(path).map_err(|e| Error::io(path, "open", e))?;
+            return copy_all(&self.file, &mut out).map_err(|e| write_error(path, e));
         };
         let Target { file: target, folder, permissions } = target;
         if let Some(permissions) = permissions {
@@ -89,19 +87,28 @@ impl AtomicFile {
         let start = std::time::Instant::now();
         self.file.sync_all().map_err(|e| write_error(path, e))?;
         tracing::debug!(seconds = start.elapsed().as_secs_f64(), "brought the file to disk");
-        let renamed = if overwrite { temp.persist(&target) } else { temp.persist_noclobber(&target) };
-        renamed.map_err(|e| match e.error.kind() {
+        disk::persist(temp, &target, overwrite).map_err(|e| match e.kind() {
             // Another process was faster.
             io::ErrorKind::AlreadyExists => exists(path),
-            _ => write_error(path, e.error),
+            _ => write_error(path, e),
         })?;
-        // The rename itself lasts only when the folder is on disk too; not every system can do that.
-        if let Ok(folder) = File::open(&folder) {
-            let _ = folder.sync_all();
-        }
+        // The rename itself lasts only when the folder is on disk too.
+        disk::sync_folder(&folder);
         tracing::info!(file = %target.display(), "wrote");
         Ok(())
     }
+}
+
+/// Writes the whole of a file to another, which need not be a regular one.
+fn copy_all(file: &File, out: &mut File) -> io::Result<()> {
+    let (size, _) = file.state()?;
+    let mut buffer = vec![0; size.min(1 << 20) as usize];
+    for start in (0..size).step_by(1 << 20) {
+        let piece = &mut buffer[..(size - start).min(1 << 20) as usize];
+        file.read_at(piece, start)?;
+        out.write_all(piece)?;
+    }
+    Ok(())
 }
 
 /// A folder that takes its target's place when all of its files are there. Dropped before, it leaves nothing.
@@ -112,7 +119,7 @@ pub(crate) struct AtomicFolder {
     temp: tempfile::TempDir,
     listed: Listed,
     /// Held, it says that the folder is not stale.
-    _lock: Option<File>,
+    _lock: Option<fs::File>,
 }
 
 impl AtomicFolder {
@@ -128,11 +135,10 @@ impl AtomicFolder {
         // Temporary folders are private by default, but this one is to become an ordinary one.
         #[cfg(unix)]
         builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o777));
-        let temp = builder
-            .tempdir_in(&folder)
+        let temp = disk::temporary_folder(&folder, &builder)
             .map_err(|e| Error::io(path, "create a temporary folder beside it", e))?;
         // Where folders cannot be locked, none is ever taken for stale either.
-        let lock = File::open(temp.path()).ok().filter(|file| file.lock().is_ok());
+        let lock = fs::File::open(temp.path()).ok().filter(|file| file.lock().is_ok());
         let listed = Listed::new(temp.path());
         Ok(Self { target, temp, listed, _lock: lock })
     }
@@ -146,11 +152,11 @@ impl AtomicFolder {
     pub fn commit(self, path: &Path) -> Result<()> {
         let Self { target, temp, listed: _listed, .. } = self;
         free_folder(path)?;
-        fs::rename(temp.path(), &target).map_err(|e| write_error(path, e))?;
+        disk::rename(temp.path(), &target).map_err(|e| write_error(path, e))?;
         // It is not there any more, and so there is nothing to be removed.
         let _ = temp.keep();
-        if let Some(Ok(folder)) = target.parent().map(File::open) {
-            let _ = folder.sync_all();
+        if let Some(folder) = target.parent() {
+            disk::sync_folder(folder);
         }
         tracing::info!(folder = %target.display(), "wrote");
         Ok(())
@@ -205,9 +211,7 @@ impl Drop for Listed {
 /// Removes the temporary files of all writes that are under way, for a program that ends without waiting for them.
 pub fn remove_temporary_files() {
     // Nothing is left to be done about one that does not go.
-    temporary().iter().for_each(|path| {
-        drop(if path.is_dir() { fs::remove_dir_all(path) } else { fs::remove_file(path) });
-    });
+    temporary().iter().for_each(|path| drop(disk::remove(path)));
 }
 
 /// Sends a file to the disk while it is written, so that little is left to wait for when it is whole.
@@ -264,35 +268,10 @@ impl Flusher {
     }
 }
 
-/// Writes all bytes at a place of a file, from any thread.
-pub(crate) fn write_at(file: &File, bytes: &[u8], offset: u64) -> io::Result<()> {
-    #[cfg(unix)]
-    return std::os::unix::fs::FileExt::write_all_at(file, bytes, offset);
-    #[cfg(not(unix))]
-    alone(file, offset, |mut file| io::Write::write_all(&mut file, bytes))
-}
-
-/// Fills a buffer from a place of a file, from any thread.
-pub(crate) fn read_at(file: &File, buffer: &mut [u8], offset: u64) -> io::Result<()> {
-    #[cfg(unix)]
-    return std::os::unix::fs::FileExt::read_exact_at(file, buffer, offset);
-    #[cfg(not(unix))]
-    alone(file, offset, |mut file| io::Read::read_exact(&mut file, buffer))
-}
-
-/// Where reading and writing move the file's own place, one thread at a time.
-#[cfg(not(unix))]
-fn alone<T>(file: &File, offset: u64, call: impl FnOnce(&File) -> io::Result<T>) -> io::Result<T> {
-    static PLACE: std::sync::Mutex<()> = std::sync::Mutex::new(());
-    let _alone = PLACE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-    (&mut &*file).seek(io::SeekFrom::Start(offset))?;
-    call(file)
-}
-
 /// Checks before long work what [`write_atomic`] will check again, and that a file can be created in the folder.
 pub fn check_target(path: &Path, overwrite: bool, protect: &[PathBuf]) -> Result<()> {
     if let Some(Target { folder, .. }) = resolve(path, overwrite, protect)? {
-        tempfile::tempfile_in(folder).map_err(|e| Error::io(path, "create a file in its folder", e))?;
+        File::unnamed_in(&folder).map_err(|e| Error::io(path, "create a file in its folder", e))?;
     }
     Ok(())
 }
@@ -355,7 +334,7 @@ fn create_locked(folder: &Path, prefix: &str) -> io::Result<(File, tempfile::Tem
     #[cfg(unix)]
     builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
     loop {
-        let (file, temp) = builder.tempfile_in(folder)?.into_parts();
+        let (file, temp) = File::temporary(folder, &builder)?;
         // Where files cannot be locked, none is ever taken for stale either.
         if file.lock().is_err() || temp.exists() {
             return Ok((file, temp));
@@ -376,11 +355,10 @@ fn remove_stale(folder: &Path, prefix: &str) {
         if is_ours(&entry.file_name())
             && let Ok(kind) = entry.file_type()
             && !kind.is_symlink()
-            && let Ok(file) = File::open(entry.path())
+            && let Ok(file) = fs::File::open(entry.path())
             && file.try_lock().is_ok()
         {
-            let path = entry.path();
-            drop(if kind.is_dir() { fs::remove_dir_all(path) } else { fs::remove_file(path) });
+            drop(disk::remove(&entry.path()));
         }
     }
 }

@@ -1,9 +1,13 @@
-//! What everything is read, written and stopped with: mapped safetensors files, files that are written whole or not at all,
-//! factors that no file holds yet, and the [`Control`] of long calls.
+//! What everything is read, written and stopped with: safetensors files, what they are read from and written to, files that
+//! are written whole or not at all, factors that no file holds yet, and the [`Control`] of long calls.
 
 pub(crate) mod atomic;
 mod control;
+pub(crate) mod disk;
 pub(crate) mod safetensors_file;
+mod source;
 pub(crate) mod spill;
 
 pub use self::control::{Control, Progress};
+pub use self::source::{ReadAt, WriteAt};
+pub(crate) use self::source::{blamed, resting_on};

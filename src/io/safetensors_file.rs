@@ -1,21 +1,21 @@
-//! Safetensors files: a memory-mapped reader that checks everything before it hands out a slice, and a
-//! streaming writer whose bytes depend on nothing but its arguments.
+//! Safetensors files: a reader that checks everything before it hands out a slice, and a streaming writer whose bytes
+//! depend on nothing but its arguments.
 
 use std::borrow::Cow;
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
-use std::fs::File;
 use std::io::{self, Write};
-use std::ops::{Deref, Range};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
-use memmap2::Mmap;
 pub use safetensors::Dtype as FileDtype;
-use safetensors::tensor::TensorInfo;
-use serde::de::{Deserialize, Deserializer, MapAccess, Visitor};
+use serde::de::{Deserializer, MapAccess, Visitor};
+use serde::{Deserialize, Serialize};
 
+use super::disk;
+use super::source::{FileSource, ReadAt};
 use crate::{Error, Result};
 
 /// The limit of the reference implementation; a longer header means that this is another kind of file.
@@ -28,30 +28,27 @@ pub struct SafetensorsFile(Arc<Inner>);
 struct Inner {
     path: PathBuf,
     on_disk: bool,
-    data: Bytes,
+    source: Arc<dyn ReadAt>,
     metadata: BTreeMap<String, String>,
     tensors: BTreeMap<String, Entry>,
+    /// All of it, if it was asked for and the source does not have it in memory.
+    whole: OnceLock<Vec<u8>>,
+    /// What the first read failed with of which nobody could be told at once.
+    failed: OnceLock<(io::ErrorKind, String)>,
 }
 
 struct Entry {
     dtype: FileDtype,
     shape: Vec<usize>,
-    range: Range<usize>,
+    range: Range<u64>,
 }
 
-enum Bytes {
-    Mapped(Mmap),
-    Memory(Cow<'static, [u8]>),
-}
-
-impl Deref for Bytes {
-    type Target = [u8];
-    fn deref(&self) -> &[u8] {
-        match self {
-            Self::Mapped(map) => map,
-            Self::Memory(bytes) => bytes,
-        }
-    }
+/// A tensor as the header has it. Offsets may be larger than what a machine of 32 bits can address.
+#[derive(Serialize, Deserialize)]
+struct TensorInfo {
+    dtype: FileDtype,
+    shape: Vec<usize>,
+    data_offsets: (u64, u64),
 }
 
 /// A tensor of a [`SafetensorsFile`].
@@ -63,35 +60,48 @@ pub struct TensorRef<'a> {
     pub dtype: FileDtype,
     /// Dimensions, outermost first; empty for a scalar.
     pub shape: &'a [usize],
-    /// Little-endian elements, row-major, at any alignment.
-    pub bytes: &'a [u8],
+    file: &'a SafetensorsFile,
+    range: (u64, u64),
+}
+
+impl<'a> TensorRef<'a> {
+    /// The same elements in another shape.
+    pub fn reshaped<'b>(self, shape: &'b [usize]) -> TensorRef<'b>
+    where
+        'a: 'b,
+    {
+        TensorRef { shape, ..self }
+    }
+
+    /// Little-endian elements, row-major, at any alignment; read, where they are not in memory or mapped.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if they cannot be read.
+    pub fn bytes(&self) -> Result<Cow<'a, [u8]>> {
+        self.file.read(self.range.0..self.range.1)
+    }
 }
 
 impl SafetensorsFile {
-    /// Maps a file and checks its header. Pages of tensors are not touched.
+    /// Opens a file and checks its header. Tensors are not touched.
     pub fn open(path: &Path) -> Result<Self> {
-        let meta = std::fs::metadata(path).map_err(|e| Error::io(path, "open", e))?;
-        // Opening a pipe would block, and only a regular file can be mapped.
+        let meta = disk::metadata(path).map_err(|e| Error::io(path, "open", e))?;
+        // Opening a pipe would block, and has no offsets.
         if !meta.is_file() {
             return Err(Error::file(path, "is not a regular file; a .safetensors file is needed"));
         }
-        if meta.len() == 0 {
-            return Err(Error::file(path, "the file is empty; a .safetensors file is needed"));
-        }
-        let file = File::open(path).map_err(|e| Error::io(path, "open", e))?;
-        // SAFETY: the map is only read. If another process cuts the file short meanwhile, reading faults; that
-        // is the price of every mapping, and this crate itself replaces files by renaming, never in place.
-        let data = match unsafe { Mmap::map(&file) } {
-            Ok(map) => Bytes::Mapped(map),
-            // Some file systems cannot map.
-            Err(_) => Bytes::Memory(std::fs::read(path).map_err(|e| Error::io(path, "read", e))?.into()),
-        };
-        Self::parse(path.to_owned(), true, data)
+        let source = FileSource::open(path).map_err(|e| Error::io(path, "open", e))?;
+        Self::parse(path.to_owned(), true, Arc::new(source))
     }
 
     /// Reads a file that is in memory; `name` stands for its path in errors.
     pub fn from_bytes(name: &str, bytes: impl Into<Cow<'static, [u8]>>) -> Result<Self> {
-        Self::parse(name.into(), false, Bytes::Memory(bytes.into()))
+        Self::from_source(name, Arc::new(bytes.into()))
+    }
+
+    /// Opens what a host has; `name` stands for its path in errors.
+    pub fn from_source(name: &str, source: Arc<dyn ReadAt>) -> Result<Self> {
+        Self::parse(name.into(), false, source)
     }
 
     /// Where the file is, or its name if it was never on disk.
@@ -104,9 +114,65 @@ impl SafetensorsFile {
         self.0.on_disk
     }
 
-    /// The whole file.
-    pub fn bytes(&self) -> &[u8] {
-        &self.0.data
+    /// Bytes of the whole file.
+    pub fn size(&self) -> u64 {
+        self.0.source.size()
+    }
+
+    /// The whole file. Where it is not in memory or mapped, it is read at the first call, and kept.
+    pub fn bytes(&self) -> Result<&[u8]> {
+        if let Some(bytes) = self.0.source.bytes() {
+            return Ok(bytes);
+        }
+        if self.0.whole.get().is_none() {
+            let whole = self.read(0..self.size())?.into_owned();
+            let _ = self.0.whole.set(whole);
+        }
+        Ok(self.0.whole.get().map_or(&[], Vec::as_slice))
+    }
+
+    /// Some of its bytes.
+    pub fn read(&self, range: Range<u64>) -> Result<Cow<'_, [u8]>> {
+        let read = match self.held(&range) {
+            Some(bytes) => return Ok(Cow::Borrowed(bytes)),
+            None => read(&*self.0.source, range),
+        };
+        read.map(Cow::Owned).map_err(|e| Error::io(self.path(), "read", e))
+    }
+
+    /// Some of its bytes, where they are in memory or mapped.
+    fn held(&self, range: &Range<u64>) -> Option<&[u8]> {
+        // What is mapped is addressed by a usize.
+        self.0.source.bytes()?.get(range.start as usize..range.end as usize)
+    }
+
+    /// Bytes of a tensor, from its `start`th on, where they are in memory or mapped.
+    pub fn held_of(&self, tensor: &str, start: usize, len: usize) -> Option<&[u8]> {
+        self.held(&self.range_of(tensor, start, len)?)
+    }
+
+    /// Bytes of a tensor, from its `start`th on. If they cannot be read, they are those of NaN, and [`check`](Self::check)
+    /// says why.
+    pub fn read_of(&self, tensor: &str, start: usize, len: usize) -> Vec<u8> {
+        let range = self.range_of(tensor, start, len).ok_or(io::ErrorKind::UnexpectedEof.into());
+        range.and_then(|range| read(&*self.0.source, range)).unwrap_or_else(|e| {
+            tracing::warn!(file = %self.path().display(), tensor, error = %e, "cannot read");
+            let _ = self.0.failed.set((e.kind(), e.to_string()));
+            vec![0xff; len]
+        })
+    }
+
+    fn range_of(&self, tensor: &str, start: usize, len: usize) -> Option<Range<u64>> {
+        let whole = &self.0.tensors.get(tensor)?.range;
+        let start = whole.start + start as u64;
+        (start + len as u64 <= whole.end).then(|| start..start + len as u64)
+    }
+
+    /// Fails if something of it could not be read, or if it has changed since it was opened. What was computed from it is
+    /// worth nothing then.
+    pub fn check(&self) -> Result<()> {
+        let failed = self.0.failed.get().map(|(kind, text)| io::Error::new(*kind, text.clone()));
+        failed.map_or_else(|| self.0.source.check(), Err).map_err(|e| Error::io(self.path(), "read", e))
     }
 
     /// The `__metadata__` of the header.
@@ -126,10 +192,10 @@ impl SafetensorsFile {
 
     /// A header of the same tensors at the same places with other metadata, and after how many bytes of this file the
     /// tensors start.
-    pub fn header_with(&self, metadata: &BTreeMap<String, String>) -> io::Result<(Vec<u8>, usize)> {
+    pub fn header_with(&self, metadata: &BTreeMap<String, String>) -> io::Result<(Vec<u8>, u64)> {
         let mut entries: Vec<_> = self.0.tensors.iter().collect();
         entries.sort_by_key(|(_, entry)| (entry.range.start, entry.range.end));
-        let start = entries.first().map_or(self.0.data.len(), |(_, entry)| entry.range.start);
+        let start = entries.first().map_or(self.size(), |(_, entry)| entry.range.start);
         let mut json = format!("{{\"__metadata__\":{}", serde_json::to_string(metadata)?);
         for (name, Entry { dtype, shape, range }) in entries {
             let data_offsets = (range.start - start, range.end - start);
@@ -140,20 +206,26 @@ impl SafetensorsFile {
     }
 
     /// Where a tensor of this file is in it.
-    pub fn place(&self, name: &str) -> Option<Range<usize>> {
+    pub fn place(&self, name: &str) -> Option<Range<u64>> {
         self.0.tensors.get(name).map(|entry| entry.range.clone())
     }
 
     fn tensor_ref<'a>(&'a self, name: &'a str, entry: &'a Entry) -> TensorRef<'a> {
-        let bytes = &self.0.data[entry.range.clone()];
-        TensorRef { name, dtype: entry.dtype, shape: &entry.shape, bytes }
+        let range = (entry.range.start, entry.range.end);
+        TensorRef { name, dtype: entry.dtype, shape: &entry.shape, file: self, range }
     }
 
-    fn parse(path: PathBuf, on_disk: bool, data: Bytes) -> Result<Self> {
+    fn parse(path: PathBuf, on_disk: bool, source: Arc<dyn ReadAt>) -> Result<Self> {
         let fail = |reason: String| Err(Error::file(&path, reason));
-        if data.is_empty() {
+        let size = source.size();
+        if size == 0 {
             return fail("the file is empty; a .safetensors file is needed".into());
         }
+        let get = |range: Range<u64>| match source.bytes() {
+            Some(bytes) => Ok(Cow::Borrowed(&bytes[range.start as usize..range.end as usize])),
+            None => read(&*source, range).map(Cow::Owned).map_err(|e| Error::io(&path, "read", e)),
+        };
+        let data = get(0..size.min(9))?;
         // The length of a header may begin with these bytes as well.
         let pickle = data.starts_with(b"PK\x03\x04") || data.starts_with(b"\x80\x02");
         if pickle && data.get(8) != Some(&b'{') {
@@ -180,14 +252,14 @@ impl SafetensorsFile {
                  {MAX_HEADER} are allowed"
             ));
         }
-        let length = length as usize;
-        let Some((json, tensor_data)) = body.split_at_checked(length) else {
+        let Some(data) = (size - 8).checked_sub(length) else {
             return fail(format!(
                 "the file is cut short: its header should be {length} bytes long, but only {} follow",
-                body.len()
+                size - 8
             ));
         };
-        let header: Header = match serde_json::from_slice(json) {
+        let json = get(8..8 + length)?;
+        let header: Header = match serde_json::from_slice(&json) {
             Ok(header) => header,
             Err(e) => return fail(format!("is not a safetensors file, or is damaged: in its header, {e}")),
         };
@@ -199,7 +271,8 @@ impl SafetensorsFile {
         for (name, info) in infos {
             let (start, stop) = info.data_offsets;
             let damaged = |reason: String| Err(Error::tensor(&path, &name, reason));
-            let bits = info.shape.iter().try_fold(info.dtype.bitsize(), |n, &d| n.checked_mul(d));
+            let bits =
+                info.shape.iter().try_fold(info.dtype.bitsize() as u64, |n, &d| n.checked_mul(d as u64));
             let Some(size) = bits.filter(|b| b % 8 == 0).map(|b| b / 8) else {
                 return damaged(format!("the shape {:?} makes no sense; the file is damaged", info.shape));
             };
@@ -214,10 +287,9 @@ impl SafetensorsFile {
                     "starts at byte {start} of the data, but should start at byte {end}; the file is damaged"
                 ));
             }
-            if stop > tensor_data.len() {
+            if stop > data {
                 return fail(format!(
-                    "the file is cut short: `{name}` ends at byte {stop} of the data, but only {} are there",
-                    tensor_data.len()
+                    "the file is cut short: `{name}` ends at byte {stop} of the data, but only {data} are there"
                 ));
             }
             end = stop;
@@ -227,14 +299,25 @@ impl SafetensorsFile {
                 return Err(Error::tensor(&path, &name, "is in the header twice; the file is damaged"));
             }
         }
-        if end != tensor_data.len() {
+        if end != data {
             return fail(format!(
-                "the header describes {end} bytes of data, but {} are there; the file is damaged",
-                tensor_data.len()
+                "the header describes {end} bytes of data, but {data} are there; the file is damaged"
             ));
         }
-        Ok(Self(Arc::new(Inner { path, on_disk, data, metadata: header.metadata, tensors })))
+        drop(json);
+        let (metadata, whole, failed) = (header.metadata, OnceLock::new(), OnceLock::new());
+        Ok(Self(Arc::new(Inner { path, on_disk, source, metadata, tensors, whole, failed })))
     }
+}
+
+/// Some bytes of a source.
+fn read(source: &dyn ReadAt, range: Range<u64>) -> io::Result<Vec<u8>> {
+    let len = usize::try_from(range.end - range.start).map_err(|_| io::ErrorKind::OutOfMemory)?;
+    let mut bytes = Vec::new();
+    bytes.try_reserve_exact(len)?;
+    bytes.resize(len, 0);
+    source.read_at(&mut bytes, range.start)?;
+    Ok(bytes)
 }
 
 impl fmt::Debug for SafetensorsFile {
@@ -310,11 +393,11 @@ impl Layout {
                 return Err(io::Error::other(format!("two tensors would be named `{}`", t.name)));
             }
             let size = t.size();
-            let data_offsets = (offset, offset + size);
+            let data_offsets = (offset, offset + size as u64);
             let info = TensorInfo { dtype: t.dtype, shape: t.shape.clone(), data_offsets };
             json += &format!(",{}:{}", serde_json::to_string(&t.name)?, serde_json::to_string(&info)?);
-            places.push(offset as u64..(offset + size) as u64);
-            offset += size;
+            places.push(offset..offset + size as u64);
+            offset += size as u64;
         }
         let header = framed(json);
         let start = header.len() as u64;

@@ -1,12 +1,11 @@
 //! Factors that no file holds: in memory, or, where there are many, in temporary files that are mapped. A merge of large
 //! adapters computes gigabytes of them before it is written.
 
-use std::fs::File;
-use std::io::{self, Write};
+use std::io;
 use std::ops::Deref;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use memmap2::Mmap;
+use super::disk::{File, mapped::Mapped};
 
 /// Bytes of factors that are kept in memory, in the whole process.
 const KEPT: usize = 256 << 20;
@@ -19,7 +18,7 @@ static HELD: AtomicUsize = AtomicUsize::new(0);
 #[derive(Debug)]
 pub(crate) enum Values {
     Memory(Vec<f32>),
-    Mapped(Mmap),
+    Mapped(Mapped),
 }
 
 impl Values {
@@ -59,12 +58,11 @@ impl Deref for Values {
 }
 
 /// Little-endian values in a file that has no name and goes with the map.
-fn mapped(values: &[f32]) -> io::Result<Mmap> {
-    let mut file: File = tempfile::tempfile()?;
-    file.write_all(bytemuck::cast_slice(values))?;
-    // SAFETY: the file has no name, and nothing but this map holds it once this function returns; so nobody can write to
-    // it or cut it short.
-    unsafe { Mmap::map(&file) }
+fn mapped(values: &[f32]) -> io::Result<Mapped> {
+    let file = File::unnamed()?;
+    file.write_at(bytemuck::cast_slice(values), 0)?;
+    // It has no name, and nothing but this map holds it once this function returns: nobody can cut it short.
+    file.map()
 }
 
 #[cfg(test)]

@@ -19,7 +19,7 @@ pub(super) fn members<'a>(planned: &PlannedLayer, adapters: &[Weighted<'a>]) -> 
 pub(super) fn passed_through(planned: &PlannedLayer, adapters: &[Weighted<'_>]) -> Option<Layer> {
     let [(layer, scale)] = members(planned, adapters)[..] else { return None };
     // At strength 1 the layer's own alpha is kept.
-    Some(if scale == layer.scale.value { layer.clone() } else { layer.with_scale(scale) })
+    Some(if scale == layer.scale.value { layer.unread() } else { layer.unread().with_scale(scale) })
 }
 
 /// The members' rows of A_cat.

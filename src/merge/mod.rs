@@ -11,6 +11,7 @@
 //! | `engine` | what every method does around its own arithmetic |
 //! | `after`, `spread` | what may be done with any merge afterwards |
 //! | `strengths`, `overlap` | what may be asked before one |
+//! | `verify` | what is computed a second time after one |
 //! | `factored`, `frame`, `members`, `algebra` | what all of these are written in |
 //!
 //! Each uses what stands below it, and nothing above.
@@ -29,6 +30,7 @@ mod plan;
 mod report;
 mod spread;
 mod strengths;
+mod verify;
 
 pub use after::{After, TruncateBy};
 pub use cores::{Bases, CoreMerge};
@@ -47,3 +49,4 @@ pub use report::{
     Action, DeviceMemory, InputReport, LayerReport, Losses, Merged, ProjectionReport, Report, TaskLosses,
 };
 pub use strengths::{BlockStrengths, Strengths, strengths};
+pub use verify::{VERIFIED, Verified, verify};

@@ -113,7 +113,7 @@ fn merged_into(
 ) -> Merged {
     let folder = tempfile::tempdir().unwrap();
     let (path, options) = (folder.path().join("out.safetensors"), SaveOptions::default());
-    let to = Destination { path: &path, options: &options, truncation };
+    let to = Destination { path: &path, sink: None, options: &options, truncation };
     let report = method.merge_into(device, adapters, &to, Control::default()).unwrap();
     Merged { adapter: Adapter::from_bytes("merged", std::fs::read(&path).unwrap()).unwrap(), report }
 }

@@ -80,7 +80,7 @@ fn check(name: &str, method: &dyn Method, device: &Device, adapters: &[Weighted<
             ..Default::default()
         };
         let (one, other) = (folder.path().join("one"), folder.path().join("other"));
-        let to = |path| Destination { path, options: &options, truncation };
+        let to = |path| Destination { path, sink: None, options: &options, truncation };
         let case = format!("{name}, {truncation:?}, {format:?}, {dtype}, {}", device.describe());
         let direct = method.merge_into(device, adapters, &to(&one), Control::default());
         match (direct, saved(method, device, adapters, &to(&other))) {
@@ -177,7 +177,7 @@ fn fused_modules_and_lower_ranks_find_their_places() {
     let folder = TempDir::new().unwrap();
     let path = folder.path().join("out");
     let options = SaveOptions::default();
-    let to = Destination { path: &path, options: &options, truncation: Truncation::rank(4) };
+    let to = Destination { path: &path, sink: None, options: &options, truncation: Truncation::rank(4) };
     let report = Linear
         .merge_into(&Device::cpu(), &[x.at(1.0), x.at(0.5), x.at(0.1)], &to, Control::default())
         .unwrap();
@@ -196,7 +196,7 @@ fn a_sum_is_truncated_as_svd_does_it() {
     let truncation = Truncation::rank(6);
     for case in devices() {
         let options = SaveOptions { overwrite: true, ..Default::default() };
-        let to = Destination { path: &path, options: &options, truncation };
+        let to = Destination { path: &path, sink: None, options: &options, truncation };
         let report = Linear.merge_into(&case.device, &weighted, &to, Control::default()).unwrap();
         let svd = SvdMerge::new(truncation).merge(&case.device, &weighted).unwrap();
         let merged = Adapter::open(&path).unwrap();
@@ -225,7 +225,7 @@ fn nothing_is_left_of_a_merge_that_ends_early() {
         options: &SaveOptions,
         control: Control<'_>,
     ) -> Result<Report> {
-        let to = Destination { path, options, truncation: Truncation::default() };
+        let to = Destination { path, sink: None, options, truncation: Truncation::default() };
         NpLora::soft(0.5).merge_into(&Device::cpu(), adapters, &to, control)
     }
     let run = |adapters: &[Weighted<'_>], options| merge(&path, adapters, options, Control::default());
@@ -272,7 +272,8 @@ fn the_budget_changes_no_byte() {
                 Device::open(&DeviceOptions { select: Select::Gpu, memory, ..Default::default() }).unwrap();
             let path = folder.path().join("out");
             let options = SaveOptions { overwrite: true, ..Default::default() };
-            let to = Destination { path: &path, options: &options, truncation: Truncation::rank(10) };
+            let to =
+                Destination { path: &path, sink: None, options: &options, truncation: Truncation::rank(10) };
             NpLora::soft(0.5).merge_into(&device, &weighted, &to, Control::default()).unwrap();
             fs::read(&path).unwrap()
         })
@@ -331,7 +332,7 @@ fn svd_keeps_what_both_its_own_rank_and_the_files_allow() {
     ] {
         let svd = SvdMerge::new(own);
         let path = folder.path().join("out");
-        let to = Destination { path: &path, options: &options, truncation: asked };
+        let to = Destination { path: &path, sink: None, options: &options, truncation: asked };
         let direct = svd.merge_into(&Device::cpu(), &weighted, &to, Control::default()).unwrap();
         let merged = svd.merge(&Device::cpu(), &weighted).unwrap();
         let merged = merged.truncated(&Device::cpu(), &asked, &Control::default()).unwrap();

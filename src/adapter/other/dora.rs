@@ -36,7 +36,7 @@ pub(super) fn update(
         (None, None) => return Err(Error::layer(key.as_str(), "its norms are missing")),
     };
     let flat = [norms.shape.iter().product::<usize>(), 1];
-    let m = super::factor(file, &crate::io::safetensors_file::TensorRef { shape: &flat, ..norms }, "norms")?;
+    let m = super::factor(file, &norms.reshaped(&flat), "norms")?;
     let m: Vec<f64> = m.raw().to_vec();
     let taps: usize = update.kernel().map_or(1, |kernel| kernel.iter().product());
     let groups = if per_input { new.cols / taps.max(1) } else { new.rows };

@@ -418,6 +418,7 @@ impl Base {
             return Ok(None);
         };
         let mut weight = wide(&self.files[stored.file], &tensor)?;
+        self.files[stored.file].check()?;
         if stored.swapped {
             let half = weight.data.len() / 2;
             weight.data.rotate_left(half);

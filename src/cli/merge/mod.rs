@@ -8,15 +8,16 @@ pub use compare::Compare;
 pub use resize::Resize;
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use anyhow::Context;
 use clap::Args;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use loraweld::adapter::{check_target, same_file, write_atomic};
-use loraweld::merge::{Action, After, Losses, PlannedLayer, Report, TruncateBy};
+use loraweld::merge::{Action, After, Losses, PlannedLayer, Report, TruncateBy, Verified};
 use loraweld::{
-    Adapter, Budget, Calibration, Control, Destination, Device, Dtype, Method, Plan, SaveOptions, Truncation,
-    Unnamed, Weighted,
+    Adapter, Budget, Calibration, Control, Destination, Device, Dtype, Family, Method, OpenOptions, Plan,
+    SaveOptions, Truncation, Unnamed, Weighted,
 };
 use serde_json::json;
 
@@ -27,6 +28,7 @@ use super::layers::{group, pattern, range};
 use super::output::{Output, Table, count, size, some};
 use super::report::{Made, Norms, is_page};
 use super::{chain, usage};
+use crate::io::atomic::{AtomicFile, write_error};
 
 /// Merge adapters into one.
 #[derive(Args, Debug)]
@@ -62,6 +64,10 @@ struct Common {
     /// Say what matches, its shapes, ranks and bytes, and write nothing.
     #[arg(long)]
     dry_run: bool,
+    /// Compute N layers again, on the CPU in f64, and fail, without a file, if one is further off than the bounds that the
+    /// README promises [default without N: 8].
+    #[arg(long, value_name = "N", num_args = 0..=1, default_missing_value = "8")]
+    verify: Option<usize>,
     /// Write what was done and lost: a page to look at if FILE ends in `.html`, and JSON otherwise.
     #[arg(long, value_name = "FILE")]
     report: Option<PathBuf>,
@@ -343,15 +349,38 @@ impl Common {
             protect: inputs.files.clone(),
             metadata: strengths.into_iter().collect(),
         };
-        let to = Destination { path: output, options: &options, truncation: self.truncate.truncation() };
+        let to = Destination {
+            path: output,
+            sink: None,
+            options: &options,
+            truncation: self.truncate.truncation(),
+        };
+        // Tests of the program are tests of what it computes.
+        let verify = self.verify.unwrap_or(if cfg!(debug_assertions) { 2 } else { 0 });
         let weighted = inputs.weighted();
-        let report = out.long(|control| {
+        let (report, verified) = out.long(|control| {
             let after = self.truncate.after(self.calibrate_singular_values);
             match calibration.is_some() || after.budget.is_some() || after.calibrate_singular_values {
-                true => merge_in_memory(method, &device, &weighted, calibration, &after, &to, control),
-                false => method.merge_into(&device, &weighted, &to, *control),
+                true => {
+                    merge_in_memory(method, &device, &weighted, calibration, &after, &to, verify, control)
+                }
+                false if verify > 0 => {
+                    let model = self.reading.model();
+                    merge_verified(method, &device, &weighted, &to, verify, model, control)
+                        .map(|(report, verified)| (report, Some(verified)))
+                }
+                false => method.merge_into(&device, &weighted, &to, *control).map(|report| (report, None)),
             }
         })?;
+        if let Some(verified) = verified.filter(|_| self.verify.is_some()) {
+            out.event("verified", &verified)?;
+            out.info(format_args!(
+                "verified   {}: at most {:.1e} off what the CPU finds in f64 (`{}`)",
+                count(verified.layers, "layer"),
+                verified.worst,
+                verified.layer
+            ))?;
+        }
         say_notes(&report, &inputs.plan, out)?;
 
         let format = options.format.unwrap_or(inputs.adapters[0].format());
@@ -399,6 +428,7 @@ impl Common {
 }
 
 /// Merges, truncates, measures and then writes: losses are found, and budgets shared, of factors that are in memory.
+#[allow(clippy::too_many_arguments, reason = "what a merge is made of and written with")]
 fn merge_in_memory(
     method: &dyn Method,
     device: &Device,
@@ -406,16 +436,45 @@ fn merge_in_memory(
     calibration: Option<&Calibration>,
     after: &After,
     to: &Destination<'_>,
+    verify: usize,
     control: &Control<'_>,
-) -> loraweld::Result<Report> {
+) -> loraweld::Result<(Report, Option<Verified>)> {
     let merged = method.merge_any(device, weighted, *control)?;
+    let (none, options) = (Truncation::default(), to.options);
+    let verified = match verify {
+        0 => None,
+        n => Some(loraweld::merge::verify(method, weighted, &merged.adapter, none, options, n, control)?),
+    };
     let merged = after.apply(merged, device, weighted, calibration, to.options, control)?;
     let merged = match calibration {
         Some(calibration) => merged.measured(calibration, weighted, control)?,
         None => merged,
     };
     merged.adapter.save_with(to.path, to.options, *control)?;
-    Ok(merged.report)
+    Ok((merged.report, verified))
+}
+
+/// Merges into a file, computes some of its layers again, and only then puts it in its place.
+fn merge_verified(
+    method: &dyn Method,
+    device: &Device,
+    weighted: &[Weighted<'_>],
+    to: &Destination<'_>,
+    layers: usize,
+    model: Option<Family>,
+    control: &Control<'_>,
+) -> loraweld::Result<(Report, Verified)> {
+    let file = AtomicFile::create(to.path, to.options.overwrite, &to.options.protect)?;
+    let sink = Destination { sink: Some(file.file()), ..*to };
+    let report = method.merge_into(device, weighted, &sink, *control)?;
+    let written = file.file().try_clone().map_err(|e| write_error(to.path, e))?;
+    let options = OpenOptions { family: model, ..Default::default() };
+    let written = Adapter::from_source(to.path.display().to_string(), Arc::new(written), &options)?;
+    let verified =
+        loraweld::merge::verify(method, weighted, &written, to.truncation, to.options, layers, control)?;
+    control.check()?;
+    file.commit(to.path)?;
+    Ok((report, verified))
 }
 
 impl Inputs {

@@ -3,6 +3,8 @@
 mod commands;
 mod pipelines;
 mod pool;
+#[cfg(test)]
+mod tests;
 
 use std::ops::Range;
 use std::path::Path;

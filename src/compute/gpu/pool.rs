@@ -35,7 +35,10 @@ impl Gpu {
             usage: wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_DST | wgpu::BufferUsages::COPY_SRC,
             mapped_at_creation: false,
         });
-        if pollster::block_on(scope.pop()).is_some() {
+        let refused = pollster::block_on(scope.pop()).is_some();
+        #[cfg(test)]
+        let refused = refused | self.meter.fault.allocation();
+        if refused {
             self.meter.free(size);
             return Err(Error::Device(format!(
                 "{} has no memory for {label} of {bytes} bytes; other programs may hold it, or allow less (`memory`)",
@@ -85,7 +88,7 @@ impl Gpu {
 
     /// Frees the oldest pooled buffers: `least` bytes of them, and until the pool and what is added stay within what the pool
     /// may hold.
-    fn evict(&self, added: u64, least: u64) {
+    pub(super) fn evict(&self, added: u64, least: u64) {
         let mut pool = lock(&self.pool);
         let most = self.meter.budget() / POOL_PART;
         let held = pool.iter().map(|buffer| buffer.size()).sum::<u64>();

@@ -1,6 +1,6 @@
 //! What every method does around its own arithmetic: match, check, pass through, cut into chunks, write, report.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
@@ -8,18 +8,22 @@ use std::time::Instant;
 use super::chunks::{IN_FLIGHT, chunks, in_turn, room};
 use super::measure::Squares;
 use super::truncate::{self, Cut, Cuts, Truncations};
-use crate::adapter::{Draft, save_while, stacked_rank};
+use crate::adapter::{Draft, Output, save_while, stacked_rank};
+use crate::io::blamed;
 use crate::merge::members::{joined, members, passed_through, template};
 use crate::merge::{
-    Action, DeviceMemory, InputReport, LayerReport, Merged, Plan, PlannedLayer, Report, Truncation, factored,
+    Action, DeviceMemory, InputReport, LayerReport, Merged, Plan, PlannedLayer, Report, Truncation, VERIFIED,
+    factored,
 };
-use crate::{Adapter, Control, Device, Layer, LayerKey, Result, SaveOptions, Weighted};
+use crate::{Adapter, Control, Device, Layer, LayerKey, Result, SaveOptions, Weighted, WriteAt};
 
 /// Where a merge goes while it is computed.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy)]
 pub struct Destination<'a> {
-    /// The file to write.
+    /// The file to write, or the name of what is written to `sink`.
     pub path: &'a Path,
+    /// What a host has instead of a file.
+    pub sink: Option<&'a dyn WriteAt>,
     /// How it is written.
     pub options: &'a SaveOptions,
     /// What every layer is truncated to, as by [`Merged::truncated_for`] these options.
@@ -35,6 +39,11 @@ pub trait Method: Sync {
     fn check(&self, adapters: usize) -> Result<()> {
         let _ = adapters;
         Ok(())
+    }
+
+    /// How far its updates may be off what the CPU finds in f64, relative, on any device in `auto` arithmetic.
+    fn bound(&self) -> f64 {
+        VERIFIED
     }
 
     /// Merges, into memory or into a file.
@@ -75,7 +84,17 @@ pub struct Run<'a> {
     pub(crate) control: Control<'a>,
     pub(crate) truncation: Truncations,
     pub(crate) output: Option<&'a Destination<'a>>,
+    pub(crate) only: Option<Only<'a>>,
     pub(crate) start: Instant,
+}
+
+/// Some layers of a merge.
+#[derive(Clone, Copy)]
+pub(crate) struct Only<'a> {
+    /// Which.
+    pub layers: &'a BTreeSet<&'a LayerKey>,
+    /// How the merge is written, on which depends what is truncated as one.
+    pub options: &'a SaveOptions,
 }
 
 impl<'a> Run<'a> {
@@ -88,6 +107,7 @@ impl<'a> Run<'a> {
             control,
             truncation: Truncations::default(),
             output: None,
+            only: None,
             start: Instant::now(),
         }
     }
@@ -159,6 +179,10 @@ impl From<Done> for Kept {
 
 /// Merges the layers that several adapters have, in chunks that the device has room for, and passes the others through.
 pub(crate) fn run(run: &Run<'_>, spec: &Spec<'_>) -> Result<Merged> {
+    blamed(merged(run, spec), || run.adapters.iter().try_for_each(|of| of.adapter.check_file()))
+}
+
+fn merged(run: &Run<'_>, spec: &Spec<'_>) -> Result<Merged> {
     run.truncation.check()?;
     let plan = Plan::new(run.adapters)?;
     let inputs: Vec<_> = run.adapters.iter().map(InputReport::new).collect();
@@ -168,7 +192,8 @@ pub(crate) fn run(run: &Run<'_>, spec: &Spec<'_>) -> Result<Merged> {
         Ok(Adapter::new("merged", first.format(), layers)?.spelled_like(first).with_metadata(metadata))
     };
     let mut merging = Merging { run, spec, plan: &plan, groups: HashMap::new(), spent: Spent::default() };
-    let options = run.output.map_or_else(SaveOptions::default, |to| to.options.clone());
+    let options = run.output.map(|to| to.options).or(run.only.map(|only| only.options));
+    let options = options.cloned().unwrap_or_default();
     let mut notes = plan.notes().to_vec();
     {
         let skeleton = finish(&inputs, plan.layers().iter().map(|l| merging.planned(l)).collect())?;
@@ -187,18 +212,19 @@ pub(crate) fn run(run: &Run<'_>, spec: &Spec<'_>) -> Result<Merged> {
             let layers = kept.iter_mut().filter_map(|kept| kept.layer.take()).collect();
             (finish(&inputs, layers)?, inputs, kept)
         }
-        Some(Destination { path, options, .. }) => {
+        Some(&Destination { path, sink, options, .. }) => {
             // Hashes are as long as what stands for them.
             let mut before = inputs.clone();
             for (input, weighted) in before.iter_mut().zip(run.adapters) {
                 input.sha256 = weighted.adapter.has_file().then(|| "0".repeat(64));
             }
             let skeleton = finish(&before, plan.layers().iter().map(|l| merging.planned(l)).collect())?;
-            let (inputs, kept) = save_while(&skeleton, path, options, &run.control, |draft| {
-                let (inputs, kept) = merging.all(inputs, Some(draft))?;
-                let metadata = metadata(run, spec, &inputs)?;
-                Ok(((inputs, kept), metadata))
-            })?;
+            let (inputs, kept) =
+                save_while(&skeleton, Output { path, sink }, options, &run.control, |draft| {
+                    let (inputs, kept) = merging.all(inputs, Some(draft))?;
+                    let metadata = metadata(run, spec, &inputs)?;
+                    Ok(((inputs, kept), metadata))
+                })?;
             (skeleton, inputs, kept)
         }
     };
@@ -244,6 +270,11 @@ pub(crate) fn run(run: &Run<'_>, spec: &Spec<'_>) -> Result<Merged> {
     tracing::info!(method = spec.method, layers = report.layers.len(), seconds = report.seconds, "merged");
     merging.spent.log();
     Ok(Merged { adapter, report })
+}
+
+/// The same layers, which keep nothing of what they read for longer than they live themselves.
+fn unread(members: Vec<(&Layer, f64)>) -> Vec<(Layer, f64)> {
+    members.into_iter().map(|(layer, scale)| (layer.unread(), scale)).collect()
 }
 
 /// Whether a truncation may take something of a fused module: not, if one adapter alone has it and its rank is low enough.
@@ -293,7 +324,10 @@ impl Merging<'_> {
         draft: Option<&Draft<'_>>,
     ) -> Result<(Vec<InputReport>, Vec<Kept>)> {
         let Run { device, adapters, control, .. } = self.run;
-        let units = self.units();
+        let mut units = self.units();
+        if let Some(only) = self.run.only {
+            units.retain(|unit| unit.iter().any(|(_, planned)| only.layers.contains(&planned.key)));
+        }
         let units: Vec<&[(usize, &PlannedLayer)]> = units.iter().map(Vec::as_slice).collect();
         let host = |unit: &[(usize, &PlannedLayer)]| {
             let rank = |l| self.rank(l).min(self.run.truncation.rank());
@@ -320,7 +354,8 @@ impl Merging<'_> {
         let name = |i: usize| chunks[i].0.first().map_or("", |(_, planned)| planned.name.as_str());
         rayon::in_place_scope(|scope| {
             scope.spawn(|_| device.prepare_algebra());
-            for (input, weighted) in inputs.iter_mut().zip(*adapters) {
+            let hashed = if self.run.only.is_none() { *adapters } else { &[] };
+            for (input, weighted) in inputs.iter_mut().zip(hashed) {
                 scope.spawn(|_| {
                     let hash = || weighted.adapter.file_sha256_with(control).ok();
                     input.sha256 = self.spent.time(&self.spent.hash, hash);
@@ -334,6 +369,7 @@ impl Merging<'_> {
         })?;
         // A hash that was interrupted is missing, as that of an adapter in memory is.
         control.check()?;
+        adapters.iter().try_for_each(|weighted| weighted.adapter.check_file())?;
         control.finish("merge", total);
         Ok((inputs, results.into_values().collect()))
     }
@@ -423,13 +459,18 @@ impl Merging<'_> {
         let Self { run, spec, spent, .. } = self;
         run.control.check()?;
         spent.time(&spent.check, || self.check(planned))?;
-        let job = |&planned| Job { planned, members: members(planned, run.adapters) };
-        let jobs: Vec<Job<'_>> = planned.iter().map(job).collect();
+        // What is read of these layers goes with them.
+        let own: Vec<_> = planned.iter().map(|planned| unread(members(planned, run.adapters))).collect();
+        let job = |i: usize| Job {
+            planned: planned[i],
+            members: own[i].iter().map(|(layer, scale)| (layer, *scale)).collect(),
+        };
+        let jobs: Vec<Job<'_>> = (0..planned.len()).map(job).collect();
         tracing::trace!(layers = jobs.len(), gpu = on.is_gpu(), "merging a chunk");
         let mut kept: Vec<Option<Kept>> = jobs.iter().map(|_| None).collect();
         let (sums, merged): (Vec<usize>, Vec<usize>) = (0..jobs.len())
             .partition(|&i| !self.is_merged(planned[i]) || (spec.is_sum && self.is_truncated(planned[i])));
-        let chosen: Vec<Job<'_>> = merged.iter().map(|&i| job(&planned[i])).collect();
+        let chosen: Vec<Job<'_>> = merged.iter().map(|&i| job(i)).collect();
         if !chosen.is_empty() {
             let done = spent.time(&spent.merge, || (spec.merge)(on, &chosen))?;
             for (i, done) in merged.into_iter().zip(done) {

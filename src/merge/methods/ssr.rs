@@ -631,6 +631,11 @@ impl<'a> Ssr<'a> {
 }
 
 impl Method for Ssr<'_> {
+    /// A ridge that does not grow with the activations may leave systems of condition 1e5, as published.
+    fn bound(&self) -> f64 {
+        if matches!(self.options.ridge, Ridge::Absolute(_)) { 5e-3 } else { crate::merge::VERIFIED }
+    }
+
     fn check(&self, adapters: usize) -> Result<()> {
         Ssr::check(self, adapters)
     }

@@ -1,0 +1,45 @@
+//! Random adapters, calibrations and checkpoints, whole ones and such with anything wrong in them. A few hundred of each in
+//! every run; `scripts/soak.sh` goes on for as long as it is told, and `scripts/fuzz.sh` lets a fuzzer look for them.
+
+mod bodies;
+
+use std::time::{Duration, Instant};
+
+use arbitrary::Unstructured;
+
+use crate::common::Random;
+
+fn soak(body: impl Fn(&mut Unstructured<'_>) -> arbitrary::Result<()>, least: u64) {
+    let asked = |name: &str| std::env::var(name).ok().map(|text| text.parse().expect("a number"));
+    let end = Instant::now() + Duration::from_secs(asked("LORAWELD_SOAK_SECONDS").unwrap_or(0) / 3);
+    let first = asked("LORAWELD_SOAK_SEED").unwrap_or(1);
+    let (mut seed, mut done) = (first, 0);
+    while seed < first + least || Instant::now() < end {
+        let mut random = Random(seed);
+        let bytes: Vec<u8> = (0..512).flat_map(|_| random.bits().to_le_bytes()).collect();
+        let result =
+            std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| body(&mut Unstructured::new(&bytes))));
+        match result {
+            Ok(result) => done += u64::from(result.is_ok()),
+            Err(_) => panic!("seed {seed}: see above; LORAWELD_SOAK_SEED={seed} begins there"),
+        }
+        seed += 1;
+    }
+    eprintln!("{} inputs, of which {done} went through", seed - first);
+    assert!(done * 3 > seed - first, "{done} of {} went through", seed - first);
+}
+
+#[test]
+fn whole_adapters() {
+    soak(bodies::adapter, 300);
+}
+
+#[test]
+fn calibrations() {
+    soak(bodies::calibration, 300);
+}
+
+#[test]
+fn indices_of_shards() {
+    soak(bodies::index, 200);
+}
