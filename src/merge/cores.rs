@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::algebra::{self, times};
 use super::engine::driver::{self, Done, Job, Method, Run, Spec};
-use super::entries::{EntryOptions, FileWide, Ranking, Survey, Voter};
+use super::entries::{EntryOptions, FileWide, Ranking, Survey, Unsettled, Voter};
 use super::factored::{self, Factored};
 use super::members::{finite, rounded};
 use super::{Action, LayerReport, Merged, PlannedLayer};
@@ -300,10 +300,12 @@ impl<'a> Entries<'a> {
         run: &Run<'_>,
         file: &FileWide,
     ) -> Result<()> {
-        let counts: Vec<usize> = (0..self.planned.len()).map(|i| self.rows_count(i)).collect();
-        let exponents = vec![0; self.planned.len()];
-        let check = || run.control.check();
-        self.rule.settle(device, merger, &self.voters, &counts, &exponents, file, &check)
+        let layer = |(i, voters)| {
+            let voters: &Vec<Voter<'_>> = voters;
+            Unsettled { voters, entries: self.rows_count(i), exponent: 0 }
+        };
+        let layers: Vec<_> = self.voters.iter().enumerate().map(layer).collect();
+        self.rule.settle(device, merger, &layers, file, &|| run.control.check())
     }
 
     /// Of how many entries of each matrix of KnOTS a share is kept.

@@ -262,7 +262,9 @@ impl EntryMerger {
             return Err(Error::Invalid("magnitudes: every member needs a place for a window".into()));
         }
         match self.side(device)? {
-            Operands::Gpu(gpu, [a, b]) => self.magnitudes_gpu(gpu, device, [a, b], windows, one_of, check),
+            Operands::Gpu(gpu, factors) => {
+                self.magnitudes_gpu(&OnDevice { gpu, device, factors, check }, windows, one_of)
+            }
             Operands::Host([a, b]) => {
                 let of = |i: usize| -> Result<Vec<Option<Counted>>> {
                     let factors = HostFactors { a: a.matrix(i), b: b.matrix(i) };
@@ -285,8 +287,8 @@ impl EntryMerger {
         let shapes = self.product_shapes(w, |shape| (shape.cols, shape.rows))?;
         match self.side(device)? {
             Operands::Gpu(gpu, factors) => {
-                let (products, tallies) =
-                    self.products_gpu(gpu, device, factors, w, &shapes, false, check)?;
+                let on = OnDevice { gpu, device, factors, check };
+                let (products, tallies) = self.products_gpu(&on, w, &shapes, false)?;
                 Ok((products, tallies.read(gpu)?))
             }
             Operands::Host(factors) => {
@@ -316,9 +318,10 @@ impl EntryMerger {
         let shapes = self.product_shapes(w, |shape| (shape.cols, shape.rows))?;
         match self.side(device)? {
             Operands::Gpu(gpu, factors) => {
-                let (products, _) = self.products_gpu(gpu, device, factors, w, &shapes, false, check)?;
+                let on = OnDevice { gpu, device, factors, check };
+                let (products, _) = self.products_gpu(&on, w, &shapes, false)?;
                 let shapes = w.shapes();
-                Ok(self.products_gpu(gpu, device, factors, &products, shapes, true, check)?.0)
+                Ok(self.products_gpu(&on, &products, shapes, true)?.0)
             }
             // On the CPU a panel of entries serves both products.
             Operands::Host(factors) => {
@@ -346,10 +349,10 @@ impl EntryMerger {
         let shapes: Vec<Shape> = (0..self.rules.len()).map(|i| self.shape(i)).collect();
         match self.side(device)? {
             Operands::Gpu(gpu, factors) => {
+                let on = OnDevice { gpu, device, factors, check };
                 let ones: Vec<Matrix> = shapes.iter().map(|shape| identity(shape.rows)).collect();
                 let ones = Batch::upload(device, device.factor(), &ones)?;
-                let (whole, tallies) =
-                    self.products_gpu(gpu, device, factors, &ones, &shapes, true, check)?;
+                let (whole, tallies) = self.products_gpu(&on, &ones, &shapes, true)?;
                 Ok((whole, tallies.read(gpu)?))
             }
             Operands::Host(factors) => {
@@ -373,11 +376,12 @@ impl EntryMerger {
     pub fn tallies(&self, device: &Device, check: Check<'_>) -> Result<Vec<Tally>> {
         match self.side(device)? {
             Operands::Gpu(gpu, factors) => {
+                let on = OnDevice { gpu, device, factors, check };
                 let none = |shape: Shape| Shape::new(0, shape.cols);
                 let none: Vec<Shape> = (0..self.rules.len()).map(|i| none(self.shape(i))).collect();
                 let w = Batch::unwritten(device, device.factor(), &none)?;
                 let shapes = self.product_shapes(&w, |shape| (shape.cols, shape.rows))?;
-                self.products_gpu(gpu, device, factors, &w, &shapes, false, check)?.1.read(gpu)
+                self.products_gpu(&on, &w, &shapes, false)?.1.read(gpu)
             }
             Operands::Host(factors) => {
                 (0..self.rules.len()).map(|i| self.panels(factors, i, check, |_, _| ())).collect()
@@ -521,6 +525,15 @@ impl Tallies {
     }
 }
 
+/// Where entries are made.
+struct OnDevice<'a> {
+    gpu: &'a Arc<Gpu>,
+    device: &'a Device,
+    /// A and B.
+    factors: [OnGpu<'a>; 2],
+    check: Check<'a>,
+}
+
 /// Launches that go to the queue in parts, with a look between them at whether to go on.
 struct Launches<'a> {
     gpu: &'a Gpu,
@@ -556,7 +569,7 @@ impl EntryMerger {
         }
     }
 
-    /// The members of some layers, with what begins where.
+    /// The members of a layer, without a window.
     fn members_of(&self, layer: usize) -> impl Iterator<Item = Member> {
         self.rules[layer].members.iter().map(|m| Member {
             a: m.a as u32,
@@ -574,13 +587,11 @@ impl EntryMerger {
 
     fn magnitudes_gpu(
         &self,
-        gpu: &Arc<Gpu>,
-        device: &Device,
-        factors: [OnGpu<'_>; 2],
+        on: &OnDevice<'_>,
         windows: &[Vec<Option<Window>>],
         one_of: u32,
-        check: Check<'_>,
     ) -> Result<Vec<Vec<Option<Counted>>>> {
+        let &OnDevice { gpu, device, factors, check } = on;
         let mut counted: Vec<Vec<Option<Counted>>> = windows.iter().map(|of| vec![None; of.len()]).collect();
         let (mut members, mut work) = (Vec::new(), Vec::<Work>::new());
         for (i, windows) in windows.iter().enumerate() {
@@ -621,17 +632,14 @@ impl EntryMerger {
     }
 
     /// `V·Mᵀ`, or `V·M` of the `transposed`.
-    #[allow(clippy::too_many_arguments)]
     fn products_gpu(
         &self,
-        gpu: &Arc<Gpu>,
-        device: &Device,
-        factors: [OnGpu<'_>; 2],
+        on: &OnDevice<'_>,
         v: &Batch,
         shapes: &[Shape],
         transposed: bool,
-        check: Check<'_>,
     ) -> Result<(Batch, Tallies)> {
+        let &OnDevice { gpu, device, factors, check } = on;
         let Operands::Gpu(_, [v]) = Operands::of("entries", device, [(v, FACTOR)])? else {
             return Err(Error::Device("entries: a batch on the CPU goes with none on a GPU".into()));
         };
@@ -707,7 +715,7 @@ fn uploaded(gpu: &Arc<Gpu>, members: &[Member]) -> Result<Pooled> {
 
 /// Whether a tile is among those that one of so many is taken of, at random.
 fn is_taken(row: u32, column: u32, one_of: u32) -> bool {
-    one_of <= 1 || hash(row, column, [0; 2]) % one_of == 0
+    hash(row, column, [0; 2]).is_multiple_of(one_of)
 }
 
 /// How many directions a workgroup takes on, for as few as there are to do: the place of its number in [`PER_THREAD`], and

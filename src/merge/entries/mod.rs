@@ -4,12 +4,14 @@ mod rule;
 mod sketch;
 mod survey;
 
+use std::time::Instant;
+
 use rayon::prelude::*;
 
 pub use self::rule::{Alone, Elect, Scope, ZeroSum};
 pub(super) use self::rule::{EntryOptions, Trim, Voter};
 use self::sketch::{Sketches, sized};
-pub(super) use self::survey::{FileWide, Ranking, Survey};
+pub(super) use self::survey::{FileWide, Ranking, Survey, Unsettled};
 use super::algebra::svds;
 use super::engine::driver::{self, Done, Job, Method, Run, Spec};
 use super::members::finite;
@@ -132,8 +134,12 @@ impl EntryMerge {
         let voters = self.voters(layers, run);
         let mut sketches = Sketches::new(device, layers, &voters, &self.rule, None)?;
         let Sketches { merger, exponents } = &mut sketches;
-        let entries: Vec<usize> = layers.iter().map(|layer| layer.input * layer.output).collect();
-        self.rule.settle(device, merger, &voters, &entries, exponents, file, &|| run.control.check())?;
+        let unsettled = |((layer, voters), exponent): ((&&PlannedLayer, _), &i32)| {
+            let voters: &Vec<Voter<'_>> = voters;
+            Unsettled { voters, entries: layer.input * layer.output, exponent: *exponent }
+        };
+        let layers: Vec<_> = layers.iter().zip(&voters).zip(&*exponents).map(unsettled).collect();
+        self.rule.settle(device, merger, &layers, file, &|| run.control.check())?;
         Ok(sketches)
     }
 
@@ -164,7 +170,9 @@ impl EntryMerge {
         file: &FileWide,
     ) -> Result<Vec<Done>> {
         let planned: Vec<&PlannedLayer> = jobs.iter().map(|job| job.planned).collect();
+        let mut clock = Clock::new();
         let Sketches { merger, exponents } = self.sketches(device, &planned, run, file)?;
+        let settled = clock.lap();
         let check = || run.control.check();
         let (y, cores, w, tallies) = match way {
             // M = L·Q itself.
@@ -186,6 +194,7 @@ impl EntryMerge {
             }
         };
         drop(merger);
+        let multiplied = clock.lap();
         let svds = svds(device, &cores, |k| planned[k].name.clone())?;
         let counts: Vec<usize> = (planned.iter().zip(&svds))
             .map(|(layer, svd)| Truncation::rank(self.directions(layer).0).kept(&svd.values))
@@ -202,6 +211,8 @@ impl EntryMerge {
             ops::rank_update(device, None, &ops::small(device, &halves)?, q)?.download_f32(device)
         };
         let (a, b) = (lifted(|svd| &svd.right, &w)?, lifted(|svd| &svd.left, &y)?);
+        let lifted = clock.lap();
+        tracing::debug!(layers = jobs.len(), settled, multiplied, lifted, "seconds that a chunk took");
         (jobs, a, b, svds, counts, tallies)
             .into_par_iter()
             .map(|(job, a, b, svd, count, Tally { square, .. })| {
@@ -233,6 +244,19 @@ impl EntryMerge {
             w = ops::qr(device, &ScaledRows::of(device, rows)?)?.q;
         }
         Ok(w)
+    }
+}
+
+/// Tells seconds since it was last asked.
+struct Clock(Instant);
+
+impl Clock {
+    fn new() -> Self {
+        Self(Instant::now())
+    }
+
+    fn lap(&mut self) -> f64 {
+        std::mem::replace(&mut self.0, Instant::now()).elapsed().as_secs_f64()
     }
 }
 

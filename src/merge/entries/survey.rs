@@ -117,30 +117,36 @@ fn trim(device: &Device, merger: &mut EntryMerger, wanted: &[usize], check: Chec
 const SAMPLED: u64 = 1 << 22;
 const ONE_OF: u32 = 16;
 
+/// A layer before it is known what counts of its updates.
+pub(crate) struct Unsettled<'a> {
+    pub voters: &'a [Voter<'a>],
+    /// Of how many entries of each update a share is kept.
+    pub entries: usize,
+    /// Updates are divided by `2^exponent`.
+    pub exponent: i32,
+}
+
 impl EntryOptions {
-    /// Settles thresholds and what a sum of zero elects, for layers with these voters. `entries`: of how many of each a
-    /// share is kept; `exponents`: what the updates were divided by, as powers of two.
+    /// Settles thresholds and what a sum of zero elects.
     pub fn settle(
         &self,
         device: &Device,
         merger: &mut EntryMerger,
-        voters: &[Vec<Voter<'_>>],
-        entries: &[usize],
-        exponents: &[i32],
+        layers: &[Unsettled<'_>],
         file: &FileWide,
         check: Check<'_>,
     ) -> Result<()> {
         match (&file.thresholds, self.trim) {
             (Some(thresholds), _) => {
-                for ((rule, voters), exponent) in merger.rules_mut().zip(voters).zip(exponents) {
-                    let size = pow2(file.exponent - exponent);
-                    for (member, voter) in rule.members.iter_mut().zip(voters) {
+                for (rule, layer) in merger.rules_mut().zip(layers) {
+                    let size = pow2(file.exponent - layer.exponent);
+                    for (member, voter) in rule.members.iter_mut().zip(layer.voters) {
                         member.threshold = (f64::from(thresholds[voter.adapter]) * size) as f32;
                     }
                 }
             }
             (None, Some(_)) => {
-                let wanted: Vec<usize> = entries.iter().map(|&n| self.kept(n)).collect();
+                let wanted: Vec<usize> = layers.iter().map(|layer| self.kept(layer.entries)).collect();
                 trim(device, merger, &wanted, check)?;
             }
             (None, None) => {}
@@ -377,7 +383,7 @@ mod tests {
         let gpu = DeviceOptions { select: Select::Gpu, ..Default::default() };
         for device in [Ok(Device::cpu()), Device::open(&gpu)].into_iter().flatten() {
             // Some rows are far larger than others, some are zero, and many entries are equal.
-            let row = |i: usize| if i % 5 == 0 { 0.0 } else { f64::from(1 << (i % 11)) * 1e-3 };
+            let row = |i: usize| if i.is_multiple_of(5) { 0.0 } else { f64::from(1 << (i % 11)) * 1e-3 };
             let b = Matrix::from_fn(33, 4, |i, k| row(i) * ((i * 7 + k * 3) % 11) as f64);
             let a = |cols| Matrix::from_fn(4, cols, |k, j| ((j * 31 + k * 17) % 101) as f64 - 50.0);
             let [a, small] = [a(1 << 17), a(70)];
