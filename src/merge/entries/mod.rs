@@ -1,4 +1,4 @@
-//! TIES and DARE on the entries of ΔW, made panel by panel and never held whole.
+//! TIES and DARE on the entries of ΔW, made tile by tile and never held whole.
 
 mod rule;
 mod sketch;
