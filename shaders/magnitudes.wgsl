@@ -1,9 +1,8 @@
-// Counts the magnitudes of a layer's updates: a histogram of the bits of |s_k·B_k·A_k| as f32, for each member.
+// Counts the magnitudes of the entries of layers' updates, |s_k·B_k·A_k|, by their bits as f32: of each member those of
+// the 2^shift · BUCKETS magnitudes from its base on in buckets of 2^shift, and those that are larger in one more.
 //
-// First by the upper 16 bits (the sign is gone); then, of entries whose upper bits are the member's
-// `prefix`, by the lower 15. So two passes find the n-th largest magnitude exactly.
-// Work: (job, tile row, tile column, member). A thread makes one entry of a 16 × 16 tile.
-// Bindings: 3 A, 4 B, 5 members, 6 counts: BUCKETS for each member.
+// Work: (job, first row, first column, member). A workgroup counts ROWS × SPAN entries.
+// Bindings: 3 A, 4 B, 5 members, 6 counts: BUCKETS + 1 for each member.
 
 #import shared/params
 #import real
@@ -11,12 +10,9 @@
 struct Job {
     a: u32,         // first element
     b: u32,         // first element
-    rows: u32,
-    cols: u32,
-    rank: u32,
-    first_row: u32,
-    last_row: u32,
-    upper: u32,     // 1: count by the upper bits
+    input: u32,     // columns of A
+    output: u32,    // rows of B
+    rank: u32,      // columns of B
 }
 
 @group(0) @binding(3) var<storage, read> a: array<f32>;
@@ -27,8 +23,31 @@ struct Job {
 #import shared/entry
 
 const BUCKETS: u32 = 65536u;
-// How many bits the second pass counts by.
-const LOWER_BITS: u32 = 15u;
+const SPAN: u32 = 256u;
+
+// Of the whole workgroup.
+var<workgroup> larger: atomic<u32>;
+
+// Counts one entry; gives 1 if it is larger than what has a bucket.
+fn count(job: Job, member: Member, slot: u32, row: u32, column: u32, value: Real) -> u32 {
+    let bits = bitcast<u32>(real_to_f32(value)) & 0x7fffffffu;
+    if (row >= job.output || column >= job.input || bits < member.base) {
+        return 0u;
+    }
+    let bucket = (bits - member.base) >> member.shift;
+    if (bucket >= BUCKETS) {
+        return 1u;
+    }
+    atomicAdd(&counts[slot * (BUCKETS + 1u) + bucket], 1u);
+    return 0u;
+}
+
+fn count_row(job: Job, member: Member, slot: u32, row: u32, column: u32, values: Quad) -> u32 {
+    return count(job, member, slot, row, column, values.x)
+        + count(job, member, slot, row, column + 1u, values.y)
+        + count(job, member, slot, row, column + 2u, values.z)
+        + count(job, member, slot, row, column + 3u, values.w);
+}
 
 @compute @workgroup_size(256)
 fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_index) t: u32) {
@@ -37,15 +56,27 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
     }
     let work = work_table[work_index(workgroup)];
     let job = jobs[work.x];
-    let row = job.first_row + work.y * TILE + t / TILE;
-    let column = work.z * TILE + t % TILE;
     let member = members[work.w];
-    let bits = bitcast<u32>(real_to_f32(entry(job, member, row, column, t))) & 0x7fffffffu;
-    if (row < job.last_row && column < job.cols) {
-        if (job.upper != 0u) {
-            atomicAdd(&counts[work.w * BUCKETS + (bits >> LOWER_BITS)], 1u);
-        } else if (bits >> LOWER_BITS == member.prefix) {
-            atomicAdd(&counts[work.w * BUCKETS + (bits & ((1u << LOWER_BITS) - 1u))], 1u);
+    let row = work.y + 2u * (t / QUADS);
+    if (t == 0u) {
+        atomicStore(&larger, 0u);
+    }
+    workgroupBarrier();
+    var own = 0u;
+    for (var column = work.z; column < min(work.z + SPAN, job.input); column += COLUMNS) {
+        let values = entries_of(job, member, work.y, column, t);
+        let first = column + 4u * (t % QUADS);
+        own += count_row(job, member, work.w, row, first, values.first);
+        own += count_row(job, member, work.w, row + 1u, first, values.second);
+    }
+    if (own > 0u) {
+        atomicAdd(&larger, own);
+    }
+    workgroupBarrier();
+    if (t == 0u) {
+        let all = atomicLoad(&larger);
+        if (all > 0u) {
+            atomicAdd(&counts[work.w * (BUCKETS + 1u) + BUCKETS], all);
         }
     }
 }

@@ -335,6 +335,11 @@ impl Device {
         }
     }
 
+    /// How often results were read back from the GPU since the device was opened, each time a wait for it; 0 on the CPU.
+    pub fn readbacks(&self) -> u64 {
+        self.gpu().map_or(0, |gpu| gpu.reads.load(std::sync::atomic::Ordering::Relaxed))
+    }
+
     /// Something the user should know: a fallback that was taken.
     pub fn note(&self) -> Option<&str> {
         self.note.as_deref()

@@ -8,11 +8,12 @@ use serde::{Deserialize, Serialize};
 
 use super::algebra::{self, times};
 use super::engine::driver::{self, Done, Job, Method, Run, Spec};
-use super::entries::{EntryOptions, FileWide, Ranking, Survey, Voter};
+use super::entries::{EntryOptions, FileWide, Ranking, Survey, Unsettled, Voter};
 use super::factored::{self, Factored};
-use super::members::rounded;
+use super::members::{finite, rounded};
 use super::{Action, LayerReport, Merged, PlannedLayer};
-use crate::compute::ops;
+use crate::compute::Batch;
+use crate::compute::ops::{self, EntryMerger};
 use crate::{Control, Device, Layer, Matrix, Result, Weighted};
 
 /// Where a [`CoreMerge`] applies its rule.
@@ -148,6 +149,16 @@ impl CoreMerge {
             }
         };
         let entries = Entries::new(self, rule, device, &planned, run)?;
+        if let Some(mut merger) = entries.on_gpu(device)? {
+            entries.settle(&mut merger, device, run, file)?;
+            let (a, _) = merger.whole(device, &|| run.control.check())?;
+            let b =
+                ops::rank_update(device, None, &ops::small(device, &entries.left)?, &entries.factored.b.q)?;
+            return (jobs, a.download_f32(device)?, b.download_f32(device)?)
+                .into_par_iter()
+                .map(|(job, a, b)| Ok(combined(job, finite(job.template(), a, b.transposed())?)))
+                .collect();
+        }
         let merged = |i: usize| -> Result<Matrix> {
             let (matrices, count) = entries.of(device, i)?;
             Ok(rule.merged(&planned[i].key, &entries.voters[i], &matrices, count, file))
@@ -199,12 +210,15 @@ impl CoreMerge {
         let PlannedLayer { input, output, .. } = layer;
         let rank = self.rank(layer, run);
         let (largest, all) = factored::size(run.device, rank, *input, *output);
-        // `Uᵀ·ΔW_k` of one layer.
-        let rows = match (self.space, &self.rule) {
-            (Space::Left, CoreRule::Entries(rule)) => 4 * (rule.voters(layer).len() * rank * input) as u64,
-            _ => 0,
-        };
-        (largest.max(rows), all + rows)
+        match (self.space, &self.rule) {
+            // Uᵀ in f32 of each update, what becomes of them, and counts of magnitudes.
+            (Space::Left, CoreRule::Entries(rule)) => {
+                let members = rule.voters(layer).len();
+                let (counts, cores) = (4 * members * (ops::BUCKETS + 1), 4 * rank * (members + 1) * rank);
+                (largest.max(counts.max(cores) as u64), all + (counts + cores + 4 * rank * input) as u64)
+            }
+            _ => (largest, all),
+        }
     }
 }
 
@@ -253,21 +267,68 @@ impl<'a> Entries<'a> {
         Ok(Self { merge, rule, planned, voters, factored, left, right })
     }
 
+    /// The updates of KnOTS, `Uᵀ·ΔW_k = (Uᵀ·M_k)·Q_a`, as products whose entries a GPU makes and merges without a matrix of
+    /// theirs; `None` elsewhere.
+    fn on_gpu(&self, device: &Device) -> Result<Option<EntryMerger>> {
+        if !device.is_gpu() || self.merge.space != Space::Left {
+            return Ok(None);
+        }
+        let side_by_side = |(left, cores): (&Matrix, &Vec<Matrix>)| {
+            let rows: Vec<Matrix> = cores.iter().map(|core| times(left, core)).collect();
+            let rank = left.cols;
+            Matrix::from_fn(left.rows, rows.len() * rank, |i, j| rows[j / rank][(i, j % rank)])
+        };
+        let b: Vec<Matrix> = (&self.left, &self.factored.cores).into_par_iter().map(side_by_side).collect();
+        let rule = |(k, layer): (usize, &&PlannedLayer)| {
+            let (voters, rank) = (&self.voters[k], self.left[k].rows);
+            let mut rule = self.rule.entries(&layer.key, voters, &vec![1.0; voters.len()]);
+            for (k, member) in rule.members.iter_mut().enumerate() {
+                (member.a, member.b, member.rank) = (0, k * rank, rank);
+            }
+            rule
+        };
+        let rules = self.planned.iter().enumerate().map(rule).collect();
+        let a = self.factored.a.q.select(&(0..self.planned.len()).collect::<Vec<_>>());
+        EntryMerger::new(a, Batch::upload(device, device.factor(), &b)?, rules).map(Some)
+    }
+
+    /// Finds out what counts of them, and what a sum of zero elects.
+    fn settle(
+        &self,
+        merger: &mut EntryMerger,
+        device: &Device,
+        run: &Run<'_>,
+        file: &FileWide,
+    ) -> Result<()> {
+        let layer = |(i, voters)| {
+            let voters: &Vec<Voter<'_>> = voters;
+            Unsettled { voters, entries: self.rows_count(i), exponent: 0 }
+        };
+        let layers: Vec<_> = self.voters.iter().enumerate().map(layer).collect();
+        self.rule.settle(device, merger, &layers, file, &|| run.control.check())
+    }
+
+    /// Of how many entries of each matrix of KnOTS a share is kept.
+    fn rows_count(&self, i: usize) -> usize {
+        let left = &self.left[i];
+        let is_direction = |row: &&[f64]| row.iter().any(|v| *v != 0.0);
+        let directions = match self.rule.ranks_file() {
+            true => left.data.chunks(left.cols.max(1)).filter(is_direction).count(),
+            false => left.rows,
+        };
+        directions * self.planned[i].input
+    }
+
     /// The matrices of one layer, and of how many entries of each a share is kept.
     fn of(&self, device: &Device, i: usize) -> Result<(Vec<Matrix>, usize)> {
-        let Self { merge, rule, factored, left, right, .. } = self;
+        let Self { merge, factored, left, right, .. } = self;
         let (cores, PlannedLayer { input, output, .. }) = (&factored.cores[i], self.planned[i]);
         let rank = left[i].rows;
         let rows: Vec<Matrix> = cores.iter().map(|core| times(&left[i], core)).collect();
         if merge.space == Space::Left {
             let q = factored.a.q.select(&vec![i; rows.len()]);
             let rows = ops::rank_update(device, None, &ops::small(device, &rows)?, &q)?.download(device)?;
-            let is_direction = |row: &&[f64]| row.iter().any(|v| *v != 0.0);
-            let directions = match rule.ranks_file() {
-                true => left[i].data.chunks(rank.max(1)).filter(is_direction).count(),
-                false => rank,
-            };
-            return Ok((rows, directions * input));
+            return Ok((rows, self.rows_count(i)));
         }
         let count = match merge.bases {
             Bases::Updates => rank * rank,
@@ -285,17 +346,36 @@ struct Surveyed<'a> {
 }
 
 impl Survey for Surveyed<'_> {
-    fn count(&self, on: &Device, layer: &PlannedLayer, _: i32, ranking: &mut Ranking) -> Result<u64> {
-        let (matrices, count) = Entries::new(self.merge, self.rule, on, &[layer], self.run)?.of(on, 0)?;
-        matrices.iter().enumerate().for_each(|(k, matrix)| ranking.count(k, &matrix.data));
-        Ok(count as u64)
+    fn count(&self, on: &Device, layers: &[&PlannedLayer], _: i32, ranking: &mut Ranking) -> Result<u64> {
+        let entries = Entries::new(self.merge, self.rule, on, layers, self.run)?;
+        if let Some(merger) = entries.on_gpu(on)? {
+            ranking.count_layers(on, &merger, &entries.voters, &|| self.run.control.check())?;
+            return Ok((0..layers.len()).map(|i| entries.rows_count(i) as u64).sum());
+        }
+        let mut all = 0;
+        for (i, voters) in entries.voters.iter().enumerate() {
+            let (matrices, count) = entries.of(on, i)?;
+            voters
+                .iter()
+                .zip(&matrices)
+                .for_each(|(voter, matrix)| ranking.count(voter.adapter, &matrix.data));
+            all += count as u64;
+        }
+        Ok(all)
     }
 
-    fn signs(&self, on: &Device, layer: &PlannedLayer, file: &FileWide) -> Result<i64> {
-        let planned = [layer];
-        let entries = Entries::new(self.merge, self.rule, on, &planned, self.run)?;
-        let (matrices, count) = entries.of(on, 0)?;
-        Ok(self.rule.signs(&layer.key, &entries.voters[0], &matrices, count, file))
+    fn signs(&self, on: &Device, layers: &[&PlannedLayer], file: &FileWide) -> Result<i64> {
+        let entries = Entries::new(self.merge, self.rule, on, layers, self.run)?;
+        if let Some(mut merger) = entries.on_gpu(on)? {
+            entries.settle(&mut merger, on, self.run, file)?;
+            let tallies = merger.tallies(on, &|| self.run.control.check())?;
+            return Ok(tallies.iter().map(|tally| tally.signs).sum());
+        }
+        let of = |i: usize| -> Result<i64> {
+            let (matrices, count) = entries.of(on, i)?;
+            Ok(self.rule.signs(&layers[i].key, &entries.voters[i], &matrices, count, file))
+        };
+        (0..layers.len()).map(of).sum()
     }
 }
 

@@ -201,7 +201,7 @@ fn every_way_through_a_merge_stays_within_the_budget() {
 }
 
 #[test]
-fn entries_are_made_in_smaller_panels() {
+fn merges_of_entries_stay_within_the_budget() {
     if gpus().is_empty() {
         return;
     }
@@ -215,7 +215,7 @@ fn entries_are_made_in_smaller_panels() {
     let ties = EntryMerge::ties(Ties::default());
     let want = ties.merge(&open(None), &weighted).unwrap();
     for memory in [4 * MIB, 16 * MIB] {
-        // f32 sums of other panels.
+        // The same sums, in other chunks.
         let merge = |device: &Device| ties.merge(device, &weighted).unwrap();
         assert_eq!(check("ties", &open(Some(memory)), &want, merge, 1e-4), 0);
     }

@@ -3,8 +3,8 @@
 
 use crate::common::{Random, devices, gpus, product, relative};
 use loraweld::compute::ops::{
-    Activations, BUCKETS, EntryMember, accumulate, cholesky, gram, inner, magnitudes, matmul, project,
-    rank_update,
+    Activations, EntryMember, EntryMerger, EntryRule, Window, accumulate, cholesky, gram, inner, matmul,
+    project, rank_update,
 };
 use loraweld::compute::{Batch, DeviceOptions, Element, Select, Shape};
 use loraweld::fusion::{
@@ -124,22 +124,35 @@ fn activations_that_their_buffer_does_not_hold_are_refused() {
 }
 
 #[test]
-fn histograms_fit_their_members() {
-    let member = |ranks| EntryMember { ranks, scale: 1.0, threshold: 0.0, key: [0; 2], weight: 1.0 };
-    #[expect(clippy::reversed_empty_ranges, reason = "as a caller may get it wrong")]
-    let reversed = 2..1;
+fn windows_and_ranks_fit_their_members() {
+    let member =
+        |a, b, rank| EntryMember { a, b, rank, scale: 1.0, threshold: 0.0, key: [0; 2], weight: 1.0 };
     for case in devices() {
         let device = &case.device;
         let ones = Matrix::from_fn(2, 2, |_, _| 1.0);
-        let a = Batch::upload(device, device.factor(), &[ones]).unwrap();
-        let find = |ranks, prefixes: Option<&[u32]>, mut counts: Vec<Vec<u64>>| {
-            magnitudes(device, &a, &a, &[member(ranks)], prefixes, 0..2, &mut counts)
+        let merger = |member: EntryMember, rules: usize| {
+            let rule = EntryRule {
+                members: vec![member],
+                chance: u32::MAX,
+                elect: true,
+                zero_is_minus: false,
+                scale: 1.0,
+            };
+            let upload = || Batch::upload(device, device.factor(), std::slice::from_ref(&ones)).unwrap();
+            EntryMerger::new(upload(), upload(), vec![rule; rules])
         };
-        find(0..2, None, vec![vec![0; BUCKETS]]).unwrap();
-        refused(find(0..2, None, Vec::new()), &["magnitudes"]);
-        refused(find(0..2, None, vec![vec![0; 3]]), &["magnitudes"]);
-        refused(find(0..2, Some(&[]), vec![vec![0; BUCKETS]]), &["magnitudes"]);
-        refused(find(reversed.clone(), None, vec![vec![0; BUCKETS]]), &["ranks"]);
+        for (a, b, rank) in [(1, 0, 2), (0, 1, 2), (3, 0, 0), (0, 0, usize::MAX), (usize::MAX, 0, 2)] {
+            refused(merger(member(a, b, rank), 1), &["ranks"]);
+        }
+        refused(merger(member(0, 0, 2), 2), &["rules"]);
+        let merger = merger(member(0, 0, 2), 1).unwrap();
+        let find = |windows: &[Vec<Option<Window>>]| merger.magnitudes(device, windows, &|| Ok(()));
+        find(&[vec![Some(Window::ALL)]]).unwrap();
+        refused(find(&[]), &["window"]);
+        refused(find(&[vec![None; 2]]), &["window"]);
+        let wide = Batch::zeros(device, device.factor(), &[Shape::new(2, 3)]).unwrap();
+        refused(merger.applied(device, &wide, &|| Ok(())), &["entries", "2 x 3"]);
+        refused(merger.squared(device, &wide, &|| Ok(())), &["entries", "2 x 3"]);
     }
 }
 

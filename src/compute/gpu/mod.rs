@@ -58,6 +58,8 @@ pub(crate) struct Gpu {
     staged: AtomicU64,
     uploads: Uploads,
     downloads: Downloads,
+    /// How often something was read back.
+    pub reads: AtomicU64,
     error: Arc<Mutex<Option<String>>>,
 }
 
@@ -107,6 +109,7 @@ impl Gpu {
             staged: AtomicU64::new(0),
             uploads: Uploads::new(&meter),
             downloads: Downloads::new(&meter),
+            reads: AtomicU64::new(0),
             meter,
             error: Arc::default(),
         }
@@ -219,6 +222,7 @@ impl Gpu {
     /// Begins to read some bytes of a buffer, which launches that follow need not wait for; as
     /// [`read_piece`](Self::read_piece).
     pub fn start_read(&self, buffer: &wgpu::Buffer, bytes: Range<u64>) -> Download {
+        self.reads.fetch_add(1, Ordering::Relaxed);
         let len = bytes.end - bytes.start;
         let size = len.next_multiple_of(4);
         let staging = self.downloads.take(&self.device, size);

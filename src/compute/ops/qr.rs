@@ -5,6 +5,7 @@ use super::jacobi_svd::jacobi_svd_cpu;
 use super::{ScaledRows, Svd, gemm, host, inner, jacobi_svd, rank_update, view};
 use crate::compute::batch::{FACTOR, Operands};
 use crate::compute::{Batch, Device, Element, Shape};
+use crate::power::{exponent_of, pow2};
 use crate::{Matrix, Result};
 
 /// Thin QR factors of tall matrices that are given as rows: `A = L·Q`.
@@ -104,9 +105,20 @@ struct Root {
 
 fn roots(device: &Device, rows: &Batch) -> Result<Vec<Root>> {
     let epsilon = if device.sum() == Element::DoubleSingle { 1e-14 } else { f64::EPSILON };
-    let grams = inner(device, rows, rows)?.download(device)?;
+    let mut grams = inner(device, rows, rows)?.download(device)?;
+    let sizes: Vec<Vec<i32>> = grams.par_iter_mut().map(balance).collect();
     let spectra = jacobi_svd(device, &grams)?;
-    Ok(spectra.par_iter().map(|spectrum| Root::new(spectrum, epsilon)).collect())
+    let root = |(spectrum, sizes): (&Svd, &Vec<i32>)| Root::new(spectrum, epsilon).unbalanced(sizes);
+    Ok(spectra.par_iter().zip(&sizes).map(root).collect())
+}
+
+/// Brings the rows whose Gram matrix this is to one size by powers of two, which rounds nothing; gives what was taken out.
+fn balance(gram: &mut Matrix) -> Vec<i32> {
+    let sizes: Vec<i32> = (0..gram.rows).map(|i| exponent_of(gram[(i, i)].sqrt())).collect();
+    for (i, row) in gram.data.chunks_exact_mut(gram.cols.max(1)).enumerate() {
+        row.iter_mut().zip(&sizes).for_each(|(v, e)| *v *= pow2(-e) * pow2(-sizes[i]));
+    }
+    sizes
 }
 
 impl Root {
@@ -130,6 +142,17 @@ impl Root {
             bend: if kept > 0 { error / spectrum.values[kept - 1] } else { 0.0 },
             whole: kept == n,
         }
+    }
+
+    /// This, of rows of which `2^size` was taken out.
+    fn unbalanced(mut self, sizes: &[i32]) -> Self {
+        let n = sizes.len().max(1);
+        let rows = self.left.data.chunks_exact_mut(n).zip(self.inverse.data.chunks_exact_mut(n));
+        for ((left, inverse), &e) in rows.zip(sizes) {
+            left.iter_mut().for_each(|v| *v *= pow2(e));
+            inverse.iter_mut().zip(sizes).for_each(|(v, e)| *v *= pow2(-e));
+        }
+        self
     }
 
     /// Whether one pass is as good as any.

@@ -5,7 +5,7 @@ use rayon::prelude::*;
 use super::dtype_code;
 use crate::compute::gpu::{Gpu, Work, whole};
 use crate::compute::shaders::{Declared, Kernel, job};
-use crate::compute::{Batch, Device, Shape};
+use crate::compute::{Batch, Device, Element, Shape};
 use crate::power::{exponent_of, pow2};
 use crate::{Dtype, Error, Matrix, RawMatrix, Result};
 
@@ -78,6 +78,16 @@ impl ScaledRows {
             .map(|m| m.data.chunks_exact_mut(m.cols.max(1)).map(normalise).collect())
             .collect();
         Ok(Self { rows: Batch::upload(device, device.factor(), &matrices)?, exponents })
+    }
+
+    /// Rows that were made in full size, which stay where they are on a GPU that factors small matrices itself: there
+    /// [`qr`](super::qr) brings their Gram matrices to one size.
+    pub(crate) fn of(device: &Device, rows: Batch) -> Result<Self> {
+        if device.sum() == Element::Host {
+            return Self::from_matrices(device, rows.download(device)?);
+        }
+        let exponents = rows.shapes().iter().map(|shape| vec![0; shape.rows]).collect();
+        Ok(Self { rows, exponents })
     }
 
     /// Some of the matrices, in this order.

@@ -267,7 +267,14 @@ fn merged(run: &Run<'_>, spec: &Spec<'_>) -> Result<Merged> {
     };
     let notes = (spec.notes)(&report);
     report.notes.extend(notes);
-    tracing::info!(method = spec.method, layers = report.layers.len(), seconds = report.seconds, "merged");
+    let readbacks = run.device.readbacks();
+    tracing::info!(
+        method = spec.method,
+        layers = report.layers.len(),
+        seconds = report.seconds,
+        readbacks,
+        "merged"
+    );
     merging.spent.log();
     Ok(Merged { adapter, report })
 }

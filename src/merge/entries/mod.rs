@@ -1,21 +1,23 @@
-//! TIES and DARE on the entries of ΔW, made panel by panel and never held whole.
+//! TIES and DARE on the entries of ΔW, made tile by tile and never held whole.
 
 mod rule;
 mod sketch;
 mod survey;
 
+use std::time::Instant;
+
 use rayon::prelude::*;
 
 pub use self::rule::{Alone, Elect, Scope, ZeroSum};
 pub(super) use self::rule::{EntryOptions, Trim, Voter};
-use self::sketch::{Sketch, panel_rows, sized};
-pub(super) use self::survey::{FileWide, Ranking, Survey};
+use self::sketch::{Sketches, sized};
+pub(super) use self::survey::{FileWide, Ranking, Survey, Unsettled};
 use super::algebra::svds;
 use super::engine::driver::{self, Done, Job, Method, Run, Spec};
-use super::members::rounded;
+use super::members::finite;
 use super::{Action, LayerReport, Merged, Plan, PlannedLayer, Truncation};
 use crate::compute::Batch;
-use crate::compute::ops::{self, ScaledRows};
+use crate::compute::ops::{self, Check, EntryMerger, ScaledRows, Svd, Tally, identity};
 use crate::power::{exponent_of, pow2};
 use crate::{Control, Device, Matrix, Result, Weighted};
 
@@ -24,8 +26,9 @@ use crate::{Control, Device, Matrix, Result, Weighted};
 /// The merged update `rule(ΔW_1, …, ΔW_K)` has no low rank, so the result is its best approximation of rank N, by
 /// default Σ r_k: a randomised range finder (Halko, Martinsson and Tropp 2011) of N + 8 directions with two steps of
 /// subspace iteration, `W ← orth(W·Mᵀ·M)` on the input side, and the SVD of `M·Wᵀ`. Where N + 8 reaches the smaller
-/// dimension of the layer, it is exact. Entries come from the factors in panels of rows, again in each pass; the
+/// dimension of the layer, it is exact. Entries come from the factors, tile by tile, again in each pass; the
 /// threshold of TIES is exact, by counting magnitudes (as f32) twice, in each layer or in all of them beforehand.
+/// A GPU works on many layers at once.
 ///
 /// Products of entries are of [`Device::product`]. The report tells how much of ‖M‖² the result captures
 /// ([`Action::Combined`]). Layers of one adapter pass through unchanged, unless [`Ties::alone`](super::Ties::alone) or
@@ -101,85 +104,191 @@ impl EntryMerge {
         let members = self.rule.weighed(layer, run.adapters);
         let rank: usize = members.iter().map(|voter| voter.layer.rank).sum();
         let (_, directions) = self.directions(layer);
-        let rows = panel_rows(run.device, *input).min(*output);
-        let panel = 4 * rows * input;
-        // W·panelᵀ: its partial sums, and itself.
-        let products = ops::product_bytes(directions, rows) + 8 * directions * rows;
-        let largest = (4 * rank.max(directions) * input.max(output)).max(panel).max(products);
-        // A and B; W, and what is made orthonormal beside it, twice; its small matrices; a panel, the same in halves, and its
-        // tables; histograms of magnitudes.
+        let counts = 4 * (ops::BUCKETS + 1) * members.len();
+        let largest = (4 * rank.max(directions) * input.max(output)).max(counts);
+        // A and B; W, and what is made orthonormal beside it, twice; its small matrices; counts of magnitudes.
         let all = 4 * rank * (input + output)
             + 4 * directions * (input + 3 * input.max(output))
             + 64 * directions * directions
-            + panel * (16 + members.len()) / 8
-            + products
-            + 4 * ops::BUCKETS * members.len();
+            + counts;
         (largest as u64, all as u64)
     }
 
-    /// The sketch of a layer, as soon as it is known what counts.
-    fn sketch<'a>(
-        &self,
-        device: &'a Device,
-        layer: &'a PlannedLayer,
-        run: &'a Run<'_>,
-        file: &FileWide,
-    ) -> Result<Sketch<'a>> {
-        let voters = self.rule.weighed(layer, run.adapters);
-        let mut sketch = Sketch::new(device, layer, &voters, &self.rule, None, &run.control)?;
-        match (&file.thresholds, self.rule.trim) {
-            (Some(thresholds), _) => {
-                let size = pow2(file.exponent - sketch.exponent);
-                for (member, voter) in sketch.rule.members.iter_mut().zip(&voters) {
-                    member.threshold = (f64::from(thresholds[voter.adapter]) * size) as f32;
-                }
-            }
-            (None, Some(_)) => sketch.trim(self.rule.kept(layer.input * layer.output))?,
-            (None, None) => {}
+    /// How W is found for a layer.
+    fn way(&self, layer: &PlannedLayer) -> Way {
+        match self.directions(layer).1 {
+            all if all == layer.output => Way::Whole,
+            all if all == layer.input => Way::Inputs,
+            _ => Way::Sought,
         }
-        sketch.rule.zero_is_minus = match self.rule.majority == Some(Scope::Layer) {
-            true => sketch.signs()? <= 0,
-            false => file.zero_is_minus.unwrap_or(false),
-        };
-        Ok(sketch)
     }
 
-    fn layer(&self, device: &Device, job: &Job<'_>, run: &Run<'_>, file: &FileWide) -> Result<Done> {
-        let PlannedLayer { output, .. } = job.planned;
-        let (rank, directions) = self.directions(job.planned);
-        let sketch = self.sketch(device, job.planned, run, file)?;
-        let (y, core, w, square) = match directions == *output {
-            // All rows are wanted: M = L·Q itself.
-            true => {
-                let (rows, square) = sketch.whole()?;
-                let w = ops::qr(device, &ScaledRows::from_matrices(device, vec![rows])?)?;
-                let y = Batch::upload(device, device.factor(), &[identity(*output)])?;
-                (y, w.l[0].clone(), w.q, square)
-            }
-            false => {
-                let w = self.directions_of(&sketch, directions)?;
-                let (y, square) = sketch.applied(&w)?;
-                // M ≈ (W·Mᵀ)ᵀ·W, and W·Mᵀ = L·Q.
-                let y = ops::qr(device, &ScaledRows::from_matrices(device, vec![y])?)?;
-                (y.q, y.l[0].transposed(), w, square)
-            }
+    /// What is known of layers, as soon as it is known what counts.
+    fn sketches(
+        &self,
+        device: &Device,
+        layers: &[&PlannedLayer],
+        run: &Run<'_>,
+        file: &FileWide,
+    ) -> Result<Sketches> {
+        let voters = self.voters(layers, run);
+        let mut sketches = Sketches::new(device, layers, &voters, &self.rule, None)?;
+        let Sketches { merger, exponents } = &mut sketches;
+        let unsettled = |((layer, voters), exponent): ((&&PlannedLayer, _), &i32)| {
+            let voters: &Vec<Voter<'_>> = voters;
+            Unsettled { voters, entries: layer.input * layer.output, exponent: *exponent }
         };
-        let svd = svds(device, &[core], |_| job.planned.name.clone())?.remove(0);
-        let count = Truncation::rank(rank).kept(&svd.values);
-        let size = pow2(sketch.exponent);
-        let half = |vectors: &Matrix| {
-            Matrix::from_fn(count, vectors.cols, |k, i| (svd.values[k] * size).sqrt() * vectors[(k, i)])
-        };
-        let lift = |vectors: &Matrix, q: &Batch| -> Result<Matrix> {
-            let rows = ops::rank_update(device, None, &ops::small(device, &[half(vectors)])?, q)?;
-            Ok(rows.download(device)?.remove(0))
-        };
-        let layer = rounded(job.template(), &lift(&svd.right, &w)?, &lift(&svd.left, &y)?)?;
-        let held: f64 = svd.values[..count].iter().map(|v| v * v).sum();
-        let captured = if square > 0.0 { (held / square).min(1.0) } else { 1.0 };
-        let action = Action::Combined { captured: Some(captured) };
-        Ok(Done::new(layer, LayerReport { rank: count, ..LayerReport::new(job.planned, action) }))
+        let layers: Vec<_> = layers.iter().zip(&voters).zip(&*exponents).map(unsettled).collect();
+        self.rule.settle(device, merger, &layers, file, &|| run.control.check())?;
+        Ok(sketches)
     }
+
+    fn voters<'a>(&self, layers: &[&PlannedLayer], run: &Run<'a>) -> Vec<Vec<Voter<'a>>> {
+        layers.iter().map(|layer| self.rule.weighed(layer, run.adapters)).collect()
+    }
+
+    fn layers(&self, device: &Device, jobs: &[Job<'_>], run: &Run<'_>, file: &FileWide) -> Result<Vec<Done>> {
+        let mut done: Vec<Option<Done>> = jobs.iter().map(|_| None).collect();
+        for way in [Way::Whole, Way::Inputs, Way::Sought] {
+            let places: Vec<usize> = (0..jobs.len()).filter(|&i| self.way(jobs[i].planned) == way).collect();
+            let alike: Vec<&Job<'_>> = places.iter().map(|&i| &jobs[i]).collect();
+            if !alike.is_empty() {
+                let made = self.alike(device, way, &alike, run, file)?;
+                places.into_iter().zip(made).for_each(|(i, one)| done[i] = Some(one));
+            }
+        }
+        Ok(done.into_iter().flatten().collect())
+    }
+
+    /// Merges layers whose W is found in one way.
+    fn alike(
+        &self,
+        device: &Device,
+        way: Way,
+        jobs: &[&Job<'_>],
+        run: &Run<'_>,
+        file: &FileWide,
+    ) -> Result<Vec<Done>> {
+        let planned: Vec<&PlannedLayer> = jobs.iter().map(|job| job.planned).collect();
+        let mut clock = Clock::new();
+        let Sketches { merger, exponents } = self.sketches(device, &planned, run, file)?;
+        let settled = clock.lap();
+        let check = || run.control.check();
+        let (y, cores, w, tallies) = match way {
+            // M = L·Q itself.
+            Way::Whole => {
+                let (rows, tallies) = merger.whole(device, &check)?;
+                let w = ops::qr(device, &ScaledRows::of(device, rows)?)?;
+                let y = shared(device, &planned, |layer| layer.output, identity)?;
+                (y, w.l, w.q, tallies)
+            }
+            Way::Inputs | Way::Sought => {
+                let w = match way {
+                    Way::Inputs => shared(device, &planned, |layer| layer.input, identity)?,
+                    _ => self.found(device, &planned, &merger, &check)?,
+                };
+                let (y, tallies) = merger.applied(device, &w, &check)?;
+                // M ≈ (W·Mᵀ)ᵀ·W, and W·Mᵀ = L·Q.
+                let y = ops::qr(device, &ScaledRows::of(device, y)?)?;
+                (y.q, y.l.iter().map(Matrix::transposed).collect(), w, tallies)
+            }
+        };
+        drop(merger);
+        let multiplied = clock.lap();
+        let svds = svds(device, &cores, |k| planned[k].name.clone())?;
+        let counts: Vec<usize> = (planned.iter().zip(&svds))
+            .map(|(layer, svd)| Truncation::rank(self.directions(layer).0).kept(&svd.values))
+            .collect();
+        let lifted = |of: fn(&Svd) -> &Matrix, q: &Batch| -> Result<Vec<Matrix<f32>>> {
+            let half = |k: usize| {
+                let (svd, size) = (&svds[k], pow2(exponents[k]));
+                let vectors = of(svd);
+                Matrix::from_fn(counts[k], vectors.cols, |k, i| {
+                    (svd.values[k] * size).sqrt() * vectors[(k, i)]
+                })
+            };
+            let halves: Vec<Matrix> = (0..svds.len()).into_par_iter().map(half).collect();
+            ops::rank_update(device, None, &ops::small(device, &halves)?, q)?.download_f32(device)
+        };
+        let (a, b) = (lifted(|svd| &svd.right, &w)?, lifted(|svd| &svd.left, &y)?);
+        let lifted = clock.lap();
+        tracing::debug!(layers = jobs.len(), settled, multiplied, lifted, "seconds that a chunk took");
+        (jobs, a, b, svds, counts, tallies)
+            .into_par_iter()
+            .map(|(job, a, b, svd, count, Tally { square, .. })| {
+                let layer = finite(job.template(), a, b.transposed())?;
+                let held: f64 = svd.values[..count].iter().map(|v| v * v).sum();
+                let captured = if square > 0.0 { (held / square).min(1.0) } else { 1.0 };
+                let action = Action::Combined { captured: Some(captured) };
+                Ok(Done::new(layer, LayerReport { rank: count, ..LayerReport::new(job.planned, action) }))
+            })
+            .collect()
+    }
+
+    /// W, directions × in of each layer: orthonormal rows that hold most of M.
+    fn found(
+        &self,
+        device: &Device,
+        layers: &[&PlannedLayer],
+        merger: &EntryMerger,
+        check: Check<'_>,
+    ) -> Result<Batch> {
+        let mut w = shared(
+            device,
+            layers,
+            |layer| (self.directions(layer).1, layer.input),
+            |(n, input)| random(n, input),
+        )?;
+        for _ in 0..STEPS {
+            let rows = merger.squared(device, &w, check)?;
+            w = ops::qr(device, &ScaledRows::of(device, rows)?)?.q;
+        }
+        Ok(w)
+    }
+}
+
+/// Tells seconds since it was last asked.
+struct Clock(Instant);
+
+impl Clock {
+    fn new() -> Self {
+        Self(Instant::now())
+    }
+
+    fn lap(&mut self) -> f64 {
+        std::mem::replace(&mut self.0, Instant::now()).elapsed().as_secs_f64()
+    }
+}
+
+/// How W is found, whose rows hold most of M.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Way {
+    /// All of the few rows of M are wanted.
+    Whole,
+    /// All of its few columns are.
+    Inputs,
+    /// By subspace iteration.
+    Sought,
+}
+
+/// A matrix for each layer, of which layers with the same key share one.
+fn shared<K: Copy + PartialEq>(
+    device: &Device,
+    layers: &[&PlannedLayer],
+    key: impl Fn(&PlannedLayer) -> K,
+    matrix: impl Fn(K) -> Matrix,
+) -> Result<Batch> {
+    let mut keys: Vec<K> = Vec::new();
+    let place = |layer: &&PlannedLayer| {
+        let key = key(layer);
+        keys.iter().position(|other| *other == key).unwrap_or_else(|| {
+            keys.push(key);
+            keys.len() - 1
+        })
+    };
+    let places: Vec<usize> = layers.iter().map(place).collect();
+    let matrices: Vec<Matrix> = keys.iter().map(|&key| matrix(key)).collect();
+    Ok(Batch::upload(device, device.factor(), &matrices)?.select(&places))
 }
 
 impl Method for EntryMerge {
@@ -204,8 +313,7 @@ impl Method for EntryMerge {
                 options,
                 size: &size,
                 rank: &|layer| self.directions(layer).0,
-                // One layer fills a GPU.
-                merge: &|on, jobs| jobs.iter().map(|job| self.layer(on, job, run, &file)).collect(),
+                merge: &|on, jobs| self.layers(on, jobs, run, &file),
                 alone: self.rule.alone,
                 is_sum: false,
                 notes: &|_| Vec::new(),
@@ -221,16 +329,24 @@ struct Surveyed<'a> {
 }
 
 impl Survey for Surveyed<'_> {
-    fn count(&self, on: &Device, layer: &PlannedLayer, exponent: i32, ranking: &mut Ranking) -> Result<u64> {
-        let Run { adapters, control, .. } = self.run;
-        let rule = &self.merge.rule;
-        let voters = rule.weighed(layer, adapters);
-        Sketch::new(on, layer, &voters, rule, Some(exponent), control)?.rank(ranking)?;
-        Ok((layer.input * layer.output) as u64)
+    fn count(
+        &self,
+        on: &Device,
+        layers: &[&PlannedLayer],
+        exponent: i32,
+        ranking: &mut Ranking,
+    ) -> Result<u64> {
+        let Self { merge, run } = self;
+        let voters = merge.voters(layers, run);
+        let sketches = Sketches::new(on, layers, &voters, &merge.rule, Some(exponent))?;
+        ranking.count_layers(on, &sketches.merger, &voters, &|| run.control.check())?;
+        Ok(layers.iter().map(|layer| (layer.input * layer.output) as u64).sum())
     }
 
-    fn signs(&self, on: &Device, layer: &PlannedLayer, file: &FileWide) -> Result<i64> {
-        self.merge.sketch(on, layer, self.run, file)?.signs()
+    fn signs(&self, on: &Device, layers: &[&PlannedLayer], file: &FileWide) -> Result<i64> {
+        let sketches = self.merge.sketches(on, layers, self.run, file)?;
+        let tallies = sketches.merger.tallies(on, &|| self.run.control.check())?;
+        Ok(tallies.iter().map(|tally| tally.signs).sum())
     }
 }
 
@@ -243,24 +359,6 @@ impl EntryMerge {
         };
         plan.layers().par_iter().map(of).max().unwrap_or(0)
     }
-
-    /// W, directions × in: orthonormal rows that hold most of M.
-    fn directions_of(&self, sketch: &Sketch<'_>, directions: usize) -> Result<Batch> {
-        let (device, input) = (sketch.device, sketch.shape.cols);
-        if directions == input {
-            return Batch::upload(device, device.factor(), &[identity(input)]);
-        }
-        let mut w = Batch::upload(device, device.factor(), &[random(directions, input)])?;
-        for _ in 0..STEPS {
-            let rows = ScaledRows::from_matrices(device, vec![sketch.squared(&w)?])?;
-            w = ops::qr(device, &rows)?.q;
-        }
-        Ok(w)
-    }
-}
-
-fn identity(order: usize) -> Matrix {
-    Matrix::from_fn(order, order, |i, j| f64::from(u8::from(i == j)))
 }
 
 /// Signs at random, the same for ever: they meet every direction about as well as normal numbers.

@@ -163,7 +163,9 @@ impl EntryOptions {
             let start = end;
             end += voter.layer.rank;
             EntryMember {
-                ranks: start..end,
+                a: start,
+                b: start,
+                rank: voter.layer.rank,
                 scale: *scale,
                 threshold: 0.0,
                 key: [layer as u32 ^ k as u32, (layer >> 32) as u32],
