@@ -66,12 +66,13 @@ class Worker:
         return str(path)
 
     def _record(self, job: dict, calibration: loraweld.Calibration) -> None:
+        import torch
+
         pipe = self._pipeline()
         pipe.set_adapters([job["task"]], [1.0])
         model = getattr(pipe, "transformer", None) or pipe.unet
         with loraweld.Recorder(model, calibration, task=job["task"]):
             for prompt in job["prompts"]:
-                torch = __import__("torch")
                 generator = torch.Generator("cpu").manual_seed(job.get("seed", 42))
                 pipe(prompt, num_inference_steps=job.get("steps", 1), generator=generator, output_type="latent")
 
@@ -87,7 +88,8 @@ class Worker:
         return self.pipe
 
 
-@ray.remote
+# Workers and sums ask for no CPU of their own: on a small machine, sums would wait for workers that never end.
+@ray.remote(num_cpus=0)
 def add(left: str, right: str, path: str) -> str:
     """Adds two shards into a third."""
     total = loraweld.Calibration.open(left)
@@ -121,7 +123,8 @@ def calibrate(jobs: list[dict], adapters: list[str], output: Path, folder: Path,
             raise SystemExit(f"job {number}: it has prompts, which take a model: --model")
     folder.mkdir(parents=True, exist_ok=True)
     workers = min(workers, len(jobs))
-    pool = [ray.remote(num_gpus=gpus)(Worker).remote(adapters, model) for _ in range(workers)]
+    worker = ray.remote(num_cpus=0, num_gpus=gpus, scheduling_strategy="SPREAD")(Worker)
+    pool = [worker.remote(adapters, model) for _ in range(workers)]
     shards = [
         pool[i % workers].run.remote(job, str(shard_path(folder, adapters, job, model))) for i, job in enumerate(jobs)
     ]

@@ -43,6 +43,9 @@ impl Search {
     /// Looks next at where the magnitude should be by what was counted in a window of [all](Window::ALL), of a sample.
     pub fn guess(&mut self, sample: &Counted, size: u64) {
         let counted: u64 = sample.buckets.iter().sum();
+        if counted == 0 {
+            return;
+        }
         let wanted = (self.wanted as f64 * counted as f64 / size as f64).round() as u64;
         if let Some(bucket) = last(sample, wanted.clamp(1, counted)) {
             let middle = (bucket as u32) << Window::ALL.shift;
