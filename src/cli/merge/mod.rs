@@ -27,6 +27,7 @@ use super::layers::{group, pattern, range};
 use super::output::{Output, Table, count, size, some};
 use super::report::{Made, is_page};
 use super::{chain, usage};
+use crate::io::atomic::len;
 
 /// Merge adapters into one.
 #[derive(Args, Debug)]
@@ -360,7 +361,7 @@ impl Common {
         say_notes(&report, &inputs.plan, out)?;
 
         let format = options.format.unwrap_or(inputs.adapters[0].format());
-        let bytes = std::fs::metadata(output).map(|meta| meta.len()).unwrap_or_default();
+        let bytes = len(output);
         let mut result = json!({
             "output": output, "bytes": bytes, "dtype": dtype.name(), "format": format.name(),
         });
