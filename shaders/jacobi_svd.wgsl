@@ -95,7 +95,8 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
         converged = select(0u, 1u, real_greater(rows[status], REAL_ZERO));
         atomicStore(&rotated, select(0u, 1u, real_greater(rows[status + 1u], REAL_ZERO)));
     }
-    workgroupBarrier();
+    // Loaded like this, it is the same for all, as it has to be where barriers follow: browsers do not take it for granted.
+    var done = workgroupUniformLoad(&converged);
 
     for (var step = work.y; step < work.z; step++) {
         let round = step % job.rounds;
@@ -105,9 +106,9 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
                 converged = max(converged, 1u - atomicLoad(&rotated));
                 atomicStore(&rotated, 0u);
             }
-            workgroupBarrier();
+            done = workgroupUniformLoad(&converged);
         }
-        if (converged != 0u) {
+        if (done != 0u) {
             break;
         }
         for (var first = 0u; first < (job.rounds + 1u) / 2u; first += PAIRS) {

@@ -67,6 +67,12 @@ mod power;
 mod words;
 
 pub mod adapter;
+/// Files that a page lends and takes.
+#[cfg(target_arch = "wasm32")]
+#[doc(hidden)]
+pub mod browser {
+    pub use crate::io::atomic::{Room, Rooms, lend, set_rooms, take};
+}
 pub mod calibration;
 pub mod checkpoint;
 #[cfg(feature = "cli")]

@@ -5,19 +5,18 @@ use std::fmt;
 use std::fs;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
-use std::time::Instant;
 
 use faer::linalg::matmul::matmul;
 use faer::{Accum, MatMut, MatRef, Par};
 use rayon::prelude::*;
 use serde::Serialize;
+use web_time::Instant;
 
 use super::quantised::{CHUNK, Noise, Round, Stored, Values, fresh_scale, scale_bytes};
 use super::read::{Checkpoint, Found, Shard};
-use crate::io::atomic::{AtomicFile, AtomicFolder, Flusher, free_folder, write_error};
-use crate::io::blamed;
-use crate::io::disk::{self, File};
+use crate::io::atomic::{AtomicFile, AtomicFolder, File, Flusher, free_folder, write_error};
 use crate::io::safetensors_file::SafetensorsFile;
+use crate::io::{blamed, disk};
 use crate::words::count;
 use crate::{Adapter, Control, Error, Family, Layer, Result, Weighted};
 

@@ -2,10 +2,10 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
-use std::time::Instant;
 
 use rayon::prelude::*;
 use serde::Serialize;
+use web_time::Instant;
 
 use super::low_rank::{LowRank, error, low_rank};
 use super::quantised::{CHUNK, Values};

@@ -9,6 +9,7 @@ use serde_json::json;
 
 use super::layers::{group, pattern, range};
 use super::output::{Output, Table, count, size, some};
+use crate::io::atomic::len;
 
 /// Add up calibrations, or show one.
 #[derive(Args, Debug)]
@@ -79,7 +80,7 @@ impl Add {
 
 /// The end of a command that wrote a calibration.
 pub fn written(calibration: &Calibration, path: &Path, out: &Output) -> anyhow::Result<()> {
-    let bytes = std::fs::metadata(path).map(|meta| meta.len()).unwrap_or_default();
+    let bytes = len(path);
     let tasks: Vec<_> = calibration.pool().iter().map(|task| task.name.as_str()).collect();
     let layers = calibration.layers().count();
     let fields = json!({ "output": path, "bytes": bytes, "layers": layers, "adapters": tasks });
@@ -92,7 +93,7 @@ pub fn written(calibration: &Calibration, path: &Path, out: &Output) -> anyhow::
 impl Show {
     fn run(self, out: &Output) -> anyhow::Result<()> {
         let calibration = Calibration::open(&self.file)?;
-        let bytes = std::fs::metadata(&self.file).map(|meta| meta.len()).unwrap_or_default();
+        let bytes = len(&self.file);
         let layers: Vec<&LayerKey> = calibration.layers().collect();
         let missing = calibration.missing();
         let pool = calibration.pool();

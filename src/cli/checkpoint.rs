@@ -9,6 +9,7 @@ use serde::Serialize;
 use serde_json::json;
 
 use super::output::{Output, Table, count, size, some};
+use crate::io::atomic::len;
 
 /// Opens a checkpoint, and says what the user should know about it.
 pub fn open(path: &Path, model: Option<Family>, out: &Output) -> anyhow::Result<Checkpoint> {
@@ -39,8 +40,7 @@ pub fn write_report(
 /// What a checkpoint is, and which of the adapters fit it.
 pub fn show(checkpoint: &Checkpoint, adapters: &[Adapter], out: &Output) -> anyhow::Result<()> {
     let modules = checkpoint.modules();
-    let bytes: u64 =
-        checkpoint.files().filter_map(|file| std::fs::metadata(file).ok()).map(|meta| meta.len()).sum();
+    let bytes: u64 = checkpoint.files().map(len).sum();
     let files = checkpoint.files().count();
     let family = checkpoint.family();
     let dtypes: BTreeSet<&str> = modules.iter().map(|module| module.dtype.as_str()).collect();

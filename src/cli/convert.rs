@@ -9,6 +9,7 @@ use serde_json::json;
 use super::args::{ByLayer, LoraArg, OutputFormat, Reading, open_adapters};
 use super::output::{Output, count, size};
 use super::usage;
+use crate::io::atomic::len;
 
 /// Spell a LoRA as another tool does, or make one of a LoHa, LoKr or DoRA.
 #[derive(Args, Debug)]
@@ -82,7 +83,7 @@ impl Convert {
             }
         }
         out.long(|control| adapter.save_with(&self.output, &options, *control))?;
-        let bytes = std::fs::metadata(&self.output).map(|meta| meta.len()).unwrap_or_default();
+        let bytes = len(&self.output);
         let format = options.format.unwrap_or(adapter.format());
         let dtype = dtype.unwrap_or(adapter.dtype());
         out.event(

@@ -15,6 +15,7 @@ use super::calibrate::accumulate;
 use super::merge::{losses, say_merged};
 use super::output::{Output, quoted, size};
 use super::report::{Made, Norms};
+use crate::io::atomic::len;
 
 /// Calibrate and merge four small adapters that come with the program, and show what is lost.
 #[derive(Args, Debug)]
@@ -112,7 +113,7 @@ impl Demo {
         };
         merged.adapter.save(&merged_file, &options)?;
 
-        let bytes = std::fs::metadata(&merged_file).map(|meta| meta.len()).unwrap_or_default();
+        let bytes = len(&merged_file);
         let made = Made {
             report: &merged.report,
             output: &merged_file,

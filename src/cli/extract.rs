@@ -11,6 +11,7 @@ use super::args::{OutputFormat, finite, model, share, spectrum};
 use super::checkpoint::{open, write_report};
 use super::output::{Output, count, size, some};
 use super::usage;
+use crate::io::atomic::len;
 
 /// Make a LoRA of the difference of two checkpoints.
 #[derive(Args, Debug)]
@@ -93,7 +94,7 @@ impl Extract {
             ..Default::default()
         };
         out.long(|control| adapter.save_with(&self.output, &save, *control))?;
-        let bytes = std::fs::metadata(&self.output).map(|meta| meta.len()).unwrap_or_default();
+        let bytes = len(&self.output);
         if let Some(path) = &self.report {
             write_report(
                 path,

@@ -14,6 +14,7 @@ use super::layers::{group, pattern, range};
 use super::output::{Output, Table, count, size, some};
 use super::report::{Inspected, is_page};
 use super::{overlap, usage};
+use crate::io::atomic::len;
 
 /// Show what LoRA files hold and, of several, what matches; or what a checkpoint is, and which of the files fit it.
 #[derive(Args, Debug)]
@@ -127,7 +128,7 @@ impl Inspect {
 /// Shows one file, and gives the norms of its layers if they were computed.
 fn one(adapter: &Adapter, norms: bool, out: &Output) -> anyhow::Result<Vec<f64>> {
     let layers = adapter.layers();
-    let bytes = std::fs::metadata(adapter.path()).map(|meta| meta.len()).unwrap_or_default();
+    let bytes = len(adapter.path());
     let prefixes: BTreeSet<_> = layers.iter().map(|layer| layer.prefix()).collect();
     let tags = tags(adapter);
     let metadata = METADATA
@@ -292,6 +293,7 @@ fn describe(layer: &Layer, norm: Option<&f64>) -> Value {
     json!({
         "key": layer.key().as_str(),
         "module": format!("{}{}", layer.prefix(), layer.module()),
+        "block": layer.block(),
         "rank": layer.rank(),
         "in": layer.input(),
         "out": layer.output(),

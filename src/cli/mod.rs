@@ -31,7 +31,6 @@ use std::ffi::OsString;
 use std::io::{self, IsTerminal};
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use clap::{CommandFactory, Parser, Subcommand};
 use loraweld::{Error, Remedy};
@@ -42,7 +41,7 @@ use tracing_subscriber::prelude::*;
 use self::args::Global;
 pub use self::args::cache_folder;
 pub use self::host::{Failure, Host, Lent, Told};
-use self::output::{CANCEL, CANCELLABLE, Output};
+use self::output::Output;
 
 /// Merge LoRA adapters of diffusion models without training, on any GPU.
 #[derive(Parser, Debug)]
@@ -117,14 +116,7 @@ pub fn main_with(args: impl IntoIterator<Item = OsString>) -> u8 {
     };
     let Global { json, quiet, verbose, .. } = cli.global;
     log(verbose);
-    // Without a handler, Ctrl-C ends the program as ever; only a temporary file may stay.
-    let _ = ctrlc::set_handler(|| {
-        // Who is asked for the second time, or does nothing that can be cancelled, ends at once.
-        if CANCEL.swap(true, Ordering::Relaxed) || !CANCELLABLE.load(Ordering::Relaxed) {
-            loraweld::adapter::remove_temporary_files();
-            std::process::exit(130);
-        }
-    });
+    stop_on_ctrl_c();
     #[cfg(unix)]
     crate::io::disk::mapped::end_when_cut();
     let out = Output::new(json, quiet);
@@ -133,6 +125,26 @@ pub fn main_with(args: impl IntoIterator<Item = OsString>) -> u8 {
     out.error(&chain(&error), if is_usage { "\nFor more information, try '--help'.\n" } else { "" });
     if is_usage { 2 } else { 1 }
 }
+
+/// Has Ctrl-C and SIGTERM end long calls.
+#[cfg(not(target_arch = "wasm32"))]
+fn stop_on_ctrl_c() {
+    use self::output::{CANCEL, CANCELLABLE};
+    use std::sync::atomic::Ordering;
+
+    // Without a handler, Ctrl-C ends the program as ever; only a temporary file may stay.
+    let _ = ctrlc::set_handler(|| {
+        // Who is asked for the second time, or does nothing that can be cancelled, ends at once.
+        if CANCEL.swap(true, Ordering::Relaxed) || !CANCELLABLE.load(Ordering::Relaxed) {
+            loraweld::adapter::remove_temporary_files();
+            std::process::exit(130);
+        }
+    });
+}
+
+/// A browser has no signals.
+#[cfg(target_arch = "wasm32")]
+fn stop_on_ctrl_c() {}
 
 /// Runs these arguments for a host, the first of which is the program's name. Nothing is printed, and no handler of
 /// signals is set.

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::batch::Element;
 use super::capabilities::{Capabilities, Disable, Precision, Tier, wanted_features};
 use super::gpu::Gpu;
-use super::self_test;
+use super::{self_test, wait};
 use crate::words::count;
 use crate::{Error, Result};
 
@@ -170,7 +170,7 @@ impl Device {
             true => unsafe { wgpu::ExperimentalFeatures::enabled() },
             false => wgpu::ExperimentalFeatures::disabled(),
         };
-        let (device, queue) = pollster::block_on(adapter.request_device(&wgpu::DeviceDescriptor {
+        let (device, queue) = wait::block_on(adapter.request_device(&wgpu::DeviceDescriptor {
             label: Some("loraweld"),
             required_features: features,
             required_limits: limits,
@@ -418,13 +418,16 @@ impl Device {
 }
 
 fn adapters() -> (wgpu::Instance, Vec<wgpu::Adapter>) {
-    let backends = wgpu::Backends::from_env()
-        .unwrap_or(wgpu::Backends::VULKAN | wgpu::Backends::METAL | wgpu::Backends::DX12);
+    let all = match cfg!(target_arch = "wasm32") {
+        true => wgpu::Backends::BROWSER_WEBGPU,
+        false => wgpu::Backends::VULKAN | wgpu::Backends::METAL | wgpu::Backends::DX12,
+    };
+    let backends = wgpu::Backends::from_env().unwrap_or(all);
     let mut descriptor = wgpu::InstanceDescriptor::new_without_display_handle();
     descriptor.backends = backends;
     descriptor.flags = wgpu::InstanceFlags::empty();
     let instance = wgpu::Instance::new(descriptor);
-    let adapters = pollster::block_on(instance.enumerate_adapters(backends));
+    let adapters = wait::block_on(instance.enumerate_adapters(backends));
     (instance, adapters)
 }
 

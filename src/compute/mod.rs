@@ -16,6 +16,7 @@ mod self_test;
 #[doc(hidden)]
 pub mod shaders;
 mod staging;
+mod wait;
 
 pub use batch::{Batch, Element, Shape};
 pub use capabilities::{

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use sha2::{Digest, Sha256};
 
+use super::wait;
 use crate::io::disk::{self, File};
 use crate::words::hex;
 
@@ -51,7 +52,7 @@ impl PipelineCache {
         // A driver may refuse what wgpu lets pass, and then no pipeline could be made with the cache.
         let scope = device.push_error_scope(wgpu::ErrorFilter::Validation);
         let mut cache = create(data.as_deref());
-        if let Some(error) = pollster::block_on(scope.pop()) {
+        if let Some(error) = wait::block_on(scope.pop()) {
             tracing::debug!(%error, "the pipeline cache is of no use");
             cache = create(None);
         }

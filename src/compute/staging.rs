@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use rayon::prelude::*;
 
 use super::memory::{Held, Meter};
+use super::wait;
 use crate::{Error, Result};
 
 /// Upload buffers that go round; bytes of one at most, and its part of the budget.
@@ -61,7 +62,7 @@ impl Uploads {
         let (step, first) = (self.piece() as usize, pieces[0].0);
         for start in (first..end).step_by(step) {
             let len = step.min(end - start);
-            let buffer = self.next(device)?;
+            let buffer = self.next(device, queue)?;
             let blocks: Vec<usize> = (0..len).step_by(BLOCK).collect();
             blocks.into_par_iter().try_for_each(|block| {
                 let range = block..(block + BLOCK).min(len).next_multiple_of(8);
@@ -93,7 +94,7 @@ impl Uploads {
     }
 
     /// A mapped buffer; waits for the one that comes back first if all are on their way.
-    fn next(&self, device: &wgpu::Device) -> Result<wgpu::Buffer> {
+    fn next(&self, device: &wgpu::Device, queue: &wgpu::Queue) -> Result<wgpu::Buffer> {
         loop {
             let mut ring = self.ring();
             if let Ok(buffer) = ring.mapped.try_recv() {
@@ -112,7 +113,8 @@ impl Uploads {
             }
             let until = wgpu::PollType::Wait { submission_index: ring.copies.pop_front(), timeout: None };
             drop(ring);
-            device.poll(until).map_err(|e| Error::Device(format!("an upload did not end: {e}")))?;
+            wait::poll(device, queue, until)
+                .map_err(|e| Error::Device(format!("an upload did not end: {e}")))?;
             std::thread::yield_now();
         }
     }

@@ -11,7 +11,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use super::disk::{self, File};
+use super::disk;
+pub(crate) use super::disk::File;
 use crate::{Error, Result};
 
 /// Writes a file beside the target and renames it when it is whole.
@@ -84,7 +85,7 @@ impl AtomicFile {
         if let Some(permissions) = permissions {
             self.file.set_permissions(permissions).map_err(|e| write_error(path, e))?;
         }
-        let start = std::time::Instant::now();
+        let start = web_time::Instant::now();
         self.file.sync_all().map_err(|e| write_error(path, e))?;
         tracing::debug!(seconds = start.elapsed().as_secs_f64(), "brought the file to disk");
         disk::persist(temp, &target, overwrite).map_err(|e| match e.kind() {
@@ -266,6 +267,11 @@ impl Flusher {
             None => Ok(()),
         }
     }
+}
+
+/// Bytes of a file; 0 if there is none.
+pub(crate) fn len(path: &Path) -> u64 {
+    disk::metadata(path).map(|meta| meta.len()).unwrap_or_default()
 }
 
 /// Checks before long work what [`write_atomic`] will check again, and that a file can be created in the folder.

@@ -280,6 +280,7 @@ fn is_local(magic: u32) -> bool {
 }
 
 /// The whole of a small file.
+#[cfg(not(target_arch = "wasm32"))]
 pub(crate) fn read(path: &Path) -> io::Result<Vec<u8>> {
     let file = File::open(path)?;
     // What is no regular file has no length to be relied on.
@@ -294,6 +295,9 @@ pub(crate) fn read(path: &Path) -> io::Result<Vec<u8>> {
     file.read_at(&mut bytes, 0)?;
     Ok(bytes)
 }
+
+#[cfg(target_arch = "wasm32")]
+pub(crate) use super::atomic::read;
 
 /// The whole of a small file of text.
 pub(crate) fn read_to_string(path: &Path) -> io::Result<String> {

@@ -14,8 +14,9 @@ pub use safetensors::Dtype as FileDtype;
 use serde::de::{Deserializer, MapAccess, Visitor};
 use serde::{Deserialize, Serialize};
 
-use super::disk;
-use super::source::{FileSource, ReadAt};
+use super::source::ReadAt;
+#[cfg(not(target_arch = "wasm32"))]
+use super::{disk, source::FileSource};
 use crate::{Error, Result};
 
 /// The limit of the reference implementation; a longer header means that this is another kind of file.
@@ -83,7 +84,15 @@ impl<'a> TensorRef<'a> {
 }
 
 impl SafetensorsFile {
+    /// Opens a file that the page has lent, and checks its header.
+    #[cfg(target_arch = "wasm32")]
+    pub fn open(path: &Path) -> Result<Self> {
+        let source = super::atomic::find(path).map_err(|e| Error::io(path, "open", e))?;
+        Self::parse(path.to_owned(), true, source)
+    }
+
     /// Opens a file and checks its header. Tensors are not touched.
+    #[cfg(not(target_arch = "wasm32"))]
     pub fn open(path: &Path) -> Result<Self> {
         let meta = disk::metadata(path).map_err(|e| Error::io(path, "open", e))?;
         // Opening a pipe would block, and has no offsets.

@@ -25,7 +25,9 @@ impl Values {
     pub fn new(values: Vec<f32>) -> Self {
         let bytes = size_of_val(values.as_slice());
         let before = HELD.fetch_add(bytes, Ordering::Relaxed);
-        if bytes >= SMALL && before.saturating_add(bytes) > KEPT {
+        // A browser has no temporary files.
+        let spills = cfg!(not(target_arch = "wasm32"));
+        if spills && bytes >= SMALL && before.saturating_add(bytes) > KEPT {
             match mapped(&values) {
                 Ok(map) => {
                     HELD.fetch_sub(bytes, Ordering::Relaxed);

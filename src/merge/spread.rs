@@ -1,8 +1,7 @@
 //! Singular value calibration (arXiv 2602.05536): what several adapters say together, a sum says too loudly.
 
-use std::time::Instant;
-
 use rayon::prelude::*;
+use web_time::Instant;
 
 use super::algebra::{outer, svds};
 use super::engine::chunks::chunks;

@@ -1,9 +1,9 @@
 //! A watch for what no test foresaw: some layers of a merge, computed again on the CPU in f64.
 
 use std::collections::BTreeSet;
-use std::time::Instant;
 
 use faer::Mat;
+use web_time::Instant;
 
 use super::engine::driver::{Only, Run};
 use super::{Method, Plan, Truncation};

@@ -7,12 +7,12 @@ mod shard;
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
-use std::time::Instant;
 
 use clap::Args;
 use loraweld::compute::Precision;
 use loraweld::{Control, Error, Progress};
 use serde_json::{Value, json};
+use web_time::Instant;
 
 use self::job::{Axis, BadLine, Job};
 use self::ledger::{Entry, Hashes, Ledger, Written};

@@ -28,7 +28,7 @@ use super::layers::{group, pattern, range};
 use super::output::{Output, Table, count, size, some};
 use super::report::{Made, Norms, is_page};
 use super::{chain, usage};
-use crate::io::atomic::{AtomicFile, write_error};
+use crate::io::atomic::{AtomicFile, len, write_error};
 
 /// Merge adapters into one.
 #[derive(Args, Debug)]
@@ -384,7 +384,7 @@ impl Common {
         say_notes(&report, &inputs.plan, out)?;
 
         let format = options.format.unwrap_or(inputs.adapters[0].format());
-        let bytes = std::fs::metadata(output).map(|meta| meta.len()).unwrap_or_default();
+        let bytes = len(output);
         let mut result = json!({
             "output": output, "bytes": bytes, "dtype": dtype.name(), "format": format.name(),
         });

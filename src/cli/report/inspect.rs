@@ -8,6 +8,7 @@ use super::maps::maps;
 use super::merge::{command, listed, strong};
 use crate::cli::layers::range;
 use crate::cli::output::{count, size};
+use crate::io::atomic::len;
 
 /// What adapters hold, and how far they are in each other's way.
 pub struct Inspected<'a> {
@@ -120,8 +121,7 @@ impl Inspected<'_> {
                 "0° is a direction that two adapters read",
             ));
         }
-        let bytes =
-            self.adapters.iter().filter_map(|a| std::fs::metadata(a.path()).ok()).map(|meta| meta.len());
+        let bytes = self.adapters.iter().map(|a| len(a.path()));
         numbers.push(Number::new(range(layers().map(|layer| layer.rank())), "rank", ""));
         numbers.push(Number::new(size(bytes.sum()), "size", ""));
         numbers.push(Number::new(layers().count().to_string(), "layers", ""));
@@ -159,7 +159,7 @@ impl Inspected<'_> {
 
     fn files(&self) -> Section {
         let row = |(adapter, norms): (&Adapter, &Vec<f64>)| {
-            let bytes = std::fs::metadata(adapter.path()).map(|meta| meta.len()).unwrap_or_default();
+            let bytes = len(adapter.path());
             let norm = norms.iter().map(|norm| norm * norm).sum::<f64>().sqrt();
             vec![
                 Cell::text(adapter.name()),

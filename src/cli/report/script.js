@@ -1,6 +1,9 @@
 "use strict";
 // Sorting and searching; without it, every table stands as it is.
-for (const figure of document.querySelectorAll("figure:not(.map)")) {
+function tables(root) {
+  root.querySelectorAll("figure:not(.map)").forEach(table);
+}
+function table(figure) {
   const body = figure.querySelector("tbody");
   const heads = [...figure.querySelectorAll("thead th")];
   const value = (row, i) => {
@@ -26,7 +29,7 @@ for (const figure of document.querySelectorAll("figure:not(.map)")) {
     });
   });
   const filter = figure.querySelector(".filter");
-  if (!filter) continue;
+  if (!filter) return;
   filter.hidden = false;
   const count = filter.querySelector("output");
   filter.querySelector("input").addEventListener("input", (event) => {
@@ -40,3 +43,4 @@ for (const figure of document.querySelectorAll("figure:not(.map)")) {
     count.textContent = shown + " of " + body.rows.length;
   });
 }
+tables(document);

@@ -10,6 +10,7 @@ use super::pool::best;
 use super::{Gpu, Pooled};
 use crate::compute::memory::Held;
 use crate::compute::shaders::{Kernel, Layout, is_declared};
+use crate::compute::wait;
 use crate::{Error, Result};
 
 /// Workgroups in one row of a dispatch grid; WebGPU's default limit of a dimension.
@@ -289,7 +290,7 @@ impl Commands<'_> {
         // would take a buffer of its own with the same number, if that is as large.)
         let scope = self.gpu.device.push_error_scope(wgpu::ErrorFilter::Validation);
         let launches = self.upload_tables().map(|tables| self.bind(&tables));
-        match pollster::block_on(scope.pop()) {
+        match wait::block_on(scope.pop()) {
             None => Ok(Pass { launches: launches?, held }),
             Some(error) => Err(Error::Device(format!("{}: {error}", self.gpu.name))),
         }

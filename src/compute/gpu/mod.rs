@@ -20,6 +20,7 @@ use super::memory::{Buffer, Meter};
 use super::pipeline_cache::PipelineCache;
 use super::shaders::job;
 use super::staging::{Downloads, Staging, Uploads};
+use super::wait;
 use crate::{Error, Result};
 
 /// Uploads from this size on pass through memory of our own.
@@ -84,6 +85,8 @@ impl Gpu {
         memory: u64,
     ) -> Self {
         let info = adapter.get_info();
+        // Browsers do not tell names.
+        let name = if info.name.is_empty() { "GPU" } else { &info.name };
         let capabilities = Capabilities::read(adapter, device.features(), &device.limits(), disable);
         let params = device.create_buffer(&wgpu::BufferDescriptor {
             label: Some("params"),
@@ -95,7 +98,7 @@ impl Gpu {
         let meter = Arc::new(Meter::new(memory));
         meter.take(params.size());
         Self {
-            name: format!("{} ({:?})", info.name, info.backend),
+            name: format!("{name} ({:?})", info.backend),
             instance: None,
             adapter: adapter.clone(),
             device,
@@ -177,7 +180,8 @@ impl Gpu {
 
     /// Waits for a submission; `retired`: the point in time before it.
     fn poll(&self, until: wgpu::PollType, retired: u64) -> Result<()> {
-        self.device.poll(until).map_err(|e| Error::Device(format!("{}: {e}", self.name)))?;
+        wait::poll(&self.device, &self.queue, until)
+            .map_err(|e| Error::Device(format!("{}: {e}", self.name)))?;
         self.meter.settle(retired);
         self.check()
     }
@@ -252,10 +256,10 @@ impl Download {
         // What has been submitted since need not be waited for.
         let until = wgpu::PollType::Wait { submission_index: Some(self.copied), timeout: None };
         gpu.poll(until, self.retired)?;
-        match self.mapped.recv() {
-            Ok(Ok(())) => {}
-            Ok(Err(e)) => return Err(Error::Device(format!("{}: cannot read back: {e}", gpu.name))),
-            Err(_) => return Err(Error::Device(format!("{}: the device was lost", gpu.name))),
+        match wait::receive(&self.mapped) {
+            Some(Ok(())) => {}
+            Some(Err(e)) => return Err(Error::Device(format!("{}: cannot read back: {e}", gpu.name))),
+            None => return Err(Error::Device(format!("{}: the device was lost", gpu.name))),
         }
         let view = self
             .staging

@@ -31,7 +31,7 @@ impl Gpu {
     }
 
     fn make_pipeline(&self, kernel: Kernel) -> Pipeline {
-        let start = std::time::Instant::now();
+        let start = web_time::Instant::now();
         let module = shader_module(&self.device, &kernel);
         let pipeline = self.device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
             label: Some(&kernel.label()),

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use super::{Gpu, lock};
 use crate::compute::memory::Buffer;
+use crate::compute::wait;
 use crate::{Error, Result};
 
 /// Buffers that wait for their next user, and their part of the budget.
@@ -35,7 +36,7 @@ impl Gpu {
             usage: wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_DST | wgpu::BufferUsages::COPY_SRC,
             mapped_at_creation: false,
         });
-        let refused = pollster::block_on(scope.pop()).is_some();
+        let refused = wait::block_on(scope.pop()).is_some();
         #[cfg(test)]
         let refused = refused | self.meter.fault.allocation();
         if refused {

@@ -119,17 +119,29 @@ fn wait<T>(receive: &Receiver<T>, control: &Control<'_>) -> Result<Option<T>> {
     loop {
         control.check()?;
         let result = match rayon::yield_now() {
-            Some(rayon::Yield::Executed) => receive.try_recv().map_err(|e| match e {
-                TryRecvError::Empty => RecvTimeoutError::Timeout,
-                TryRecvError::Disconnected => RecvTimeoutError::Disconnected,
-            }),
-            Some(rayon::Yield::Idle) => receive.recv_timeout(Duration::from_millis(1)),
-            None => receive.recv_timeout(Duration::from_millis(50)),
+            Some(rayon::Yield::Executed) => receive.try_recv().map_err(no_wait),
+            Some(rayon::Yield::Idle) => within(receive, 1),
+            None => within(receive, 50),
         };
         match result {
             Ok(value) => return Ok(Some(value)),
             Err(RecvTimeoutError::Disconnected) => return Ok(None),
             Err(RecvTimeoutError::Timeout) => {}
         }
+    }
+}
+
+/// What comes within so many milliseconds. Where there is one thread alone, nothing comes while it waits.
+fn within<T>(receive: &Receiver<T>, milliseconds: u64) -> std::result::Result<T, RecvTimeoutError> {
+    if cfg!(target_arch = "wasm32") {
+        return receive.try_recv().map_err(no_wait);
+    }
+    receive.recv_timeout(Duration::from_millis(milliseconds))
+}
+
+fn no_wait(error: TryRecvError) -> RecvTimeoutError {
+    match error {
+        TryRecvError::Empty => RecvTimeoutError::Timeout,
+        TryRecvError::Disconnected => RecvTimeoutError::Disconnected,
     }
 }

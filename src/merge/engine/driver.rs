@@ -3,7 +3,8 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Instant;
+
+use web_time::Instant;
 
 use super::chunks::{IN_FLIGHT, chunks, in_turn, room};
 use super::measure::Squares;

@@ -1,10 +1,10 @@
 //! Truncating a merge to a rank.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::time::Instant;
 
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
+use web_time::Instant;
 
 use super::budget::{self, Budget};
 use super::chunks::chunks;

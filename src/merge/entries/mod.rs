@@ -4,9 +4,8 @@ mod rule;
 mod sketch;
 mod survey;
 
-use std::time::Instant;
-
 use rayon::prelude::*;
+use web_time::Instant;
 
 pub use self::rule::{Alone, Elect, Scope, ZeroSum};
 pub(super) use self::rule::{EntryOptions, Trim, Voter};
