@@ -51,6 +51,7 @@ pub(crate) fn find(path: &Path) -> io::Result<Arc<dyn ReadAt>> {
 }
 
 /// Bytes of a file; 0 if there is none of this name.
+#[cfg(feature = "cli")]
 pub(crate) fn len(path: &Path) -> u64 {
     find(path).map(|file| file.size()).unwrap_or_default()
 }

@@ -1,7 +1,7 @@
 //! loraweld in a browser: the command line, run by the page's worker on files that the page lends.
 //!
 //! The page says everything as arguments, and hears everything as events and text, so that a merge in a browser is the
-//! command line's: in its words, and on the CPU to the bit.
+//! command line's, in its words. `docs/web.md` tells how near its numbers are.
 #![cfg(target_arch = "wasm32")]
 #![expect(deprecated, reason = "JSPI is experimental, and there is no other way to wait in a browser")]
 
