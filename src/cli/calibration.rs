@@ -3,12 +3,14 @@
 use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand};
-use loraweld::adapter::check_target;
+use loraweld::adapter::{check_target, write_atomic};
 use loraweld::{Calibration, LayerKey};
 use serde_json::json;
 
 use super::layers::{group, pattern, range};
 use super::output::{Output, Table, count, size, some};
+use super::report::{Recorded, is_page};
+use super::usage;
 use crate::io::atomic::len;
 
 /// Add up calibrations, or show one.
@@ -45,11 +47,17 @@ struct Add {
 #[derive(Args, Debug)]
 #[command(after_help = "\
 Example:
-  loraweld calibration show pets.calibration.safetensors")]
+  loraweld calibration show pets.calibration.safetensors --report pets.html")]
 struct Show {
     /// The calibration.
     #[arg(value_name = "FILE")]
     file: PathBuf,
+    /// Write a page to look at.
+    #[arg(long, value_name = "PAGE.html")]
+    report: Option<PathBuf>,
+    /// Overwrite an existing report.
+    #[arg(long, requires = "report")]
+    force: bool,
 }
 
 impl CalibrationCommand {
@@ -92,6 +100,13 @@ pub fn written(calibration: &Calibration, path: &Path, out: &Output) -> anyhow::
 
 impl Show {
     fn run(self, out: &Output) -> anyhow::Result<()> {
+        let files = [self.file.clone()];
+        if let Some(path) = &self.report {
+            if !is_page(path) {
+                return Err(usage(format!("--report is {}; a page ends in .html", path.display())));
+            }
+            check_target(path, self.force, &files)?;
+        }
         let calibration = Calibration::open(&self.file)?;
         let bytes = len(&self.file);
         let layers: Vec<&LayerKey> = calibration.layers().collect();
@@ -162,6 +177,13 @@ impl Show {
                 let what = count(keys.len(), "layer");
                 out.result(format_args!("{}: {what} without activations: {}", task.name, some(keys, 3)))?;
             }
+        }
+        if let Some(path) = &self.report {
+            let recorded =
+                Recorded { calibration: &calibration, file: &self.file, bytes, warnings: out.warnings() };
+            let text = recorded.page()?.text()?;
+            write_atomic(path, self.force, &files, |file| file.write_all(text.as_bytes()))?;
+            out.info(format_args!("report     {}", path.display()))?;
         }
         Ok(())
     }

@@ -1,6 +1,7 @@
 //! Commands within another program's process, such as Python's: what it lends them, and what it hears of them.
 
 use std::cell::RefCell;
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -68,23 +69,32 @@ impl Failure {
 }
 
 thread_local! {
-    static HOST: RefCell<Option<Arc<Host>>> = const { RefCell::new(None) };
+    static HOST: RefCell<Option<Hosted>> = const { RefCell::new(None) };
 }
 
-/// Runs a command on this thread for a host.
-pub(super) fn with<T>(host: &Arc<Host>, run: impl FnOnce() -> T) -> T {
-    struct Reset(Option<Arc<Host>>);
+/// A host, and the words of the command that runs for it.
+type Hosted = (Arc<Host>, Vec<OsString>);
+
+/// Runs a command of these words on this thread for a host.
+pub(super) fn with<T>(host: &Arc<Host>, words: Vec<OsString>, run: impl FnOnce() -> T) -> T {
+    struct Reset(Option<Hosted>);
     impl Drop for Reset {
         fn drop(&mut self) {
             HOST.set(self.0.take());
         }
     }
-    let _reset = Reset(HOST.replace(Some(host.clone())));
+    let _reset = Reset(HOST.replace(Some((host.clone(), words))));
     run()
 }
 
 fn host() -> Option<Arc<Host>> {
-    HOST.with_borrow(Clone::clone)
+    HOST.with_borrow(|hosted| hosted.as_ref().map(|(host, _)| host.clone()))
+}
+
+/// The words of the command that runs, the program's name first.
+pub(super) fn words() -> Vec<OsString> {
+    let hosted = HOST.with_borrow(|hosted| hosted.as_ref().map(|(_, words)| words.clone()));
+    hosted.unwrap_or_else(|| std::env::args_os().collect())
 }
 
 /// Opens an adapter, or takes the host's.

@@ -152,10 +152,11 @@ pub fn run_for(
     host: &Arc<Host>,
     args: impl IntoIterator<Item = impl Into<OsString> + Clone>,
 ) -> Result<(), Failure> {
-    let cli = Cli::try_parse_from(args).map_err(|e| Failure::usage(in_one_line(&e)))?;
+    let words: Vec<OsString> = args.into_iter().map(Into::into).collect();
+    let cli = Cli::try_parse_from(&words).map_err(|e| Failure::usage(in_one_line(&e)))?;
     let out = Output::hosted(host.clone());
     let failure = |error: anyhow::Error| Failure::new(text(&error), error.is::<Usage>(), error);
-    host::with(host, || run(cli, &out)).map_err(failure)
+    host::with(host, words, || run(cli, &out)).map_err(failure)
 }
 
 /// Whether an argument of a command is an adapter, with or without a strength.

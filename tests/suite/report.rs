@@ -137,6 +137,33 @@ fn pages_tell_what_the_json_tells() {
 }
 
 #[test]
+fn calibrations_to_look_at() {
+    let sandbox = Sandbox::new();
+    sandbox.run(&["demo"]);
+    let show = ["calibration", "show", "loraweld-demo/calibration.safetensors", "--report"];
+    sandbox.run(&[&show[..], &["recorded.html"]].concat());
+    let page = sandbox.page("recorded.html");
+    for words in
+        ["What 4 adapters read", ">192<", "Every layer was recorded", "How alike", "concept_c4_invert"]
+    {
+        assert!(page.contains(words), "{words}: {page}");
+    }
+    // The command of the page is the one that ran.
+    assert!(
+        page.contains("calibration show loraweld-demo/calibration.safetensors --report recorded.html"),
+        "{page}"
+    );
+    let refused = Command::new(cargo_bin!("loraweld"))
+        .current_dir(sandbox.path("."))
+        .args(show)
+        .arg("recorded.json")
+        .output()
+        .expect("the program starts");
+    let stderr = String::from_utf8_lossy(&refused.stderr);
+    assert!(refused.status.code() == Some(2) && stderr.contains("a page ends in .html"), "{stderr}");
+}
+
+#[test]
 fn adapters_beside_each_other() {
     let sandbox = Sandbox::new();
     let [mirror, rot90] = ["concept_c3_mirror", "concept_c7_rot90"].map(lora);

@@ -9,6 +9,7 @@ use rayon::prelude::*;
 
 use super::html::{Cell, Column, Drawing, Grid, Number, Page, Section, Step, percent};
 use super::maps::{block_of, maps};
+use crate::cli::host;
 use crate::cli::layers::range;
 use crate::cli::output::{count, quoted, size};
 
@@ -364,8 +365,8 @@ pub fn options(options: &serde_json::Value) -> Vec<(String, String)> {
 
 /// The command line that is running.
 pub fn command() -> String {
-    let words = std::env::args_os().map(|word| quoted(Path::new(&word)));
-    words.collect::<Vec<_>>().join(" ")
+    let words: Vec<_> = host::words().iter().map(|word| quoted(Path::new(word))).collect();
+    words.join(" ")
 }
 
 /// An adapter as an argument.

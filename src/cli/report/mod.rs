@@ -1,12 +1,14 @@
-//! Reports that people look at: one HTML file that loads nothing. [`html`] is the page, [`merge`], [`compare`] and
-//! [`inspect`] fill it.
+//! Reports that people look at: one HTML file that loads nothing. [`html`] is the page, [`merge`], [`compare`],
+//! [`inspect`] and [`calibration`] fill it.
 
+mod calibration;
 mod compare;
 mod html;
 mod inspect;
 mod maps;
 mod merge;
 
+pub use calibration::Recorded;
 pub use compare::{Comparison, Entry};
 pub use inspect::Inspected;
 pub use merge::{Made, Norms};
