@@ -270,6 +270,7 @@ impl Flusher {
 }
 
 /// Bytes of a file; 0 if there is none.
+#[cfg(feature = "cli")]
 pub(crate) fn len(path: &Path) -> u64 {
     disk::metadata(path).map(|meta| meta.len()).unwrap_or_default()
 }

@@ -89,7 +89,7 @@ impl Axis {
             [first, last, step] => {
                 let (from, to, by) = (number(first)?, number(last)?, number(step)?);
                 let count = (to - from) / by;
-                if !(count >= 0.0) || by == 0.0 {
+                if by == 0.0 || count < 0.0 {
                     return Err(format!("no step of {step} leads from {first} to {last}"));
                 }
                 // A little more than a half of the last digit of a decimal that no binary number is.

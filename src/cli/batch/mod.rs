@@ -270,8 +270,7 @@ fn written(job: &Job, hashes: &mut Hashes) -> loraweld::Result<Vec<Written>> {
 
 /// Whether the outputs are there as they were written.
 fn is_there(outputs: &[Written], hashes: &mut Hashes) -> bool {
-    let mut is = |w: &Written| hashes.content(&w.path).is_ok_and(|hash| hash.as_ref() == Some(&w.sha256));
-    outputs.iter().all(|w| is(w))
+    outputs.iter().all(|w| hashes.content(&w.path).is_ok_and(|hash| hash.as_ref() == Some(&w.sha256)))
 }
 
 /// Lists the jobs.
