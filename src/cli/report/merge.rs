@@ -508,7 +508,7 @@ fn tasks(report: &Report) -> Option<Section> {
     Some(Section {
         title: "Who loses what".into(),
         text: "Each adapter's loss on its own inputs. A higher strength for one that loses much gives it more, and takes from \
-               the others; `--balance fair` of ssr looks for equal losses."
+               the others; with --balance fair, ssr looks for losses that are equal."
             .into(),
         grids: vec![Grid {
             columns: columns(&["inputs of", ">loss", "", ">of the sum", ">of the average"]),
