@@ -83,6 +83,8 @@ if command -v rustup >/dev/null; then
     rustup target add "$target" 2>/dev/null || rustup target list --installed | grep -qx "$target"
     cargo check --quiet --lib --no-default-features --target "$target"
   done
+  say "the page's program"
+  cargo check --quiet --package loraweld-web --target wasm32-unknown-unknown
 fi
 
 say "all checks passed"

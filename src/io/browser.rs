@@ -90,6 +90,11 @@ impl File {
         Err(io::ErrorKind::Unsupported.into())
     }
 
+    /// Another handle of it.
+    pub fn try_clone(&self) -> io::Result<Self> {
+        Ok(Self { room: self.room.clone(), next: self.next.load(Ordering::Relaxed).into() })
+    }
+
     /// The page brings files to disk.
     pub fn sync_all(&self) -> io::Result<()> {
         Ok(())
@@ -115,6 +120,16 @@ impl WriteAt for File {
 
     fn set_size(&self, bytes: u64) -> io::Result<()> {
         self.room.set_size(bytes)
+    }
+}
+
+impl ReadAt for File {
+    fn size(&self) -> u64 {
+        self.room.size()
+    }
+
+    fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+        ReadAt::read_at(&*self.room, buffer, offset)
     }
 }
 
