@@ -10,7 +10,7 @@ use loraweld::compute::{Device, DeviceOptions, Precision, Select};
 use loraweld::{Adapter, Family, Format, OpenOptions, Spectrum, Strengths};
 
 use super::host;
-use super::output::Output;
+use super::output::{Output, quoted};
 
 /// Options that every command takes.
 #[derive(Args, Debug)]
@@ -273,6 +273,13 @@ fn by_name(text: &str) -> Result<(String, f64), String> {
 }
 
 impl ByLayer {
+    /// As the command line has them.
+    pub fn words(&self) -> Vec<String> {
+        let of = |option: &str, text: String| format!("--{option} {}", quoted(Path::new(&text)));
+        let by_name = self.strength_for.iter().map(|(name, w)| of("strength-for", format!("{name}={w}")));
+        by_name.chain(self.blocks.iter().map(|text| of("blocks", text.clone()))).collect()
+    }
+
     /// The adapters at these strengths, and the strengths in words, if there are any.
     pub fn apply(&self, adapters: Vec<Adapter>) -> anyhow::Result<(Vec<Adapter>, Option<String>)> {
         if self.strength_for.is_empty() && self.blocks.is_empty() {

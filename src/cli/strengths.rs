@@ -8,7 +8,7 @@ use loraweld::merge::{Strengths, strengths};
 use super::args::{ByLayer, Global, LoraArg, Memory, Reading};
 use super::host;
 use super::merge::Inputs;
-use super::output::{Output, Table, count};
+use super::output::{Output, Table, count, quoted};
 
 /// Find the strengths at which the plain sum of adapters loses least.
 #[derive(Args, Debug)]
@@ -73,8 +73,15 @@ impl StrengthsCommand {
             "loss {loss:.3}, over {}; at the strengths given {given:.3}, averaged {average:.3}",
             count(*layers, "layer")
         ))?;
-        out.result(format_args!("\n{}", self.command(&found, &names)))?;
-        if let [block] = &blocks[..] {
+        match self.per_block && !self.by_layer.words().is_empty() {
+            // Of several strengths for a layer the last one counts.
+            true => out.warn(
+                "these are factors on the strengths by layer that were given, which no command line can say of blocks; \
+                 `loraweld convert` with those makes files that `strengths` can be asked about without them",
+            )?,
+            false => out.result(format_args!("\n{}", self.command(&found, &names)))?,
+        }
+        if let ([block], true) = (&blocks[..], self.by_layer.words().is_empty()) {
             let tags = names.iter().zip(&block.strengths);
             let tags: Vec<String> =
                 tags.filter_map(|(name, v)| Some(format!("<lora:{name}:{:.2}>", (*v)?))).collect();
@@ -85,11 +92,6 @@ impl StrengthsCommand {
 
     /// The merge at these strengths, to paste.
     fn command(&self, found: &Strengths, names: &[&str]) -> String {
-        let quoted = |path: &std::path::Path| {
-            let path = path.display().to_string();
-            let plain = path.chars().all(|c| c.is_alphanumeric() || "/._-+".contains(c));
-            if plain { path } else { format!("'{path}'") }
-        };
         let mut words = vec!["loraweld merge linear".to_owned()];
         let whole = match &found.blocks[..] {
             [block] => Some(&block.strengths),
@@ -110,6 +112,8 @@ impl StrengthsCommand {
                 }
             }
         }
+        // They were there when strengths were looked for.
+        words.extend(self.by_layer.words());
         words.push("-o sum.safetensors".to_owned());
         words.join(" ")
     }

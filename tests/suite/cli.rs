@@ -1097,3 +1097,30 @@ fn schedules_say_who_acts_when() {
     sandbox.fails(1, &of("k-lora", "new", &["--gamma", "0"]), &["gamma"]);
     sandbox.fails(2, &of("k-lora", "new", &["--alpha", "-1"]), &["--alpha"]);
 }
+
+/// What `strengths` prints to paste is a merge, at the strengths by layer that were given as well.
+#[test]
+fn strengths_print_a_merge_that_can_be_pasted() {
+    let sandbox = Sandbox::new();
+    sandbox.succeeds(&["demo"]);
+    let calibration = ["--calibration", "loraweld-demo/calibration.safetensors"];
+    let loras = CONCEPTS.map(|name| format!("loraweld-demo/adapters/{name}.safetensors"));
+    let by_layer = ["--strength-for", "concept_c7_rot90:transformer_blocks.0.*=0.5"];
+    for by_layer in [&[][..], &by_layer] {
+        let mut args = vec!["strengths"];
+        args.extend(loras.iter().map(String::as_str));
+        args.extend(calibration);
+        args.extend(by_layer);
+        let (stdout, _) = sandbox.succeeds(&args);
+        let line = stdout.lines().find(|line| line.starts_with("loraweld merge linear")).expect("a command");
+        let words = line.replace('\'', "");
+        let words: Vec<&str> = words.split_whitespace().skip(1).collect();
+        assert!(by_layer.iter().all(|word| words.contains(word)), "{line}");
+        sandbox.succeeds(&[&words[..], &["--force"]].concat());
+        // A tag in a prompt has no strengths by layer.
+        assert_eq!(stdout.contains("<lora:"), by_layer.is_empty());
+    }
+    let args = ["strengths", &loras[0], &loras[1], "--per-block"];
+    let (_, stderr) = sandbox.succeeds(&[&args, &calibration[..], &by_layer].concat());
+    assert!(stderr.contains("no command line can say of blocks"), "{stderr}");
+}
