@@ -183,7 +183,8 @@ fn clean(text: impl Display) -> String {
     text.to_string().replace(|c: char| c.is_control() && c != '\n', " ")
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+/// Locks it, also if a thread panicked with it.
+pub fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
 }
 

@@ -13,6 +13,7 @@ use std::time::Duration;
 
 use super::disk;
 pub(crate) use super::disk::File;
+pub(crate) use super::write_error;
 use crate::{Error, Result};
 
 /// Writes a file beside the target and renames it when it is whole.
@@ -32,11 +33,6 @@ pub fn write_atomic(
     write(&mut out).map_err(|e| write_error(path, e))?;
     let file = out.into_inner().map_err(|e| write_error(path, e.into_error()))?;
     AtomicFile { file, place }.commit(path)
-}
-
-/// An error of writing; an [`Error`] that it wraps comes out unchanged.
-pub(crate) fn write_error(path: &Path, error: io::Error) -> Error {
-    error.downcast::<Error>().unwrap_or_else(|e| Error::io(path, "write", e))
 }
 
 /// A file that takes its target's place when it is whole. Dropped before, it leaves nothing.

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+pub(crate) use super::write_error;
 use super::{ReadAt, WriteAt};
 use crate::{Error, Result};
 
@@ -156,10 +157,6 @@ pub fn write_atomic(
     write(&mut out).map_err(|e| write_error(path, e))?;
     let file = out.into_inner().map_err(|e| write_error(path, e.into_error()))?;
     AtomicFile { file, overwrite }.commit(path)
-}
-
-pub(crate) fn write_error(path: &Path, error: io::Error) -> Error {
-    error.downcast::<Error>().unwrap_or_else(|e| Error::io(path, "write", e))
 }
 
 /// A file that gets its name when it is whole.

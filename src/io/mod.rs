@@ -17,3 +17,9 @@ pub(crate) mod spill;
 pub use self::control::{Control, Progress};
 pub use self::source::{ReadAt, WriteAt};
 pub(crate) use self::source::{blamed, resting_on};
+use crate::Error;
+
+/// An error of writing; an [`Error`] that it wraps comes out unchanged.
+pub(crate) fn write_error(path: &std::path::Path, error: std::io::Error) -> Error {
+    error.downcast::<Error>().unwrap_or_else(|e| Error::io(path, "write", e))
+}

@@ -129,6 +129,8 @@ impl std::str::FromStr for Axis {
 pub fn read(path: &Path, axes: &[Axis]) -> anyhow::Result<Vec<Result<Job, BadLine>>> {
     let text = std::fs::read_to_string(path).map_err(|e| loraweld::Error::io(path, "read", e))?;
     let mut jobs = Vec::new();
+    // Making it takes longer than most lines.
+    let mut command = super::super::command();
     let mut mentioned = vec![false; axes.len()];
     for (line, text) in (1..).zip(text.lines()).filter(|(_, text)| !text.trim().is_empty()) {
         let bad = |e: anyhow::Error| BadLine { line, message: format!("{e:#}") };
@@ -155,7 +157,7 @@ pub fn read(path: &Path, axes: &[Axis]) -> anyhow::Result<Vec<Result<Job, BadLin
             None => grid.extend(own),
         }
         for words in expanded(words, &grid) {
-            jobs.push(Job::new(line, words).map_err(bad));
+            jobs.push(Job::new(&mut command, line, words).map_err(bad));
         }
     }
     if let Some((axis, _)) = axes.iter().zip(&mentioned).find(|(_, mentioned)| !**mentioned) {
@@ -216,11 +218,11 @@ fn expanded(words: Vec<String>, grid: &[Axis]) -> Vec<Vec<String>> {
 }
 
 impl Job {
-    fn new(line: usize, words: Vec<String>) -> anyhow::Result<Self> {
-        let mut command = super::super::command();
+    /// `command`: the whole command line.
+    fn new(command: &mut Command, line: usize, words: Vec<String>) -> anyhow::Result<Self> {
         let all = std::iter::once("loraweld").chain(words.iter().map(String::as_str));
         let matches = command.try_get_matches_from_mut(all).map_err(|e| anyhow!(in_one_line(&e)))?;
-        let (mut command, mut matches) = (&command, &matches);
+        let (mut command, mut matches) = (&*command, &matches);
         let (mut inputs, mut outputs) = (Vec::new(), Vec::new());
         loop {
             files(command, matches, &mut inputs, &mut outputs);

@@ -51,11 +51,11 @@ pub struct Written {
 
 /// What is known of a job.
 #[derive(Default, Debug)]
-pub struct Known {
+struct Known {
     /// What it wrote, if it is done.
-    pub outputs: Option<Vec<Written>>,
+    outputs: Option<Vec<Written>>,
     /// What is its own if it is there.
-    pub fresh: Vec<PathBuf>,
+    fresh: Vec<PathBuf>,
 }
 
 /// What all shards have written down, and the file of this one.
@@ -119,9 +119,17 @@ impl Ledger {
         Ok(Self { path, file: Some(file), ..Self::read(folder)? })
     }
 
-    /// What is known of a job.
-    pub fn known(&self, job: &str) -> Option<&Known> {
-        self.known.get(job)
+    /// Whether a job is done, and its outputs are there as they were written.
+    pub fn is_done(&self, job: &str, hashes: &mut Hashes) -> bool {
+        let outputs = self.known.get(job).and_then(|known| known.outputs.as_ref());
+        let mut is_there =
+            |w: &Written| hashes.content(&w.path).is_ok_and(|hash| hash.as_ref() == Some(&w.sha256));
+        outputs.is_some_and(|outputs| outputs.iter().all(&mut is_there))
+    }
+
+    /// The outputs of a job that began that are its own if they are there.
+    pub fn began(&self, job: &str) -> &[PathBuf] {
+        self.known.get(job).map_or(&[], |known| &known.fresh)
     }
 
     /// Writes an entry down, on disk.

@@ -20,7 +20,7 @@ use self::shard::Shard;
 use super::args::Global;
 use super::host::{self, Host, Told};
 use super::kept;
-use super::output::{CANCEL, Output, count, some};
+use super::output::{CANCEL, Output, count, lock, quoted, some};
 use super::run_for;
 
 /// Run many commands, one a line of a file, on one machine or as a shard of many.
@@ -74,8 +74,8 @@ pub struct Batch {
 struct Tally {
     done: usize,
     skipped: usize,
-    /// Lines, and what went wrong.
-    failed: Vec<(usize, String)>,
+    /// Their lines.
+    failed: Vec<usize>,
     /// Warnings that were said: most are the same for many jobs.
     warned: HashSet<String>,
 }
@@ -117,14 +117,13 @@ impl Batch {
             anyhow::Ok(())
         })?;
         let Tally { done, skipped, failed, .. } = tally;
-        let lines: Vec<usize> = failed.iter().map(|(line, _)| *line).collect();
-        out.event("total", &json!({ "done": done, "skipped": skipped, "failed": lines }))?;
+        out.event("total", &json!({ "done": done, "skipped": skipped, "failed": failed }))?;
         out.info(format_args!("total      {done} done, {skipped} done before, {} failed", failed.len()))?;
         out.info(format_args!("results    {}", results.display()))?;
         if failed.is_empty() {
             return Ok(());
         }
-        let which = some(lines.iter().map(|line| format!("line {line}")), 10);
+        let which = some(failed.iter().map(|line| format!("line {line}")), 10);
         anyhow::bail!(
             "{}: {} of {} failed: {which}",
             self.jobs.display(),
@@ -151,15 +150,12 @@ impl Batch {
             Ok(id) => id,
             Err(e) => return tally.fails(line, e.to_string(), out),
         };
-        let known = ledger.known(&id);
-        if let Some(outputs) = known.and_then(|known| known.outputs.as_ref())
-            && is_there(outputs, hashes)
-        {
+        if ledger.is_done(&id, hashes) {
             tally.skipped += 1;
             return out.event("skipped", &json!({ "line": line, "run": run }));
         }
         let is_absent = |path: &&PathBuf| std::fs::symlink_metadata(path).is_err();
-        let was_ours = |path: &PathBuf| known.is_some_and(|known| known.fresh.contains(path));
+        let was_ours = |path: &PathBuf| ledger.began(&id).contains(path);
         let fresh: Vec<_> =
             job.outputs.iter().filter(|path| is_absent(path) || was_ours(path)).cloned().collect();
         // What an earlier run of this job left when it was stopped between its output and its record.
@@ -199,7 +195,7 @@ impl Tally {
     fn fails(&mut self, line: usize, error: String, out: &Output) -> anyhow::Result<()> {
         out.event("failed", &json!({ "line": line, "error": error }))?;
         out.complain(format_args!("line {line}: {error}"));
-        self.failed.push((line, error));
+        self.failed.push(line);
         Ok(())
     }
 }
@@ -224,7 +220,7 @@ fn said(job: &Job, global: &Global, overwrite: bool, control: &Control<'_>) -> R
     let hears = heard.clone();
     let tell = move |told: Told<'_>| {
         let Told::Event(event) = told else { return };
-        let mut heard = hears.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let mut heard = lock(&hears);
         match (event["event"].as_str(), event["message"].as_str()) {
             (Some("warning"), Some(message)) => heard.warnings.push(message.to_owned()),
             (Some("progress"), _) => {}
@@ -253,7 +249,7 @@ fn said(job: &Job, global: &Global, overwrite: bool, control: &Control<'_>) -> R
         return Err(Error::Cancelled.to_string());
     }
     run_for(&Arc::new(host), words).map_err(|failure| failure.advice())?;
-    Ok(std::mem::take(&mut *heard.lock().unwrap_or_else(|poisoned| poisoned.into_inner())))
+    Ok(std::mem::take(&mut *lock(&heard)))
 }
 
 /// The outputs, with their hashes.
@@ -268,11 +264,6 @@ fn written(job: &Job, hashes: &mut Hashes) -> loraweld::Result<Vec<Written>> {
     Ok(written)
 }
 
-/// Whether the outputs are there as they were written.
-fn is_there(outputs: &[Written], hashes: &mut Hashes) -> bool {
-    outputs.iter().all(|w| hashes.content(&w.path).is_ok_and(|hash| hash.as_ref() == Some(&w.sha256)))
-}
-
 /// Lists the jobs.
 fn list(jobs: &[Result<Job, BadLine>], ledger: &Ledger, out: &Output) -> anyhow::Result<()> {
     let mut hashes = Hashes::default();
@@ -280,14 +271,12 @@ fn list(jobs: &[Result<Job, BadLine>], ledger: &Ledger, out: &Output) -> anyhow:
         let (line, what, words) = match job {
             Err(bad) => (bad.line, format!("wrong: {}", bad.message), Vec::new()),
             Ok(job) => {
-                let known = ledger.known(&hashes.job(job)?);
-                let outputs = known.and_then(|known| known.outputs.as_ref());
-                let is_done = outputs.is_some_and(|outputs| is_there(outputs, &mut hashes));
+                let is_done = ledger.is_done(&hashes.job(job)?, &mut hashes);
                 (job.line, (if is_done { "done" } else { "to do" }).to_owned(), job.words.clone())
             }
         };
         out.event("job", &json!({ "line": line, "state": what, "run": words }))?;
-        let words: Vec<_> = words.iter().map(|word| super::output::quoted(Path::new(word))).collect();
+        let words: Vec<_> = words.iter().map(|word| quoted(Path::new(word))).collect();
         out.result(format_args!("line {line:<5} {what:5}  {}", words.join(" ")))?;
     }
     Ok(())

@@ -545,28 +545,28 @@ pub(crate) fn encode(
     let bindings = [stats, scores, weights, means, log, z.clone(), controls];
     commands.launch_grid(choose_kernel(), &job, grid, &bindings)?;
     commands.phase(Phase::Apply);
-    let (kernel, tile, b) = match (units, of_blocks) {
+    // Kernels for matrix units have the tokens in the first direction of the grid.
+    let (kernel, tile, b, tokens_first) = match (units, of_blocks) {
         (Some(units), Some((_, of_all))) => {
             let wanted = block_parts(tokens, 1).max(call.width / UNIT_PART);
             (job.parts, job.part_width) = split(call.width, BLOCK_TILE[1], wanted);
-            (apply_halves_kernel(f0.dtype(), of_all), BLOCK_TOKENS, whole(&units.buffer))
+            (apply_halves_kernel(f0.dtype(), of_all), BLOCK_TOKENS, whole(&units.buffer), true)
         }
         (Some(SplitB { tiles: Tiles { apply: Some(tile), .. }, buffer }), None) => {
             let tokens_of_tile = tile.subgroups(APPLY_SUBGROUPS) as usize * UNIT_TOKENS;
             let wanted =
                 parts(tokens, [tokens_of_tile, UNIT_CHANNELS], call.width).max(call.width / UNIT_PART);
             (job.parts, job.part_width) = split(call.width, UNIT_CHANNELS, wanted);
-            (apply_matrix_kernel(f0.dtype(), *tile), tokens_of_tile, whole(buffer))
+            (apply_matrix_kernel(f0.dtype(), *tile), tokens_of_tile, whole(buffer), true)
         }
         _ => {
             (job.parts, job.part_width) = split(call.width, TILE_CHANNELS, usize::MAX);
-            (apply_kernel(f0.dtype()), TILE_TOKENS, factors)
+            (apply_kernel(f0.dtype()), TILE_TOKENS, factors, false)
         }
     };
-    let on_units = kernel != apply_kernel(f0.dtype());
     for window in &f0_windows {
         let tiles = window.count.div_ceil(tile);
-        let grid = if on_units { [tiles, job.parts as usize, 1] } else { [job.parts as usize, tiles, 1] };
+        let grid = if tokens_first { [tiles, job.parts as usize, 1] } else { [job.parts as usize, tiles, 1] };
         let bindings = [b.clone(), z.clone(), window.bound.binding.clone()];
         commands.launch_grid(kernel, &for_window(&job, window), grid, &bindings)?;
     }
