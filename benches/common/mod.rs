@@ -15,7 +15,7 @@ use loraweld::compute::{DeviceOptions, Select};
 use loraweld::{Adapter, Device, Dtype, Format, Layer, Matrix, RawMatrix, SaveOptions};
 pub use operations::{Accumulation, Systems};
 use rayon::prelude::*;
-pub use results::{Rate, Work, bench, criterion, median, write};
+pub use results::{Rate, Work, bench, bench_recorded, criterion, median, write};
 pub use roofline::Roofline;
 
 /// A device under measurement.

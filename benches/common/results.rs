@@ -3,13 +3,14 @@
 use std::cell::RefCell;
 use std::fs::OpenOptions;
 use std::io::Write;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use criterion::measurement::WallTime;
 use criterion::{BenchmarkGroup, BenchmarkId, Criterion, SamplingMode, Throughput};
+use loraweld::Device;
 use serde_json::{Value, json};
 
-use super::{Roofline, Target};
+use super::{Roofline, Target, submitted};
 
 /// Timed calls of a benchmark; the median counts.
 const SAMPLES: usize = 10;
@@ -20,7 +21,8 @@ pub fn criterion() -> Criterion {
         .without_plots()
         .nresamples(1000)
         .sample_size(SAMPLES)
-        .warm_up_time(Duration::from_millis(300))
+        // Less leaves clocks low, and the first rows of a run several times too high.
+        .warm_up_time(Duration::from_secs(1))
         .measurement_time(Duration::from_secs(1))
 }
 
@@ -50,6 +52,17 @@ pub struct Work {
     pub calls: usize,
     /// The relative error or residual of the result.
     pub error: Option<f64>,
+    /// The device's own seconds, and the host's to record the work, where they were told apart.
+    pub apart: Option<Apart>,
+}
+
+/// What recorded work takes on either side.
+#[derive(Clone, Copy, Debug)]
+pub struct Apart {
+    /// By the device's timestamps.
+    pub device: Option<f64>,
+    /// To record it, and to finish what was recorded.
+    pub host: f64,
 }
 
 impl Work {
@@ -85,6 +98,12 @@ impl Work {
         if floor > 0.0 {
             line += &format!(", {:.1} % of the {bound} limit", 100.0 * floor / seconds);
         }
+        if let Some(Apart { device, host }) = self.apart {
+            if let Some(device) = device {
+                line += &format!(", {:.4} ms on the device", device * 1e3);
+            }
+            line += &format!(", {:.4} ms to record", host * 1e3);
+        }
         if let Some(error) = self.error {
             line += &format!(", error {error:.1e}");
         }
@@ -93,6 +112,7 @@ impl Work {
             "side": "loraweld", "device": target.name, "work": self.work, "shape": self.shape, "variant": self.variant,
             "seconds": seconds, "bytes": self.bytes, "link_bytes": self.link, "flops": flops,
             "bound": bound, "floor_seconds": floor, "error": self.error,
+            "device_seconds": self.apart.and_then(|apart| apart.device), "host_seconds": self.apart.map(|apart| apart.host),
         }));
     }
 }
@@ -110,8 +130,21 @@ pub fn bench(
     group: &mut BenchmarkGroup<'_, WallTime>,
     target: &Target,
     work: &Work,
-    mut timed: impl FnMut(u64) -> Duration,
+    timed: impl FnMut(u64) -> Duration,
 ) {
+    let seconds = measure(group, target, work, timed);
+    if seconds > 0.0 {
+        work.report(target, seconds);
+    }
+}
+
+/// Lets criterion time it, and gives the median; 0 if it was not asked for.
+fn measure(
+    group: &mut BenchmarkGroup<'_, WallTime>,
+    target: &Target,
+    work: &Work,
+    mut timed: impl FnMut(u64) -> Duration,
+) -> f64 {
     // Criterion warms up first, and then asks for its samples; the same number of iterations in each.
     let samples = RefCell::new(Vec::new());
     let calls = work.calls.max(1);
@@ -126,10 +159,70 @@ pub fn bench(
         });
     });
     let mut samples = samples.into_inner();
-    if !samples.is_empty() {
-        let warm_up = samples.len().saturating_sub(SAMPLES);
-        work.report(target, median(&mut samples[warm_up..]));
+    let warm_up = samples.len().saturating_sub(SAMPLES);
+    if samples.is_empty() { 0.0 } else { median(&mut samples[warm_up..]) }
+}
+
+/// [`bench`] of work that is recorded, and then submitted; with what each side takes apart.
+pub fn bench_recorded(
+    group: &mut BenchmarkGroup<'_, WallTime>,
+    target: &Target,
+    work: &Work,
+    mut encode: impl FnMut(&mut wgpu::CommandEncoder),
+) {
+    let calls = work.calls.max(1) as f64;
+    let seconds = measure(group, target, work, |n| submitted(&target.device, n, &mut encode));
+    if seconds > 0.0 {
+        let mut samples: Vec<_> = (0..SAMPLES).map(|_| apart(&target.device, &mut encode)).collect();
+        let host = median(&mut samples.iter().map(|apart| apart.host / calls).collect::<Vec<_>>());
+        let device = samples.iter_mut().map(|apart| apart.device.map(|device| device / calls)).collect();
+        let device = Option::<Vec<_>>::map(device, |mut device| median(&mut device));
+        Work { apart: Some(Apart { device, host }), ..work.clone() }.report(target, seconds);
     }
+}
+
+/// One submission between two timestamps.
+fn apart(device: &Device, encode: &mut impl FnMut(&mut wgpu::CommandEncoder)) -> Apart {
+    let (gpu, queue) = device.wgpu().expect("a GPU");
+    let start = Instant::now();
+    let mut encoder = gpu.create_command_encoder(&Default::default());
+    encode(&mut encoder);
+    let work = encoder.finish();
+    let host = start.elapsed().as_secs_f64();
+    if !gpu.features().contains(wgpu::Features::TIMESTAMP_QUERY) {
+        queue.submit([work]);
+        return Apart { device: None, host };
+    }
+    let buffer = |usage| {
+        gpu.create_buffer(&wgpu::BufferDescriptor { label: None, size: 16, usage, mapped_at_creation: false })
+    };
+    let times = gpu.create_query_set(&wgpu::QuerySetDescriptor {
+        label: None,
+        ty: wgpu::QueryType::Timestamp,
+        count: 2,
+    });
+    let resolved = buffer(wgpu::BufferUsages::QUERY_RESOLVE | wgpu::BufferUsages::COPY_SRC);
+    let read = buffer(wgpu::BufferUsages::MAP_READ | wgpu::BufferUsages::COPY_DST);
+    let mut encoders = [(); 2].map(|()| gpu.create_command_encoder(&Default::default()));
+    for (i, encoder) in (0..).zip(&mut encoders) {
+        let timestamp_writes = Some(wgpu::ComputePassTimestampWrites {
+            query_set: &times,
+            beginning_of_pass_write_index: Some(i),
+            end_of_pass_write_index: None,
+        });
+        drop(encoder.begin_compute_pass(&wgpu::ComputePassDescriptor { label: None, timestamp_writes }));
+    }
+    let [before, mut after] = encoders;
+    after.resolve_query_set(&times, 0..2, &resolved, 0);
+    after.copy_buffer_to_buffer(&resolved, 0, &read, 0, 16);
+    device.wait().expect("a working device");
+    queue.submit([before.finish(), work, after.finish()]);
+    read.map_async(wgpu::MapMode::Read, .., |_| ());
+    device.wait().expect("a working device");
+    let ticks = read.get_mapped_range(..).expect("mapped memory");
+    let [start, end] = [0, 8].map(|at| u64::from_le_bytes(ticks[at..at + 8].try_into().expect("8 bytes")));
+    let seconds = end.saturating_sub(start) as f64 * f64::from(queue.get_timestamp_period()) * 1e-9;
+    Apart { device: Some(seconds), host }
 }
 
 pub fn median(values: &mut [f64]) -> f64 {
