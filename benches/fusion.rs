@@ -8,8 +8,8 @@ mod common;
 use std::hint::black_box;
 
 use common::{
-    Input, LayerShape, Rate, Target, Work, adapter, adapter_file, bench, criterion, flux_layers, submitted,
-    targets, timed, widths,
+    Input, LayerShape, Rate, Target, Work, adapter, adapter_file, bench, bench_recorded, criterion,
+    flux_layers, targets, timed, widths,
 };
 use criterion::{Criterion, criterion_group, criterion_main};
 use loraweld::Dtype;
@@ -49,8 +49,12 @@ fn bench_selection(c: &mut Criterion) {
             target.sized(&[(3072, 3072), (3072, 12288), (12288, 3072)], &[(256, 256)]);
         for &(input, output) in shapes {
             let layer = [("layer".to_owned(), input, output)];
-            let mut selector =
-                selector(&target, &layer, rank, SelectorOptions { tokens, records: 64, exact: false });
+            let mut selector = selector(
+                &target,
+                &layer,
+                rank,
+                SelectorOptions { tokens, records: 64, exact: false, keep: false },
+            );
             for dtype in [Dtype::F16, Dtype::Bf16, Dtype::F32] {
                 let many = |width| Input::many(&target, dtype, tokens, width);
                 let (xs, f0s) = (many(input), many(output));
@@ -65,14 +69,10 @@ fn bench_selection(c: &mut Criterion) {
                         error: None,
                         ..Default::default()
                     };
-                    bench(&mut group, &target, &of, |n| {
-                        submitted(&target.device, n, |encoder| {
-                            for (x, f0) in xs.iter().cycle().zip(f0s.iter().cycle()).take(CALLS) {
-                                selector
-                                    .encode(encoder, "layer", x.view(), f0.view(), how)
-                                    .expect("selection");
-                            }
-                        })
+                    bench_recorded(&mut group, &target, &of, |encoder| {
+                        for (x, f0) in xs.iter().cycle().zip(f0s.iter().cycle()).take(CALLS) {
+                            selector.encode(encoder, "layer", x.view(), f0.view(), how).expect("selection");
+                        }
                     });
                 }
             }
@@ -110,33 +110,35 @@ fn bench_slider(c: &mut Criterion) {
     group.finish();
 }
 
-/// The host's time to record a step's calls, one for each layer.
+/// The host's time to record a step's calls, one for each layer: made anew each time, or kept from the last step.
 fn bench_encode(c: &mut Criterion) {
     let mut group = c.benchmark_group("encode");
     for target in gpus() {
         let layers = flux_layers(&target);
-        let mut selector =
-            selector(&target, &layers, 4, SelectorOptions { tokens: 64, records: 1024, exact: false });
         let input = |width| Input::new(&target.device, Dtype::F16, 64, width, 1);
         let inputs: Vec<_> = layers.iter().map(|(_, i, o)| (input(*i), input(*o))).collect();
         let (gpu, _) = target.device.wgpu().expect("a GPU");
-        let of = Work {
-            work: "encode",
-            shape: format!("{} layers", layers.len()),
-            variant: "host".to_owned(),
-            calls: 1,
-            ..Default::default()
-        };
-        bench(&mut group, &target, &of, |n| {
-            timed(n, || {
-                let mut encoder = gpu.create_command_encoder(&Default::default());
-                for ((layer, ..), (x, f0)) in layers.iter().zip(&inputs) {
-                    let how = Selection::default();
-                    selector.encode(&mut encoder, layer, x.view(), f0.view(), &how).expect("selection");
-                }
-                drop(black_box(encoder.finish()));
-            })
-        });
+        for (variant, keep) in [("made", false), ("kept", true)] {
+            let options = SelectorOptions { tokens: 64, records: 1024, keep, ..Default::default() };
+            let mut selector = selector(&target, &layers, 4, options);
+            let of = Work {
+                work: "encode",
+                shape: format!("{} layers", layers.len()),
+                variant: variant.to_owned(),
+                calls: 1,
+                ..Default::default()
+            };
+            bench(&mut group, &target, &of, |n| {
+                timed(n, || {
+                    let mut encoder = gpu.create_command_encoder(&Default::default());
+                    for ((layer, ..), (x, f0)) in layers.iter().zip(&inputs) {
+                        let how = Selection::default();
+                        selector.encode(&mut encoder, layer, x.view(), f0.view(), &how).expect("selection");
+                    }
+                    drop(black_box(encoder.finish()));
+                })
+            });
+        }
     }
     group.finish();
 }
@@ -155,12 +157,10 @@ fn bench_guidance(c: &mut Criterion) {
             calls: CALLS,
             ..Default::default()
         };
-        bench(&mut group, &target, &of, |n| {
-            submitted(&target.device, n, |encoder| {
-                for _ in 0..CALLS {
-                    guide(&target.device, encoder, x.view(), y.view(), 3.5).expect("guidance");
-                }
-            })
+        bench_recorded(&mut group, &target, &of, |encoder| {
+            for _ in 0..CALLS {
+                guide(&target.device, encoder, x.view(), y.view(), 3.5).expect("guidance");
+            }
         });
     }
     group.finish();

@@ -3,8 +3,7 @@
 //
 //   F0: tokens × width in f16 or bf16; width a multiple of 8
 //
-// Two lanes have a row of 16 channels. Grid: (token tile, part of the channels). Bindings: 5 F0; see
-// branch/shared/block.wgsl. The permutation sets DTYPE and DEPTH.
+// Grid: (token tile, part of the channels). Bindings: 5 F0; see branch/shared/block.wgsl. The permutation sets DTYPE.
 
 enable f16;
 
@@ -21,8 +20,13 @@ enable f16;
 #import branch/shared/block
 #import multiply
 
+// Lanes that have a row of a block, 8 channels each; rows at once; and how often for all.
+const LANES: u32 = CHANNELS / 8u;
+const ROWS: u32 = 32u / LANES;
+const TIMES: u32 = TOKENS / ROWS;
+
 fn added(f: vec4<u32>, row: u32) -> vec4<u32> {
-    let at = subgroup * OUT_LEN + row * OUT_STRIDE + lane % 2u * 2u;
+    let at = subgroup * OUT_LEN + row * OUT_STRIDE + lane % LANES * 2u;
     let inverse = inverses[row];
     let left = narrowed(widened(f.xy) + sums[at] * inverse);
     let right = narrowed(widened(f.zw) + sums[at + 1u] * inverse);
@@ -39,34 +43,38 @@ fn main(
     locate(thread, subgroup_id, subgroup_lane);
     let job = jobs[0];
     let first_token = job.first + work.x * TOKENS;
-    stage_z(job, 0u, job.columns, first_token, 0u, 0u);
-    workgroupBarrier();
-    let row = lane / 2u;
-    let left = job.first + job.count - first_token;
-    let upper = job.f0 / 4u + (first_token - job.first + row) * (job.width / 8u);
-    let lower = upper + 16u * (job.width / 8u);
+    stage_z(job, 0u, job.columns, first_token, 0u, select(job.columns, DEPTH, HELD), 0u);
+    let row = lane / LANES;
+    // Rows that are not there are read as the last.
+    let rows = job.first + job.count - first_token;
     let start = work.y * job.part_width;
     let stop = min(start + job.part_width, job.width);
+    var places: array<u32, TIMES>;
+    var next: array<vec4<u32>, TIMES>;
+    let first_vector = min(start + subgroup * CHANNELS + lane % LANES * 8u, job.width - 8u) / 8u;
+    for (var i = 0u; i < TIMES; i++) {
+        let token = first_token - job.first + min(row + i * ROWS, rows - 1u);
+        places[i] = job.f0 / 4u + token * (job.width / 8u);
+        next[i] = f0[places[i] + first_vector];
+    }
+    workgroupBarrier();
+    hold();
     for (var base = start; base < stop; base += SUBGROUPS * CHANNELS) {
         let block = base + subgroup * CHANNELS;
-        let channel = block + lane % 2u * 8u;
-        let has_upper = channel < stop && row < left;
-        let has_lower = channel < stop && row + 16u < left;
-        var f: vec4<u32>;
-        var g: vec4<u32>;
-        if (has_upper) {
-            f = f0[upper + channel / 8u];
+        let channel = block + lane % LANES * 8u;
+        let vector = channel / 8u;
+        // The next block is on its way while this one is at work.
+        let ahead = min(channel + SUBGROUPS * CHANNELS, job.width - 8u) / 8u;
+        var f = next;
+        for (var i = 0u; i < TIMES; i++) {
+            next[i] = f0[places[i] + ahead];
         }
-        if (has_lower) {
-            g = f0[lower + channel / 8u];
-        }
-        multiply(job, min(block, job.width - 1u) / CHANNELS, 0u, job.columns, 0u);
+        multiply_all(job, min(block, (job.width - 1u) / CHANNELS * CHANNELS));
         meet();
-        if (has_upper) {
-            f0[upper + channel / 8u] = added(f, row);
-        }
-        if (has_lower) {
-            f0[lower + channel / 8u] = added(g, row + 16u);
+        for (var i = 0u; i < TIMES; i++) {
+            if (channel < stop && row + i * ROWS < rows) {
+                f0[places[i] + vector] = added(f[i], row + i * ROWS);
+            }
         }
         meet();
     }

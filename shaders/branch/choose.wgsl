@@ -5,9 +5,9 @@
 //
 // FINISH: scores first, from the parts of stats. With NORMALISE a score counts in relation to the branch's running mean.
 // Groups decide by their mean scores. FIXED: weights as the host says.
-// It adds to the log's record how many tokens each branch won. Where the weight is zero Z becomes zero, also where the
+// It adds to the call's record of the log, whose place is said when the launch is recorded, how many tokens each branch won. Where the weight is zero Z becomes zero, also where the
 // branch overflowed.
-// Grid: a workgroup for TOKENS tokens. Bindings: 3 stats, 4 scores, 5 weights, 6 running means, 7 log, 8 Z, 9 controls.
+// Grid: a workgroup for TOKENS tokens. Bindings: 3 stats, 4 scores, 5 weights, 6 running means, 7 a record of the log, 8 Z, 9 controls.
 
 #import branch/shared/job
 #import shared/exp_log
@@ -117,7 +117,7 @@ fn main(@builtin(workgroup_id) work: vec3<u32>, @builtin(local_invocation_index)
         shares[t] = weight;
     }
     if (t < job.branches) {
-        atomicAdd(&log_words[job.record + t], atomicLoad(&wins[t]));
+        atomicAdd(&log_words[t], atomicLoad(&wins[t]));
     }
     workgroupBarrier();
     weigh(job, first_token, t);

@@ -8,7 +8,7 @@
 // registers hold all of that: more would keep other subgroups out.
 //
 // Grid: (token tile, pair of branches, part of the channels). Bindings: 5 F0, 6 controls, 7 stats; see
-// branch/shared/block.wgsl. The permutation sets SCORE, DTYPE and DEPTH.
+// branch/shared/block.wgsl. The permutation sets SCORE and DTYPE.
 
 enable f16;
 
@@ -58,17 +58,17 @@ struct Block {
 
 var<private> temperature: f32;
 
-// φ(d)
-fn phi(d: vec4<f32>) -> vec4<f32> {
-    let q = d * d;
+// φ(d) of a d that is near.
+fn phi_near(d: vec4<f32>) -> vec4<f32> {
     var p = fma(d, vec4<f32>(1.0 / 120.0), vec4<f32>(1.0 / 24.0));
     p = fma(p, d, vec4<f32>(1.0 / 6.0));
     p = fma(p, d, vec4<f32>(0.5));
-    let small = q * p;
-    if (max4(q) <= NEAR * NEAR) {
-        return small;
-    }
-    return select(exp2(d * LOG2_E) - (1.0 + d), small, q <= vec4<f32>(NEAR * NEAR));
+    return d * d * p;
+}
+
+// φ(d)
+fn phi(d: vec4<f32>) -> vec4<f32> {
+    return select(exp2(d * LOG2_E) - (1.0 + d), phi_near(d), abs(d) <= vec4<f32>(NEAR));
 }
 
 fn total(e: Block, u0: vec4<f32>, u1: vec4<f32>, u2: vec4<f32>, u3: vec4<f32>) -> f32 {
@@ -150,6 +150,10 @@ fn absorb(old: Sums, e: Block, m: f32, w: f32, factor: f32, place: u32, has_seco
     } else {
         x.d += d;
     }
+    if (max4(max(max(abs(d0), abs(d1)), max(abs(d2), abs(d3)))) <= NEAR) {
+        x.s += total(e, phi_near(d0), phi_near(d1), phi_near(d2), phi_near(d3));
+        return x;
+    }
     if (max4(max(max(d0, d1), max(d2, d3))) <= FAR) {
         x.s += total(e, phi(d0), phi(d1), phi(d2), phi(d3));
         return x;
@@ -223,9 +227,12 @@ fn main(
     let first = jobs[0].column_starts[branch];
     let middle = jobs[0].column_starts[branch + 1u];
     let end = jobs[0].column_starts[min(branch + 2u, job.branches)];
-    stage_z(job, first, middle, first_token, 0u, 0u);
-    stage_z(job, middle, end, first_token, middle - first, TOKENS);
+    // Where Z is held, each branch has half of its columns.
+    let second_place = select(middle - first, DEPTH / 2u, HELD);
+    stage_z(job, first, middle, first_token, 0u, second_place, 0u);
+    stage_z(job, middle, end, first_token, second_place, select(end - middle, DEPTH / 2u, HELD), TOKENS);
     workgroupBarrier();
+    hold();
     temperature = select(1.0, controls.inverse_temperature, SCORE == KL);
     let one = jobs[0].factors[branch] * controls.strengths[jobs[0].adapters[branch]] * temperature;
     let second = min(branch + 1u, job.branches - 1u);
@@ -272,14 +279,14 @@ fn main(
         } else {
             e.own = total(e, e.e0, e.e1, e.e2, e.e3);
         }
-        let block = min(channel, job.width - 1u) / CHANNELS;
-        multiply(job, block, first, middle, 0u);
+        let within = min(channel, job.width - 1u);
+        multiply_first(job, within, first, middle);
         meet();
         if (inside) {
             x = absorb(x, e, m, weights, factors.x, place + channel / 8u, channel + 8u < job.width);
         }
         meet();
-        multiply(job, block, middle, end, middle - first);
+        multiply_second(job, within, middle, end, second_place);
         meet();
         if (inside) {
             y = absorb(y, e, m, weights, factors.y, place + channel / 8u, channel + 8u < job.width);

@@ -21,6 +21,8 @@ pub struct Kernel {
     constants: List<(&'static str, Constant)>,
     /// What imports without a folder stand for.
     imports: List<(&'static str, &'static str)>,
+    /// The binding whose offset is said when a launch is recorded.
+    moving: Option<u32>,
 }
 
 /// A list of so many at most; the first that is missing ends it.
@@ -48,7 +50,7 @@ pub fn files() -> impl Iterator<Item = &'static str> {
 impl Kernel {
     /// `shaders/{file}.wgsl`.
     pub(crate) fn new(file: &'static str) -> Self {
-        Self { file, constants: [None; 5], imports: [None; 5] }
+        Self { file, constants: [None; 5], imports: [None; 5], moving: None }
     }
 
     fn with(self, name: &'static str, value: Constant) -> Self {
@@ -85,6 +87,26 @@ impl Kernel {
     /// This one with a file in place of an import.
     pub(crate) fn import(self, name: &'static str, file: &'static str) -> Self {
         Self { imports: add(self.imports, (name, file)), ..self }
+    }
+
+    /// This one with a binding whose offset is said each time that a launch is recorded.
+    pub(crate) fn moving(self, binding: u32) -> Self {
+        Self { moving: Some(binding), ..self }
+    }
+
+    /// That binding.
+    pub(crate) fn moves(&self) -> Option<u32> {
+        self.moving
+    }
+
+    /// The bindings of storage buffers, and whether they are only read.
+    pub(crate) fn storage(&self) -> Vec<(u32, bool)> {
+        let source = self.source();
+        let binding = |line: &str| {
+            let (number, rest) = line.strip_prefix("@group(0) @binding(")?.split_once(") var<storage, ")?;
+            Some((number.parse().ok()?, rest.starts_with("read>")))
+        };
+        source.lines().filter_map(binding).collect()
     }
 
     /// This one with the arithmetic of an element type in place of `#import real`.

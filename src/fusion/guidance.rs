@@ -48,7 +48,8 @@ pub fn guide(
     let mut commands = gpu.commands();
     job.encode(&mut commands, dtype, [c.binding, u.binding])?;
     // It takes no scratch buffers.
-    commands.encode(encoder, |_| ())?;
+    let (pass, _) = commands.prepare()?;
+    pass.record(encoder, 0);
     Ok(())
 }
 

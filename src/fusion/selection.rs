@@ -1,7 +1,7 @@
 //! Feature-level selection (arXiv 2602.15539): what each adapter would do to a layer's output decides which of them
 //! acts.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::ops::Range;
 
 use crate::adapter::dotted;
@@ -63,11 +63,15 @@ pub struct SelectorOptions {
     /// Keep the accuracy of f32 also for features of 16 bits, on devices that have matrix units; see
     /// [accuracy](Selector#accuracy).
     pub exact: bool,
+    /// Keep, for each layer, what its last call was recorded with, for the next one if that has the same buffers, tokens and
+    /// [`Selection`]: a host that runs its layers again and again in the same buffers records them in about 60 % of the time.
+    /// Its buffers stay alive until a call with others takes their place, or the selector goes.
+    pub keep: bool,
 }
 
 impl Default for SelectorOptions {
     fn default() -> Self {
-        Self { tokens: 4608, records: 4096, exact: false }
+        Self { tokens: 4608, records: 4096, exact: false, keep: false }
     }
 }
 
@@ -143,12 +147,15 @@ pub struct Tokens {
 pub struct Selector {
     device: Device,
     options: SelectorOptions,
-    layers: BTreeMap<LayerKey, Resident>,
+    layers: Vec<Resident>,
+    /// Where each layer is in them, and each name that a host has said: reading a name takes longer than all else of a call.
+    keys: BTreeMap<LayerKey, usize>,
+    names: HashMap<String, usize>,
     strengths: Vec<f32>,
     temperature: f64,
     backend: Backend,
-    /// The layer of every call that the log still holds, by its number of the call.
-    calls: VecDeque<(u64, LayerKey, Vec<u32>)>,
+    /// The layer of every call that the log still holds, by the number of the call.
+    calls: VecDeque<(u64, usize, Vec<u32>)>,
     count: u64,
     last: Option<Last>,
 }
@@ -164,7 +171,6 @@ enum Backend {
 #[derive(Debug)]
 struct Resident {
     name: String,
-    index: usize,
     input: usize,
     output: usize,
     /// Adapter of each branch.
@@ -182,7 +188,7 @@ struct Resident {
 /// The last call.
 #[derive(Debug)]
 struct Last {
-    layer: LayerKey,
+    layer: usize,
     tokens: usize,
     /// Decisions of the CPU.
     decided: branches::Decided,
@@ -214,8 +220,15 @@ impl Selector {
         let backend = match device.is_gpu() {
             true => {
                 let gpu = device.gpu()?;
-                let buffers =
-                    Buffers::new(gpu, options.tokens, rank, adapters.len(), all.len(), options.records)?;
+                let buffers = Buffers::new(
+                    gpu,
+                    options.tokens,
+                    rank,
+                    adapters.len(),
+                    all.len(),
+                    options.records,
+                    options.keep,
+                )?;
                 let factors: u64 = all.values().zip(&low).map(|(of, &low)| bytes(gpu, of, low)).sum();
                 if factors + buffers.bytes() > device.memory() {
                     return Err(Error::Device(format!(
@@ -230,15 +243,18 @@ impl Selector {
             }
             false => Backend::Cpu(vec![[0.0; RUNNING]; all.len()]),
         };
-        let mut layers = BTreeMap::new();
+        let (mut layers, mut keys) = (Vec::new(), BTreeMap::new());
         for (index, ((key, of), low)) in all.into_iter().zip(low).enumerate() {
-            layers.insert(key.clone(), Resident::load(device, index, &of, low)?);
+            layers.push(Resident::load(device, &of, low)?);
+            keys.insert(key.clone(), index);
         }
         adapters.iter().try_for_each(|weighted| weighted.adapter.check_file())?;
         let mut selector = Self {
             device: device.clone(),
             options,
             layers,
+            keys,
+            names: HashMap::new(),
             strengths,
             temperature: 1.0,
             backend,
@@ -253,12 +269,12 @@ impl Selector {
 
     /// Names of the layers that it serves.
     pub fn layers(&self) -> impl Iterator<Item = &str> {
-        self.layers.values().map(|layer| layer.name.as_str())
+        self.layers.iter().map(|layer| layer.name.as_str())
     }
 
     /// Whether any adapter has the layer of this name, in any spelling.
     pub fn has(&self, layer: &str) -> bool {
-        LayerKey::find(layer, &self.layers).is_some()
+        LayerKey::find(layer, &self.keys).is_some()
     }
 
     /// Bytes of device memory that it holds.
@@ -269,7 +285,7 @@ impl Selector {
                 let of = |layer: &Resident| {
                     layer.batch.wgpu_buffer().map_or(0, wgpu::Buffer::size) + layer.halves.bytes()
                 };
-                buffers.bytes() + self.layers.values().map(of).sum::<u64>()
+                buffers.bytes() + self.layers.iter().map(of).sum::<u64>()
             }
         }
     }
@@ -324,22 +340,22 @@ impl Selector {
         f0: Activations<'_>,
         selection: &Selection,
     ) -> Result<()> {
+        let index = self.find(layer)?;
         let Backend::Gpu(buffers) = &self.backend else {
             return Err(Error::Device("a selector of the CPU has no commands to encode; use `run`".into()));
         };
-        let (key, resident) = self.find(layer)?;
+        let resident = &self.layers[index];
         let call = self.call(resident, x.shape().rows, selection)?;
         let within = |e| in_layer(&resident.name, e);
         branches::check(&call, resident.input, x.shape(), f0.shape(), f0.dtype()).map_err(within)?;
         if call.tokens > 0 {
             let record = (self.count % self.options.records as u64) as usize;
             let gpu = self.device.gpu()?;
-            let index = resident.index;
             branches::encode(gpu, encoder, buffers, &resident.batch, &call, x, f0, index, record)
                 .map_err(within)?;
         }
-        let (tokens, key) = (call.tokens, key.clone());
-        self.note(key, tokens, branches::Decided::default(), Vec::new());
+        let tokens = call.tokens;
+        self.note(index, tokens, branches::Decided::default(), Vec::new());
         Ok(())
     }
 
@@ -352,7 +368,8 @@ impl Selector {
         f0: &mut [f32],
         selection: &Selection,
     ) -> Result<()> {
-        let (key, resident) = self.find(layer)?;
+        let index = self.find(layer)?;
+        let resident = &self.layers[index];
         if f0.len() != Shape::new(x.rows(), resident.output).len() {
             return Err(in_layer(
                 &resident.name,
@@ -371,7 +388,7 @@ impl Selector {
         branches::check(&call, resident.input, shape(x), Shape::new(x.rows(), resident.output), Dtype::F32)
             .map_err(|e| in_layer(&resident.name, e))?;
         let Backend::Cpu(running) = &self.backend else { return Ok(()) };
-        let mut running = running[resident.index];
+        let mut running = running[index];
         let mut wide: Vec<f64> = f0.iter().map(|f| f64::from(*f)).collect();
         let b: Vec<Vec<f64>> = resident
             .b
@@ -388,11 +405,11 @@ impl Selector {
             let most = (1..row.len()).fold(0, |best, k| if row[k] > row[best] { k } else { best });
             wins[most] += 1;
         }
-        let (tokens, key, index) = (call.tokens, key.clone(), resident.index);
+        let tokens = call.tokens;
         if let Backend::Cpu(all) = &mut self.backend {
             all[index] = running;
         }
-        self.note(key, tokens, decided, wins);
+        self.note(index, tokens, decided, wins);
         Ok(())
     }
 
@@ -413,7 +430,9 @@ impl Selector {
         let (x_buffer, f0_buffer) = (upload(x.bytes())?, upload(bytemuck::cast_slice(f0))?);
         let on_device =
             |buffer, dtype, width| Activations::Buffer { buffer, offset: 0, dtype, tokens: x.rows(), width };
-        let width = f0.len().checked_div(x.rows()).unwrap_or(self.find(layer)?.1.output);
+        let index = self.find(layer)?;
+        let output = self.layers[index].output;
+        let width = f0.len().checked_div(x.rows()).unwrap_or(output);
         let mut encoder = gpu.device.create_command_encoder(&Default::default());
         let (x_rows, f0_rows) =
             (on_device(&x_buffer, x.dtype(), x.cols()), on_device(&f0_buffer, Dtype::F32, width));
@@ -435,23 +454,23 @@ impl Selector {
                 Some(bytemuck::pod_collect_to_vec(&self.device.gpu()?.read(&buffers.log, bytes)?))
             }
         };
-        let decision = |(call, key, wins): &(u64, LayerKey, Vec<u32>)| {
-            let layer = self.layers.get(key)?;
+        let decision = |(call, layer, wins): &(u64, usize, Vec<u32>)| {
+            let layer = &self.layers[*layer];
             let record = (call % self.options.records as u64) as usize * RECORD;
             let counts = log.as_ref().map_or(wins.as_slice(), |log| &log[record..record + RECORD]);
             let mut wins = vec![0; self.strengths.len()];
             for (count, &adapter) in counts.iter().zip(&layer.members) {
                 wins[adapter] = *count;
             }
-            Some(Decision { call: *call, layer: layer.name.clone(), wins })
+            Decision { call: *call, layer: layer.name.clone(), wins }
         };
-        Ok(self.calls.iter().filter_map(decision).collect())
+        Ok(self.calls.iter().map(decision).collect())
     }
 
     /// Reads what the last call decided for each token. Waits for the device.
     pub fn tokens(&self) -> Result<Tokens> {
         let Some(last) = &self.last else { return Ok(Tokens::default()) };
-        let Some(layer) = self.layers.get(&last.layer) else { return Ok(Tokens::default()) };
+        let layer = &self.layers[last.layer];
         let branches = layer.members.len();
         let (scores, weights) = match &self.backend {
             Backend::Cpu(_) => (last.decided.scores.clone(), last.decided.weights.clone()),
@@ -473,23 +492,31 @@ impl Selector {
         Ok(Tokens { scores: spread(scores), weights: spread(weights) })
     }
 
-    fn note(&mut self, layer: LayerKey, tokens: usize, decided: branches::Decided, wins: Vec<u32>) {
+    fn note(&mut self, layer: usize, tokens: usize, decided: branches::Decided, wins: Vec<u32>) {
         if tokens == 0 {
             return;
         }
         if self.calls.len() == self.options.records {
             self.calls.pop_front();
         }
-        self.calls.push_back((self.count, layer.clone(), wins));
+        self.calls.push_back((self.count, layer, wins));
         self.count += 1;
         self.last = Some(Last { layer, tokens, decided });
     }
 
-    fn find(&self, layer: &str) -> Result<(&LayerKey, &Resident)> {
-        let found = LayerKey::find(layer, &self.layers);
-        found.ok_or_else(|| {
-            Error::layer(layer, "none of the selector's adapters has it; leave its output alone")
-        })
+    /// Where the layer of this name is.
+    fn find(&mut self, layer: &str) -> Result<usize> {
+        if let Some(&index) = self.names.get(layer) {
+            return Ok(index);
+        }
+        let Some((_, &index)) = LayerKey::find(layer, &self.keys) else {
+            return Err(Error::layer(
+                layer,
+                "none of the selector's adapters has it; leave its output alone",
+            ));
+        };
+        self.names.insert(layer.to_owned(), index);
+        Ok(index)
     }
 
     fn call<'a>(&self, layer: &'a Resident, tokens: usize, selection: &Selection) -> Result<Call<'a>> {
@@ -634,7 +661,7 @@ fn bytes(gpu: &Gpu, of: &[(usize, &Layer)], low: bool) -> u64 {
 
 impl Resident {
     /// `low`: whether B [has low parts](has_low).
-    fn load(device: &Device, index: usize, of: &[(usize, &Layer)], low: bool) -> Result<Self> {
+    fn load(device: &Device, of: &[(usize, &Layer)], low: bool) -> Result<Self> {
         let (_, first) = of[0];
         let (input, output) = (first.input, first.output);
         let name = dotted(of.iter().map(|(_, layer)| *layer)).unwrap_or(first).name();
@@ -646,7 +673,6 @@ impl Resident {
         let stride = output.next_multiple_of(4);
         let mut resident = Self {
             name,
-            index,
             input,
             output,
             members: of.iter().map(|(k, _)| *k).collect(),
@@ -690,7 +716,7 @@ impl Resident {
         let arena = resident.batch.binding()?.buffer;
         gpu.write(arena, 0, bytemuck::cast_slice(&a))?;
         gpu.write(arena, resident.batch.offset(1) as u64 * 4, bytemuck::cast_slice(&b))?;
-        resident.halves = Halves::new(gpu, &resident.batch, output, &resident.blocks, low)?;
+        resident.halves = Halves::new(gpu, &resident.batch, &a, output, &resident.blocks, low)?;
         Ok(resident)
     }
 }

@@ -62,7 +62,8 @@ impl Problem {
 
     /// `exact`: as [`SelectorOptions::exact`].
     fn selector_of(&self, device: &Device, exact: bool) -> Selector {
-        let options = SelectorOptions { tokens: self.x.rows().max(1), records: 8, exact };
+        let options =
+            SelectorOptions { tokens: self.x.rows().max(1), records: 8, exact, ..Default::default() };
         let weighted: Vec<_> = self.adapters.iter().map(|adapter| adapter.at(1.0)).collect();
         Selector::new(device, &weighted, options).unwrap()
     }
@@ -257,9 +258,13 @@ fn outputs_and_decisions_are_those_of_the_twin() {
             let decided = twin.tokens().unwrap();
             for case in cases.iter().skip((i + c) % 2).step_by(2) {
                 let Case { name, device } = case;
-                let [x, f0] =
-                    [[Dtype::F32; 2], [Dtype::F16; 2], [Dtype::Bf16, Dtype::F32], [Dtype::F16, Dtype::Bf16]]
-                        [(i + c) % 4];
+                let [x, f0] = [
+                    [Dtype::F32; 2],
+                    [Dtype::F16; 2],
+                    [Dtype::Bf16, Dtype::F32],
+                    [Dtype::Bf16; 2],
+                    [Dtype::F16, Dtype::Bf16],
+                ][(i + c) % 5];
                 let offset = OFFSETS[(i + c / 4) % 2];
                 let exact = (i + c / 2) % 3 == 0;
                 let mut selector = p.selector_of(device, exact);
@@ -700,6 +705,84 @@ fn layers_of_one_adapter_are_its_own() {
         let error = relative(&got, &want);
         assert!(error <= 2e-6, "{name}: {error:e}");
         assert_eq!(selector.tokens().unwrap().weights.row(3), [1.0, 0.0]);
+    }
+}
+
+/// Activations in bf16 may be far from what halves hold, each token in its own way.
+#[test]
+fn features_of_16_bits_may_be_huge_and_tiny() {
+    let (tokens, first) = (70, Selection { choice: Choice::Fixed(vec![1.0, 0.0]), ..Default::default() });
+    for far in [0, 1] {
+        let mut p = problem(tokens, 40, 24, &[5, 3], 0.5, 21);
+        p.f0 = Matrix::zeros(tokens, 24);
+        // Tokens of 32 share a workgroup: first there are some that all halves hold, then none.
+        for (i, row) in p.x.data_mut().chunks_exact_mut(40).enumerate() {
+            let size = [1.0, 2f64.powi(-100), 2f64.powi(90), 2f64.powi(-9), 2f64.powi(17)];
+            row.iter_mut().for_each(|v| *v *= if i >= 32 || far == 1 { size[i % 5] } else { 1.0 });
+        }
+        let want = &p.updates()[0];
+        for Case { name, device } in gpus() {
+            for dtypes in [[Dtype::Bf16; 2], [Dtype::Bf16, Dtype::F32]] {
+                let got = encode(&device, &mut p.selector(&device), &p, dtypes, &first, OFFSETS[0]);
+                for token in 0..tokens {
+                    let [got, want] =
+                        [&got, want].map(|m| Matrix::new(1, 24, m.row(token).to_vec()).unwrap());
+                    let error = relative(&got, &want);
+                    // bf16 rounds the result to 2^-9, and X and B were rounded to 2^-11 or better.
+                    assert!(error <= 4e-3, "{name}, {dtypes:?}: token {token}: {error:e}");
+                }
+            }
+        }
+    }
+}
+
+/// What a call was recorded with serves the next one in the same buffers, and no other.
+#[test]
+fn calls_that_are_kept_serve_the_same_again() {
+    let p = problem(9, 16, 24, &[4, 3], 0.5, 33);
+    let others = [
+        how(Score::Kl, Choice::Hard),
+        how(Score::Kl, Choice::Hard),
+        how(Score::Energy, Choice::Hard),
+        Selection { scope: Scope::Layer, normalise: true, ..Default::default() },
+        Selection { scope: Scope::Layer, normalise: true, ..Default::default() },
+        how(Score::Kl, Choice::Fixed(vec![0.5, 0.25])),
+        how(Score::Kl, Choice::Fixed(vec![0.5, 0.5])),
+    ];
+    for Case { name, device } in gpus() {
+        for dtype in [Dtype::F32, Dtype::F16] {
+            let [kept, made] = [true, false].map(|keep| {
+                let options = SelectorOptions { tokens: 9, records: 4, keep, ..Default::default() };
+                let weighted: Vec<_> = p.adapters.iter().map(|adapter| adapter.at(1.0)).collect();
+                let mut selector = Selector::new(&device, &weighted, options).unwrap();
+                let upload = |m| upload(&device, &bytes(m, dtype), 304);
+                let [x, f0, other] = [upload(&p.x), upload(&p.f0), upload(&p.f0)];
+                let (gpu, queue) = device.wgpu().unwrap();
+                let mut call = |f0: &wgpu::Buffer, tokens, how: &Selection| {
+                    let mut encoder = gpu.create_command_encoder(&Default::default());
+                    let [x, f0] = [(&x, 16), (f0, 24)].map(|(buffer, width)| Activations::Buffer {
+                        buffer,
+                        offset: 304,
+                        dtype,
+                        tokens,
+                        width,
+                    });
+                    selector.encode(&mut encoder, LAYER, x, f0, how).unwrap();
+                    queue.submit([encoder.finish()]);
+                    // Also what is no part of a recorded call takes effect.
+                    selector.set_strength(0, 1.0 + selector.decisions().unwrap().len() as f64).unwrap();
+                };
+                for how in &others {
+                    call(&f0, 9, how);
+                }
+                call(&f0, 8, &others[6]);
+                call(&other, 8, &others[6]);
+                call(&other, 8, &others[6]);
+                let results = [&f0, &other].map(|buffer| read(&device, buffer, 304, 9 * 24 * dtype.size()));
+                (results, selector.decisions().unwrap(), selector.tokens().unwrap())
+            });
+            assert_eq!(kept, made, "{name} {dtype}");
+        }
     }
 }
 

@@ -1,10 +1,10 @@
-// A block of Z·B_catᵀ for features of 16 bits, in one product of halves with f32 sums: 32 tokens × 16 channels for each
-// subgroup of a workgroup, all of which have the same tokens. Z becomes halves in workgroup memory, each row brought into
+// A block of Z·B_catᵀ for features of 16 bits, in one product of halves with f32 sums: 32 tokens × CHANNELS channels for
+// each subgroup of a workgroup, all of which have the same tokens. Z becomes halves in workgroup memory, each row brought into
 // f16's range and rounded; fragments of B_cat come straight from memory, in which branch/split_b.wgsl has laid them out as
 // units read them. Features of 16 bits are themselves rounded to 2^-12 or 2^-9 of their size.
 //
-// Bindings: 3 B_cat, 4 Z. The permutation sets DEPTH, the most columns that Z has in workgroup memory. `multiply` is on units
-// or in software.
+// Bindings: 3 B_cat, 4 Z. The permutation sets CHANNELS, DEPTH, the most columns that Z has in workgroup memory, and HELD,
+// whether units hold all of them in registers. What multiplies is on units or in software.
 
 @group(0) @binding(3) var<storage, read> b_halves: array<vec4<f16>>;
 @group(0) @binding(4) var<storage, read> values: array<f32>;
@@ -12,7 +12,6 @@
 const SUBGROUPS: u32 = 4u;
 const THREADS: u32 = SUBGROUPS * 32u;
 const TOKENS: u32 = 32u;
-const CHANNELS: u32 = 16u;
 
 // Rows of halves and of sums, in vectors of 4. Padded, they keep loads from meeting in a bank.
 const STRIDE: u32 = DEPTH / 4u + 2u;
@@ -30,9 +29,9 @@ var<private> lane: u32;
 // The 4 threads of a row have so many vectors of it each.
 const QUADS: u32 = DEPTH / 16u;
 
-// Puts columns `first` .. `end` of Z into `z_halves`, from their column `place` on, with what undoes their scales from
-// `inverse_place` on. Multiples of 16.
-fn stage_z(job: Job, first: u32, end: u32, first_token: u32, place: u32, inverse_place: u32) {
+// Puts columns `first` .. `end` of Z into `z_halves`, from their column `place` on, with zeros up to `room` columns, and
+// what undoes their scales from `inverse_place` on. Multiples of 16.
+fn stage_z(job: Job, first: u32, end: u32, first_token: u32, place: u32, room: u32, inverse_place: u32) {
     let row = t / 4u;
     // Beyond the last token anything will do.
     let token = min(first_token + row, job.first + job.count - 1u);
@@ -48,10 +47,11 @@ fn stage_z(job: Job, first: u32, end: u32, first_token: u32, place: u32, inverse
             most = max(most, exponents(bitcast<vec4<u32>>(z[i])));
         }
     }
-    let scale = scale_of_row(most, 4u);
+    // At most 2^112: what undoes it must be normal, B_cat's scale included.
+    let scale = min(scale_of_row(most, 4u), 5.192296858534828e33);
     for (var i = 0u; i < QUADS; i++) {
         let column = t % 4u * 4u + i * 16u;
-        if (first + column < end) {
+        if (column < room) {
             z_halves[row * STRIDE + (place + column) / 4u] = vec4<f16>(z[i] * scale);
         }
     }
@@ -60,7 +60,7 @@ fn stage_z(job: Job, first: u32, end: u32, first_token: u32, place: u32, inverse
     }
 }
 
-// The fragments of a block of channels: 16 channels × 16 columns each.
-fn fragment(job: Job, block: u32, column: u32) -> u32 {
-    return (block * job.columns + column) * 4u;
+// The fragment of 16 channels and of 16 columns from `column` on.
+fn fragment(job: Job, channel: u32, column: u32) -> u32 {
+    return (channel / 16u * job.columns + column) * 4u;
 }

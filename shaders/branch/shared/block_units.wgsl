@@ -13,8 +13,11 @@ fn meet() {
     subgroupBarrier();
 }
 
-// Columns `first` .. `end` of B_cat's rows by Z's columns from `place` on.
-fn multiply(job: Job, block: u32, first: u32, end: u32, place: u32) {
+// There is nothing to hold: Z is read where it is needed.
+fn hold() {}
+
+// Columns `first` .. `end` of B_cat's rows from `channel` on by Z's columns from `place` on. 16 channels.
+fn multiply(job: Job, channel: u32, first: u32, end: u32, place: u32) {
     var upper: coop_mat16x16<f32, C>;
     var lower: coop_mat16x16<f32, C>;
     let stride = STRIDE;
@@ -24,7 +27,7 @@ fn multiply(job: Job, block: u32, first: u32, end: u32, place: u32) {
         let z_lower_at = z_at + 16u * STRIDE;
         let z_upper = coopLoadT<coop_mat16x16<f16, A>>(&z_halves[z_at], stride);
         let z_lower = coopLoadT<coop_mat16x16<f16, A>>(&z_halves[z_lower_at], stride);
-        let b_at = fragment(job, block, k);
+        let b_at = fragment(job, channel, k);
         let b = coopLoad<coop_mat16x16<f16, B>>(&b_halves[b_at], fragment_stride);
         upper = coopMultiplyAdd(z_upper, b, upper);
         lower = coopMultiplyAdd(z_lower, b, lower);
@@ -34,4 +37,19 @@ fn multiply(job: Job, block: u32, first: u32, end: u32, place: u32) {
     let out_stride = OUT_STRIDE;
     coopStoreT(upper, &sums[out], out_stride);
     coopStoreT(lower, &sums[out_lower], out_stride);
+}
+
+// The first of two branches, columns `first` .. `end` of B_cat.
+fn multiply_first(job: Job, channel: u32, first: u32, end: u32) {
+    multiply(job, channel, first, end, 0u);
+}
+
+// The second, whose Z is from column `place` on.
+fn multiply_second(job: Job, channel: u32, first: u32, end: u32, place: u32) {
+    multiply(job, channel, first, end, place);
+}
+
+// All columns.
+fn multiply_all(job: Job, channel: u32) {
+    multiply(job, channel, 0u, job.columns, 0u);
 }

@@ -23,7 +23,6 @@ struct Job {
     group: u32,         // tokens that choose together; 0: each for itself
     means: u32,         // first element of the groups' means in the scores
     running: u32,       // first element of this layer's running means, after which comes the number of tokens
-    record: u32,        // first word of this call's record in the log
     flags: u32,
     starts: array<u32, 9>,
     // For matrix units: columns of the halves of Z and B_cat, where each branch has its own.

@@ -84,26 +84,37 @@ struct OwnedBinding {
     size: Option<wgpu::BufferSize>,
 }
 
-/// Launches that only an encoder is missing for.
-struct Pass {
+/// Launches that only an encoder is missing for; they may be recorded again and again.
+pub(crate) struct Prepared {
     launches: Vec<Ready>,
-    held: Held,
+    /// What must live until all that was recorded has run.
+    _held: (Held, Vec<Arc<Pooled>>),
+}
+
+impl std::fmt::Debug for Prepared {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Prepared").field("launches", &self.launches.len()).finish_non_exhaustive()
+    }
 }
 
 struct Ready {
     pipeline: wgpu::ComputePipeline,
     group: wgpu::BindGroup,
     grid: [u32; 3],
+    /// Whether a binding has its offset from `record`.
+    moving: bool,
 }
 
-impl Pass {
-    fn record(self, encoder: &mut wgpu::CommandEncoder) {
-        let Self { launches, held } = self;
+impl Prepared {
+    /// Records one pass. `offset`: the first byte of the binding that a kernel has [`moving`](Kernel::moving), a multiple of
+    /// [`BIND_ALIGN`].
+    pub fn record(self: &Arc<Self>, encoder: &mut wgpu::CommandEncoder, offset: u32) {
+        let held = self.clone();
         encoder.on_submitted_work_done(move || drop(held));
         let mut pass = encoder.begin_compute_pass(&Default::default());
-        for Ready { pipeline, group, grid: [x, y, z] } in &launches {
+        for Ready { pipeline, group, grid: [x, y, z], moving } in &self.launches {
             pass.set_pipeline(pipeline);
-            pass.set_bind_group(0, group, &[]);
+            pass.set_bind_group(0, group, if *moving { std::slice::from_ref(&offset) } else { &[] });
             pass.dispatch_workgroups(*x, *y, *z);
         }
     }
@@ -252,37 +263,23 @@ impl Commands<'_> {
     }
 
     /// Submits what was recorded.
-    pub fn submit(mut self) -> Result<()> {
+    pub fn submit(self) -> Result<()> {
+        let gpu = self.gpu;
         if !self.launches.is_empty() {
-            let pass = self.prepare()?;
-            let mut encoder = self.gpu.device.create_command_encoder(&Default::default());
-            pass.record(&mut encoder);
-            self.gpu.queue.submit([encoder.finish()]);
+            let (prepared, _) = self.prepare()?;
+            let mut encoder = gpu.device.create_command_encoder(&Default::default());
+            prepared.record(&mut encoder, 0);
+            gpu.queue.submit([encoder.finish()]);
         }
-        self.gpu.check()
+        gpu.check()
     }
 
-    /// Records into an encoder of the host, which submits it, after what `first` records there. Gives the scratch buffers
-    /// that were used, for commands that run after these.
+    /// Makes what an encoder of a host, which submits it, can record. Gives the scratch buffers that were used too, for
+    /// commands that run after these.
     ///
     /// # Errors
-    /// [`Error::Device`] if wgpu refuses what is bound; the encoder is as it was.
-    pub fn encode(
-        mut self,
-        encoder: &mut wgpu::CommandEncoder,
-        first: impl FnOnce(&mut wgpu::CommandEncoder),
-    ) -> Result<Vec<Arc<Pooled>>> {
-        if !self.launches.is_empty() {
-            let pass = self.prepare()?;
-            first(encoder);
-            pass.record(encoder);
-            let held = (self.kept, self.scratch.clone());
-            encoder.on_submitted_work_done(move || drop(held));
-        }
-        Ok(self.scratch)
-    }
-
-    fn prepare(&mut self) -> Result<Pass> {
+    /// [`Error::Device`] if wgpu refuses what is bound.
+    pub fn prepare(mut self) -> Result<(Arc<Prepared>, Vec<Arc<Pooled>>)> {
         self.launches.sort_by_key(|launch| launch.phase);
         // Both the tables and what wgpu stages them in count.
         let held = self.gpu.meter.hold(2 * self.tables.len() as u64);
@@ -290,10 +287,12 @@ impl Commands<'_> {
         // would take a buffer of its own with the same number, if that is as large.)
         let scope = self.gpu.device.push_error_scope(wgpu::ErrorFilter::Validation);
         let launches = self.upload_tables().map(|tables| self.bind(&tables));
-        match wait::block_on(scope.pop()) {
-            None => Ok(Pass { launches: launches?, held }),
-            Some(error) => Err(Error::Device(format!("{}: {error}", self.gpu.name))),
+        if let Some(error) = wait::block_on(scope.pop()) {
+            return Err(Error::Device(format!("{}: {error}", self.gpu.name)));
         }
+        self.kept.extend_from_slice(&self.scratch);
+        let prepared = Prepared { launches: launches?, _held: (held, self.kept) };
+        Ok((Arc::new(prepared), self.scratch))
     }
 
     fn upload_tables(&self) -> Result<wgpu::Buffer> {
@@ -325,12 +324,13 @@ impl Commands<'_> {
                 entries.extend([entry(0, &self.gpu.params, 0, None), table(2, work)]);
             }
             entries.extend((3..).zip(&launch.buffers).map(|(i, b)| entry(i, &b.buffer, b.offset, b.size)));
+            let moving = launch.kernel.moves().is_some();
             let group = self.gpu.device.create_bind_group(&wgpu::BindGroupDescriptor {
                 label: None,
                 layout: &layout,
                 entries: &entries,
             });
-            Ready { pipeline, group, grid: launch.grid }
+            Ready { pipeline, group, grid: launch.grid, moving }
         };
         self.launches.iter().map(ready).collect()
     }

@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::Receiver;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-pub(crate) use self::commands::{BIND_ALIGN, Commands, GRID_WIDTH, Phase, Work, whole};
+pub(crate) use self::commands::{BIND_ALIGN, Commands, GRID_WIDTH, Phase, Prepared, Work, whole};
 use self::pipelines::Pipelines;
 pub(crate) use self::pool::Pooled;
 use super::capabilities::{Capabilities, Disable};

@@ -33,9 +33,10 @@ impl Gpu {
     fn make_pipeline(&self, kernel: Kernel) -> Pipeline {
         let start = web_time::Instant::now();
         let module = shader_module(&self.device, &kernel);
+        let layout = kernel.moves().map(|binding| self.layout_with_offset(&kernel, binding));
         let pipeline = self.device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
             label: Some(&kernel.label()),
-            layout: None,
+            layout: layout.as_ref(),
             module: &module,
             entry_point: Some("main"),
             compilation_options: wgpu::PipelineCompilationOptions {
@@ -47,6 +48,29 @@ impl Gpu {
         });
         tracing::debug!(kernel = kernel.label(), seconds = start.elapsed().as_secs_f64(), "made a pipeline");
         Pipeline { layout: pipeline.get_bind_group_layout(0), pipeline }
+    }
+
+    /// What wgpu would find for a kernel, but that one binding has its offset when it is recorded.
+    fn layout_with_offset(&self, kernel: &Kernel, moving: u32) -> wgpu::PipelineLayout {
+        let entry = |(binding, read_only)| wgpu::BindGroupLayoutEntry {
+            binding,
+            visibility: wgpu::ShaderStages::COMPUTE,
+            ty: wgpu::BindingType::Buffer {
+                ty: wgpu::BufferBindingType::Storage { read_only },
+                has_dynamic_offset: binding == moving,
+                min_binding_size: None,
+            },
+            count: None,
+        };
+        let entries: Vec<_> = kernel.storage().into_iter().map(entry).collect();
+        let label = kernel.label();
+        let descriptor = wgpu::BindGroupLayoutDescriptor { label: Some(&label), entries: &entries };
+        let group = self.device.create_bind_group_layout(&descriptor);
+        self.device.create_pipeline_layout(&wgpu::PipelineLayoutDescriptor {
+            label: Some(&label),
+            bind_group_layouts: &[Some(&group)],
+            ..Default::default()
+        })
     }
 }
 

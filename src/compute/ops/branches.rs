@@ -3,11 +3,13 @@
 //! The kernels are, in their order, `shaders/branch/scores.wgsl`, where tokens decide by means `branch/finish.wgsl` and
 //! `branch/means.wgsl`, then `branch/choose.wgsl` and `branch/apply.wgsl`. Matrix units have `branch/scores_matrix.wgsl` and
 //! `branch/apply_matrix.wgsl`, for which [`Halves`] are made of a layer's factors; and for features of 16 bits
-//! `branch/scores_halves.wgsl` and `branch/apply_halves.wgsl`. Below stand the f64 twins.
+//! `branch/project_halves.wgsl`, `branch/scores_halves.wgsl` and `branch/apply_halves.wgsl`. Below stand the f64 twins.
 
 mod halves;
+mod project_halves;
 mod tile;
 
+use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -16,11 +18,11 @@ use serde::Serialize;
 
 pub(crate) use self::halves::Halves;
 use self::halves::{SplitB, Tiles};
-use self::tile::{APPLY_SUBGROUPS, Block, SCORES_SUBGROUPS, Tile};
+use self::tile::{APPLY_SUBGROUPS, Block, SCORES_CHANNELS, SCORES_SUBGROUPS, Tile};
 use super::activations::Bound;
 use super::project::{self, ProjectJob, project_cpu};
 use super::{Activations, DTYPES, ENOUGH_WORKGROUPS, gemm, view, view_mut};
-use crate::compute::gpu::{BIND_ALIGN, GRID_WIDTH, Gpu, Phase, Pooled, whole};
+use crate::compute::gpu::{BIND_ALIGN, GRID_WIDTH, Gpu, Phase, Pooled, Prepared, whole};
 use crate::compute::memory::Buffer;
 use crate::compute::shaders::{Declared, Kernel, job};
 use crate::compute::{Batch, Shape};
@@ -114,8 +116,8 @@ const _: () = assert!(RUNNING > MAX_BRANCHES);
 /// Tokens that a running mean reaches back.
 const WINDOW: f64 = 1_048_576.0;
 
-/// Words of a record of the log: tokens that each branch won.
-pub(crate) const RECORD: usize = MAX_BRANCHES;
+/// Words of a record of the log, of which the first hold the tokens that each branch won: it begins where a binding can.
+pub(crate) const RECORD: usize = BIND_ALIGN / 4;
 
 job! {
     #[derive(Default)]
@@ -135,7 +137,6 @@ job! {
         group: u32,
         means: u32,
         running: u32,
-        record: u32,
         flags: u32,
         starts: [u32; MAX_BRANCHES + 1],
         columns: u32,
@@ -159,9 +160,8 @@ const TILE_CHANNELS: usize = 128;
 /// Tokens of a subgroup and channels of a tile on matrix units.
 const UNIT_TOKENS: usize = 16;
 const UNIT_CHANNELS: usize = 64;
-/// Tokens, channels and subgroups of the kernels for features of 16 bits.
+/// Tokens and subgroups of the kernels for features of 16 bits.
 const BLOCK_TOKENS: usize = 32;
-const BLOCK_CHANNELS: usize = 16;
 const BLOCK_SUBGROUPS: usize = 4;
 /// Workgroups that keep a large GPU busy with these, whose loads have little else to wait for.
 const ENOUGH_BLOCKS: usize = 1152;
@@ -213,7 +213,7 @@ fn means_kernel() -> Kernel {
 }
 
 fn choose_kernel() -> Kernel {
-    Kernel::new("branch/choose")
+    Kernel::new("branch/choose").moving(7)
 }
 
 fn apply_kernel(dtype: Dtype) -> Kernel {
@@ -225,11 +225,11 @@ fn apply_matrix_kernel(dtype: Dtype, tile: Tile) -> Kernel {
 }
 
 fn scores_halves_kernel(score: Score, dtype: Dtype, block: Block) -> Kernel {
-    block.permutation(scored(Kernel::new("branch/scores_halves"), score, dtype))
+    block.permutation(scored(Kernel::new("branch/scores_halves"), score, dtype), SCORES_CHANNELS)
 }
 
 fn apply_halves_kernel(dtype: Dtype, block: Block) -> Kernel {
-    block.permutation(Kernel::new("branch/apply_halves").dtype(dtype))
+    block.permutation(Kernel::new("branch/apply_halves").dtype(dtype), block.apply_channels())
 }
 
 pub(super) fn declared() -> Vec<Declared> {
@@ -242,12 +242,12 @@ pub(super) fn declared() -> Vec<Declared> {
     let of_blocks = |declared: Declared| {
         declared
             .constant("TOKENS", BLOCK_TOKENS)
-            .constant("CHANNELS", BLOCK_CHANNELS)
             .constant("SUBGROUPS", BLOCK_SUBGROUPS)
             .constant("COLUMN_STEP", COLUMN_STEP)
             .constant("LOW_BITS", LOW_BITS)
     };
     vec![
+        project_halves::declared(),
         of_blocks(declare(
             scores_in_blocks.map(|(score, dtype, block)| scores_halves_kernel(score, dtype, block)),
         ))
@@ -314,10 +314,56 @@ pub(crate) struct Buffers {
     pub controls: Buffer,
     /// What the last call needed besides, for the next one.
     spare: Mutex<Vec<Arc<Pooled>>>,
+    /// The last call of each layer, where calls are kept.
+    calls: Option<Mutex<BTreeMap<usize, Recorded>>>,
+}
+
+/// A call as it was recorded, which serves the next one that is the same.
+#[derive(Debug)]
+struct Recorded {
+    same: Same,
+    pass: Arc<Prepared>,
+}
+
+/// What calls of a layer must have in common, that one's commands serve the other.
+#[derive(Debug, PartialEq)]
+struct Same {
+    x: Place,
+    f0: Place,
+    score: Score,
+    rule: Rule,
+    group: usize,
+    normalise: bool,
+}
+
+/// Where a host has activations.
+#[derive(Debug, PartialEq)]
+struct Place {
+    buffer: wgpu::Buffer,
+    offset: u64,
+    dtype: Dtype,
+    shape: Shape,
+}
+
+impl Place {
+    fn of(activations: &Activations<'_>) -> Option<Self> {
+        match *activations {
+            Activations::Host(_) => None,
+            Activations::Buffer { buffer, offset, dtype, .. } => {
+                Some(Self { buffer: buffer.clone(), offset, dtype, shape: activations.shape() })
+            }
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Buffers {
-    /// Buffers for calls of at most `tokens` on layers of at most these ranks and branches.
+    /// Buffers for calls of at most `tokens` on layers of at most these ranks and branches. `keep`: what calls were recorded
+    /// with, for calls that are the same.
+    #[expect(clippy::too_many_arguments, reason = "the sizes of several buffers, each named")]
     pub fn new(
         gpu: &Arc<Gpu>,
         tokens: usize,
@@ -325,6 +371,7 @@ impl Buffers {
         branches: usize,
         layers: usize,
         records: usize,
+        keep: bool,
     ) -> Result<Self> {
         // A grid's limit.
         let most = GRID_WIDTH as usize * CHOOSE_TOKENS;
@@ -347,11 +394,12 @@ impl Buffers {
             log: buffer("log of decisions", records.saturating_mul(RECORD))?,
             controls: buffer("controls of branches", size_of::<Controls>() / 4)?,
             spare: Mutex::default(),
+            calls: keep.then(Mutex::default),
         })
     }
 
     fn spare(&self) -> MutexGuard<'_, Vec<Arc<Pooled>>> {
-        self.spare.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.spare)
     }
 
     /// Bytes of all of them.
@@ -370,8 +418,10 @@ fn parts(tokens: usize, tile: [usize; 2], width: usize) -> usize {
     (ENOUGH_WORKGROUPS / tiles).clamp(1, width.div_ceil(tile[1]).max(1))
 }
 
-/// The tile of a workgroup of the kernels for features of 16 bits.
-const BLOCK_TILE: [usize; 2] = [BLOCK_TOKENS, BLOCK_SUBGROUPS * BLOCK_CHANNELS];
+/// The tile of a workgroup of the kernels for features of 16 bits, of so many channels for a subgroup.
+fn block_tile(channels: u32) -> [usize; 2] {
+    [BLOCK_TOKENS, BLOCK_SUBGROUPS * channels as usize]
+}
 
 /// Into how many parts the channels are split for those, of `pairs` of branches.
 fn block_parts(tokens: usize, pairs: usize) -> usize {
@@ -455,6 +505,26 @@ pub(crate) fn encode(
     {
         return Err(Error::Invalid(format!("{tokens} tokens are more than the buffers were made for")));
     }
+    // The kernels add to the record.
+    let start = (record * RECORD * 4) as u64;
+    let mut record = |pass: &Arc<Prepared>| {
+        encoder.clear_buffer(&buffers.log, start, Some((RECORD * 4) as u64));
+        pass.record(encoder, start as u32);
+    };
+    let same = Place::of(&x).zip(Place::of(&f0)).filter(|_| buffers.calls.is_some()).map(|(x, f0)| Same {
+        x,
+        f0,
+        score: call.score,
+        rule: call.rule,
+        group: call.group,
+        normalise: call.normalise,
+    });
+    if let (Some(same), Some(calls)) = (&same, &buffers.calls)
+        && let Some(recorded) = lock(calls).get(&running).filter(|recorded| recorded.same == *same)
+    {
+        record(&recorded.pass);
+        return Ok(());
+    }
     let limit = gpu.max_arena();
     let (x_windows, f0_windows) = (windows("x", &x, limit)?, windows("f0", &f0, limit)?);
     let mut commands = gpu.commands();
@@ -465,7 +535,14 @@ pub(crate) fn encode(
         commands.keep(layer.buffer.clone());
     }
 
-    for window in x_windows {
+    let units = units(call, f0.dtype(), &f0_windows);
+    let of_blocks = units.and_then(|units| blocks(call, units, f0.dtype(), &f0_windows));
+    let quick = call.halves.fragments.as_ref().filter(|_| of_blocks.is_some());
+    let quick = quick.filter(|fragments| fragments.reads(x.dtype(), &x_windows));
+    if let Some(fragments) = quick {
+        fragments.encode(&mut commands, x.dtype(), &x_windows, &whole(&buffers.z))?;
+    }
+    for window in x_windows.iter().filter(|_| quick.is_none()) {
         let job = ProjectJob {
             x: 0,
             x_word: window.bound.word,
@@ -476,12 +553,10 @@ pub(crate) fn encode(
         };
         let z = whole(&buffers.z);
         let a = call.halves.a.as_ref();
-        project::encode_f32(&mut commands, gpu, &[window.bound.binding], &[job], layer, z, a)?;
+        project::encode_f32(&mut commands, gpu, &[window.bound.binding.clone()], &[job], layer, z, a)?;
     }
 
-    let units = units(call, f0.dtype(), &f0_windows);
-    let of_blocks = units.and_then(|units| blocks(call, units, f0.dtype(), &f0_windows));
-    let mut job = job(call, layer, units, running, record);
+    let mut job = job(call, layer, units, running);
     let (z, stats, scores) = (whole(&buffers.z), whole(&buffers.stats), whole(&buffers.scores));
     let (weights, means) = (whole(&buffers.weights), whole(&buffers.running));
     let (controls, log) = (whole(&buffers.controls), whole(&buffers.log));
@@ -501,7 +576,7 @@ pub(crate) fn encode(
         let (kernel, tile, at_once, wanted) = match (units, of_blocks) {
             (_, Some((of_two, _))) => {
                 let kernel = scores_halves_kernel(call.score, f0.dtype(), of_two);
-                (kernel, BLOCK_TILE, 2, block_parts(tokens, branches.div_ceil(2)))
+                (kernel, block_tile(SCORES_CHANNELS), 2, block_parts(tokens, branches.div_ceil(2)))
             }
             (Some(SplitB { tiles: Tiles { scores: tile, .. }, .. }), None) => {
                 let kernel = scores_matrix_kernel(call.score, f0.dtype(), *tile);
@@ -542,6 +617,7 @@ pub(crate) fn encode(
     }
     commands.phase(Phase::Choose);
     let grid = [tokens.div_ceil(CHOOSE_TOKENS), 1, 1];
+    let log = wgpu::BufferBinding { size: wgpu::BufferSize::new((RECORD * 4) as u64), ..log };
     let bindings = [stats, scores, weights, means, log, z.clone(), controls];
     commands.launch_grid(choose_kernel(), &job, grid, &bindings)?;
     commands.phase(Phase::Apply);
@@ -549,7 +625,7 @@ pub(crate) fn encode(
     let (kernel, tile, b, tokens_first) = match (units, of_blocks) {
         (Some(units), Some((_, of_all))) => {
             let wanted = block_parts(tokens, 1).max(call.width / UNIT_PART);
-            (job.parts, job.part_width) = split(call.width, BLOCK_TILE[1], wanted);
+            (job.parts, job.part_width) = split(call.width, block_tile(of_all.apply_channels())[1], wanted);
             (apply_halves_kernel(f0.dtype(), of_all), BLOCK_TOKENS, whole(&units.buffer), true)
         }
         (Some(SplitB { tiles: Tiles { apply: Some(tile), .. }, buffer }), None) => {
@@ -570,11 +646,12 @@ pub(crate) fn encode(
         let bindings = [b.clone(), z.clone(), window.bound.binding.clone()];
         commands.launch_grid(kernel, &for_window(&job, window), grid, &bindings)?;
     }
-    // The kernels add to the record.
-    let clear = |encoder: &mut wgpu::CommandEncoder| {
-        encoder.clear_buffer(&buffers.log, (record * RECORD * 4) as u64, Some((RECORD * 4) as u64));
-    };
-    *buffers.spare() = commands.encode(encoder, clear)?;
+    let (pass, scratch) = commands.prepare()?;
+    *buffers.spare() = scratch;
+    record(&pass);
+    if let (Some(same), Some(calls)) = (same, &buffers.calls) {
+        lock(calls).insert(running, Recorded { same, pass });
+    }
     Ok(())
 }
 
@@ -599,7 +676,7 @@ impl Job {
     }
 }
 
-fn job(call: &Call<'_>, layer: &Batch, units: Option<&SplitB>, running: usize, record: usize) -> Job {
+fn job(call: &Call<'_>, layer: &Batch, units: Option<&SplitB>, running: usize) -> Job {
     let mut job = Job {
         tokens: call.tokens as u32,
         count: call.tokens as u32,
@@ -611,7 +688,6 @@ fn job(call: &Call<'_>, layer: &Batch, units: Option<&SplitB>, running: usize, r
         group: call.group as u32,
         means: (call.tokens * call.blocks.len()) as u32,
         running: (running * RUNNING) as u32,
-        record: (record * RECORD) as u32,
         flags: if call.normalise { NORMALISE } else { 0 },
         starts: starts(call.blocks),
         ..Job::of(layer)

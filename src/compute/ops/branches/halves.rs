@@ -6,6 +6,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::project::SplitA;
+use super::project_halves::FragmentsA;
 use super::tile::{Block, Tile};
 use super::{COLUMN_STEP, HAS_LOW, Job, MAX_BRANCHES, SPLIT_CHANNELS, SPLIT_QUADS, UNIT_CHANNELS, starts};
 use crate::Result;
@@ -18,6 +19,8 @@ use crate::compute::{Batch, Shape};
 pub(crate) struct Halves {
     pub(super) a: Option<SplitA>,
     pub(super) b: Option<SplitB>,
+    /// A_cat once more, for activations of 16 bits.
+    pub(super) fragments: Option<FragmentsA>,
 }
 
 /// The halves of B_cat: whole tiles of channels × columns.
@@ -70,7 +73,8 @@ impl Tiles {
             .step_by(2)
             .map(|starts| starts[1].max(starts[2]).saturating_sub(starts[0]));
         let blocks = of_two.max().and_then(|of_two| {
-            let blocks = Block::of(of_two as usize, software).zip(Block::of(columns, software));
+            let of_two = Block::of_two(of_two as usize, widest, software);
+            let blocks = of_two.zip(Block::of_all(columns, software));
             blocks.filter(|_| software || caps.subgroup_barrier)
         });
         Some(Self { scores, apply: tile(columns), blocks, columns, column_starts })
@@ -85,17 +89,24 @@ impl Tiles {
 
 impl Halves {
     /// The halves of A_cat (rank × in) and B_catᵀ (rank × width, its columns padded to a multiple of 4), which have been
-    /// written; `low`: whether B_cat has more bits than one half holds.
+    /// written; `a`: A_cat; `low`: whether B_cat has more bits than one half holds.
     pub fn new(
         gpu: &Arc<Gpu>,
         layer: &Batch,
+        a: &[f32],
         width: usize,
         blocks: &[Range<usize>],
         low: bool,
     ) -> Result<Self> {
         let ranks = blocks.iter().map(ExactSizeIterator::len);
-        let a = SplitA::new(gpu, layer, 0)?;
-        let Some(tiles) = Tiles::new(gpu, width, ranks, low) else { return Ok(Self { a, b: None }) };
+        let split = SplitA::new(gpu, layer, 0)?;
+        let Some(tiles) = Tiles::new(gpu, width, ranks, low) else {
+            return Ok(Self { a: split, ..Self::default() });
+        };
+        let fragments = match tiles.blocks {
+            Some((block, _)) => FragmentsA::new(gpu, a, layer.shapes()[0], block.software)?,
+            None => None,
+        };
         let mut commands = gpu.commands();
         let buffer = commands.scratch(gpu, tiles.bytes(width))?;
         let job = Job {
@@ -110,7 +121,7 @@ impl Halves {
         let grid = [rows / SPLIT_CHANNELS, tiles.columns.div_ceil(4 * SPLIT_QUADS), 1];
         commands.launch_grid(kernel(), &job, grid, &[layer.binding()?, whole(&buffer)])?;
         commands.submit()?;
-        Ok(Self { a, b: Some(SplitB { tiles, buffer }) })
+        Ok(Self { a: split, b: Some(SplitB { tiles, buffer }), fragments })
     }
 
     /// Bytes that the halves of an A_cat of this shape, and of a B_cat of this width and of branches of these ranks, take.
@@ -121,13 +132,14 @@ impl Halves {
         ranks: impl Iterator<Item = usize>,
         low: bool,
     ) -> u64 {
-        let b = Tiles::new(gpu, width, ranks, low).map_or(0, |tiles| tiles.bytes(width));
-        SplitA::bytes_for(gpu, a) + b
+        let of = |tiles: Tiles| tiles.bytes(width) + tiles.blocks.map_or(0, |_| FragmentsA::bytes_for(a));
+        SplitA::bytes_for(gpu, a) + Tiles::new(gpu, width, ranks, low).map_or(0, of)
     }
 
     /// Bytes that they take.
     pub fn bytes(&self) -> u64 {
         let a = self.a.as_ref().map_or(0, SplitA::bytes);
-        a + self.b.as_ref().map_or(0, |b| b.buffer.size())
+        let fragments = self.fragments.as_ref().map_or(0, FragmentsA::bytes);
+        a + fragments + self.b.as_ref().map_or(0, |b| b.buffer.size())
     }
 }

@@ -60,36 +60,57 @@ impl Tile {
     }
 }
 
+/// Channels of a subgroup of `branch/scores_halves.wgsl`.
+pub(super) const SCORES_CHANNELS: u32 = 16;
+
 /// What the kernels for features of 16 bits have of Z at a time.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Block {
     /// Most columns of it.
     pub depth: u32,
+    /// Whether units hold all of them in registers; scores then have half of them for each of two branches.
+    pub held: bool,
     /// Without matrix units, to test what is around them.
     pub software: bool,
 }
 
 impl Block {
     /// The depths that blocks have. Of the last, Z and sums take 28 KB of workgroup memory.
-    pub const DEPTHS: [u32; 4] = [32, 64, 128, 256];
+    const DEPTHS: [u32; 3] = [64, 128, 256];
+    /// Columns that registers hold.
+    const HELD: u32 = 64;
+
+    /// For so many columns, of which a branch has `widest`, if there is one.
+    pub fn of_two(columns: usize, widest: usize, software: bool) -> Option<Self> {
+        let block = Self::of_all(columns, software)?;
+        Some(Self { held: widest as u32 <= Self::HELD / 2, ..block })
+    }
 
     /// For so many columns, if there is one.
-    pub fn of(columns: usize, software: bool) -> Option<Self> {
+    pub fn of_all(columns: usize, software: bool) -> Option<Self> {
         let depth = Self::DEPTHS.into_iter().find(|&depth| columns <= depth as usize)?;
-        Some(Self { depth, software })
+        Some(Self { depth, held: depth == Self::HELD, software })
     }
 
     /// All blocks.
     pub fn all() -> impl Iterator<Item = Self> {
-        Self::DEPTHS.into_iter().flat_map(|depth| [false, true].map(|software| Self { depth, software }))
+        let depths = Self::DEPTHS.into_iter().map(|depth| (depth, false)).chain([(Self::HELD, true)]);
+        depths.flat_map(|(depth, held)| [false, true].map(|software| Self { depth, held, software }))
     }
 
-    /// The permutation of a kernel for this.
-    pub fn permutation(self, kernel: Kernel) -> Kernel {
-        let multiply = match self.software {
-            true => "branch/shared/block_software",
-            false => "branch/shared/block_units",
+    /// Channels of a subgroup of `branch/apply_halves.wgsl`. Longer runs of a row are faster, where there is room for them.
+    pub fn apply_channels(self) -> u32 {
+        if self.held { 32 } else { 16 }
+    }
+
+    /// The permutation of a kernel for this, with so many channels for a subgroup.
+    pub fn permutation(self, kernel: Kernel, channels: u32) -> Kernel {
+        let multiply = match self {
+            Self { software: true, .. } => "branch/shared/block_software",
+            Self { held: true, .. } => "branch/shared/block_held",
+            Self { held: false, .. } => "branch/shared/block_units",
         };
-        kernel.number("DEPTH", self.depth).import("multiply", multiply)
+        let kernel = kernel.number("CHANNELS", channels).number("DEPTH", self.depth);
+        kernel.flag("HELD", self.held).import("multiply", multiply)
     }
 }
