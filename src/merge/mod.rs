@@ -46,7 +46,8 @@ pub use methods::{
 pub use overlap::{LayerOverlap, Overlap, Overlaps, overlaps};
 pub use plan::{Plan, PlannedLayer};
 pub use report::{
-    Action, DeviceMemory, InputReport, LayerReport, Losses, Merged, ProjectionReport, Report, TaskLosses,
+    Action, DeviceMemory, InputReport, LayerReport, Losses, Merged, ProjectionReport, Report, Routing,
+    SingularValues, TaskLosses,
 };
 pub use strengths::{BlockStrengths, Strengths, strengths};
 pub use verify::{VERIFIED, Verified, verify};

@@ -37,6 +37,8 @@ pub struct Report {
     pub losses: Option<Losses>,
     /// What each adapter's own inputs lose, where losses were [measured](super::Merged::measured); else empty.
     pub tasks: Vec<TaskLosses>,
+    /// Who feeds whom, where routers were solved from a calibration.
+    pub routing: Option<Routing>,
     /// What the user should know about the whole merge.
     pub notes: Vec<String>,
     /// How much memory of a GPU it took; `None` on the CPU.
@@ -120,6 +122,9 @@ pub struct LayerReport {
     /// What that takes away on recorded inputs, relative to what merging nothing loses, if it was truncated by them
     /// ([`Merged::truncated_by`](super::Merged::truncated_by)).
     pub added: Option<f64>,
+    /// Its singular values before it was truncated, and how many are left; `None` if it was not. Truncated by recorded inputs
+    /// they are those of what it does on these; of a module that the file keeps fused, those of the whole.
+    pub spectrum: Option<SingularValues>,
     /// Calibration tokens that its router was solved from, or its losses measured by; `None` without a calibration.
     pub tokens: Option<u64>,
     /// Its losses; `None` if they are not known.
@@ -138,11 +143,40 @@ impl LayerReport {
             rank: planned.rank,
             cut: None,
             added: None,
+            spectrum: None,
             tokens: None,
             losses: None,
             notes: Vec::new(),
         }
     }
+}
+
+/// Singular values, of which only the largest count.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct SingularValues {
+    /// All of them, descending. JSON has six digits of each.
+    #[serde(serialize_with = "six_digits")]
+    pub values: Vec<f64>,
+    /// How many of them count.
+    pub kept: usize,
+}
+
+impl SingularValues {
+    /// The share of `Σ σ²` that those hold which count; 1 of nothing.
+    pub fn energy(&self) -> f64 {
+        let largest = self.values.first().copied().unwrap_or(0.0);
+        if largest == 0.0 {
+            return 1.0;
+        }
+        // Relative to the largest, so that squares stay in range.
+        let sum = |values: &[f64]| values.iter().map(|v| (v / largest).powi(2)).sum::<f64>();
+        sum(&self.values[..self.kept.min(self.values.len())]) / sum(&self.values)
+    }
+}
+
+fn six_digits<S: Serializer>(values: &[f64], serializer: S) -> Result<S::Ok, S::Error> {
+    let short = |v: &f64| format!("{v:.5e}").parse::<f64>().unwrap_or(*v);
+    serializer.collect_seq(values.iter().map(short))
 }
 
 /// What projecting one adapter's `ΔW_c` off the directions V of those before it did.
@@ -175,6 +209,8 @@ pub enum Action {
     },
     /// Subjects were projected off what comes before them.
     Projected {
+        /// The singular values of the style's update. Those that count are the directions kept clear of the first subject.
+        style: SingularValues,
         /// What each subject gave up, in order.
         projections: Vec<ProjectionReport>,
     },
@@ -213,8 +249,16 @@ impl LayerReport {
     /// What each subject gave up, in order, if it was projected.
     pub fn projections(&self) -> &[ProjectionReport] {
         match &self.action {
-            Action::Projected { projections } => projections,
+            Action::Projected { projections, .. } => projections,
             _ => &[],
+        }
+    }
+
+    /// The singular values of the style, if subjects were projected off it.
+    pub fn style(&self) -> Option<&SingularValues> {
+        match &self.action {
+            Action::Projected { style, .. } => Some(style),
+            _ => None,
         }
     }
 
@@ -246,6 +290,10 @@ impl Serialize for LayerReport {
             #[serde(skip_serializing_if = "Option::is_none")]
             added: Option<f64>,
             #[serde(skip_serializing_if = "Option::is_none")]
+            spectrum: Option<&'a SingularValues>,
+            #[serde(skip_serializing_if = "Option::is_none")]
+            style: Option<&'a SingularValues>,
+            #[serde(skip_serializing_if = "Option::is_none")]
             captured: Option<f64>,
             #[serde(skip_serializing_if = "Option::is_none")]
             tokens: Option<u64>,
@@ -268,6 +316,8 @@ impl Serialize for LayerReport {
             rank: self.rank,
             cut: self.cut,
             added: self.added,
+            spectrum: self.spectrum.as_ref(),
+            style: self.style(),
             captured: self.captured(),
             tokens: self.tokens,
             ridge,
@@ -299,6 +349,19 @@ pub struct TaskLosses {
     /// Its losses, relative to what it loses if nothing is merged.
     #[serde(flatten)]
     pub losses: Losses,
+}
+
+/// Who feeds whom: how strongly a router answers, through each adapter, to what each adapter reads of its own inputs.
+///
+/// Summed over all layers that were routed, row i, column j is `sqrt(Σ ‖B_i·R_ij·Z_j‖² / Σ ‖B_j·Z_j‖²)`, with R_ij the block of
+/// the router between the ranks of i and j, and `Z_j = A_j·X_j` of the calibration's tokens. It does not depend on how a file
+/// splits an update into B and A. The plain sum has 1 on the diagonal, and 0 elsewhere.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Routing {
+    /// Which of [`Report::inputs`] rows and columns stand for: those with tokens on which they do anything.
+    pub adapters: Vec<usize>,
+    /// By row, whose B writes; by column, whose inputs its own A reads. It is the router's, before anything was cut off.
+    pub answers: Vec<Vec<f64>>,
 }
 
 /// Layers that the table shows.

@@ -1,7 +1,7 @@
 //! NP-LoRA and the sum against the f64 references and the formula over dense SVD.
 
 use crate::common::fixtures::{Tensors, adapter, data, delta, wide};
-use crate::common::{Random, devices, product, relative};
+use crate::common::{Random, devices, product, relative, singular_values};
 use loraweld::{
     Action, Adapter, Directions, Error, Format, Layer, Linear, Matrix, Merged, NpLora, NpLoraOptions,
     Projection,
@@ -80,6 +80,31 @@ fn merges_give_the_reference() {
                 assert!((p.after - (1.0 - t) * p.before).abs() <= 1e-6, "{}: {p:?}", case.name);
                 assert!(name != "np_hard" || p.after <= 1e-6, "{}: {p:?}", case.name);
                 assert!(p.removed > 0.0 && p.removed < 1.0, "{}: {p:?}", case.name);
+            }
+        }
+    }
+}
+
+#[test]
+fn the_report_has_the_spectrum_of_the_style() {
+    let (style, heart, cat) =
+        (adapter("style_shade"), adapter("content_heart"), adapter("concept_c3_mirror"));
+    for directions in [Directions::All, Directions::Count(3)] {
+        let method = NpLora::default().options(NpLoraOptions { directions, ..Default::default() });
+        for case in devices() {
+            // Two subjects take another way than one.
+            for subjects in [&[heart.at(1.0)][..], &[heart.at(1.0), cat.at(0.5)]] {
+                let merged = method.merge(&case.device, style.at(0.5), subjects).unwrap();
+                for layer in &merged.report.layers {
+                    let spectrum = layer.style().unwrap();
+                    assert_eq!(spectrum.kept, layer.projections()[0].directions);
+                    let want = singular_values(&delta(style.find(&layer.layer).unwrap()));
+                    for (got, want) in spectrum.values.iter().zip(want) {
+                        // Decompositions of f32 factors, relative to the largest.
+                        let error = (got - 0.5 * want).abs() / spectrum.values[0];
+                        assert!(error <= 1e-6, "{}, {}: {error:e}", case.name, layer.layer);
+                    }
+                }
             }
         }
     }

@@ -76,11 +76,23 @@ impl Sandbox {
                 let loss = format!(">{:.3}<", task["merged"].as_f64().expect("a loss"));
                 assert!(page.contains("Who loses what") && page.contains(&loss), "{task}");
             }
+            for of in ["spectrum", "style"].iter().filter(|of| layer[**of].is_object()) {
+                let (values, kept) = (&layer[of]["values"], layer[of]["kept"].as_u64().expect("a number"));
+                let does = if *of == "style" { "keeps clear" } else { "keeps" };
+                let shown = format!("{does} {kept} of {}", values.as_array().expect("values").len());
+                let is_module = |line: &&str| line.contains("<b>") && line.contains(&shown);
+                assert!(page.lines().any(|line| is_module(&line)), "{shown} of {name}");
+            }
             for p in layer["projections"].as_array().into_iter().flatten() {
                 let removed = format!(">{:.1}%<", 100.0 * p["removed"].as_f64().expect("a share"));
                 let is_row = |line: &&str| line.contains(&format!(">{name}<")) && line.contains(&removed);
                 assert!(page.lines().any(|line| is_row(&line)), "{removed} of {name}");
             }
+        }
+        let answers = json["routing"]["answers"].as_array().into_iter().flatten();
+        for answer in answers.flat_map(|row| row.as_array().expect("a row")) {
+            let answer = format!(">{:.3}<", answer.as_f64().expect("a number"));
+            assert!(page.contains("Who feeds whom") && page.contains(&answer), "{answer}");
         }
         page
     }
@@ -99,6 +111,7 @@ fn pages_tell_what_the_json_tells() {
     let page = sandbox.both(&[&["merge", "ssr", &mirror, &rot90][..], &calibration].concat());
     assert!(page.contains("loss of the plain sum") && page.contains("loraweld compare"), "{page}");
     assert!(page.contains("Who loses what") && page.contains("before and after"), "{page}");
+    assert!(page.contains("Who feeds whom") && !page.contains("Spectr"), "{page}");
     // A block's norm is that of its layers together, before and after.
     let norm = |path: &str| {
         let adapter = Adapter::open(path).expect("an adapter");
@@ -113,8 +126,10 @@ fn pages_tell_what_the_json_tells() {
     let [style, heart] = ["style_gradient", "content_heart"].map(lora);
     let page = sandbox.both(&["merge", "np-lora", "--style", &style, "--subject", &heart]);
     assert!(page.contains("style_gradient is kept whole") && page.contains("interference"), "{page}");
+    assert!(page.contains("Spectrum of the style") && !page.contains("Who feeds whom"), "{page}");
     let page = sandbox.both(&["merge", "linear", &mirror, &rot90, "--rank", "4"]);
     assert!(page.contains("The rank was lowered") && page.contains("loraweld calibrate"), "{page}");
+    assert!(page.contains("Spectra, and where they were cut"), "{page}");
     sandbox.both(&["resize", &mirror, "--rank", "2"]);
     let page = sandbox.both(&["resize", &mirror, "--rank", "64"]);
     assert!(page.contains("so nothing was cut off") && !page.contains("loraweld calibrate"), "{page}");

@@ -7,7 +7,7 @@ use crate::baselines::{few, refactored};
 use crate::common::fixtures::{
     Formula, POOL, Tensors, activations, adapter, at_one, calibrated, data, delta, plain, pool, stored, wide,
 };
-use crate::common::{Case, devices, product, relative};
+use crate::common::{Case, Random, devices, product, relative};
 use loraweld::{
     Absent, Action, Adapter, Calibration, Control, Coordinates, Device, Error, Format, Layer, Matrix, Merged,
     Precision, Prior, Ridge, SaveOptions, Source, Ssr, SsrOptions, TaskBalance, Truncation, Weighted,
@@ -235,6 +235,103 @@ fn how_an_adapter_splits_its_update_changes_nothing() {
         Ssr::data_free().options(options).merge(&device, &at_one(adapters)).unwrap()
     });
     assert!(worst(&x, |layer| delta(y.adapter.find(layer).unwrap())) > 0.1);
+}
+
+/// The largest difference of who feeds whom.
+fn apart(x: &Merged, y: &Merged) -> f64 {
+    let [x, y] = [x, y].map(|merged| merged.report.routing.as_ref().unwrap());
+    assert_eq!(x.adapters, y.adapters);
+    let pairs = x.answers.iter().flatten().zip(y.answers.iter().flatten());
+    pairs.map(|(x, y)| (x - y).abs()).fold(0.0, f64::max)
+}
+
+#[test]
+fn who_feeds_whom_does_not_depend_on_how_an_update_is_split() {
+    let adapters = few(&pool(), 3);
+    let scaled = |adapter: &Adapter| {
+        let c = 4.0;
+        let layers = adapter.layers().iter().map(|layer| {
+            let a = wide(layer.a()).map(|v| (v / c) as f32);
+            let b = wide(layer.b()).map(|v| (v * c) as f32);
+            Layer::new(layer.module(), a, b).unwrap().with_scale(layer.scale().value)
+        });
+        Adapter::new(adapter.name(), adapter.format(), layers.collect()).unwrap()
+    };
+    let scaled: Vec<_> = adapters.iter().map(scaled).collect();
+    let refactored: Vec<_> = adapters.iter().enumerate().map(|(i, a)| refactored(a, i as u64)).collect();
+    for case in two_devices() {
+        let [one, two, three] = [&adapters, &scaled, &refactored].map(|adapters| {
+            let calibration = calibrated(&case.device, adapters, "step1", &POOL);
+            Ssr::new(&calibration).merge(&case.device, &at_one(adapters)).unwrap()
+        });
+        // Factors are rounded to f32 anew, and statistics with them.
+        assert!(apart(&one, &two) <= tolerance(&case, 1e-4), "{}: {}", case.name, apart(&one, &two));
+        assert!(apart(&one, &three) <= tolerance(&case, 5e-3), "{}: {}", case.name, apart(&one, &three));
+        assert!(Ssr::data_free().merge(&case.device, &at_one(&adapters)).unwrap().report.routing.is_none());
+
+        let calibration = calibrated(&case.device, &adapters, "step1", &POOL);
+        let to_sum = SsrOptions { prior: Prior::Sum, ridge: Ridge::Relative(1e9), ..SsrOptions::default() };
+        let sum = Ssr::new(&calibration).options(to_sum).merge(&case.device, &at_one(&adapters)).unwrap();
+        for (i, row) in sum.report.routing.unwrap().answers.into_iter().enumerate() {
+            for (j, answer) in row.into_iter().enumerate() {
+                // The ridge leaves 1e-9 of what is not the identity, times what blocks may have for a condition.
+                assert!((answer - f64::from(u8::from(i == j))).abs() <= 1e-5, "{i} {j}: {answer}");
+            }
+        }
+    }
+}
+
+#[test]
+fn who_feeds_whom_is_what_comes_out_where() {
+    // Each adapter writes to outputs of its own, so that the merged update shows what went through which.
+    let (inputs, outputs, rank, tokens) = (11, [5, 7], 3, 40);
+    let mut random = Random(5);
+    let mut factors = |name: &str, which: usize| {
+        let a = random.matrix(rank, inputs, 1.0);
+        let rows = if which == 0 { 0..outputs[0] } else { outputs[0]..outputs[0] + outputs[1] };
+        let b = random.matrix(outputs[0] + outputs[1], rank, 1.0);
+        let b = Matrix::from_fn(b.rows(), rank, |i, k| if rows.contains(&i) { b[(i, k)] } else { 0.0 });
+        let layer = Layer::new("layer", a.map(|v| v as f32), b.map(|v| v as f32)).unwrap();
+        let layers = vec![layer];
+        (Adapter::new(name, Format::Peft, layers).unwrap(), a, rows)
+    };
+    let made = [factors("one", 0), factors("two", 1)];
+    let adapters: Vec<Adapter> = made.iter().map(|(adapter, ..)| adapter.clone()).collect();
+    let weighted = [adapters[0].at(0.8), adapters[1].at(-1.5)];
+    // Inputs that have a part in common.
+    let x: Vec<Matrix> = (0..2).map(|_| random.matrix(tokens, inputs, 1.0).map(|v| v + 0.5)).collect();
+    for case in two_devices() {
+        let mut calibration = Calibration::new(&adapters).unwrap();
+        for (task, x) in x.iter().enumerate() {
+            let x = x.map(|v| v as f32);
+            let x = loraweld::RawMatrix::from_f32(tokens, inputs, x.data()).unwrap();
+            calibration.accumulate(&case.device, task, "layer", x).unwrap();
+        }
+        let merged = Ssr::new(&calibration).merge(&case.device, &weighted).unwrap();
+        let routing = merged.report.routing.as_ref().unwrap();
+        let b = wide(merged.adapter.layers()[0].b());
+        for (j, (adapter, a, _)) in made.iter().enumerate() {
+            let z = product(a, &x[j].map(|v| f64::from(v as f32)).transposed());
+            let norm = |m: &Matrix, rows: std::ops::Range<usize>| {
+                let squares = rows.flat_map(|i| (0..m.cols()).map(move |t| m[(i, t)].powi(2)));
+                squares.sum::<f64>().sqrt()
+            };
+            let own = Matrix::from_fn(b.rows(), rank, |i, k| b[(i, j * rank + k)]);
+            let out = product(&own, &z);
+            let alone = product(&wide(adapter.layers()[0].b()), &z);
+            let alone = norm(&alone, 0..b.rows()) * weighted[j].strength.abs();
+            for (i, (.., rows)) in made.iter().enumerate() {
+                let (want, got) = (norm(&out, rows.clone()) / alone, routing.answers[i][j]);
+                assert!(want > 0.01, "{i} {j}: {want} tells little");
+                // B is rounded to f32, and so are the statistics of `auto`.
+                assert!(
+                    (want - got).abs() <= tolerance(&case, 1e-4),
+                    "{}, {i} {j}: {got}, {want}",
+                    case.name
+                );
+            }
+        }
+    }
 }
 
 #[test]

@@ -4,10 +4,10 @@ use crate::baselines::{few, refactored};
 use crate::common::fixtures::{
     POOL, Plain, Tensors, activations, at_one, calibrated, delta, plain, plain_gram, pool, stored, trace,
 };
-use crate::common::{Case, devices, product, relative};
+use crate::common::{Case, devices, product, relative, singular_values};
 use loraweld::{
     Adapter, Budget, Calibration, Control, Device, Linear, Matrix, Merged, NpLora, Precision, SaveOptions,
-    Spectrum, Ssr, Truncating, Truncation, Weighted,
+    Spectrum, Ssr, SvdMerge, Truncating, Truncation, Weighted,
 };
 
 /// The weight of inputs from anywhere, as the documentation of `Merged::truncated_by` has it.
@@ -182,6 +182,37 @@ fn how_an_adapter_splits_its_update_changes_nothing() {
         let error = relative(&delta(layer), &delta(y.adapter.find(layer.module()).unwrap()));
         // Factors are rounded to f32 anew, and the gap after the fifth value is not large.
         assert!(error <= 1e-5, "{}: {error:e}", layer.module());
+    }
+}
+
+#[test]
+fn spectra_are_those_of_what_was_cut() {
+    let adapters = few(&pool(), 3);
+    let weighted = at_one(&adapters);
+    let device = Device::cpu();
+    let calibration = calibrated(&device, &adapters, "traj4", &POOL);
+    let whole = Linear.merge(&weighted).unwrap();
+    let streamed = SvdMerge::new(Truncation::rank(5)).merge(&device, &weighted).unwrap();
+    let by_norm = truncated(&whole, &Truncation::rank(5).into(), &device);
+    let by_data = truncated(&whole, &by(&calibration, &weighted, Truncation::rank(5)), &device);
+    let inputs = all_inputs(&weighted, "traj4");
+    for (i, layer) in whole.adapter.layers().iter().enumerate() {
+        assert!(whole.report.layers[i].spectrum.is_none());
+        let dense = delta(layer);
+        for (merged, update) in
+            [(&streamed, dense.clone()), (&by_norm, dense.clone()), (&by_data, product(&dense, &inputs[i].0))]
+        {
+            let report = &merged.report.layers[i];
+            let spectrum = report.spectrum.as_ref().unwrap();
+            let want = singular_values(&update);
+            assert_eq!(spectrum.kept, 5);
+            for (got, want) in spectrum.values.iter().zip(&want) {
+                // Factors are f32, and Gram matrices of them tell small values less well.
+                assert!((got - want).abs() <= 1e-6 * want.max(spectrum.values[0]), "{got} {want}");
+            }
+            let cut = report.cut.unwrap();
+            assert!((1.0 - spectrum.energy() - cut * cut).abs() <= 1e-12, "{cut} {}", spectrum.energy());
+        }
     }
 }
 

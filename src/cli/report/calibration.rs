@@ -151,6 +151,7 @@ impl Recorded<'_> {
                 rows: self.calibration.pool().iter().enumerate().map(row).collect(),
                 ..Grid::default()
             }],
+            ..Section::default()
         }
     }
 
@@ -196,6 +197,7 @@ impl Recorded<'_> {
                 map: true,
                 ..Grid::default()
             }],
+            ..Section::default()
         }))
     }
 
@@ -215,6 +217,7 @@ impl Recorded<'_> {
             title: "Tokens of every layer".into(),
             text: "A row is a block, a column a module. What is pale was recorded little.".into(),
             grids: names.iter().enumerate().flat_map(map).collect(),
+            ..Section::default()
         }
     }
 }

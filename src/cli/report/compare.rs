@@ -152,6 +152,7 @@ impl Comparison<'_> {
                 rows: self.entries.iter().map(row).collect(),
                 ..Grid::default()
             }],
+            ..Section::default()
         }
     }
 
@@ -188,6 +189,7 @@ impl Comparison<'_> {
                 upright: true,
                 ..Grid::default()
             }],
+            ..Section::default()
         })
     }
 
@@ -207,6 +209,7 @@ impl Comparison<'_> {
                 rows: self.entries.iter().map(row).collect(),
                 ..Grid::default()
             }],
+            ..Section::default()
         }
     }
 
@@ -283,5 +286,6 @@ fn map(best: &Entry) -> Option<Section> {
         title: format!("Where {} loses", best.method),
         text: "A row is a block, a column a module.".into(),
         grids: maps(&losses, |v| Cell { text: format!("{v:.2}"), ..Cell::loss(v).heated(1.0) }),
+        ..Section::default()
     })
 }

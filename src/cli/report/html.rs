@@ -1,4 +1,4 @@
-//! What a page holds, and its templates `page.html` and `grid.html`.
+//! What a page holds, and its templates `page.html`, `grid.html` and `plot.html`.
 
 use anyhow::Context;
 use askama::Template;
@@ -56,12 +56,24 @@ pub struct Step {
     pub command: Option<String>,
 }
 
-/// Tables under one heading.
+/// Drawings and tables under one heading.
+#[derive(Default)]
 pub struct Section {
     pub title: String,
     /// How to read it.
     pub text: String,
+    pub plots: Vec<Plot>,
     pub grids: Vec<Grid>,
+}
+
+/// A drawing.
+#[derive(Template)]
+#[template(path = "plot.html")]
+pub struct Plot {
+    pub caption: String,
+    /// What it shows, in words.
+    pub note: String,
+    pub svg: String,
 }
 
 /// A table.

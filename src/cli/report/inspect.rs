@@ -181,6 +181,7 @@ impl Inspected<'_> {
                 rows: self.adapters.iter().zip(&self.norms).map(row).collect(),
                 ..Grid::default()
             }],
+            ..Section::default()
         }
     }
 
@@ -202,6 +203,7 @@ impl Inspected<'_> {
                 "A row is a block, a column a module. The strongest colour is the largest norm of all files."
                     .into(),
             grids: grids.collect(),
+            ..Section::default()
         })
     }
 
@@ -236,6 +238,7 @@ impl Inspected<'_> {
                 }),
                 matrix("Mean squared cosine between what both write", |p| Cell::loss(p.outputs).heated(1.0)),
             ],
+            ..Section::default()
         };
         let row = |layer: &loraweld::merge::LayerOverlap| {
             let pairs = layer.pairs.iter().enumerate().flat_map(|(x, row)| {
@@ -273,6 +276,7 @@ impl Inspected<'_> {
                 filter: true,
                 ..Grid::default()
             }],
+            ..Section::default()
         };
         [whole, layers]
     }

@@ -3,12 +3,15 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use loraweld::merge::{Action, InputReport, LayerReport, Losses, ProjectionReport, Report, TaskLosses};
+use loraweld::merge::{
+    Action, InputReport, LayerReport, Losses, ProjectionReport, Report, Routing, SingularValues, TaskLosses,
+};
 use loraweld::{Adapter, Family, Layer, OpenOptions, Weighted};
 use rayon::prelude::*;
 
 use super::html::{Cell, Column, Drawing, Grid, Number, Page, Section, Step, percent};
 use super::maps::{block_of, maps};
+use super::spectra::spectra;
 use crate::cli::host;
 use crate::cli::layers::range;
 use crate::cli::output::{count, quoted, size};
@@ -64,8 +67,11 @@ impl Made<'_> {
         let mut sections = vec![inputs(report)];
         sections.extend(totals(report));
         sections.extend(tasks(report));
+        sections.extend(report.routing.as_ref().map(|routing| who_feeds_whom(report, routing)));
         sections.extend(self.norms.as_ref().map(|norms| norms_of_blocks(report, norms)));
         sections.extend(self.maps());
+        sections.extend(cut_spectra(report));
+        sections.extend(style_spectra(report));
         sections.extend(projections(report));
         sections.push(layers(report));
         let method = &report.method;
@@ -281,6 +287,7 @@ impl Made<'_> {
             title: title.into(),
             text: text.into(),
             grids,
+            ..Section::default()
         };
         let mut sections = Vec::new();
         let losses = of(|l| l.losses.map(|l| l.merged));
@@ -461,6 +468,7 @@ fn inputs(report: &Report) -> Section {
             rows: report.inputs.iter().enumerate().map(row).collect(),
             ..Grid::default()
         }],
+        ..Section::default()
     }
 }
 
@@ -488,6 +496,7 @@ fn totals(report: &Report) -> Option<Section> {
             count(report.layers.len(), "layer")
         ),
         grids: vec![Grid { columns: columns(&["", ">loss", ""]), rows, ..Grid::default() }],
+        ..Section::default()
     })
 }
 
@@ -515,7 +524,80 @@ fn tasks(report: &Report) -> Option<Section> {
             rows: report.tasks.iter().map(row).collect(),
             ..Grid::default()
         }],
+        ..Section::default()
     })
+}
+
+/// Tasks × tasks, as the routers have them.
+fn who_feeds_whom(report: &Report, routing: &Routing) -> Section {
+    let name = |i: &usize| report.inputs.get(*i).map_or("", |input| &input.name);
+    let most = routing.answers.iter().flatten().copied().fold(1.0, f64::max);
+    let row = |(i, answers): (&usize, &Vec<f64>)| {
+        let cells = answers.iter().map(|&answer| Cell::loss(answer).heated(most));
+        std::iter::once(Cell::text(format!("through {}", name(i)))).chain(cells).collect()
+    };
+    let head = routing.adapters.iter().map(|i| format!(">inputs of {}", name(i)));
+    Section {
+        title: "Who feeds whom".into(),
+        text: "A column is what one adapter reads of its own inputs, and its rows tell how strongly the merge answers that \
+               through each adapter, relative to what the one does alone. The plain sum has 1 on the diagonal and 0 \
+               elsewhere; here answers may make up for each other or cancel, and only the losses tell what is left."
+            .into(),
+        grids: vec![Grid {
+            columns: std::iter::once("".to_owned()).chain(head).map(|name| Column::new(&name)).collect(),
+            rows: routing.adapters.iter().zip(&routing.answers).map(row).collect(),
+            map: true,
+            ..Grid::default()
+        }],
+        ..Section::default()
+    }
+}
+
+/// Spectra of layers that were truncated.
+fn cut_spectra(report: &Report) -> Option<Section> {
+    let by_data = report.layers.iter().any(|l| l.added.is_some());
+    let of = if by_data { " of what a layer does on the recorded inputs" } else { "" };
+    let text = format!(
+        "Singular values{of} before the cut, each relative to the layer's largest: the line is the median of the layers, and \
+         the band spans all of them. What is right of the dashed line was cut off; if layers differ, two lines show the \
+         lowest and the highest rank. A curve that is still high where it is cut says that the rank is low for it."
+    );
+    drawn(report, "Spectra, and where they were cut", text, "keeps", |l| l.spectrum.as_ref())
+}
+
+/// Spectra of a style, and which of its directions are kept clear.
+fn style_spectra(report: &Report) -> Option<Section> {
+    let style = report.inputs.first().map_or("", |input| &input.name);
+    let shares = || report.layers.iter().flat_map(LayerReport::projections).map(|p| p.share);
+    let (low, high) = (shares().fold(1.0, f64::min), shares().fold(0.0, f64::max));
+    let share = match (percent(low), percent(high)) {
+        (low, high) if low == high => low,
+        (low, high) => format!("{low} to {high}"),
+    };
+    let text = format!(
+        "Singular values of {style}, each relative to the layer's largest: the line is the median of the layers, and the band \
+         spans all of them. The directions left of the dashed line are kept clear: a subject gives up {share} of what it has \
+         there. If layers differ, two lines show the fewest and the most."
+    );
+    drawn(
+        report,
+        "Spectrum of the style, and what of it is kept clear",
+        text,
+        "keeps clear",
+        LayerReport::style,
+    )
+}
+
+fn drawn(
+    report: &Report,
+    title: &str,
+    text: String,
+    does: &str,
+    of: impl Fn(&LayerReport) -> Option<&SingularValues>,
+) -> Option<Section> {
+    let all: Vec<_> = report.layers.iter().filter_map(|l| Some((l.layer.as_str(), of(l)?))).collect();
+    let plots = spectra(&all, does);
+    (!plots.is_empty()).then(|| Section { title: title.into(), text, plots, ..Section::default() })
 }
 
 /// What each block had, and has.
@@ -523,7 +605,10 @@ fn norms_of_blocks(report: &Report, norms: &Norms) -> Section {
     let blocks = |norms: &BTreeMap<String, f64>| {
         let mut squares: BTreeMap<(String, Vec<u64>), f64> = BTreeMap::new();
         for (name, norm) in norms {
-            *squares.entry(block_of(name)).or_default() += norm * norm;
+            let (kind, numbers) = block_of(name);
+            // However a file spells it.
+            let kind = kind.trim_end_matches(['*', '.', '_']).to_owned();
+            *squares.entry((kind, numbers)).or_default() += norm * norm;
         }
         squares
     };
@@ -545,7 +630,7 @@ fn norms_of_blocks(report: &Report, norms: &Norms) -> Section {
         let numbers: Vec<_> = place.1.iter().map(u64::to_string).collect();
         let name = match place.0.as_str() {
             "" => "outside blocks".to_owned(),
-            kind => format!("{} {}", kind.trim_end_matches(['*', '.', '_']), numbers.join(".")),
+            kind => format!("{kind} {}", numbers.join(".")),
         };
         let cells = before.iter().map(cell).chain([cell(&after)]);
         std::iter::once(Cell::text(name)).chain(cells).collect()
@@ -563,6 +648,7 @@ fn norms_of_blocks(report: &Report, norms: &Norms) -> Section {
             map: true,
             ..Grid::default()
         }],
+        ..Section::default()
     }
 }
 
@@ -599,6 +685,7 @@ fn projections(report: &Report) -> Option<Section> {
                share of a subject's norm that acts on kept directions."
             .into(),
         grids: vec![Grid { columns: columns(&head), rows: all().map(row).collect(), filter: true, ..Grid::default() }],
+        ..Section::default()
     })
 }
 
@@ -662,5 +749,6 @@ fn layers(report: &Report) -> Section {
             filter: true,
             ..Grid::default()
         }],
+        ..Section::default()
     }
 }

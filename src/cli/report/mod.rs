@@ -7,6 +7,7 @@ mod html;
 mod inspect;
 mod maps;
 mod merge;
+mod spectra;
 
 pub use calibration::Recorded;
 pub use compare::{Comparison, Entry};

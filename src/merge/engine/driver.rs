@@ -7,14 +7,14 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use web_time::Instant;
 
 use super::chunks::{IN_FLIGHT, chunks, in_turn, room};
-use super::measure::Squares;
+use super::measure::{Answers, Squares};
 use super::truncate::{self, Cut, Cuts, Truncations};
 use crate::adapter::{Draft, Output, save_while, stacked_rank};
 use crate::io::blamed;
 use crate::merge::members::{joined, members, passed_through, template};
 use crate::merge::{
-    Action, DeviceMemory, InputReport, LayerReport, Merged, Plan, PlannedLayer, Report, Truncation, VERIFIED,
-    factored,
+    Action, DeviceMemory, InputReport, LayerReport, Merged, Plan, PlannedLayer, Report, SingularValues,
+    Truncation, VERIFIED, factored,
 };
 use crate::{Adapter, Control, Device, Layer, LayerKey, Result, SaveOptions, Weighted, WriteAt};
 
@@ -155,12 +155,14 @@ pub(crate) struct Done {
     pub report: LayerReport,
     /// What it loses, of a method that has measured that.
     pub squares: Option<Squares>,
+    /// Who feeds whom, where it was routed by a calibration.
+    pub answers: Option<Answers>,
 }
 
 impl Done {
     /// Of a layer whose losses are not known.
     pub fn new(layer: Layer, report: LayerReport) -> Self {
-        Self { layer, report, squares: None }
+        Self { layer, report, squares: None, answers: None }
     }
 }
 
@@ -169,12 +171,13 @@ struct Kept {
     layer: Option<Layer>,
     report: LayerReport,
     squares: Option<Squares>,
+    answers: Option<Answers>,
     cut: Option<Cut>,
 }
 
 impl From<Done> for Kept {
-    fn from(Done { layer, report, squares }: Done) -> Self {
-        Self { layer: Some(layer), report, squares, cut: None }
+    fn from(Done { layer, report, squares, answers }: Done) -> Self {
+        Self { layer: Some(layer), report, squares, answers, cut: None }
     }
 }
 
@@ -231,10 +234,11 @@ fn merged(run: &Run<'_>, spec: &Spec<'_>) -> Result<Merged> {
     };
 
     notes.extend(run.device.note().map(str::to_owned));
-    let (mut cuts, mut losses) = (Cuts::default(), Squares::default());
+    let (mut cuts, mut losses, mut answers) = (Cuts::default(), Squares::default(), Answers::default());
     // In order of the plan, whichever layer was done first: sums do not depend on that.
     let mut layers = Vec::with_capacity(kept.len());
-    for Kept { mut report, squares, cut, .. } in kept {
+    for Kept { mut report, squares, answers: of_layer, cut, .. } in kept {
+        answers.extend(of_layer);
         if let Some(cut) = cut {
             cuts.add(&report.layer, &cut);
         }
@@ -261,6 +265,7 @@ fn merged(run: &Run<'_>, spec: &Spec<'_>) -> Result<Merged> {
         layers,
         losses,
         tasks: Vec::new(),
+        routing: answers.routing(),
         notes,
         memory,
         seconds: run.start.elapsed().as_secs_f64(),
@@ -502,6 +507,7 @@ impl Merging<'_> {
                 truncate::truncated_units(on, &units, &vec![run.truncation; units.len()])
             })?;
             for (unit, truncated) in together.iter().zip(all) {
+                let spectrum = SingularValues { values: truncated.values, kept: truncated.kept };
                 for (n, (&i, layer)) in unit.iter().zip(truncated.layers).enumerate() {
                     let action =
                         if jobs[i].members.len() > 1 { Action::Concatenated } else { Action::PassedThrough };
@@ -510,6 +516,7 @@ impl Merging<'_> {
                     });
                     kept.report.rank = layer.rank;
                     kept.report.cut = Some(truncated.cut.share());
+                    kept.report.spectrum = Some(spectrum.clone());
                     kept.layer = Some(layer);
                     // A module is counted once.
                     kept.cut = (n == 0).then_some(truncated.cut);

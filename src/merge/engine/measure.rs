@@ -1,12 +1,13 @@
 //! What a merge loses, from statistics alone.
 
+use std::collections::BTreeMap;
 use std::ops::Range;
 
 use rayon::prelude::*;
 
 use crate::merge::algebra::{add, dot, least_squares, times, wide};
 use crate::merge::members::{blocks, members};
-use crate::merge::{Action, LayerReport, Losses, Merged, Plan, PlannedLayer, TaskLosses};
+use crate::merge::{Action, LayerReport, Losses, Merged, Plan, PlannedLayer, Routing, TaskLosses};
 use crate::words;
 use crate::{Calibration, Control, Layer, Matrix, RawMatrix, Result, Weighted};
 
@@ -84,6 +85,54 @@ impl Squares {
         let losses = Losses { merged: of(self.merged), sum: of(self.sum), average: of(self.average) };
         let finite = losses.merged.is_finite() && losses.sum.is_finite() && losses.average.is_finite();
         (self.nothing > 0.0 && finite).then_some(losses)
+    }
+}
+
+/// What routers pass on, squared, by adapter: the sums of a [`Routing`].
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Answers {
+    /// `‖B_i·R_ij·Z_j‖²` by (i, j).
+    passed: BTreeMap<(usize, usize), f64>,
+    /// `‖B_j·Z_j‖²`.
+    alone: BTreeMap<usize, f64>,
+}
+
+impl Answers {
+    /// Of one layer: `‖B_i·R_ij·Z_j‖² = tr(B_iᵀB_i·R_ij·G_jj·R_ijᵀ)`. `grams`: of each member its adapter, its rows, and its own
+    /// G. `bb`: BᵀB, with scales.
+    pub fn new(members: &[(usize, Range<usize>, &Matrix)], bb: &Matrix, router: &Matrix) -> Self {
+        let block = |m: &Matrix, rows: &Range<usize>, cols: &Range<usize>| {
+            Matrix::from_fn(rows.len(), cols.len(), |i, j| m[(rows.start + i, cols.start + j)])
+        };
+        let mut all = Self::default();
+        for (j, cols, gram) in members {
+            let inputs = block(gram, cols, cols);
+            all.alone.insert(*j, dot(&block(bb, cols, cols), &inputs).max(0.0));
+            for (i, rows, _) in members {
+                let router = block(router, rows, cols);
+                let passed = times(&times(&router, &inputs), &router.transposed());
+                all.passed.insert((*i, *j), dot(&block(bb, rows, rows), &passed).max(0.0));
+            }
+        }
+        all
+    }
+
+    /// Adds those of a layer, if there are any.
+    pub fn extend(&mut self, other: Option<Self>) {
+        let Self { passed, alone } = other.unwrap_or_default();
+        passed.into_iter().for_each(|(at, square)| *self.passed.entry(at).or_default() += square);
+        alone.into_iter().for_each(|(at, square)| *self.alone.entry(at).or_default() += square);
+    }
+
+    /// Roots of the shares; `None` of fewer than two adapters.
+    pub fn routing(&self) -> Option<Routing> {
+        let known = |(&i, &square): (&usize, &f64)| (square > 0.0 && square.is_finite()).then_some(i);
+        let adapters: Vec<usize> = self.alone.iter().filter_map(known).collect();
+        let answer = |i: &usize, j: &usize| {
+            self.passed.get(&(*i, *j)).map_or(0.0, |passed| (passed / self.alone[j]).sqrt())
+        };
+        let answers = adapters.iter().map(|i| adapters.iter().map(|j| answer(i, j)).collect()).collect();
+        (adapters.len() > 1).then_some(Routing { adapters, answers })
     }
 }
 

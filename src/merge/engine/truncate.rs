@@ -14,7 +14,7 @@ use crate::compute::ops::{self, Root, ScaledRows, Side, Stacks, Svd};
 use crate::merge::algebra::{directions, gram_first, significant, sum, svds, times};
 use crate::merge::factored::{Factored, Lifted, cores, size};
 use crate::merge::members::finite;
-use crate::merge::{DeviceMemory, Merged};
+use crate::merge::{DeviceMemory, Merged, SingularValues};
 use crate::words;
 use crate::{
     Adapter, Calibration, Control, Device, Dtype, Error, Layer, LayerKey, Matrix, RawMatrix, Result,
@@ -340,7 +340,10 @@ impl Merged {
             .filter(|(_, on)| on.is_gpu() != device.is_gpu())
             .flat_map(|(chunk, _)| chunk.iter().map(|(k, _)| *k))
             .collect();
-        for (k, (unit, Truncated { layers: parts, cut, .. })) in units.iter().zip(results).enumerate() {
+        for (k, (unit, Truncated { layers: parts, values, kept, cut })) in
+            units.iter().zip(results).enumerate()
+        {
+            let spectrum = SingularValues { values, kept };
             by_norm += usize::from(data.is_some() && !cut.by_data && !parts.is_empty());
             for (n, (&i, layer)) in unit.iter().zip(parts).enumerate() {
                 // Reports and layers are both sorted by key.
@@ -351,6 +354,7 @@ impl Merged {
                 }
                 report.cut = Some(cut.share());
                 report.added = cut.added();
+                report.spectrum = Some(spectrum.clone());
                 if n == 0 {
                     cuts.add(&report.layer, &cut);
                 }
@@ -500,6 +504,8 @@ pub(crate) struct Truncated {
     pub layers: Vec<Layer>,
     /// All singular values, descending.
     pub values: Vec<f64>,
+    /// How many of them are kept.
+    pub kept: usize,
     pub cut: Cut,
 }
 
@@ -541,7 +547,7 @@ pub(crate) fn truncated_units(
     for (i, one) in by_norm.iter().zip(truncated(device, &of(&by_norm))?) {
         done[*i] = Some(one);
     }
-    let parts = |(unit, One { layer, values, cut }): (&Unit<'_>, One)| {
+    let parts = |(unit, One { layer, values, kept, cut }): (&Unit<'_>, One)| {
         let layers = match (layer, &unit.parts[..]) {
             (None, _) => Vec::new(),
             (Some(layer), [_]) => vec![layer],
@@ -550,7 +556,7 @@ pub(crate) fn truncated_units(
                 crate::adapter::unstack(&layer, &templates)
             }
         };
-        Truncated { layers, values, cut }
+        Truncated { layers, values, kept, cut }
     };
     Ok(units.iter().zip(done.into_iter().flatten()).map(parts).collect())
 }
@@ -567,6 +573,7 @@ struct One {
     /// `None` if it keeps its rank.
     layer: Option<Layer>,
     values: Vec<f64>,
+    kept: usize,
     cut: Cut,
 }
 
@@ -743,7 +750,7 @@ impl Whole<'_> {
         let whole = squares(&values);
         let of = self.metric.map_or(whole, |metric| metric.nothing);
         let cut = Cut { off: squares(&values[kept..]), whole, of, by_data: self.metric.is_some() };
-        One { layer: (kept < self.update.rank()).then_some(layer), values, cut }
+        One { layer: (kept < self.update.rank()).then_some(layer), values, kept, cut }
     }
 }
 

@@ -12,7 +12,7 @@ use crate::merge::algebra::{directions, gram_first, significant, svds, times};
 use crate::merge::engine::driver::{self, Done, Job, Method, Run, Spec};
 use crate::merge::factored::size;
 use crate::merge::members::{joined_b, joined_layer};
-use crate::merge::{Action, LayerReport, Merged, ProjectionReport, Report};
+use crate::merge::{Action, LayerReport, Merged, ProjectionReport, Report, SingularValues};
 use crate::power::pow2;
 use crate::{Calibration, Control, Device, Error, Layer, Matrix, RawMatrix, Result, Weighted};
 
@@ -320,7 +320,8 @@ impl NpLora {
                 let angles = &cosines.values[..counts[2 * i].min(counts[2 * i + 1])];
                 let [before, after] = [&part.before, &part.after].map(|m| members[2 * i + 1].share(m));
                 let report = report(job, 1, part.share, counts[2 * i], angles, before, after);
-                self.done(job, &subjects[place].data, vec![report])
+                let style = SingularValues { values: svds[2 * i].values.clone(), kept: counts[2 * i] };
+                self.done(job, &subjects[place].data, style, vec![report])
             })
             .collect::<Result<_>>()?;
         for (i, merged) in good.into_iter().zip(merged) {
@@ -330,14 +331,20 @@ impl NpLora {
     }
 
     /// The layer of the style's A and the subjects'.
-    fn done(&self, job: &Job<'_>, subjects: &[f32], projections: Vec<ProjectionReport>) -> Result<Done> {
-        let (style, _) = job.members[0];
-        let mut data = Vec::with_capacity(style.rank * style.input + subjects.len());
-        style.a().append_to(&mut data);
+    fn done(
+        &self,
+        job: &Job<'_>,
+        subjects: &[f32],
+        style: SingularValues,
+        projections: Vec<ProjectionReport>,
+    ) -> Result<Done> {
+        let (first, _) = job.members[0];
+        let mut data = Vec::with_capacity(first.rank * first.input + subjects.len());
+        first.a().append_to(&mut data);
         data.extend_from_slice(subjects);
-        let a = Matrix { rows: job.planned.rank, cols: style.input, data };
+        let a = Matrix { rows: job.planned.rank, cols: first.input, data };
         let layer = joined_layer(&job.members, a, joined_b(&job.members))?;
-        Ok(Done::new(layer, LayerReport::new(job.planned, Action::Projected { projections })))
+        Ok(Done::new(layer, LayerReport::new(job.planned, Action::Projected { style, projections })))
     }
 
     /// With bases of the size of factors, which more subjects and any A need.
@@ -419,12 +426,12 @@ impl NpLora {
             basis = extended(device, &rows, &basis.select(&places), &entries)?;
         }
 
-        jobs.par_iter()
-            .zip(projected)
-            .zip(reports)
-            .map(|((job, projected), projections)| {
+        (jobs, projected, reports, first)
+            .into_par_iter()
+            .map(|(job, projected, projections, first)| {
                 let subjects: Vec<f32> = projected.into_iter().flat_map(|m| m.data).collect();
-                self.done(job, &subjects, projections)
+                let style = SingularValues { values: svds[first].values.clone(), kept: counts[first] };
+                self.done(job, &subjects, style, projections)
             })
             .collect()
     }

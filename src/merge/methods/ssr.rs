@@ -14,7 +14,7 @@ use crate::compute::ops::{self, Axis, Factor};
 use crate::compute::{Batch, Shape};
 use crate::merge::algebra::{add, dot, times};
 use crate::merge::engine::driver::{self, Done, Method, Run, Spec};
-use crate::merge::engine::measure::{Outputs, Squares, Statistics};
+use crate::merge::engine::measure::{Answers, Outputs, Squares, Statistics};
 use crate::merge::frame::Frame;
 use crate::merge::members::{blocks, joined, joined_a, joined_layer};
 use crate::merge::{Action, LayerReport, Losses, Merged, PlannedLayer, Report};
@@ -481,6 +481,7 @@ impl<'a> Ssr<'a> {
             layer: joined_layer(&job.members, joined_a(&job.members), b)?,
             report: LayerReport { tokens: self.tokens(job), notes, ..LayerReport::new(job.planned, action) },
             squares: self.calibration.map(|_| job.squares(bb, &solved.router)),
+            answers: self.calibration.map(|_| job.answers(bb, &solved.router)),
         })
     }
 
@@ -761,6 +762,15 @@ impl<'a> Job<'a> {
         let tasks: Vec<_> = self.tasks.iter().map(|task| (task.member, task.gram.as_ref())).collect();
         let statistics = Statistics::new(&tasks, &self.blocks);
         Squares::new(&Outputs { merged: bb, crossed: bb, members: bb, router }, &statistics, &self.blocks)
+    }
+
+    /// Who feeds whom.
+    fn answers(&self, bb: &Matrix, router: &Matrix) -> Answers {
+        let members = self.tasks.iter().filter_map(|task| {
+            let gram = task.gram.as_ref()?;
+            Some((task.adapter, self.blocks[task.member?].clone(), gram))
+        });
+        Answers::new(&members.collect::<Vec<_>>(), bb, router)
     }
 }
 
