@@ -1,7 +1,7 @@
 //! Every call to the file system that a result depends on. Tests let the n-th of them fail (`faults`).
 
 use std::fs;
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
@@ -59,6 +59,14 @@ impl File {
     pub fn open_to_write(path: &Path) -> io::Result<Self> {
         asked(Call::Open, path)?;
         Ok(Self { file: fs::OpenOptions::new().write(true).open(path)?, path: path.to_owned() })
+    }
+
+    /// Opens it for reading and for writing at its end, and creates it if it is not there.
+    #[cfg(feature = "cli")]
+    pub fn open_to_append(path: &Path) -> io::Result<Self> {
+        asked(Call::Open, path)?;
+        let file = fs::OpenOptions::new().create(true).append(true).read(true).open(path)?;
+        Ok(Self { file, path: path.to_owned() })
     }
 
     /// Creates a file that must not be there yet.
@@ -208,9 +216,22 @@ impl File {
         self.file.lock()
     }
 
+    /// Makes it this process's alone, unless it is another's.
+    #[cfg(feature = "cli")]
+    pub fn try_lock(&self) -> Result<(), fs::TryLockError> {
+        self.file.try_lock()
+    }
+
     /// The same file once more.
     pub fn try_clone(&self) -> io::Result<Self> {
         Ok(Self { file: self.file.try_clone()?, path: self.path.clone() })
+    }
+}
+
+impl Read for File {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let most = if asked(Call::Read, &self.path)? { buffer.len() } else { buffer.len().div_ceil(2) };
+        self.file.read(&mut buffer[..most])
     }
 }
 

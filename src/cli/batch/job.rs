@@ -9,6 +9,7 @@ use serde::Deserialize;
 
 use super::super::args::LoraArg;
 use super::super::{in_one_line, usage};
+use crate::io::disk;
 
 /// A command to run.
 #[derive(Debug)]
@@ -127,7 +128,7 @@ impl std::str::FromStr for Axis {
 /// A line that is no job is one that fails, as a file that is missing would be. What can only be a slip of the whole is an
 /// error: grids that nothing mentions, and jobs that write one file, or read what another is to write.
 pub fn read(path: &Path, axes: &[Axis]) -> anyhow::Result<Vec<Result<Job, BadLine>>> {
-    let text = std::fs::read_to_string(path).map_err(|e| loraweld::Error::io(path, "read", e))?;
+    let text = disk::read_to_string(path).map_err(|e| loraweld::Error::io(path, "read", e))?;
     let mut jobs = Vec::new();
     // Making it takes longer than most lines.
     let mut command = super::super::command();

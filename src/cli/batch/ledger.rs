@@ -1,7 +1,7 @@
 //! What was done before: a folder with a file of JSON lines for each shard.
 
 use std::collections::HashMap;
-use std::fs::{self, File, OpenOptions, TryLockError};
+use std::fs::TryLockError;
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 
@@ -12,6 +12,7 @@ use sha2::{Digest, Sha256};
 
 use super::job::Job;
 use super::shard::Shard;
+use crate::io::disk::{self, File};
 use crate::words::hex;
 
 /// What became of a job.
@@ -69,22 +70,18 @@ impl Ledger {
     /// Reads the folder, if there is one, and writes nothing.
     pub fn read(folder: &Path) -> loraweld::Result<Self> {
         let mut known = HashMap::new();
-        let entries = match fs::read_dir(folder) {
-            Err(e) if e.kind() == io::ErrorKind::NotFound => None,
-            other => Some(other.map_err(|e| Error::io(folder, "read", e))?),
+        let mut files = match disk::list(folder) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Vec::new(),
+            other => other.map_err(|e| Error::io(folder, "read", e))?,
         };
-        let mut files = Vec::new();
-        for entry in entries.into_iter().flatten() {
-            let path = entry.map_err(|e| Error::io(folder, "read", e))?.path();
-            if path.extension().is_some_and(|e| e == "jsonl") {
-                files.push(path);
-            }
-        }
+        files.retain(|path| path.extension().is_some_and(|e| e == "jsonl"));
         files.sort();
         for path in &files {
-            let text = fs::read_to_string(path).map_err(|e| Error::io(path, "read", e))?;
-            for (number, line) in (1..).zip(whole_lines(&text).lines()) {
-                let entry = serde_json::from_str(line).map_err(|e| {
+            let mut bytes = disk::read(path).map_err(|e| Error::io(path, "read", e))?;
+            // Without the part of a line that another process is writing, or was killed in.
+            bytes.truncate(whole_lines(&bytes));
+            for (number, line) in (1..).zip(bytes.split_inclusive(|&b| b == b'\n')) {
+                let entry = serde_json::from_slice(line).map_err(|e| {
                     let what = format!(
                         "line {number} is no record of a batch ({e}); `--results` names another folder"
                     );
@@ -98,10 +95,9 @@ impl Ledger {
 
     /// Reads the folder, and opens the file of this shard, which is then no other process's.
     pub fn open(folder: &Path, shard: Shard) -> loraweld::Result<Self> {
-        fs::create_dir_all(folder).map_err(|e| Error::io(folder, "create", e))?;
+        disk::create_folder(folder).map_err(|e| Error::io(folder, "create", e))?;
         let path = folder.join(format!("shard-{}-of-{}.jsonl", shard.number, shard.of));
-        let open = OpenOptions::new().create(true).append(true).read(true).open(&path);
-        let mut file = open.map_err(|e| Error::io(&path, "open", e))?;
+        let mut file = File::open_to_append(&path).map_err(|e| Error::io(&path, "open", e))?;
         match file.try_lock() {
             Err(TryLockError::WouldBlock) => {
                 return Err(Error::file(&path, format!("another process is at work on shard {shard}")));
@@ -112,9 +108,9 @@ impl Ledger {
         // A process that was killed may have left half a line.
         let mut text = Vec::new();
         file.read_to_end(&mut text).map_err(|e| Error::io(&path, "read", e))?;
-        let whole = text.iter().rposition(|&b| b == b'\n').map_or(0, |at| at + 1);
+        let whole = whole_lines(&text);
         if whole < text.len() {
-            file.set_len(whole as u64).map_err(|e| Error::io(&path, "write", e))?;
+            file.set_size(whole as u64).map_err(|e| Error::io(&path, "write", e))?;
         }
         Ok(Self { path, file: Some(file), ..Self::read(folder)? })
     }
@@ -145,9 +141,9 @@ impl Ledger {
     }
 }
 
-/// Without the part of a line that another process is writing, or was killed in.
-fn whole_lines(text: &str) -> &str {
-    &text[..text.rfind('\n').map_or(0, |at| at + 1)]
+/// Where the last whole line ends.
+fn whole_lines(text: &[u8]) -> usize {
+    text.iter().rposition(|&b| b == b'\n').map_or(0, |at| at + 1)
 }
 
 fn note(known: &mut HashMap<String, Known>, entry: Entry) {
@@ -186,20 +182,17 @@ impl Hashes {
 
     /// The hash of a file, or of all files of a folder with their names; `None` if there is nothing.
     pub fn content(&mut self, path: &Path) -> loraweld::Result<Option<String>> {
-        let meta = match fs::metadata(path) {
+        let meta = match disk::metadata(path) {
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
             other => other.map_err(|e| Error::io(path, "read", e))?,
         };
         if meta.is_dir() {
-            let mut names = fs::read_dir(path)
-                .and_then(|entries| {
-                    entries.map(|entry| Ok(entry?.file_name())).collect::<io::Result<Vec<_>>>()
-                })
-                .map_err(|e| Error::io(path, "read", e))?;
-            names.sort();
+            let mut files = disk::list(path).map_err(|e| Error::io(path, "read", e))?;
+            files.sort();
             let mut all = Sha256::new();
-            for name in names {
-                let content = self.content(&path.join(&name))?.unwrap_or_default();
+            for file in files {
+                let content = self.content(&file)?.unwrap_or_default();
+                let name = file.file_name().unwrap_or_default();
                 all.update(format!("{}\0{content}\0", name.to_string_lossy()));
             }
             return Ok(Some(hex(&all.finalize())));
@@ -214,9 +207,11 @@ impl Hashes {
         let mut file = File::open(path).map_err(|e| Error::io(path, "open", e))?;
         let mut buffer = vec![0; 1 << 20];
         loop {
-            match file.read(&mut buffer).map_err(|e| Error::io(path, "read", e))? {
-                0 => break,
-                n => sha.update(&buffer[..n]),
+            match file.read(&mut buffer) {
+                Ok(0) => break,
+                Ok(n) => sha.update(&buffer[..n]),
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) => return Err(Error::io(path, "read", e)),
             }
         }
         let hash = hex(&sha.finalize());

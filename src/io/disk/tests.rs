@@ -263,6 +263,65 @@ fn the_nth_call_fails() {
     }
 }
 
+/// Of a batch, what was done before an error stays, and the next run goes on from there.
+#[test]
+fn the_nth_call_of_a_batch_fails() {
+    let world = World::new();
+    let root = world.0.path().to_str().unwrap();
+    let jobs = [
+        format!(
+            "merge linear {root}/in/a.safetensors {root}/in/b.safetensors:0.5 -o {root}/out/x.safetensors --verify 0"
+        ),
+        format!("resize {root}/in/a.safetensors --rank 1 -o {root}/out/y.safetensors --verify 0"),
+    ];
+    let lines = jobs.map(|job| serde_json::to_string(&job).unwrap());
+    fs::write(world.path("in/jobs.jsonl"), lines.join("\n")).unwrap();
+    let inputs = world.files("in");
+    let line = "batch in/jobs.jsonl --results out/../results --device cpu";
+    let forget = || {
+        world.clear();
+        drop(fs::remove_dir_all(world.path("results")));
+    };
+    forget();
+    let no_maps = |_, of, _: &Path| if of == Call::Map { system(EIO) } else { Outcome::Made };
+    let (result, calls) = with(world.0.path(), no_maps, || world.run(line));
+    result.unwrap_or_else(|e| panic!("{}", e.message));
+    let right = world.files("out");
+    assert_eq!(right.len(), 2);
+    for (fault, must_succeed, plan) in FAULTS {
+        let mut failed = 0;
+        let step = if fault == "an error" || std::env::var_os(ALL).is_some() { 1 } else { 6 };
+        for n in (0..calls + 2).step_by(step) {
+            let case = format!("{fault} at call {n} of {calls}");
+            forget();
+            let outcome = move |call, of, _: &Path| plan(call, n, of);
+            let run = || std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| world.run(line)));
+            let (result, _) = with(world.0.path(), outcome, run);
+            match result.unwrap_or_else(|_| panic!("{case}: panicked")) {
+                Ok(()) => assert!(world.files("out") == right, "{case}: not what it should be"),
+                Err(e) => {
+                    failed += 1;
+                    assert!(!must_succeed, "{case}: failed: {}", e.message);
+                    assert!(e.message.contains(root), "{case}: names no file: {}", e.message);
+                    let out = world.files("out");
+                    let whole = |(path, bytes): (&PathBuf, &Vec<u8>)| {
+                        let name = path.file_name().unwrap().to_string_lossy();
+                        name.starts_with('.') || right.get(path) == Some(bytes)
+                    };
+                    assert!(out.iter().all(whole), "{case}: left {:?}", out.keys());
+                }
+            }
+            // What could not be removed goes when its target is written again.
+            world.run(line).unwrap_or_else(|e| panic!("{case}: again: {}", e.message));
+            let mut out = world.files("out");
+            out.retain(|path, _| !path.file_name().unwrap().to_string_lossy().starts_with('.'));
+            assert!(out == right, "{case}: again, not what it should be");
+        }
+        assert!(must_succeed || failed > 0, "{fault}: nothing failed");
+    }
+    assert!(world.files("in") == inputs, "inputs were changed");
+}
+
 #[test]
 fn an_input_that_changes_is_an_error() {
     let world = World::new();
