@@ -1,5 +1,6 @@
 """The nodes: what each takes and gives. What it does is a call of the wheel."""
 
+from functools import partial
 from pathlib import Path
 
 import comfy.samplers
@@ -68,6 +69,11 @@ def text_out():
 def shown(*outputs, text):
     """Outputs, of which the last is a text; ComfyUI's history has it too."""
     return io.NodeOutput(*outputs, text, ui=ui.PreviewText(text))
+
+
+def called(command, adapters, *args, **options):
+    """What a command of the wheel makes of adapters, with ComfyUI's bar."""
+    return command([lora.source for lora in adapters], *args, progress=Bar(), **arguments(adapters), **options)
 
 
 def merged(result, model, clip):
@@ -172,10 +178,9 @@ class LoraweldMerge(io.ComfyNode):
     @classmethod
     def execute(cls, method, adapters, save_as, calibration=None, options=None, model=None, clip=None):
         needed = loraweld.options("merge", method)["calibration"].required
-        result = loraweld.merge(
-            method, [lora.source for lora in adapters], output=files.lora(save_as), progress=Bar(),
-            calibration="none" if needed and calibration is None else calibration,
-            **arguments(adapters), **widgets.ready(options or {}),
+        result = called(
+            partial(loraweld.merge, method), adapters, output=files.lora(save_as),
+            calibration="none" if needed and calibration is None else calibration, **widgets.ready(options or {}),
         )  # fmt: skip
         return merged(result, model, clip)
 
@@ -201,10 +206,10 @@ class LoraweldNpLora(io.ComfyNode):
 
     @classmethod
     def execute(cls, style, subject, save_as, calibration=None, options=None, model=None, clip=None, **values):
-        adapters = [one(style), *subject]
-        result = loraweld.merge(
-            cls.METHOD.name, [lora.source for lora in adapters], output=files.lora(save_as), progress=Bar(),
-            calibration=calibration, **arguments(adapters), **widgets.ready({**(options or {}), **widgets.chosen(cls.METHOD.options, values)}),
+        chosen = {**(options or {}), **widgets.chosen(cls.METHOD.options, values)}
+        result = called(
+            partial(loraweld.merge, cls.METHOD.name), [one(style), *subject], output=files.lora(save_as),
+            calibration=calibration, **widgets.ready(chosen),
         )  # fmt: skip
         return merged(result, model, clip)
 
@@ -282,11 +287,7 @@ class LoraweldCompare(io.ComfyNode):
 
     @classmethod
     def execute(cls, adapters, calibration, **values):
-        result = loraweld.compare(
-            [lora.source for lora in adapters], calibration, progress=Bar(),
-            **arguments(adapters), **widgets.given(cls.OPTIONS, values),
-        )  # fmt: skip
-        return shown(text=said(result))
+        return shown(text=said(called(loraweld.compare, adapters, calibration, **widgets.given(cls.OPTIONS, values))))
 
 
 class LoraweldStrengths(io.ComfyNode):
@@ -301,10 +302,7 @@ class LoraweldStrengths(io.ComfyNode):
 
     @classmethod
     def execute(cls, adapters, calibration, **values):
-        result = loraweld.strengths(
-            [lora.source for lora in adapters], calibration, progress=Bar(),
-            **arguments(adapters), **widgets.given(cls.OPTIONS, values),
-        )  # fmt: skip
+        result = called(loraweld.strengths, adapters, calibration, **widgets.given(cls.OPTIONS, values))
         return shown(with_strengths(adapters, result.all("strengths")[0]["blocks"]), text=said(result))
 
 
@@ -420,10 +418,8 @@ class LoraweldBake(io.ComfyNode):
         if not save_as.strip():
             raise ValueError("save_as is empty; a baked model needs a name")
         path, root = files.model(checkpoint)
-        result = loraweld.bake(
-            path, [lora.source for lora in adapters], files.new(root, save_as), progress=Bar(),
-            **arguments(adapters), **widgets.given(cls.OPTIONS, values),
-        )  # fmt: skip
+        output = files.new(root, save_as)
+        result = called(partial(loraweld.bake, path), adapters, output, **widgets.given(cls.OPTIONS, values))
         return shown(result.output.name, text=said(result))
 
 

@@ -39,9 +39,6 @@ fn is_for_programs(arg: &clap::Arg) -> bool {
 fn argument(arg: &clap::Arg) -> Value {
     let flag = matches!(arg.get_action(), ArgAction::SetTrue);
     let values = arg.get_possible_values();
-    let texts = |texts: &[clap::builder::OsStr]| -> Vec<String> {
-        texts.iter().map(|text| text.to_string_lossy().into_owned()).collect()
-    };
     json!({
         "name": arg.get_long().unwrap_or(arg.get_id().as_str()),
         "positional": arg.is_positional(),
@@ -56,10 +53,17 @@ fn argument(arg: &clap::Arg) -> Value {
             true => Vec::new(),
             false => values.iter().map(|value| value.get_name().to_owned()).collect::<Vec<_>>(),
         },
-        "default": texts(arg.get_default_values()).into_iter().next().filter(|_| !flag),
+        "default": defaults(arg).filter(|_| !flag),
         "heading": arg.get_help_heading(),
         "help": arg.get_help().map(ToString::to_string),
     })
+}
+
+/// The default as one would give it: several values in one word, if that is how they are given.
+fn defaults(arg: &clap::Arg) -> Option<String> {
+    let values: Vec<_> = arg.get_default_values().iter().map(|value| value.to_string_lossy()).collect();
+    let between = arg.get_value_delimiter().unwrap_or(' ');
+    (!values.is_empty()).then(|| values.join(&between.to_string()))
 }
 
 /// The methods, as a list in JSON.

@@ -1,6 +1,9 @@
 """Merges, and all that a file becomes of a file: to the bit what the command line makes."""
 
 import json
+import os
+import subprocess
+import sys
 
 import loraweld
 import numpy as np
@@ -72,6 +75,48 @@ def test_a_merge_of_arrays_has_the_values_of_a_merge_of_files(loras):
     # Tensors alone say nothing of their alphas, which are the ranks then.
     plain = loraweld.merge("linear", [a.tensors() for a in opened], device="cpu")
     assert plain.adapter.name == "merged" and len(plain.adapter) == 24
+
+
+MEMORY = """
+import sys, numpy, loraweld
+
+def memory(what):
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith(what)) / 1024
+
+width, rank, layers = 2048, 32, 64
+random = numpy.random.default_rng(0)
+
+def tensors():
+    made = {}
+    for i in range(layers):
+        for side, shape in ("A", (rank, width)), ("B", (width, rank)):
+            made[f"transformer.blocks.{i}.attn.to_q.lora_{side}.weight"] = random.standard_normal(shape, "float32")
+    return made
+
+inputs = [tensors(), tensors()]
+loraweld.merge(sys.argv[1], [{k: v[:1] if "A" in k else v[:, :1].copy() for k, v in t.items()} for t in inputs], device="cpu")
+size = sum(array.nbytes for adapter in inputs for array in adapter.values()) / 2**20
+before = memory("VmRSS")
+with open("/proc/self/clear_refs", "w") as reset:
+    reset.write("5")
+loraweld.merge(sys.argv[1], inputs, output=sys.argv[2], device="cpu", dtype="f16")
+print(size, memory("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="only Linux tells the most that was held")
+@pytest.mark.parametrize("method", ["linear", "ssr-data-free"])
+def test_a_merge_of_arrays_holds_one_copy_of_them(method, tmp_path):
+    """In a process of its own: beside the arrays, their copy and what a few layers need."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", MEMORY, method, tmp_path / "out.safetensors"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    size, held = map(float, done.stdout.split())
+    print(f"{method}: {held:.0f} MiB beside {size:.0f} MiB of arrays")
+    # A second copy would be as much again.
+    assert size > 60 and held < 1.5 * size
 
 
 def test_results_are_views(loras):

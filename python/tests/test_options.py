@@ -34,6 +34,16 @@ def test_options_are_those_of_help(method):
     assert loraweld.methods()[method].options.keys() <= found.keys()
 
 
+def test_several_defaults_are_told_as_they_are_given(loras, pets):
+    default = loraweld.options("compare")["methods"].default
+    assert default.split(",")[:2] == ["ssr", "ssr-data-free"] and set(loraweld.methods()) <= set(default.split(","))
+    printed = re.search(r"--methods.*?\[default: ([^\]]*)\]", command_line("compare", "--help"), re.S)[1]
+    assert re.split(r"[\s,]+", printed) == default.split(",")
+    given, left_out = (loraweld.compare(loras, pets, device="cpu", **kw) for kw in ({"methods": default.split(",")}, {}))
+    names = [[event["method"] for event in result.all("method")] for result in (given, left_out)]
+    assert names[0] == names[1] == default.split(",")
+
+
 def test_methods_are_those_of_help():
     listed = re.findall(r"^  ([a-z-]+)  ", command_line("merge", "--help").split("Options:")[0], re.M)
     assert [name for name in listed if name != "help"] == list(loraweld.methods())
