@@ -363,7 +363,6 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl Buffers {
     /// Buffers for calls of at most `tokens` on layers of at most these ranks and branches. `keep`: what calls were recorded
     /// with, for calls that are the same.
-    #[expect(clippy::too_many_arguments, reason = "the sizes of several buffers, each named")]
     pub fn new(
         gpu: &Arc<Gpu>,
         tokens: usize,
@@ -553,7 +552,8 @@ pub(crate) fn encode(
         };
         let z = whole(&buffers.z);
         let a = call.halves.a.as_ref();
-        project::encode_f32(&mut commands, gpu, &[window.bound.binding.clone()], &[job], layer, z, a)?;
+        let x = std::slice::from_ref(&window.bound.binding);
+        project::encode_f32(&mut commands, gpu, x, &[job], layer, z, a)?;
     }
 
     let mut job = job(call, layer, units, running);
