@@ -71,3 +71,14 @@ def test_the_command_line_is_in_the_package():
     assert (done.returncode, done.stdout.split()) == (0, ["loraweld", loraweld.__version__])
     done = subprocess.run([*run, "merge", "median"], capture_output=True, text=True)
     assert done.returncode == 2 and "unrecognized subcommand 'median'" in done.stderr
+
+
+def test_what_it_says_to_do_next_names_the_command(tmp_path):
+    import subprocess
+    import sys
+
+    run = [sys.executable, "-m", "loraweld", "demo", "--device", "cpu", "--out", str(tmp_path / "demo")]
+    done = subprocess.run(run, capture_output=True, text=True, check=True)
+    assert "\n  loraweld inspect " in done.stdout and sys.executable not in done.stdout
+    report = (tmp_path / "demo" / "report.html").read_text()
+    assert "loraweld demo" in report and sys.executable not in report

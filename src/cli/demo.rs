@@ -12,6 +12,7 @@ use serde_json::json;
 
 use super::args::{Global, Memory};
 use super::calibrate::accumulate;
+use super::host;
 use super::merge::{losses, say_merged};
 use super::output::{Output, quoted, size};
 use super::report::{Made, Norms};
@@ -185,7 +186,7 @@ fn why(device: &Device, select: &Select) -> Option<&'static str> {
 
 /// Commands that work as they stand here.
 fn next_steps(dir: &Path, out: &Output) -> anyhow::Result<()> {
-    let program = std::env::args_os().next().unwrap_or_else(|| "loraweld".into());
+    let program = host::words().into_iter().next().unwrap_or_default();
     let program = quoted(Path::new(&program));
     let each = |folder: &str| {
         let folder = dir.join(folder);

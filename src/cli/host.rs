@@ -3,8 +3,8 @@
 use std::cell::RefCell;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, OnceLock};
 
 use loraweld::compute::{Device, DeviceOptions};
 use loraweld::{Adapter, Calibration, OpenOptions, Progress};
@@ -91,10 +91,18 @@ fn host() -> Option<Arc<Host>> {
     HOST.with_borrow(|hosted| hosted.as_ref().map(|(host, _)| host.clone()))
 }
 
+/// The words of the program, as those who run it say them. Run by an interpreter it has others.
+static PROGRAM: OnceLock<Vec<OsString>> = OnceLock::new();
+
+/// Takes down the words of the program.
+pub(super) fn said(words: &[OsString]) {
+    PROGRAM.get_or_init(|| words.to_vec());
+}
+
 /// The words of the command that runs, the program's name first.
 pub(super) fn words() -> Vec<OsString> {
     let hosted = HOST.with_borrow(|hosted| hosted.as_ref().map(|(_, words)| words.clone()));
-    hosted.unwrap_or_else(|| std::env::args_os().collect())
+    hosted.or_else(|| PROGRAM.get().cloned()).unwrap_or_else(|| vec!["loraweld".into()])
 }
 
 /// Opens an adapter, or takes the host's.

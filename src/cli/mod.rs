@@ -110,6 +110,7 @@ pub fn main() -> ExitCode {
 /// Runs these arguments as the program does, the first of which is its name, and gives its exit code.
 pub fn main_with(args: impl IntoIterator<Item = OsString>) -> u8 {
     let args: Vec<OsString> = args.into_iter().collect();
+    host::said(&args);
     let cli = match Cli::try_parse_from(&args) {
         Ok(cli) => cli,
         Err(e) => return refuse(&e, args.iter().any(|arg| arg == "--json")),
