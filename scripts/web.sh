@@ -7,7 +7,6 @@
 #   scripts/web.sh test [PART OF A NAME]...
 #
 # It takes Rust with rustup, Node 20 or newer with npm, and for tests Chromium: CHROMIUM names it, /usr/bin/chromium else.
-# Merges for which a GPU in software takes minutes are skipped, and said, unless SLOW=1.
 # PORT is where it is served, 8080 else. Tests compare with the command line: LORAWELD names it, and it is built else.
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -240,13 +240,17 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
         let forward = step < panels;
         let p = select(step - panels, step, forward) * 2u * PANEL;
 
-        fetch_rows(job, first, p, forward, t);
-        workgroupBarrier();
-        var left = tile(t);
-        workgroupBarrier();
-        fetch_rows(job, first, p + PANEL, forward, t);
-        workgroupBarrier();
-        var right = tile(t);
+        // In a loop: written out, the strips take a compiler that inlines and unrolls nothing, as that of SwiftShader,
+        // minutes instead of seconds.
+        var left = strip_zero();
+        var right = strip_zero();
+        for (var c = p; c < p + 2u * PANEL; c += PANEL) {
+            fetch_rows(job, first, c, forward, t);
+            workgroupBarrier();
+            left = right;
+            right = tile(t);
+            workgroupBarrier();
+        }
 
         // The left strip by all columns left of the panel; the right one then by the left one.
         for (var c = p; c < p + 2u * PANEL; c += PANEL) {

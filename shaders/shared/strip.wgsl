@@ -44,6 +44,10 @@ fn quad_zero() -> Quad {
     return Quad(REAL_ZERO, REAL_ZERO, REAL_ZERO, REAL_ZERO);
 }
 
+fn strip_zero() -> Strip {
+    return Strip(quad_zero(), quad_zero(), quad_zero(), quad_zero());
+}
+
 // U[row, column .. column + 4]
 fn diagonal_quad(row: u32, column: u32) -> Quad {
     let e = row * PANEL + column;
