@@ -17,8 +17,9 @@ use crate::io::blamed;
 use crate::io::safetensors_file::{FileDtype, Layout, SafetensorsFile, TensorOut};
 use crate::{Control, Dtype, Error, Result, WriteAt};
 
-/// Bytes that are gathered before they are written.
-const BUFFER: usize = 1 << 17;
+/// Bytes that are gathered before they are written. In a browser each write asks another process, which takes as long as
+/// some hundred KiB.
+const BUFFER: usize = if cfg!(target_arch = "wasm32") { 1 << 20 } else { 1 << 17 };
 
 /// A file that is laid out, and filled as factors become known, in any order and from any thread.
 pub(crate) struct Draft<'a> {

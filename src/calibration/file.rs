@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 use serde::{Deserialize, Serialize};
 
 use super::{Blocks, Calibration, State, Sum, Task};
-use crate::io::atomic::write_atomic;
+use crate::io::write_atomic;
 use crate::io::resting_on;
 use crate::io::safetensors_file::{FileDtype, SafetensorsFile, TensorOut, TensorRef, write_safetensors};
 use crate::{Error, LayerKey, Matrix, ReadAt, Result};

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::fs;
-use std::io::{self, BufWriter, Write};
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
@@ -13,27 +13,9 @@ use std::time::Duration;
 
 use super::disk;
 pub(crate) use super::disk::File;
+use super::overwrites;
 pub(crate) use super::write_error;
 use crate::{Error, Result};
-
-/// Writes a file beside the target and renames it when it is whole.
-///
-/// An existing target is refused unless `overwrite` is set, and one that is the same file as one of `protect`
-/// (through any name) always. What is no regular file, such as a pipe or `/dev/stdout`, is written into, never
-/// replaced. `write` may wrap an [`Error`] in its `io::Error` to have it come out unchanged.
-pub fn write_atomic(
-    path: &Path,
-    overwrite: bool,
-    protect: &[PathBuf],
-    write: impl FnOnce(&mut dyn Write) -> io::Result<()>,
-) -> Result<()> {
-    let AtomicFile { file, place } = AtomicFile::create(path, overwrite, protect)?;
-    // From here on, dropping `place` removes the file.
-    let mut out = BufWriter::with_capacity(1 << 20, file);
-    write(&mut out).map_err(|e| write_error(path, e))?;
-    let file = out.into_inner().map_err(|e| write_error(path, e.into_error()))?;
-    AtomicFile { file, place }.commit(path)
-}
 
 /// A file that takes its target's place when it is whole. Dropped before, it leaves nothing.
 pub(crate) struct AtomicFile {
@@ -49,7 +31,7 @@ enum Place {
 }
 
 impl AtomicFile {
-    /// Creates it; see [`write_atomic`].
+    /// Creates it; see [`write_atomic`](super::write_atomic).
     pub fn create(path: &Path, overwrite: bool, protect: &[PathBuf]) -> Result<Self> {
         let Some(target) = resolve(path, overwrite, protect)? else {
             let file = File::unnamed().map_err(|e| Error::io(path, "create a temporary file for it", e))?;
@@ -74,8 +56,8 @@ impl AtomicFile {
     /// Puts it in the target's place, on disk. `path`: the target, as errors name it.
     pub fn commit(self, path: &Path) -> Result<()> {
         let Place::Beside { target, temp, listed: _listed, overwrite } = self.place else {
-            let mut out = File::open_to_write(path).map_err(|e| Error::io(path, "open", e))?;
-            return copy_all(&self.file, &mut out).map_err(|e| write_error(path, e));
+            let out = File::open_to_write(path).map_err(|e| Error::io(path, "open", e))?;
+            return copy_all(&self.file, &out).map_err(|e| write_error(path, e));
         };
         let Target { file: target, folder, permissions } = target;
         if let Some(permissions) = permissions {
@@ -97,7 +79,7 @@ impl AtomicFile {
 }
 
 /// Writes the whole of a file to another, which need not be a regular one.
-fn copy_all(file: &File, out: &mut File) -> io::Result<()> {
+fn copy_all(file: &File, mut out: &File) -> io::Result<()> {
     let (size, _) = file.state()?;
     let mut buffer = vec![0; size.min(1 << 20) as usize];
     for start in (0..size).step_by(1 << 20) {
@@ -271,7 +253,7 @@ pub(crate) fn len(path: &Path) -> u64 {
     disk::metadata(path).map(|meta| meta.len()).unwrap_or_default()
 }
 
-/// Checks before long work what [`write_atomic`] will check again, and that a file can be created in the folder.
+/// Checks before long work what [`write_atomic`](super::write_atomic) will check again, and that a file can be created in the folder.
 pub fn check_target(path: &Path, overwrite: bool, protect: &[PathBuf]) -> Result<()> {
     if let Some(Target { folder, .. }) = resolve(path, overwrite, protect)? {
         File::unnamed_in(&folder).map_err(|e| Error::io(path, "create a file in its folder", e))?;
@@ -293,11 +275,7 @@ fn resolve(path: &Path, overwrite: bool, protect: &[PathBuf]) -> Result<Option<T
         return Err(Error::file(path, "names a folder; give the name of a file to write"));
     }
     if let Some(input) = protect.iter().find(|input| is_input(path, input)) {
-        let input = input.display();
-        return Err(Error::file(
-            path,
-            format!("is the input {input}, which is never overwritten; choose another name"),
-        ));
+        return Err(overwrites(path, input));
     }
     let (mut file, mut permissions) = (path.to_owned(), None);
     if fs::symlink_metadata(path).is_ok() {

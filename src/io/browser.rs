@@ -3,13 +3,13 @@
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
-use std::io::{self, BufWriter, Write};
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 pub(crate) use super::write_error;
-use super::{ReadAt, WriteAt};
+use super::{ReadAt, WriteAt, overwrites};
 use crate::{Error, Result};
 
 /// Room for a file that is written, and then read by its name.
@@ -134,7 +134,7 @@ impl ReadAt for File {
     }
 }
 
-impl Write for File {
+impl Write for &File {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let start = self.next.fetch_add(bytes.len() as u64, Ordering::Relaxed);
         self.room.write_at(bytes, start).map(|()| bytes.len())
@@ -143,20 +143,6 @@ impl Write for File {
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
     }
-}
-
-/// See `atomic.rs`.
-pub fn write_atomic(
-    path: &Path,
-    overwrite: bool,
-    protect: &[PathBuf],
-    write: impl FnOnce(&mut dyn Write) -> io::Result<()>,
-) -> Result<()> {
-    let AtomicFile { file, overwrite } = AtomicFile::create(path, overwrite, protect)?;
-    let mut out = BufWriter::with_capacity(1 << 20, file);
-    write(&mut out).map_err(|e| write_error(path, e))?;
-    let file = out.into_inner().map_err(|e| write_error(path, e.into_error()))?;
-    AtomicFile { file, overwrite }.commit(path)
 }
 
 /// A file that gets its name when it is whole.
@@ -187,9 +173,7 @@ impl AtomicFile {
 /// See `atomic.rs`.
 pub fn check_target(path: &Path, overwrite: bool, protect: &[PathBuf]) -> Result<()> {
     if let Some(input) = protect.iter().find(|input| same_file(path, input)) {
-        let input = input.display();
-        let reason = format!("is the input {input}, which is never overwritten; choose another name");
-        return Err(Error::file(path, reason));
+        return Err(overwrites(path, input));
     }
     match find(path).is_ok() && !overwrite {
         true => Err(Error::Exists { path: path.to_owned() }),

@@ -133,12 +133,17 @@ function run(args: string[], outputs: string[] = []): Promise<Told> {
 }
 
 function showDevice(version: string): void {
-  const text =
-    "name" in gpu
-      ? `Computes on ${gpu.name} by WebGPU, or on the CPU if you say so below.`
-      : `Computes on the CPU, in WebAssembly with SIMD: ${gpu.missing}.`;
+  const cpu = "Computes on the CPU, in WebAssembly with SIMD";
+  const text = !("name" in gpu)
+    ? `${cpu}: ${gpu.missing}.`
+    : gpu.software
+      ? `${cpu}: the GPU of this browser (${gpu.name}) is one in software, which is slower, and can be chosen below.`
+      : `Computes on ${gpu.name}, through WebGPU, or on the CPU if you say so below.`;
   byId("device").textContent = `${text} loraweld ${version}.`;
-  byId<HTMLSelectElement>("on").disabled = !("name" in gpu);
+  const on = byId<HTMLSelectElement>("on");
+  // Only at first: later it is as it was chosen.
+  if (on.disabled && "name" in gpu && gpu.software) on.value = "cpu";
+  on.disabled = !("name" in gpu);
   update();
 }
 
@@ -245,7 +250,7 @@ function bytesOf(bytes: number): string {
   const units = ["B", "KiB", "MiB", "GiB"];
   let i = 0;
   for (; bytes >= 1024 && i < 3; i++) bytes /= 1024;
-  return `${i === 0 ? bytes : bytes.toFixed(1)} ${units[i]}`;
+  return `${i === 0 ? bytes : bytes.toFixed(1)}\u00a0${units[i]}`;
 }
 
 function element<K extends keyof HTMLElementTagNameMap>(tag: K, text = "", name = ""): HTMLElementTagNameMap[K] {

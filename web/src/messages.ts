@@ -29,8 +29,8 @@ export interface Method {
   style: boolean;
 }
 
-/** The GPU that would be taken, or why there is none. */
-export type Gpu = { name: string } | { missing: string };
+/** The GPU that would be taken, and whether it is one in software; or why there is none. */
+export type Gpu = { name: string; software: boolean } | { missing: string };
 
 export interface Progress {
   stage: string;

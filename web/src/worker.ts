@@ -34,13 +34,15 @@ function hear(kind: string, message: string): void {
 }
 
 async function findGpu(): Promise<Gpu> {
-  const gpu = (navigator as { gpu?: { requestAdapter(): Promise<{ info: Record<string, string> } | null> } }).gpu;
+  type Info = Record<"description" | "device" | "architecture" | "vendor", string> & { isFallbackAdapter?: boolean };
+  const gpu = (navigator as { gpu?: { requestAdapter(): Promise<{ info: Info } | null> } }).gpu;
   if (gpu === undefined) return { missing: "this browser has no WebGPU" };
   if (!suspends) return { missing: "this browser cannot suspend WebAssembly (JSPI), which waiting for a GPU takes" };
   const adapter = await gpu.requestAdapter().catch(() => null);
   if (adapter === null) return { missing: "this browser has WebGPU, but no GPU for it" };
   const { description, device, architecture, vendor } = adapter.info;
-  return { name: description || device || [vendor, architecture].filter(Boolean).join(" ") || "a GPU" };
+  const name = description || device || [vendor, architecture].filter(Boolean).join(" ") || "a GPU";
+  return { name, software: adapter.info.isFallbackAdapter === true || architecture === "swiftshader" };
 }
 
 /** The name of this page's folder of results, and the folder, if the browser has room for one. */

@@ -287,7 +287,9 @@ impl Commands<'_> {
         // would take a buffer of its own with the same number, if that is as large.)
         let scope = self.gpu.device.push_error_scope(wgpu::ErrorFilter::Validation);
         let launches = self.upload_tables().map(|tables| self.bind(&tables));
-        if let Some(error) = wait::block_on(scope.pop()) {
+        let refused = wait::block_on(scope.pop());
+        self.gpu.alive()?;
+        if let Some(error) = refused {
             return Err(Error::Device(format!("{}: {error}", self.gpu.name)));
         }
         self.kept.extend_from_slice(&self.scratch);

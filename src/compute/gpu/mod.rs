@@ -10,7 +10,7 @@ use std::ops::Range;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::Receiver;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 pub(crate) use self::commands::{BIND_ALIGN, Commands, GRID_WIDTH, Phase, Prepared, Work, whole};
 use self::pipelines::Pipelines;
@@ -62,6 +62,8 @@ pub(crate) struct Gpu {
     /// How often something was read back.
     pub reads: AtomicU64,
     error: Arc<Mutex<Option<String>>>,
+    /// Why the device is gone, if it is one of our own.
+    lost: Arc<OnceLock<String>>,
 }
 
 impl std::fmt::Debug for Gpu {
@@ -115,6 +117,7 @@ impl Gpu {
             reads: AtomicU64::new(0),
             meter,
             error: Arc::default(),
+            lost: Arc::default(),
         }
     }
 
@@ -123,16 +126,35 @@ impl Gpu {
         self.cache = folder.and_then(|folder| PipelineCache::open(&self.adapter, &self.device, folder));
     }
 
-    /// Turns wgpu's uncaptured errors, which would panic, into errors of the next download.
-    /// For devices of our own: a host keeps its own handler.
+    /// Turns wgpu's uncaptured errors, which would panic, into errors of the next download, and remembers if the device is
+    /// lost. For devices of our own: a host keeps its own handlers.
     pub fn record_errors(&self) {
+        let lost = self.lost.clone();
+        self.device.set_device_lost_callback(move |_, reason| {
+            let reason = reason.trim_end_matches('.');
+            let reason = if reason.is_empty() { "the driver gives no reason" } else { reason };
+            let _ = lost.set(reason.to_owned());
+        });
         let slot = self.error.clone();
         self.device.on_uncaptured_error(Arc::new(move |error: wgpu::Error| {
             lock(&slot).get_or_insert_with(|| error.to_string());
         }));
     }
 
+    /// Fails if the device is gone. What fails then fails because of that, whatever it says itself.
+    fn alive(&self) -> Result<()> {
+        self.lost.get().map_or(Ok(()), |reason| Err(self.gone(reason)))
+    }
+
+    fn gone(&self, reason: &str) -> Error {
+        let name = &self.name;
+        Error::Device(format!(
+            "{name}: the GPU was lost on the way ({reason}), and what it computed with it; try again, or compute on the CPU"
+        ))
+    }
+
     fn check(&self) -> Result<()> {
+        self.alive()?;
         match lock(&self.error).take() {
             None => Ok(()),
             Some(message) => Err(Error::Device(format!("{}: {message}", self.name))),
@@ -166,7 +188,8 @@ impl Gpu {
 
     /// Copies pieces of host bytes to their offsets, which ascend in multiples of 4, on all threads.
     pub fn write_pieces(&self, buffer: &wgpu::Buffer, pieces: &[(usize, &[u8])]) -> Result<()> {
-        self.uploads.write(&self.device, &self.queue, buffer, pieces)
+        let written = self.uploads.write(&self.device, &self.queue, buffer, pieces);
+        self.alive().and(written)
     }
 
     /// Waits until everything is done, uploads too, and frees staging memory.
@@ -180,8 +203,9 @@ impl Gpu {
 
     /// Waits for a submission; `retired`: the point in time before it.
     fn poll(&self, until: wgpu::PollType, retired: u64) -> Result<()> {
-        wait::poll(&self.device, &self.queue, until)
-            .map_err(|e| Error::Device(format!("{}: {e}", self.name)))?;
+        let done = wait::poll(&self.device, &self.queue, until);
+        self.alive()?;
+        done.map_err(|e| Error::Device(format!("{}: {e}", self.name)))?;
         self.meter.settle(retired);
         self.check()
     }
@@ -259,7 +283,7 @@ impl Download {
         match wait::receive(&self.mapped) {
             Some(Ok(())) => {}
             Some(Err(e)) => return Err(Error::Device(format!("{}: cannot read back: {e}", gpu.name))),
-            None => return Err(Error::Device(format!("{}: the device was lost", gpu.name))),
+            None => return Err(gpu.gone("nothing came back from it")),
         }
         let view = self
             .staging

@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use super::Call;
 use super::faults::{Outcome, with};
 use crate::cli::{Failure, Host, run_for};
-use crate::io::atomic::write_atomic;
+use crate::io::write_atomic;
 use crate::io::safetensors_file::{FileDtype, TensorOut, write_safetensors};
 use crate::{Adapter, Device, Format, Layer, Matrix, SaveOptions};
 

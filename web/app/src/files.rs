@@ -14,6 +14,10 @@ use web_sys::{Blob, FileReaderSync, FileSystemReadWriteOptions, FileSystemSyncAc
 /// Bytes that a browser reads at once.
 const WINDOW: usize = 32 << 20;
 
+/// Bytes that are read at least where a file is read in a row: each read asks another process, which takes as long as a
+/// megabyte.
+const AHEAD: usize = 4 << 20;
+
 thread_local! {
     // What is JavaScript's stays on its thread; the library knows it by its number.
     static CHOSEN: RefCell<Vec<Option<(Blob, FileReaderSync)>>> = const { RefCell::new(Vec::new()) };
@@ -31,7 +35,7 @@ pub fn lend(name: String, file: Blob) -> Result<(), JsValue> {
         all.push(chosen);
         all.len() - 1
     });
-    browser::lend(name, Arc::new(Chosen { number, size }));
+    browser::lend(name, Arc::new(Chosen { number, size, ahead: Mutex::default() }));
     Ok(())
 }
 
@@ -73,6 +77,11 @@ pub fn take(name: &str) -> Result<JsValue, JsValue> {
     Ok(Uint8Array::from(&bytes[..]).into())
 }
 
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Each guarded value is valid after every statement, so a panic elsewhere does not spoil it.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 fn failed(error: JsValue) -> io::Error {
     let text = error.dyn_ref::<js_sys::Error>().map(|error| String::from(error.message()));
     io::Error::other(text.unwrap_or_else(|| format!("{error:?}")))
@@ -82,6 +91,25 @@ fn failed(error: JsValue) -> io::Error {
 struct Chosen {
     number: usize,
     size: u64,
+    ahead: Mutex<Ahead>,
+}
+
+/// What was read ahead.
+#[derive(Default)]
+struct Ahead {
+    bytes: Vec<u8>,
+    /// Where they start.
+    start: u64,
+    /// Where the last read ended.
+    end: u64,
+}
+
+impl Ahead {
+    /// The bytes at a place, if all are here.
+    fn get(&self, offset: u64, len: usize) -> Option<&[u8]> {
+        let from = usize::try_from(offset.checked_sub(self.start)?).ok()?;
+        self.bytes.get(from..)?.get(..len)
+    }
 }
 
 impl ReadAt for Chosen {
@@ -90,6 +118,30 @@ impl ReadAt for Chosen {
     }
 
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+        let (mut ahead, len) = (lock(&self.ahead), buffer.len());
+        // A little that is left out does not matter.
+        let in_a_row = (ahead.end..ahead.end + AHEAD as u64).contains(&offset);
+        ahead.end = offset + len as u64;
+        if let Some(bytes) = ahead.get(offset, len) {
+            buffer.copy_from_slice(bytes);
+            return Ok(());
+        }
+        let rest = self.size.saturating_sub(offset);
+        if !in_a_row || len >= AHEAD || rest < len as u64 {
+            return self.read(buffer, offset);
+        }
+        let mut bytes = std::mem::take(&mut ahead.bytes);
+        bytes.resize(rest.min(AHEAD as u64) as usize, 0);
+        self.read(&mut bytes, offset)?;
+        buffer.copy_from_slice(&bytes[..len]);
+        (ahead.bytes, ahead.start) = (bytes, offset);
+        Ok(())
+    }
+}
+
+impl Chosen {
+    /// Asks the browser.
+    fn read(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
         let chosen = CHOSEN.with_borrow(|all| all.get(self.number).cloned().flatten());
         let (file, reader) = chosen.ok_or(io::ErrorKind::NotFound)?;
         let mut start = offset;
@@ -166,7 +218,7 @@ struct Memory(Mutex<Vec<u8>>);
 
 impl Memory {
     fn all(&self) -> MutexGuard<'_, Vec<u8>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.0)
     }
 
     fn fill(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
