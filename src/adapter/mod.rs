@@ -43,9 +43,9 @@ use self::spelling::{Spelling, Usual};
 pub(crate) use self::weights::{Inventory, Part, Weight, layers_of_weight};
 pub use self::write::{SaveOptions, Unnamed};
 pub use crate::io::atomic::{check_target, remove_temporary_files, same_file};
-pub use crate::io::write_atomic;
 use crate::io::safetensors_file::SafetensorsFile;
 use crate::io::spill::Values;
+pub use crate::io::write_atomic;
 use crate::io::{disk, resting_on};
 use crate::{Control, Dtype, Error, Matrix, RawMatrix, ReadAt, Result, WriteAt};
 
@@ -381,14 +381,13 @@ impl Adapter {
     }
 
     pub(crate) fn check_finite_with(&self, control: &Control<'_>) -> Result<()> {
-        let check = |layer: &Layer| control.check().and_then(|()| self.check_layer(layer)).err();
+        let check = |layer: &Layer| control.check().and_then(|()| self.check_layer(&layer.unread())).err();
         let first = self.layers().par_iter().filter_map(check).find_first(|_| true);
         resting_on(first.map_or(Ok(()), Err), || self.check_file())
     }
 
-    /// Refuses NaN and infinity in one of the layers.
+    /// Refuses NaN and infinity in one of the layers, which keeps what is read of it.
     pub(crate) fn check_layer(&self, layer: &Layer) -> Result<()> {
-        let layer = &layer.unread();
         let first = |tensor| Some((tensor, Tensor::raw(tensor).first_non_finite()?));
         let Some((tensor, i)) = [&layer.a, &layer.b].into_iter().find_map(first) else { return Ok(()) };
         let raw = tensor.raw();

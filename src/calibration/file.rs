@@ -7,9 +7,9 @@ use std::sync::{Arc, Mutex};
 use serde::{Deserialize, Serialize};
 
 use super::{Blocks, Calibration, State, Sum, Task};
-use crate::io::write_atomic;
 use crate::io::resting_on;
 use crate::io::safetensors_file::{FileDtype, SafetensorsFile, TensorOut, TensorRef, write_safetensors};
+use crate::io::write_atomic;
 use crate::{Error, LayerKey, Matrix, ReadAt, Result};
 
 const KIND: &str = "loraweld.kind";

@@ -11,8 +11,8 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use super::Call;
 use super::faults::{Outcome, with};
 use crate::cli::{Failure, Host, run_for};
-use crate::io::write_atomic;
 use crate::io::safetensors_file::{FileDtype, TensorOut, write_safetensors};
+use crate::io::write_atomic;
 use crate::{Adapter, Device, Format, Layer, Matrix, SaveOptions};
 
 /// With this in the environment, every call fails in every way.

@@ -471,9 +471,9 @@ impl Merging<'_> {
     fn chunk(&self, on: &Device, planned: &[&PlannedLayer], draft: Option<&Draft<'_>>) -> Result<Vec<Kept>> {
         let Self { run, spec, spent, .. } = self;
         run.control.check()?;
-        spent.time(&spent.check, || self.check(planned))?;
         // What is read of these layers goes with them.
         let own: Vec<_> = planned.iter().map(|planned| unread(members(planned, run.adapters))).collect();
+        spent.time(&spent.check, || self.check(planned, &own))?;
         let job = |i: usize| Job {
             planned: planned[i],
             members: own[i].iter().map(|(layer, scale)| (layer, *scale)).collect(),
@@ -544,14 +544,16 @@ impl Merging<'_> {
         Ok(kept)
     }
 
-    /// Refuses NaN and infinity in what any adapter has of these layers.
-    fn check(&self, planned: &[&PlannedLayer]) -> Result<()> {
+    /// Refuses NaN and infinity in what any adapter has of these layers. `own`: the members', which keep what is read.
+    fn check(&self, planned: &[&PlannedLayer], own: &[Vec<(Layer, f64)>]) -> Result<()> {
         use rayon::prelude::*;
-        planned.par_iter().try_for_each(|planned| {
-            let mut of = planned.members.iter().chain(&planned.silent);
-            of.try_for_each(|&i| {
-                let adapter: &Adapter = self.run.adapters[i].adapter;
-                adapter.layer(&planned.key).map_or(Ok(()), |layer| adapter.check_layer(layer))
+        let adapter = |i: usize| self.run.adapters[i].adapter;
+        planned.par_iter().zip(own).try_for_each(|(planned, own)| {
+            let mut members = planned.members.iter().zip(own);
+            members.try_for_each(|(&i, (layer, _))| adapter(i).check_layer(layer))?;
+            planned.silent.iter().try_for_each(|&i| match adapter(i).layer(&planned.key) {
+                Some(layer) => adapter(i).check_layer(&layer.unread()),
+                None => Ok(()),
             })
         })
     }

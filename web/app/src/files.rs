@@ -102,6 +102,8 @@ struct Ahead {
     start: u64,
     /// Where the last read ended.
     end: u64,
+    /// Reads until then that began where the one before ended, or a little behind.
+    in_a_row: usize,
 }
 
 impl Ahead {
@@ -119,15 +121,16 @@ impl ReadAt for Chosen {
 
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
         let (mut ahead, len) = (lock(&self.ahead), buffer.len());
-        // A little that is left out does not matter.
-        let in_a_row = (ahead.end..ahead.end + AHEAD as u64).contains(&offset);
+        let follows = (ahead.end..ahead.end + AHEAD as u64).contains(&offset);
+        ahead.in_a_row = if follows { ahead.in_a_row + 1 } else { 0 };
         ahead.end = offset + len as u64;
         if let Some(bytes) = ahead.get(offset, len) {
             buffer.copy_from_slice(bytes);
             return Ok(());
         }
         let rest = self.size.saturating_sub(offset);
-        if !in_a_row || len >= AHEAD || rest < len as u64 {
+        // The two factors of a layer follow each other, wherever the next layer is.
+        if ahead.in_a_row < 2 || len >= AHEAD || rest < len as u64 {
             return self.read(buffer, offset);
         }
         let mut bytes = std::mem::take(&mut ahead.bytes);
