@@ -18,6 +18,9 @@ const WINDOW: usize = 32 << 20;
 /// megabyte.
 const AHEAD: usize = 4 << 20;
 
+/// Bytes that may lie between two reads in a row: tensors as small as an alpha.
+const GAP: u64 = 4 << 10;
+
 thread_local! {
     // What is JavaScript's stays on its thread; the library knows it by its number.
     static CHOSEN: RefCell<Vec<Option<(Blob, FileReaderSync)>>> = const { RefCell::new(Vec::new()) };
@@ -121,7 +124,7 @@ impl ReadAt for Chosen {
 
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
         let (mut ahead, len) = (lock(&self.ahead), buffer.len());
-        let follows = (ahead.end..ahead.end + AHEAD as u64).contains(&offset);
+        let follows = (ahead.end..=ahead.end + GAP).contains(&offset);
         ahead.in_a_row = if follows { ahead.in_a_row + 1 } else { 0 };
         ahead.end = offset + len as u64;
         if let Some(bytes) = ahead.get(offset, len) {
