@@ -130,7 +130,7 @@ impl Ledger {
 
     /// Writes an entry down, on disk.
     pub fn add(&mut self, entry: Entry) -> loraweld::Result<()> {
-        if let Some(file) = &mut self.file {
+        if let Some(mut file) = self.file.as_ref() {
             let line =
                 serde_json::to_string(&entry).map_err(|e| Error::file(&self.path, e.to_string()))? + "\n";
             let wrote = file.write_all(line.as_bytes()).and_then(|()| file.sync_data());
