@@ -112,15 +112,18 @@ fn compare(got: &Layer, want: &Layer, truncated: bool, bound: f64) -> Result<f64
     // What is cut off where singular values are alike is a matter of chance.
     let (s, t) = (mine.singular_values(), theirs.singular_values());
     let (most, last) = (t.first().copied().unwrap_or(0.0), significant_last(&t));
-    let near = |i: usize| {
+    let apart = |i: usize| {
         let of = |values: &[f64]| values.get(i).copied().unwrap_or(0.0);
-        (of(&s) - of(&t)).abs() <= bound * most + rounding
+        (of(&s) - of(&t)).abs()
     };
-    let alike = (0..s.len().max(t.len())).all(near);
+    let places = 0..s.len().max(t.len());
+    let alike = places.clone().all(|i| apart(i) <= bound * most + rounding);
     let largest = difference.singular_values().first().copied().unwrap_or(f64::NAN);
     let may_differ = truncated || got.rank < got.input.min(got.output);
     if may_differ && alike && largest <= 2.0 * last + bound * most + rounding {
-        return Ok(relative);
+        // Then singular values tell how far it is off.
+        let worst = places.map(apart).fold(0.0, f64::max);
+        return Ok(worst / most.max(f64::MIN_POSITIVE));
     }
     fail(format!(
         "the merge is {relative:.1e} off what the CPU finds in f64, relative to the update's norm of {norm:.3e}; at most \

@@ -71,7 +71,8 @@ fn stage_z(job: Job, columns: Columns, first_token: u32) -> vec4<f32> {
         for (var i = 0u; i < QUADS; i++) {
             most = max(most, exponents(bitcast<vec4<u32>>(z[i * 4u + row])));
         }
-        let scale = scale_of_row(most, 8u);
+        // At most 2^112: what undoes it must be normal, B_cat's scale included.
+        let scale = min(scale_of_row(most, 8u), 5.192296858534828e33);
         for (var i = 0u; i < QUADS; i++) {
             let place = (slot + row * 4u) * STRIDE + lane % 8u + i * 8u;
             let parts = split(z[i * 4u + row] * scale);
