@@ -433,7 +433,8 @@ const tests = {
   async "two files of FLUX's shape are merged"(browser) {
     // FLUX=LAYERS takes some of them, and methods that take longer.
     const files = [1, 2].map((seed) => join(folder, `flux${seed}.safetensors`));
-    const modules = flux().slice(0, Number(process.env.FLUX ?? Infinity));
+    // By name, as files are written.
+    const modules = flux().slice(0, Number(process.env.FLUX ?? Infinity)).sort(([x], [y]) => (x < y ? -1 : 1));
     files.forEach((path, i) => writeFileSync(path, makeLora(modules, 32, i + 1)));
     const more = process.env.FLUX === undefined ? [] : [["cpu", "np-lora"], ["cpu", "svd", "--rank", "32"]];
     for (const [device, ...method] of [["cpu", "linear"], ...more]) {
