@@ -95,6 +95,7 @@ pub(super) fn read(
     }
     let scales = Scales::new(path, file.metadata(), config, options.alpha)?;
     let (groups, mut notes) = groups(file, options)?;
+    scales.check_work(path, groups.len())?;
     if let Some((path, key)) = &scales.dora
         && !groups.values().any(|g| g.has(Part::Magnitude) || g.has(Part::DoraScale))
     {

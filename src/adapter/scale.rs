@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::path::{Path, PathBuf};
 
-use regex_lite::Regex;
+use regex_lite::{Regex, RegexBuilder};
 use serde_json::{Map, Value};
 
 use super::keys::LayerKey;
@@ -86,10 +86,20 @@ struct Pattern {
     regex: Regex,
 }
 
+/// Patterns of a configuration, and how many of them may be held against how many modules; there are about as many as
+/// modules at most.
+const MAX_PATTERNS: usize = 1 << 13;
+const MAX_MATCHES: usize = 1 << 22;
+/// Bytes that a pattern may take when it is compiled.
+const MAX_PATTERN: usize = 1 << 17;
+/// Components that a configuration may tell apart.
+const MAX_COMPONENTS: usize = 64;
+
 impl Pattern {
     /// As PEFT has it: `^` in front asks for the whole name.
     fn new(text: &str) -> Result<Self, regex_lite::Error> {
-        let regex = Regex::new(&format!("^(?:.*\\.)?(?:{text})$"))?;
+        let mut regex = RegexBuilder::new(&format!("^(?:.*\\.)?(?:{text})$"));
+        let regex = regex.size_limit(MAX_PATTERN).build()?;
         Ok(Self { text: text.trim_start_matches('^').trim_end_matches('$').replace("\\.", "."), regex })
     }
 }
@@ -136,6 +146,26 @@ impl Scales {
             flat = flat.or(number(key)?);
         }
         Ok(Self { metadata: in_header, config, flat, told, dora })
+    }
+
+    /// Fails if there are more patterns than could be held against so many modules in reasonable time.
+    pub fn check_work(&self, path: &Path, modules: usize) -> Result<()> {
+        let patterns: usize = self
+            .metadata
+            .iter()
+            .chain(&self.config)
+            .map(|config| config.alpha_pattern.len() + config.rank_pattern.len())
+            .sum();
+        if patterns <= MAX_PATTERNS && patterns.saturating_mul(modules) <= MAX_MATCHES {
+            return Ok(());
+        }
+        Err(Error::file(
+            path,
+            format!(
+                "its configuration holds {patterns} patterns for {modules} modules; at most {MAX_PATTERNS} are allowed, \
+                 and {MAX_MATCHES} times a pattern and a module"
+            ),
+        ))
     }
 
     /// The scale of one layer. An alpha tensor is always divided by the rank: LyCORIS, the one writer of both
@@ -216,7 +246,11 @@ fn configs(
     let mut configs: Vec<LoraConfig> = Vec::new();
     for (key, value) in &fields {
         let (component, field) = key.rsplit_once('.').unwrap_or(("", key));
-        let i = configs.iter().position(|c| c.component == component).unwrap_or_else(|| {
+        let found = configs.iter().position(|c| c.component == component);
+        if found.is_none() && configs.len() == MAX_COMPONENTS {
+            return Err(fail(format!("{what} configures more than {MAX_COMPONENTS} components")));
+        }
+        let i = found.unwrap_or_else(|| {
             let component = component.to_owned();
             configs.push(LoraConfig {
                 component,
@@ -238,7 +272,14 @@ fn configs(
             "r" if !value.is_null() => config.rank = Some(value.as_f64().ok_or_else(wrong)?),
             "alpha_pattern" | "rank_pattern" if !value.is_null() => {
                 let mut patterns = Vec::new();
-                for (pattern, value) in value.as_object().ok_or_else(wrong)? {
+                let all = value.as_object().ok_or_else(wrong)?;
+                if all.len() > MAX_PATTERNS {
+                    let found = all.len();
+                    return Err(fail(format!(
+                        "{what}: `{key}` holds {found} patterns, and at most {MAX_PATTERNS} are allowed"
+                    )));
+                }
+                for (pattern, value) in all {
                     let regex = Pattern::new(pattern).map_err(|e| {
                         fail(format!(
                             "{what}: `{key}` holds `{pattern}`, which is no regular expression: {e}"

@@ -16,6 +16,8 @@ const KIND: &str = "loraweld.kind";
 const VERSION: &str = "loraweld.version";
 const POOL: &str = "loraweld.pool";
 const NEUTRAL: &str = "loraweld.neutral";
+/// Layers times tasks. It bounds what a file may ask for; pools are far below.
+const MAX_SUMS: usize = 1 << 20;
 
 /// A task as the metadata has it.
 #[derive(Serialize, Deserialize)]
@@ -141,6 +143,14 @@ impl Calibration {
         }
 
         let names: BTreeSet<&String> = records.iter().flat_map(|r| r.layers.keys()).collect();
+        if names.len().saturating_mul(records.len()) > MAX_SUMS {
+            let text = format!(
+                "{} layers of {} tasks are more than the {MAX_SUMS} sums that are allowed",
+                names.len(),
+                records.len()
+            );
+            return Err(bad(POOL, &text));
+        }
         let mut layers = BTreeMap::new();
         let mut sums = BTreeMap::new();
         let mut known = 0;
@@ -191,12 +201,14 @@ impl Calibration {
             layers.insert(key, Blocks { ranks });
         }
         if known != file.tensors().count() {
-            let expected = |name: &str| {
-                layers
-                    .keys()
-                    .any(|key| (0..=records.len()).any(|slot| tensor_name(key, slot, records.len()) == name))
-            };
-            let extra = file.tensors().map(|t| t.name).find(|name| !expected(name)).unwrap_or_default();
+            let slots = 0..=records.len();
+            let expected: BTreeSet<String> = layers
+                .keys()
+                .flat_map(|key| slots.clone().map(move |slot| (key, slot)))
+                .map(|(key, slot)| tensor_name(key, slot, records.len()))
+                .collect();
+            let extra = file.tensors().map(|t| t.name).find(|name| !expected.contains(*name));
+            let extra = extra.unwrap_or_default();
             return Err(Error::tensor(
                 path,
                 extra,

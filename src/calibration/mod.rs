@@ -722,7 +722,8 @@ impl Calibration {
     }
 
     fn nearest(&self, key: &LayerKey) -> String {
-        let names = self.pool.iter().flat_map(|pool| pool.widths.keys());
+        // A hint is worth no more than this.
+        let names = self.pool.iter().flat_map(|pool| pool.widths.keys()).take(10_000);
         let mut names: Vec<_> = names.map(|name| (distance(key.as_str(), name.as_str()), name)).collect();
         names.sort();
         names.iter().take(3).map(|(_, name)| format!("`{name}`")).collect::<Vec<_>>().join(", ")
@@ -834,13 +835,14 @@ impl<'a> Inputs<'a> {
     }
 }
 
-/// Levenshtein's distance of two names.
+/// Levenshtein's distance of two names, as far as they are of the usual length.
 fn distance(x: &str, y: &str) -> usize {
+    let [x, y] = [x, y].map(|name| &name.as_bytes()[..name.len().min(128)]);
     let mut row: Vec<usize> = (0..=y.len()).collect();
-    for (i, a) in x.bytes().enumerate() {
+    for (i, a) in x.iter().enumerate() {
         let mut diagonal = i;
         row[0] = i + 1;
-        for (j, b) in y.bytes().enumerate() {
+        for (j, b) in y.iter().enumerate() {
             let change = diagonal + usize::from(a != b);
             diagonal = row[j + 1];
             row[j + 1] = change.min(diagonal + 1).min(row[j] + 1);

@@ -4,6 +4,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use serde::Deserialize;
+use serde_json::value::RawValue;
+
 use super::quantised::{Values, foreign};
 use crate::adapter::{Inventory, Part, Weight};
 use crate::io::disk;
@@ -357,28 +360,35 @@ fn refuse_shard(path: &Path) -> Result<()> {
     Ok(())
 }
 
+/// What is read of an index. Texts stay what they are until they are looked at: they may be anything.
+#[derive(Deserialize)]
+struct Index<'a> {
+    #[serde(borrow)]
+    weight_map: Option<BTreeMap<String, &'a RawValue>>,
+}
+
 /// The files that an index names.
 fn shards_of(index: &Path) -> Result<Vec<PathBuf>> {
     let text = disk::read_to_string(index).map_err(|e| Error::io(index, "read", e))?;
     let fail = |reason: String| Error::file(index, reason);
-    let json: serde_json::Value =
+    let Index { weight_map } =
         serde_json::from_str(&text).map_err(|e| fail(format!("is not the JSON of an index: {e}")))?;
-    let map = json
-        .get("weight_map")
-        .and_then(|map| map.as_object())
+    let map = weight_map
         .filter(|map| !map.is_empty())
         .ok_or_else(|| fail("holds no `weight_map`, which says where each tensor is".to_owned()))?;
     let folder = index.parent().unwrap_or(Path::new(""));
-    let mut files: BTreeMap<&str, BTreeSet<&str>> = BTreeMap::new();
-    for (tensor, file) in map {
-        let file = file.as_str().filter(|file| !file.is_empty() && !file.contains(['/', '\\'])).ok_or_else(
-            || fail(format!("says that `{tensor}` is in {file}; the name of a file beside it is needed")),
-        )?;
+    let mut files: BTreeMap<String, BTreeSet<&str>> = BTreeMap::new();
+    for (tensor, said) in &map {
+        let file = serde_json::from_str::<String>(said.get()).ok();
+        let file = file.filter(|file| !file.is_empty() && !file.contains(['/', '\\'])).ok_or_else(|| {
+            let said: String = said.get().chars().take(80).collect();
+            fail(format!("says that `{tensor}` is in {said}; the name of a file beside it is needed"))
+        })?;
         files.entry(file).or_default().insert(tensor);
     }
     let mut paths = Vec::with_capacity(files.len());
     for (name, tensors) in files {
-        let path = folder.join(name);
+        let path = folder.join(&name);
         if !path.exists() {
             return Err(fail(format!(
                 "names the shard `{name}`, which is missing; download it as well, there are {} tensors in it",

@@ -131,6 +131,8 @@ impl AtomicFolder {
     pub fn commit(self, path: &Path) -> Result<()> {
         let Self { target, temp, listed: _listed, .. } = self;
         free_folder(path)?;
+        // What the folders say of their files has to last before the name does.
+        disk::sync_folders(temp.path());
         disk::rename(temp.path(), &target).map_err(|e| write_error(path, e))?;
         // It is not there any more, and so there is nothing to be removed.
         let _ = temp.keep();

@@ -300,16 +300,28 @@ fn is_local(magic: u32) -> bool {
     !REMOTE.contains(&magic)
 }
 
+/// Bytes of what is read as a whole: configurations, indices, schedules, pipelines.
+#[cfg(not(target_arch = "wasm32"))]
+const MAX_WHOLE: u64 = 100_000_000;
+
 /// The whole of a small file.
 #[cfg(not(target_arch = "wasm32"))]
 pub(crate) fn read(path: &Path) -> io::Result<Vec<u8>> {
     let file = File::open(path)?;
+    let too_long = || {
+        let reason = format!("it is longer than the {MAX_WHOLE} bytes that are allowed");
+        io::Error::new(io::ErrorKind::FileTooLarge, reason)
+    };
+    let mut bytes = Vec::new();
     // What is no regular file has no length to be relied on.
     if !file.file.metadata()?.is_file() {
-        return fs::read(path);
+        let read = io::Read::read_to_end(&mut io::Read::take(&file.file, MAX_WHOLE + 1), &mut bytes)?;
+        return if read as u64 > MAX_WHOLE { Err(too_long()) } else { Ok(bytes) };
     }
     let (size, _) = file.state()?;
-    let mut bytes = Vec::new();
+    if size > MAX_WHOLE {
+        return Err(too_long());
+    }
     let size = usize::try_from(size).map_err(|_| io::ErrorKind::OutOfMemory)?;
     bytes.try_reserve_exact(size)?;
     bytes.resize(size, 0);
@@ -357,6 +369,7 @@ pub(crate) fn copy(from: &Path, to: &Path) -> io::Result<u64> {
     asked(Call::Open, from)?;
     asked(Call::Create, to)?;
     let bytes = fs::copy(from, to)?;
+    asked(Call::Sync, to)?;
     // Elsewhere, that takes a file that is open for writing, which a copy of a protected one cannot be.
     #[cfg(unix)]
     fs::File::open(to)?.sync_all()?;
@@ -383,6 +396,16 @@ pub(crate) fn sync_folder(path: &Path) {
     {
         let _ = folder.sync_all();
     }
+}
+
+/// The same of a folder and all folders in it, the innermost first.
+pub(crate) fn sync_folders(path: &Path) {
+    for entry in fs::read_dir(path).into_iter().flatten().flatten() {
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            sync_folders(&entry.path());
+        }
+    }
+    sync_folder(path);
 }
 
 /// Removes a file, or a folder with all that is in it.

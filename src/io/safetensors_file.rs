@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
 pub use safetensors::Dtype as FileDtype;
-use serde::de::{Deserializer, MapAccess, Visitor};
+use serde::de::{Deserializer, Error as _, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Serialize};
 
 use super::source::ReadAt;
@@ -21,6 +21,15 @@ use crate::{Error, Result};
 
 /// The limit of the reference implementation; a longer header means that this is another kind of file.
 const MAX_HEADER: u64 = 100_000_000;
+// What follows bounds the memory and time that a header may ask for; real files are far below.
+/// Tensors in a file.
+pub(crate) const MAX_TENSORS: usize = 1 << 18;
+/// Bytes in the name of a tensor.
+pub(crate) const MAX_NAME: usize = 1024;
+/// Dimensions of a tensor.
+const MAX_DIMENSIONS: usize = 64;
+/// Bytes of names and texts in the metadata, and how many there are.
+const MAX_METADATA: (usize, usize) = (64 << 20, 1 << 16);
 
 /// An open safetensors file. Cloning shares it.
 #[derive(Clone)]
@@ -48,6 +57,7 @@ struct Entry {
 #[derive(Serialize, Deserialize)]
 struct TensorInfo {
     dtype: FileDtype,
+    #[serde(deserialize_with = "shape")]
     shape: Vec<usize>,
     data_offsets: (u64, u64),
 }
@@ -211,7 +221,7 @@ impl SafetensorsFile {
             let info = TensorInfo { dtype: *dtype, shape: shape.clone(), data_offsets };
             json += &format!(",{}:{}", serde_json::to_string(name)?, serde_json::to_string(&info)?);
         }
-        Ok((framed(json), start))
+        Ok((framed(json)?, start))
     }
 
     /// Where a tensor of this file is in it.
@@ -353,16 +363,95 @@ impl<'de> Deserialize<'de> for Header {
                 let mut header = Header { metadata: BTreeMap::new(), tensors: Vec::new() };
                 while let Some(key) = map.next_key::<String>()? {
                     if key == "__metadata__" {
-                        header.metadata = map.next_value::<Option<_>>()?.unwrap_or_default();
-                    } else {
-                        header.tensors.push((key, map.next_value()?));
+                        header.metadata = map.next_value::<Option<Metadata>>()?.unwrap_or_default().0;
+                        continue;
                     }
+                    if let Some(reason) = too_many(header.tensors.len() + 1).or_else(|| too_long(&key)) {
+                        return Err(A::Error::custom(reason));
+                    }
+                    header.tensors.push((key, map.next_value()?));
                 }
                 Ok(header)
             }
         }
         deserializer.deserialize_map(HeaderVisitor)
     }
+}
+
+/// The `__metadata__` of a header.
+#[derive(Default)]
+struct Metadata(BTreeMap<String, String>);
+
+impl<'de> Deserialize<'de> for Metadata {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct MetadataVisitor;
+        impl<'de> Visitor<'de> for MetadataVisitor {
+            type Value = Metadata;
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object of texts")
+            }
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Metadata, A::Error> {
+                let (mut all, mut bytes) = (BTreeMap::new(), 0);
+                while let Some((key, text)) = map.next_entry::<String, String>()? {
+                    bytes += key.len() + text.len();
+                    all.insert(key, text);
+                    if let Some(reason) = too_much(all.len(), bytes) {
+                        return Err(A::Error::custom(reason));
+                    }
+                }
+                Ok(Metadata(all))
+            }
+        }
+        deserializer.deserialize_map(MetadataVisitor)
+    }
+}
+
+/// Dimensions of a tensor.
+fn shape<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<usize>, D::Error> {
+    struct ShapeVisitor;
+    impl<'de> Visitor<'de> for ShapeVisitor {
+        type Value = Vec<usize>;
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("an array of dimensions")
+        }
+        fn visit_seq<A: SeqAccess<'de>>(self, mut all: A) -> Result<Vec<usize>, A::Error> {
+            let mut shape = Vec::new();
+            while let Some(dimension) = all.next_element()? {
+                if shape.len() == MAX_DIMENSIONS {
+                    return Err(A::Error::custom(format!(
+                        "a shape of more than {MAX_DIMENSIONS} dimensions"
+                    )));
+                }
+                shape.push(dimension);
+            }
+            Ok(shape)
+        }
+    }
+    deserializer.deserialize_seq(ShapeVisitor)
+}
+
+/// Why a file may not hold so many tensors.
+fn too_many(tensors: usize) -> Option<String> {
+    (tensors > MAX_TENSORS)
+        .then(|| format!("more than {MAX_TENSORS} tensors, which is the most that is allowed"))
+}
+
+/// Why metadata may not hold so many texts, of so many bytes.
+fn too_much(texts: usize, bytes: usize) -> Option<String> {
+    let (most_bytes, most) = MAX_METADATA;
+    (bytes > most_bytes || texts > most)
+        .then(|| format!("`__metadata__` holds more than {most} texts, or more than {most_bytes} bytes"))
+}
+
+/// Why a tensor may not have a name.
+fn too_long(name: &str) -> Option<String> {
+    (name.len() > MAX_NAME).then(|| {
+        let start: String = name.chars().take(60).collect();
+        format!(
+            "the name of a tensor, `{start}...`, is {} bytes long, and at most {MAX_NAME} are allowed",
+            name.len()
+        )
+    })
 }
 
 /// Writes a tensor's bytes, as many as its shape asks for, and the same every time.
@@ -393,6 +482,14 @@ impl Layout {
     /// implementation does, and puts them in that order.
     pub fn new(metadata: &BTreeMap<String, String>, tensors: &mut [TensorOut<'_>]) -> io::Result<Self> {
         TensorOut::sort(tensors);
+        // What is written can be read again.
+        let texts = metadata.iter().map(|(key, text)| key.len() + text.len()).sum();
+        let refused = too_many(tensors.len())
+            .or_else(|| tensors.iter().find_map(|t| too_long(&t.name)))
+            .or_else(|| too_much(metadata.len(), texts));
+        if let Some(reason) = refused {
+            return Err(io::Error::other(reason));
+        }
         let mut names = BTreeSet::new();
         let mut json = format!("{{\"__metadata__\":{}", serde_json::to_string(metadata)?);
         let mut places = Vec::with_capacity(tensors.len());
@@ -408,7 +505,7 @@ impl Layout {
             places.push(offset..offset + size as u64);
             offset += size as u64;
         }
-        let header = framed(json);
+        let header = framed(json)?;
         let start = header.len() as u64;
         for place in &mut places {
             *place = place.start + start..place.end + start;
@@ -424,12 +521,17 @@ impl Layout {
 
 /// What a file starts with: the length of the header, which is all but closed, and the header, filled up so that what
 /// follows is aligned.
-fn framed(mut json: String) -> Vec<u8> {
+fn framed(mut json: String) -> io::Result<Vec<u8>> {
     json.push('}');
     while !json.len().is_multiple_of(8) {
         json.push(' ');
     }
-    [&(json.len() as u64).to_le_bytes()[..], json.as_bytes()].concat()
+    let length = json.len() as u64;
+    if length > MAX_HEADER {
+        let reason = format!("its header would be {length} bytes long, and at most {MAX_HEADER} are allowed");
+        return Err(io::Error::other(reason));
+    }
+    Ok([&length.to_le_bytes()[..], json.as_bytes()].concat())
 }
 
 /// Streams a safetensors file.

@@ -18,6 +18,7 @@ mod field;
 mod fusion;
 mod hostile;
 mod known_issues;
+mod load;
 mod memory;
 mod np_lora;
 mod ops;

@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 
 use super::Call;
 use super::faults::{Outcome, with};
@@ -320,6 +320,48 @@ fn the_nth_call_of_a_batch_fails() {
         assert!(must_succeed || failed > 0, "{fault}: nothing failed");
     }
     assert!(world.files("in") == inputs, "inputs were changed");
+}
+
+/// A machine that loses its power after a rename has the whole file, or all files of the folder.
+#[test]
+fn outputs_are_on_disk_before_they_have_their_names() {
+    let world = World::new();
+    for command in COMMANDS {
+        world.clear();
+        let calls = Arc::new(Mutex::new(Vec::new()));
+        let record = calls.clone();
+        let outcome = move |_, of, path: &Path| {
+            record.lock().unwrap().push((of, path.to_owned()));
+            Outcome::Made
+        };
+        let (result, _) = with(world.0.path(), outcome, || world.run(command));
+        result.unwrap_or_else(|e| panic!("{command}: {}", e.message));
+        let (calls, out) = (calls.lock().unwrap(), world.path("out"));
+        let named = calls.iter().rposition(|(of, _)| *of == Call::Rename).unwrap();
+        let (before, after) = calls.split_at(named);
+        let changes = |(of, path): &(Call, PathBuf)| {
+            matches!(of, Call::Write | Call::Create) && path.starts_with(&out) && *path != out
+        };
+        let is_folder = calls[named].1.is_dir();
+        let mut left: BTreeMap<&Path, usize> = BTreeMap::new();
+        for (i, (_, path)) in before.iter().enumerate().filter(|(_, call)| changes(call)) {
+            left.insert(path, i);
+        }
+        // A file may have been written twice, and then it is the second that counts.
+        let last = left.values().copied().max().unwrap();
+        left.retain(|_, i| is_folder || *i == last);
+        assert!(left.len() > usize::from(is_folder), "{command}: {left:?}");
+        let is_synced = |calls: &[(Call, PathBuf)], at: &Path| {
+            calls.iter().any(|(of, path)| *of == Call::Sync && path == at)
+        };
+        for (path, i) in &left {
+            assert!(is_synced(&before[*i..], path), "{command}: {} is not on disk", path.display());
+            let folder = path.parent().unwrap();
+            let is_inside = is_folder && folder != out;
+            assert!(!is_inside || is_synced(&before[*i..], folder), "{command}: {}", folder.display());
+        }
+        assert!(is_synced(after, &out), "{command}: the name is not on disk");
+    }
 }
 
 #[test]
