@@ -11,7 +11,7 @@ cd "$(dirname "$0")/.."
 minutes=${1:-60}
 shift || true
 targets=("$@")
-[ ${#targets[@]} -gt 0 ] || targets=(header keys metadata adapter calibration index)
+[ ${#targets[@]} -gt 0 ] || targets=(header keys metadata adapter calibration index calls jobs)
 
 command -v cargo-fuzz >/dev/null || cargo install --locked cargo-fuzz
 for target in "${targets[@]}"; do

@@ -8,7 +8,6 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use assert_cmd::cargo::cargo_bin;
 use loraweld::merge::{METHODS, Needs, Options, VERIFIED, method, verify};
 use loraweld::{
     Adapter, Calibration, Control, Destination, Device, Dtype, Format, Layer, Matrix, Method, RawMatrix,
@@ -94,7 +93,7 @@ const COMMANDS: [&str; 9] = [
 ];
 
 fn program(folder: &Path, line: &str) -> Command {
-    let mut command = Command::new(cargo_bin!("loraweld"));
+    let mut command = Command::new(crate::common::program());
     command.current_dir(folder).args(line.split(' ')).args(["--device", "cpu", "-q"]);
     command.env_remove("RUST_LOG").stdout(Stdio::null()).stderr(Stdio::piped());
     command
@@ -153,6 +152,8 @@ fn killed_commands_leave_nothing_half_written() {
         if old {
             fs::write(&target, "old").unwrap();
         }
+        // What an earlier kill has left stays until a run gets as far as cleaning up.
+        let older = files(&out);
         let mut child = program(root, line).stderr(Stdio::null()).spawn().unwrap();
         std::thread::sleep(time.mul_f64(random.uniform() * 1.1));
         let _ = Command::new("kill").args([signal, &child.id().to_string()]).stderr(Stdio::null()).status();
@@ -160,7 +161,8 @@ fn killed_commands_leave_nothing_half_written() {
         let case = format!("{line}, {signal}, kill {kill}, {status}");
         ended += u64::from(!status.success());
         let mut now = files(&out);
-        let temporary = now.keys().filter(|path| is_temporary(path)).count();
+        let is_new = |path: &&PathBuf| is_temporary(path) && !older.contains_key(*path);
+        let temporary = now.keys().filter(is_new).count();
         left += temporary;
         now.retain(|path, _| !is_temporary(path));
         let kept = if old { BTreeMap::from([(target.clone(), b"old".to_vec())]) } else { BTreeMap::new() };
@@ -193,7 +195,7 @@ fn programs_side_by_side_do_not_disturb_each_other() {
     fs::create_dir(root.join("out")).unwrap();
     let device = if gpus().is_empty() { "cpu" } else { "gpu" };
     let start = |i: usize| {
-        let mut command = Command::new(cargo_bin!("loraweld"));
+        let mut command = Command::new(crate::common::program());
         let name = if i < 2 { "same".to_owned() } else { format!("own{i}") };
         let line = format!(
             "merge svd in/a.safetensors in/b.safetensors --rank 5 --force -q -o out/{name} --device {device}"
@@ -210,6 +212,45 @@ fn programs_side_by_side_do_not_disturb_each_other() {
     assert_eq!(written.len(), 3, "{:?}", written.keys());
     let first = written.values().next();
     assert!(written.values().all(|bytes| Some(bytes) == first), "the merges differ");
+}
+
+/// Devices that are open at once, each of which computes: drivers have limits that none of them tells.
+#[test]
+fn many_devices_at_once_are_right_or_refused() {
+    if gpus().is_empty() {
+        return;
+    }
+    let count = asked("LORAWELD_SOAK_DEVICES").unwrap_or(3);
+    let mut random = Random(5);
+    let adapters = adapters(&mut random);
+    let weighted: Vec<_> = adapters.iter().map(|adapter| adapter.at(0.5)).collect();
+    let method = method("svd", [("rank".to_owned(), 3.into())].into_iter().collect(), None).unwrap();
+    let options = SaveOptions::default();
+    let (mut devices, mut refused) = (Vec::new(), 0);
+    for i in 0..count {
+        let select = loraweld::Select::Gpu;
+        let device = match Device::open(&loraweld::DeviceOptions { select, ..Default::default() }) {
+            Ok(device) => device,
+            Err(error) => {
+                assert!(i > 0 && matches!(error, loraweld::Error::Device(_)), "device {i}: {error}");
+                refused += 1;
+                continue;
+            }
+        };
+        match method.merge_any(&device, &weighted, Control::default()) {
+            Ok(merged) => {
+                let none = Truncation::default();
+                verify(&*method, &weighted, &merged.adapter, none, &options, 6, &Control::default())
+                    .unwrap_or_else(|e| panic!("device {i}: {e}"));
+            }
+            Err(error) => {
+                assert!(i > 0 && matches!(error, loraweld::Error::Device(_)), "device {i}: {error}");
+                refused += 1;
+            }
+        }
+        devices.push(device);
+    }
+    eprintln!("{} devices were open at once, {refused} of {count} were refused or failed", devices.len());
 }
 
 /// A few adapters with layers in common, of any small shape, rank, scale and type.

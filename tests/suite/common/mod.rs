@@ -11,6 +11,12 @@ use loraweld::compute::{Device, DeviceOptions, Disable, Precision, Select};
 /// Set to accept that there is no adapter, and so that no GPU path is tested.
 pub const ALLOW_NO_GPU: &str = "LORAWELD_ALLOW_NO_GPU";
 
+/// The command: the one that was built with the tests, or another one that `LORAWELD` names.
+pub fn program() -> std::path::PathBuf {
+    let other = std::env::var_os("LORAWELD").map(std::path::PathBuf::from);
+    other.unwrap_or_else(|| assert_cmd::cargo::cargo_bin!("loraweld").into())
+}
+
 /// A device and the name of its tier.
 #[derive(Clone)]
 pub struct Case {

@@ -8,8 +8,8 @@ use std::sync::Mutex;
 use arbitrary::{Result, Unstructured};
 use loraweld::merge::verify;
 use loraweld::{
-    Adapter, Bake, BakeOptions, Calibration, Checkpoint, Control, Device, Dtype, Format, Linear, Matrix,
-    Method, OpenOptions, SaveOptions, SvdMerge, Truncation, Unnamed, WriteAt,
+    Adapter, Bake, BakeOptions, Calibration, Checkpoint, Control, Device, Dtype, Format, LayerKey, Linear,
+    Matrix, Method, OpenOptions, SaveOptions, SvdMerge, Truncation, Unnamed, WriteAt,
 };
 use serde_json::{Map, Value, json};
 
@@ -214,6 +214,65 @@ fn saved(adapter: &Adapter, options: &SaveOptions) -> loraweld::Result<Vec<u8>> 
     let sink = Memory::default();
     adapter.save_to("saved", &sink, options, Control::default())?;
     Ok(sink.0.into_inner().expect("no panics"))
+}
+
+/// Any bytes for a file: the header of safetensors, shapes, and whatever kind of adapter its tensors make.
+pub fn header(data: &[u8]) {
+    if let Ok(adapter) = Adapter::from_bytes("fuzz", data.to_vec()) {
+        let _ = adapter.check_finite();
+        let _ = adapter.a_sha256();
+        for layer in adapter.layers() {
+            assert_eq!(layer.a().bytes().len(), layer.rank() * layer.input() * layer.a().dtype().size());
+            assert_eq!(layer.b().bytes().len(), layer.rank() * layer.output() * layer.b().dtype().size());
+        }
+    }
+}
+
+/// Lines for the keys of tensors: prefixes, names of families, suffixes.
+pub fn keys(text: &str) {
+    let mut header = Map::new();
+    let mut end = 0;
+    for line in text.lines().take(16) {
+        let key = LayerKey::parse(line);
+        assert_eq!(LayerKey::parse(key.as_str()), key, "{line}");
+        // A matrix that is A or B of whatever it is: 2 x 2 of f16.
+        let info = json!({ "dtype": "F16", "shape": [2, 2], "data_offsets": [end, end + 8] });
+        if header.insert(line.to_owned(), info).is_none() {
+            end += 8;
+        }
+    }
+    let bytes = File { header, data: [0, 0x3c].repeat(end / 2) }.bytes();
+    if let Ok(adapter) = Adapter::from_bytes("fuzz", bytes) {
+        for layer in adapter.layers() {
+            assert!(Format::ALL.contains(&layer.format().unwrap_or(Format::Peft)));
+            assert!(layer.matches("*") && !layer.block().is_empty());
+            assert!(layer.key().as_str() == LayerKey::parse(&layer.name()).as_str(), "{}", layer.name());
+        }
+    }
+}
+
+/// Any text for the fields of the metadata that are read.
+pub fn metadata(text: &str) {
+    const FIELDS: [&str; 8] = [
+        "lora_adapter_metadata",
+        "lora_alpha",
+        "ss_network_alpha",
+        "ss_network_args",
+        "ss_tag_frequency",
+        "ss_base_model_version",
+        "modelspec.architecture",
+        "modelspec.trigger_phrase",
+    ];
+    for field in FIELDS {
+        let mut file = File::default();
+        file.header.insert("__metadata__".into(), json!({ field: text }));
+        file.add("transformer.a.0.q.lora_A.weight", "F16", &[1, 2], vec![0x3c; 4]);
+        file.add("transformer.a.0.q.lora_B.weight", "F16", &[2, 1], vec![0x3c; 4]);
+        if let Ok(adapter) = Adapter::from_bytes("fuzz", file.bytes()) {
+            assert!(adapter.layers()[0].scale().value.is_finite());
+            let _ = Adapter::common_metadata([&adapter, &adapter]);
+        }
+    }
 }
 
 /// A whole adapter: inspected, converted, merged and read back.

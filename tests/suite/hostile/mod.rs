@@ -43,3 +43,37 @@ fn calibrations() {
 fn indices_of_shards() {
     soak(bodies::index, 200);
 }
+
+/// What the fuzzer found worth keeping, once more.
+#[test]
+fn corpora() {
+    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/corpus");
+    if !folder.exists() {
+        eprintln!("skipped: this is not the repository");
+        return;
+    }
+    type Body = fn(&[u8]);
+    let bodies: [(&str, Body); 6] = [
+        ("header", bodies::header),
+        ("keys", |data| std::str::from_utf8(data).map_or((), bodies::keys)),
+        ("metadata", |data| std::str::from_utf8(data).map_or((), bodies::metadata)),
+        ("adapter", |data| bodies::adapter(&mut Unstructured::new(data)).unwrap_or(())),
+        ("calibration", |data| bodies::calibration(&mut Unstructured::new(data)).unwrap_or(())),
+        ("index", |data| bodies::index(&mut Unstructured::new(data)).unwrap_or(())),
+    ];
+    // Miri is slow, and does not know the instructions that products take.
+    let some = if cfg!(miri) { 3 } else { bodies.len() };
+    for (name, body) in &bodies[..some] {
+        let mut done = 0;
+        for entry in std::fs::read_dir(folder.join(name)).into_iter().flatten() {
+            let path = entry.unwrap().path();
+            let is_seed = path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("seed-"));
+            if is_seed || !cfg!(miri) {
+                eprintln!("{}", path.display());
+                body(&std::fs::read(path).unwrap());
+                done += 1;
+            }
+        }
+        assert!(done > 0 || !cfg!(miri), "there is no corpus of {name}");
+    }
+}
