@@ -91,7 +91,8 @@ impl File {
         Err(io::ErrorKind::Unsupported.into())
     }
 
-    /// Another handle of it.
+    /// Another handle of it, for the command line.
+    #[cfg(feature = "cli")]
     pub fn try_clone(&self) -> io::Result<Self> {
         Ok(Self { room: self.room.clone(), next: self.next.load(Ordering::Relaxed).into() })
     }
