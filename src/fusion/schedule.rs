@@ -141,9 +141,9 @@ impl Schedule {
     /// Reads a file.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
-        let text = disk::read(path).map_err(|e| Error::io(path, "read the schedule", e))?;
+        let text = disk::read_to_string(path).map_err(|e| Error::io(path, "read the schedule", e))?;
         let bad = |reason: String| Error::file(path, reason);
-        let file: File = serde_json::from_slice(&text).map_err(|e| bad(format!("is no schedule: {e}")))?;
+        let file: File = serde_json::from_str(&text).map_err(|e| bad(format!("is no schedule: {e}")))?;
         if file.kind != KIND || file.version != VERSION {
             return Err(bad(format!(
                 "is `{}` version {}, but `{KIND}` version {VERSION} was expected",

@@ -300,27 +300,35 @@ fn is_local(magic: u32) -> bool {
     !REMOTE.contains(&magic)
 }
 
-/// Bytes of what is read as a whole: configurations, indices, schedules, pipelines.
-#[cfg(not(target_arch = "wasm32"))]
-const MAX_WHOLE: u64 = 100_000_000;
+/// Bytes of a text that is read as a whole: a configuration, an index, a schedule, a list of jobs.
+const MAX_TEXT: u64 = 100_000_000;
 
-/// The whole of a small file.
+/// The whole of a file that is the program's own.
 #[cfg(not(target_arch = "wasm32"))]
 pub(crate) fn read(path: &Path) -> io::Result<Vec<u8>> {
+    read_up_to(path, u64::MAX)
+}
+
+#[cfg(target_arch = "wasm32")]
+pub(crate) use super::atomic::read;
+
+/// The whole of a file of text, which may be anything.
+pub(crate) fn read_to_string(path: &Path) -> io::Result<String> {
+    String::from_utf8(read_up_to(path, MAX_TEXT)?).map_err(|e| io::Error::new(io::ErrorKind::InvalidData, e))
+}
+
+#[cfg(not(target_arch = "wasm32"))]
+fn read_up_to(path: &Path, most: u64) -> io::Result<Vec<u8>> {
     let file = File::open(path)?;
-    let too_long = || {
-        let reason = format!("it is longer than the {MAX_WHOLE} bytes that are allowed");
-        io::Error::new(io::ErrorKind::FileTooLarge, reason)
-    };
     let mut bytes = Vec::new();
     // What is no regular file has no length to be relied on.
     if !file.file.metadata()?.is_file() {
-        let read = io::Read::read_to_end(&mut io::Read::take(&file.file, MAX_WHOLE + 1), &mut bytes)?;
-        return if read as u64 > MAX_WHOLE { Err(too_long()) } else { Ok(bytes) };
+        io::Read::read_to_end(&mut io::Read::take(&file.file, most.saturating_add(1)), &mut bytes)?;
+        return if bytes.len() as u64 > most { Err(too_long(most)) } else { Ok(bytes) };
     }
     let (size, _) = file.state()?;
-    if size > MAX_WHOLE {
-        return Err(too_long());
+    if size > most {
+        return Err(too_long(most));
     }
     let size = usize::try_from(size).map_err(|_| io::ErrorKind::OutOfMemory)?;
     bytes.try_reserve_exact(size)?;
@@ -330,11 +338,14 @@ pub(crate) fn read(path: &Path) -> io::Result<Vec<u8>> {
 }
 
 #[cfg(target_arch = "wasm32")]
-pub(crate) use super::atomic::read;
+fn read_up_to(path: &Path, most: u64) -> io::Result<Vec<u8>> {
+    let bytes = read(path)?;
+    if bytes.len() as u64 > most { Err(too_long(most)) } else { Ok(bytes) }
+}
 
-/// The whole of a small file of text.
-pub(crate) fn read_to_string(path: &Path) -> io::Result<String> {
-    String::from_utf8(read(path)?).map_err(|e| io::Error::new(io::ErrorKind::InvalidData, e))
+fn too_long(most: u64) -> io::Error {
+    let reason = format!("it is longer than the {most} bytes that are allowed");
+    io::Error::new(io::ErrorKind::FileTooLarge, reason)
 }
 
 /// What is in a folder.
