@@ -47,10 +47,6 @@ var<workgroup> largest: array<atomic<u32>, TOKENS>;
 // In 16 bytes, so that what follows stays on them.
 var<workgroup> out_of_range: vec4<u32>;
 
-var<private> t: u32;
-var<private> subgroup: u32;
-var<private> lane: u32;
-
 // The fragment of 16 channels and of 16 rows of A_cat from `row` on.
 fn fragment(job: Job, channel: u32, row: u32) -> u32 {
     return (channel / 16u * job.columns + row) * 4u;

@@ -22,10 +22,6 @@ var<workgroup> sums: array<vec4<f32>, SUBGROUPS * OUT_LEN>;
 // What undoes the powers of two of Z's rows, and B_cat's.
 var<workgroup> inverses: array<f32, 2u * TOKENS>;
 
-var<private> t: u32;
-var<private> subgroup: u32;
-var<private> lane: u32;
-
 // The 4 threads of a row have so many vectors of it each.
 const QUADS: u32 = DEPTH / 16u;
 
@@ -47,8 +43,7 @@ fn stage_z(job: Job, first: u32, end: u32, first_token: u32, place: u32, room: u
             most = max(most, exponents(bitcast<vec4<u32>>(z[i])));
         }
     }
-    // At most 2^112: what undoes it must be normal, B_cat's scale included.
-    let scale = min(scale_of_row(most, 4u), 5.192296858534828e33);
+    let scale = min(scale_of_row(most, 4u), MOST_SCALE);
     for (var i = 0u; i < QUADS; i++) {
         let column = t % 4u * 4u + i * 16u;
         if (column < room) {

@@ -2,6 +2,8 @@
 
 enable wgpu_cooperative_matrix;
 
+#import branch/shared/meet_units
+
 // Rows 0 .. 16 and 16 .. 32, of 16 columns each.
 var<private> upper0: coop_mat16x16<f16, A>;
 var<private> upper1: coop_mat16x16<f16, A>;
@@ -11,16 +13,6 @@ var<private> lower0: coop_mat16x16<f16, A>;
 var<private> lower1: coop_mat16x16<f16, A>;
 var<private> lower2: coop_mat16x16<f16, A>;
 var<private> lower3: coop_mat16x16<f16, A>;
-
-fn locate(thread: u32, subgroup_id: u32, subgroup_lane: u32) {
-    t = thread;
-    subgroup = subgroup_id;
-    lane = subgroup_lane;
-}
-
-fn meet() {
-    subgroupBarrier();
-}
 
 // Takes Z into registers, once it is staged.
 fn hold() {

@@ -1,15 +1,7 @@
-// block_units.wgsl and block_held.wgsl without matrix units, to test on any adapter what is around them. Subgroups are
-// counted by thread, 32 each.
+// block_units.wgsl and block_held.wgsl without matrix units, to test on any adapter what is around them.
 
-fn locate(thread: u32, subgroup_id: u32, subgroup_lane: u32) {
-    t = thread;
-    subgroup = thread / 32u;
-    lane = thread % 32u;
-}
-
-fn meet() {
-    workgroupBarrier();
-}
+#import branch/shared/meet_software
+#import branch/shared/block_any
 
 fn hold() {}
 
@@ -28,19 +20,4 @@ fn multiply(job: Job, channel: u32, first: u32, end: u32, place: u32) {
         }
         sums[subgroup * OUT_LEN + row * OUT_STRIDE + e % quads] = sum;
     }
-}
-
-// The first of two branches, columns `first` .. `end` of B_cat.
-fn multiply_first(job: Job, channel: u32, first: u32, end: u32) {
-    multiply(job, channel, first, end, 0u);
-}
-
-// The second, whose Z is from column `place` on.
-fn multiply_second(job: Job, channel: u32, first: u32, end: u32, place: u32) {
-    multiply(job, channel, first, end, place);
-}
-
-// All columns.
-fn multiply_all(job: Job, channel: u32) {
-    multiply(job, channel, 0u, job.columns, 0u);
 }

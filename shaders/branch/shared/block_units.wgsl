@@ -2,16 +2,8 @@
 
 enable wgpu_cooperative_matrix;
 
-fn locate(thread: u32, subgroup_id: u32, subgroup_lane: u32) {
-    t = thread;
-    subgroup = subgroup_id;
-    lane = subgroup_lane;
-}
-
-// Between what lanes of a subgroup write and what others of it read.
-fn meet() {
-    subgroupBarrier();
-}
+#import branch/shared/meet_units
+#import branch/shared/block_any
 
 // There is nothing to hold: Z is read where it is needed.
 fn hold() {}
@@ -37,19 +29,4 @@ fn multiply(job: Job, channel: u32, first: u32, end: u32, place: u32) {
     let out_stride = OUT_STRIDE;
     coopStoreT(upper, &sums[out], out_stride);
     coopStoreT(lower, &sums[out_lower], out_stride);
-}
-
-// The first of two branches, columns `first` .. `end` of B_cat.
-fn multiply_first(job: Job, channel: u32, first: u32, end: u32) {
-    multiply(job, channel, first, end, 0u);
-}
-
-// The second, whose Z is from column `place` on.
-fn multiply_second(job: Job, channel: u32, first: u32, end: u32, place: u32) {
-    multiply(job, channel, first, end, place);
-}
-
-// All columns.
-fn multiply_all(job: Job, channel: u32) {
-    multiply(job, channel, 0u, job.columns, 0u);
 }

@@ -1,11 +1,7 @@
-// multiply_units.wgsl without matrix units, to test on any adapter what is around them. Subgroups are counted by
-// thread, 32 each: what the kernels exchange stays among 8 neighbours.
+// multiply_units.wgsl without matrix units, to test on any adapter what is around them: what the kernels exchange stays among
+// 8 neighbours.
 
-fn locate(thread: u32, subgroup_id: u32, subgroup_lane: u32) {
-    t = thread;
-    subgroup = thread / 32u;
-    lane = thread % 32u;
-}
+#import branch/shared/place_software
 
 fn multiply(count: u32) {
     for (var e = lane; e < 256u; e += 32u) {

@@ -2,11 +2,7 @@
 
 enable wgpu_cooperative_matrix;
 
-fn locate(thread: u32, subgroup_id: u32, subgroup_lane: u32) {
-    t = thread;
-    subgroup = subgroup_id;
-    lane = subgroup_lane;
-}
+#import branch/shared/place_units
 
 fn multiply(count: u32) {
     var sum0: coop_mat16x16<f32, C>;

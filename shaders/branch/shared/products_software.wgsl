@@ -1,17 +1,8 @@
-// products_units.wgsl without matrix units, to test on any adapter what is around them. Each lane has a token. Subgroups are
-// counted by thread, 32 each.
+// products_units.wgsl without matrix units, to test on any adapter what is around them. Each lane has a token.
+
+#import branch/shared/meet_software
 
 var<private> own: array<f32, COLUMNS>;
-
-fn locate(thread: u32, subgroup_id: u32, subgroup_lane: u32) {
-    t = thread;
-    subgroup = thread / 32u;
-    lane = thread % 32u;
-}
-
-fn meet() {
-    workgroupBarrier();
-}
 
 fn clear_sums() {
     for (var i = 0u; i < COLUMNS; i++) {

@@ -6,6 +6,9 @@ const COLUMN_STEP: u32 = 16u;
 // B_cat's largest value is in [1, 2): this keeps it out of f16's subnormal numbers.
 const B_SCALE: f32 = 4096.0;
 
+// At most this, 2^112, rows of Z are scaled by: what undoes it must be normal, B_SCALE included.
+const MOST_SCALE: f32 = 5.192296858534828e33;
+
 fn branch_of(column: u32) -> u32 {
     var branch = 0u;
     while (column >= jobs[0].column_starts[branch + 1u]) {

@@ -35,9 +35,6 @@ const FETCHES: u32 = CHANNELS * DEPTH / 4u / THREADS;
 // Vectors that a lane has of each of its rows of Z.
 const QUADS: u32 = DEPTH / 32u;
 
-var<private> t: u32;
-var<private> subgroup: u32;
-var<private> lane: u32;
 var<private> fetched_high: array<vec4<f16>, FETCHES>;
 var<private> fetched_low: array<vec4<f16>, FETCHES>;
 
@@ -71,8 +68,7 @@ fn stage_z(job: Job, columns: Columns, first_token: u32) -> vec4<f32> {
         for (var i = 0u; i < QUADS; i++) {
             most = max(most, exponents(bitcast<vec4<u32>>(z[i * 4u + row])));
         }
-        // At most 2^112: what undoes it must be normal, B_cat's scale included.
-        let scale = min(scale_of_row(most, 8u), 5.192296858534828e33);
+        let scale = min(scale_of_row(most, 8u), MOST_SCALE);
         for (var i = 0u; i < QUADS; i++) {
             let place = (slot + row * 4u) * STRIDE + lane % 8u + i * 8u;
             let parts = split(z[i * 4u + row] * scale);

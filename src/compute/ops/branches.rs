@@ -11,7 +11,7 @@ mod tile;
 
 use std::collections::BTreeMap;
 use std::ops::Range;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use rayon::prelude::*;
 use serde::Serialize;
@@ -22,7 +22,7 @@ use self::tile::{APPLY_SUBGROUPS, Block, SCORES_CHANNELS, SCORES_SUBGROUPS, Tile
 use super::activations::Bound;
 use super::project::{self, ProjectJob, project_cpu};
 use super::{Activations, DTYPES, ENOUGH_WORKGROUPS, gemm, view, view_mut};
-use crate::compute::gpu::{BIND_ALIGN, GRID_WIDTH, Gpu, Phase, Pooled, Prepared, whole};
+use crate::compute::gpu::{BIND_ALIGN, GRID_WIDTH, Gpu, Phase, Pooled, Prepared, lock, whole};
 use crate::compute::memory::Buffer;
 use crate::compute::shaders::{Declared, Kernel, job};
 use crate::compute::{Batch, Shape};
@@ -356,10 +356,6 @@ impl Place {
     }
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 impl Buffers {
     /// Buffers for calls of at most `tokens` on layers of at most these ranks and branches. `keep`: what calls were recorded
     /// with, for calls that are the same.
@@ -397,16 +393,12 @@ impl Buffers {
         })
     }
 
-    fn spare(&self) -> MutexGuard<'_, Vec<Arc<Pooled>>> {
-        lock(&self.spare)
-    }
-
     /// Bytes of all of them.
     pub fn bytes(&self) -> u64 {
         [&self.z, &self.stats, &self.scores, &self.weights, &self.running, &self.log, &self.controls]
             .iter()
             .map(|buffer| buffer.size())
-            .chain(self.spare().iter().map(|buffer| buffer.size()))
+            .chain(lock(&self.spare).iter().map(|buffer| buffer.size()))
             .sum()
     }
 }
@@ -427,17 +419,20 @@ fn block_parts(tokens: usize, pairs: usize) -> usize {
     ENOUGH_BLOCKS / (tokens.div_ceil(BLOCK_TOKENS) * pairs).max(1)
 }
 
+/// Whether rows begin where so many words can be read at a time.
+fn aligned(windows: &[Window<'_>], words: usize) -> bool {
+    windows.iter().all(|window| window.bound.word.is_multiple_of(words))
+}
+
 /// B's halves, if f0 lies so that kernels for matrix units can read 4 channels at a time.
 fn units<'a>(call: &Call<'a>, dtype: Dtype, windows: &[Window<'_>]) -> Option<&'a SplitB> {
     let words = if dtype == Dtype::F32 { 4 } else { 2 };
-    let aligned = windows.iter().all(|window| window.bound.word.is_multiple_of(words));
-    call.halves.b.as_ref().filter(|_| aligned)
+    call.halves.b.as_ref().filter(|_| aligned(windows, words))
 }
 
 /// The blocks of kernels for features of 16 bits, if these are, and lie so that they can read 8 channels at a time.
 fn blocks(call: &Call<'_>, units: &SplitB, dtype: Dtype, windows: &[Window<'_>]) -> Option<(Block, Block)> {
-    let aligned = windows.iter().all(|window| window.bound.word.is_multiple_of(4));
-    let fits = aligned && call.width.is_multiple_of(8) && dtype != Dtype::F32 && !call.exact;
+    let fits = aligned(windows, 4) && call.width.is_multiple_of(8) && dtype != Dtype::F32 && !call.exact;
     units.tiles.blocks.filter(|_| fits)
 }
 
@@ -527,7 +522,7 @@ pub(crate) fn encode(
     let limit = gpu.max_arena();
     let (x_windows, f0_windows) = (windows("x", &x, limit)?, windows("f0", &f0, limit)?);
     let mut commands = gpu.commands();
-    commands.reuse(std::mem::take(&mut buffers.spare()));
+    commands.reuse(std::mem::take(&mut *lock(&buffers.spare)));
     // The host may drop the selector before it submits.
     let factors = layer.binding()?;
     if let Some(layer) = layer.on_gpu() {
@@ -647,7 +642,7 @@ pub(crate) fn encode(
         commands.launch_grid(kernel, &for_window(&job, window), grid, &bindings)?;
     }
     let (pass, scratch) = commands.prepare()?;
-    *buffers.spare() = scratch;
+    *lock(&buffers.spare) = scratch;
     record(&pass);
     if let (Some(same), Some(calls)) = (same, &buffers.calls) {
         lock(calls).insert(running, Recorded { same, pass });

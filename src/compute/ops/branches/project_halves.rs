@@ -7,7 +7,7 @@ use std::sync::Arc;
 use half::f16;
 use rayon::prelude::*;
 
-use super::{OF_16_BITS, Window};
+use super::{OF_16_BITS, Window, aligned};
 use crate::compute::Shape;
 use crate::compute::gpu::{Commands, Gpu, Phase, Pooled, whole};
 use crate::compute::shaders::{Declared, Kernel, job};
@@ -114,7 +114,7 @@ impl FragmentsA {
 
     /// Whether the kernel can read these activations: 8 values at a time.
     pub fn reads(&self, dtype: Dtype, windows: &[Window<'_>]) -> bool {
-        dtype != Dtype::F32 && windows.iter().all(|window| window.bound.word.is_multiple_of(4))
+        dtype != Dtype::F32 && aligned(windows, 4)
     }
 
     /// Records the product of all windows of X.
