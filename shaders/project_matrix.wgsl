@@ -3,18 +3,23 @@
 //
 //   X: tokens × width, row-major, f32, f16 or bf16      A: rank × width, f32      width: a multiple of 8
 //
-// Rows of X, but for f16, are brought into f16's range by powers of two, each workgroup finding those of its rows in its
-// part of the width; A comes ready from split_rows.wgsl, in whole tiles. sum_parts.wgsl takes the powers out again.
-// f16 and bf16 values are then exact in f16 (short of 2^-38 of the largest of their row); f32 values are split
-// by mask into a high and a low part of 11 bits each, and the products of two low parts left out. Where A came
-// from halves it has no low part, which halves the work. The unit's accumulator truncates, so it sums only
-// DEPTH products before they are added in f32.
+// Rows of X, but for f16, are brought into f16's range by powers of two; A comes ready from split_rows.wgsl.
+// sum_parts.wgsl takes the powers out again. f16 and bf16 values are then exact in f16 (short of 2^-32 of the largest of
+// their row); f32 values are split by mask into a high and a low part of 11 bits each, and the products of two low parts
+// left out. Where A came from halves it has no low part, which halves the work. The unit's accumulator truncates, so it
+// sums only DEPTH products before they are added in f32.
+//
+// The power of a row is guessed from its first DEPTH values, with room for others 2^7 times as large. While X passes, each
+// workgroup sees whether that was enough; if not, it begins anew with what it knows then. So X is read once, but for rows
+// that surprise.
 //
 // Work: (job, token tile, rank tile, part). A workgroup makes one TILE_M × TILE_N tile of one part of the width and
 // leaves it, scaled as it is, in `parts`: for each part of the width a matrix of whole tiles, `stride` columns wide. The
-// scales of X stand there too: a column for each part.
+// scales of X stand there too: a column for each part. X passes through workgroup memory, where one step is multiplied
+// while the next is stored and the one after fetched; matrices of A, which lie as the units want them, come straight
+// from memory.
 // Bindings: 3 X as raw words, 4 high and 5 low parts of A, 6 parts, 7 scales of rows of A.
-// The permutation sets DTYPE and TILE_N, 32 or 64. A subgroup has 32 × 32 of the tile.
+// The permutation sets DTYPE and TILE_N, 32 or 64. A subgroup has all tokens of the tile and 16 columns.
 
 enable f16;
 enable wgpu_cooperative_matrix;
@@ -26,14 +31,15 @@ enable wgpu_cooperative_matrix;
 
 struct Job {
     x: u32,     // first word, a multiple of 4
-    a: u32,     // first element of high and of low, a multiple of 4
+    a: u32,     // first element of high and of low, a multiple of 256
     z: u32,     // first element in parts
     tokens: u32,
     rank: u32,
     width: u32,
     stride: u32,
     part_width: u32,    // a multiple of DEPTH
-    a_stride: u32,  // elements of a row of high and of low, a multiple of DEPTH
+    a_width: u32,   // the width that high and low have, a multiple of DEPTH
+    a_columns: u32, // matrices of 16 columns that lie side by side in high and low
     x_scales: u32,  // first element in parts; of f16 none
     a_scales: u32,  // first element
 }
@@ -44,12 +50,14 @@ struct Job {
 @group(0) @binding(6) var<storage, read_write> parts: array<f32>;
 @group(0) @binding(7) var<storage, read> scales: array<f32>;
 
-const TILE_M: u32 = 128u;
-const SUBGROUPS_N: u32 = TILE_N / 32u;
-const THREADS: u32 = TILE_M * SUBGROUPS_N;
+const TILE_M: u32 = 64u;
+const THREADS: u32 = TILE_N * 2u;
 const DEPTH: u32 = 32u;
 // A row of a tile, in vectors of 4. Padded rows keep the loads of a matrix from meeting in a bank, and stay on 16 bytes.
 const STRIDE: u32 = DEPTH / 4u + 2u;
+// 16 rows of a tile, and the vectors of a matrix of A.
+const ROWS: u32 = 16u * STRIDE;
+const MATRIX: u32 = 64u;
 
 // Values of X in 16 bytes, the threads of a row, and how a tile of it is shared: each thread fetches X_LOADS times, X_STEP
 // rows apart.
@@ -57,48 +65,35 @@ const X_VALUES: u32 = select(8u, 4u, DTYPE == F32);
 const X_LANES: u32 = DEPTH / X_VALUES;
 const X_STEP: u32 = THREADS / X_LANES;
 const X_LOADS: u32 = TILE_M / X_STEP;
-// The threads of a row of A fetch 4 values each, A_LOADS times.
-const A_LANES: u32 = DEPTH / 4u;
-const A_STEP: u32 = THREADS / A_LANES;
-const A_LOADS: u32 = TILE_N / A_STEP;
 
-// One array, so that every part of it lies on 16 bytes, which loads of matrices need.
-const X_HIGH: u32 = 0u;
-const A_HIGH: u32 = X_HIGH + TILE_M * STRIDE;
-const A_LOW: u32 = A_HIGH + TILE_N * STRIDE;
-const X_LOW: u32 = A_LOW + TILE_N * STRIDE;
-const TILE_LEN: u32 = X_LOW + select(0u, TILE_M * STRIDE, DTYPE == F32);
-var<workgroup> tile: array<vec4<f16>, TILE_LEN>;
+// How far below scale_of_row a guess stays, and the exponents that a value may be above those it was guessed from.
+const ROOM: f32 = 0.015625;
+const MOST_ABOVE: u32 = 7u << 23u;
 
-// Whether any row of this tile of A has low parts: it goes through memory, for naga to see that all threads agree, and takes
-// 16 bytes, so that the tile stays on them.
-var<workgroup> low_rows: vec4<u32>;
+// Two steps, each a tile of high parts and, of f32, one of low parts; in one array, so that all lie on 16 bytes, which
+// loads of matrices need.
+const TILE_LEN: u32 = TILE_M * STRIDE;
+const STEP_LEN: u32 = TILE_LEN * select(1u, 2u, DTYPE == F32);
+var<workgroup> tile: array<vec4<f16>, 2u * STEP_LEN>;
+
+// Answers that all threads agree on: they go through memory, for naga to see it, and take 16 bytes, so that the tile stays
+// on them. x: any row of this tile of A has low parts, y: a guess was wrong, for which any thread votes.
+var<workgroup> agreed: vec4<u32>;
+var<workgroup> votes: array<atomic<u32>, 4>;
 
 fn halves(low: u32, high: u32, scale: f32) -> vec4<f16> {
     return vec4<f16>(vec4<f32>(unpack_halves(low, DTYPE), unpack_halves(high, DTYPE)) * scale);
 }
 
-// Where in a row of the tile its vectors of 4 lie: even ones, then odd ones. X and A agree, so that products do not
-// change, and 16 bytes of halves are stored where neighbours' stores do not meet in a bank.
-fn slot(vector: u32) -> u32 {
-    return vector % 2u * (DEPTH / 8u) + vector / 2u;
-}
-
-// Which row a group of threads stores, out of order for the same reason; `lanes`: threads of a row.
-fn row_of(group: u32, lanes: u32) -> u32 {
-    let i = group % 8u;
-    return group - i + select(i % 2u * 4u + i / 2u, i % 4u * 2u + i / 4u, lanes == 4u);
-}
-
-fn put_x(row: u32, vector: u32, raw: vec4<u32>, scale: f32) {
-    let place = row * STRIDE + slot(vector);
+// Stores 16 bytes of X in halves.
+fn put_x(at: u32, raw: vec4<u32>, scale: f32) {
     if (DTYPE == F32) {
         let parts = split(bitcast<vec4<f32>>(raw) * scale);
-        tile[X_HIGH + place] = parts.high;
-        tile[X_LOW + place] = parts.low;
+        tile[at] = parts.high;
+        tile[at + TILE_LEN] = parts.low;
     } else {
-        tile[X_HIGH + place] = halves(raw.x, raw.y, scale);
-        tile[X_HIGH + place + slot(1u)] = halves(raw.z, raw.w, scale);
+        tile[at] = halves(raw.x, raw.y, scale);
+        tile[at + 1u] = halves(raw.z, raw.w, scale);
     }
 }
 
@@ -121,183 +116,193 @@ fn main(
     let work = work_table[min(work_index(workgroup), arrayLength(&work_table) - 1u)];
     let job = jobs[work.x];
     let first_row = work.y * TILE_M;
-    let first_column = work.z * TILE_N;
+    let first_column = work.z * TILE_N + subgroup * 16u;
     let start = work.w * job.part_width;
-    let end = min(start + job.part_width, job.a_stride);
+    let end = min(start + job.part_width, job.a_width);
+    let last = end - DEPTH;
 
     // Rows past the end repeat the last, and vectors past the width the last there, where A is zero: nobody reads what
     // becomes of them.
-    let x_row = row_of(t / X_LANES, X_LANES);
+    let x_row = t / X_LANES;
     let x_vector = t % X_LANES;
     let x_vectors = job.width / X_VALUES;
+    let x_place = x_row * STRIDE + x_vector * (X_VALUES / 4u);
     var x_at: array<u32, X_LOADS>;
-    var x_scales: array<f32, X_LOADS>;
     for (var i = 0u; i < X_LOADS; i++) {
-        let row = min(first_row + x_row + i * X_STEP, job.tokens - 1u);
-        x_at[i] = job.x / 4u + row * x_vectors;
-        x_scales[i] = 1.0;
+        x_at[i] = job.x / 4u + min(first_row + x_row + i * X_STEP, job.tokens - 1u) * x_vectors;
     }
-    if (DTYPE != F16) {
+
+    // Every subgroup finds the same.
+    var low_row = false;
+    for (var c = lane; c < TILE_N; c += 32u) {
+        low_row = low_row || scales[job.a_scales + min(work.z * TILE_N + c, job.rank - 1u)] < 0.0;
+    }
+    let any_low = subgroupAny(low_row);
+    if (t == 0u) {
+        agreed = vec4<u32>(u32(any_low), 0u, 0u, 0u);
+        atomicStore(&votes[0], 0u);
+    }
+    let has_low = workgroupUniformLoad(&agreed).x != 0u;
+
+    var x: array<vec4<u32>, X_LOADS>;
+    var guessed: array<u32, X_LOADS>;
+    var x_scales: array<f32, X_LOADS>;
+    let v = min(start / X_VALUES + x_vector, x_vectors - 1u);
+    for (var i = 0u; i < X_LOADS; i++) {
+        x[i] = x_words[x_at[i] + v];
+        x_scales[i] = 1.0;
+        if (DTYPE != F16) {
+            guessed[i] = largest_of_row(largest(x[i]), X_LANES);
+            x_scales[i] = scale_of(guessed[i]) * ROOM;
+        }
+    }
+
+    for (var attempt = 0u; attempt < 2u; attempt++) {
         var most: array<vec4<u32>, X_LOADS>;
-        for (var k = start; k < end; k += 2u * DEPTH) {
-            let v = min(k / X_VALUES + x_vector, x_vectors - 1u);
-            let w = min(v + X_LANES, x_vectors - 1u);
+        let v0 = min(start / X_VALUES + x_vector, x_vectors - 1u);
+        let v1 = min(min(start + DEPTH, last) / X_VALUES + x_vector, x_vectors - 1u);
+        for (var i = 0u; i < X_LOADS; i++) {
+            let now = x_words[x_at[i] + v0];
+            x[i] = x_words[x_at[i] + v1];
+            most[i] = largest(now);
+            put_x(x_place + i * X_STEP * STRIDE, now, x_scales[i]);
+        }
+        workgroupBarrier();
+
+        var c0: coop_mat16x16<f32, C>;
+        var c1: coop_mat16x16<f32, C>;
+        var c2: coop_mat16x16<f32, C>;
+        var c3: coop_mat16x16<f32, C>;
+        var here = 0u;
+        for (var k = start; k < end; k += DEPTH) {
+            let next = STEP_LEN - here;
+            let ahead = min(min(k + 2u * DEPTH, last) / X_VALUES + x_vector, x_vectors - 1u);
             for (var i = 0u; i < X_LOADS; i++) {
-                most[i] = max(most[i], max(largest(x_words[x_at[i] + v]), largest(x_words[x_at[i] + w])));
+                most[i] = max(most[i], largest(x[i]));
+                put_x(next + x_place + i * X_STEP * STRIDE, x[i], x_scales[i]);
+            }
+            // What is fetched here is looked at a step later: whoever looks, waits.
+            for (var i = 0u; i < X_LOADS; i++) {
+                x[i] = x_words[x_at[i] + ahead];
+            }
+            // Matrix rows 0 to 3 of X, in the first (a) and second half (b) of the depth.
+            let stride = STRIDE;
+            let a_stride = 4u;
+            let at0a = here;
+            let at1a = at0a + ROWS;
+            let at2a = at1a + ROWS;
+            let at3a = at2a + ROWS;
+            let at0b = at0a + 4u;
+            let at1b = at1a + 4u;
+            let at2b = at2a + 4u;
+            let at3b = at3a + 4u;
+            let x0a = coopLoadT<coop_mat16x16<f16, A>>(&tile[at0a], stride);
+            let x1a = coopLoadT<coop_mat16x16<f16, A>>(&tile[at1a], stride);
+            let x2a = coopLoadT<coop_mat16x16<f16, A>>(&tile[at2a], stride);
+            let x3a = coopLoadT<coop_mat16x16<f16, A>>(&tile[at3a], stride);
+            let x0b = coopLoadT<coop_mat16x16<f16, A>>(&tile[at0b], stride);
+            let x1b = coopLoadT<coop_mat16x16<f16, A>>(&tile[at1b], stride);
+            let x2b = coopLoadT<coop_mat16x16<f16, A>>(&tile[at2b], stride);
+            let x3b = coopLoadT<coop_mat16x16<f16, A>>(&tile[at3b], stride);
+            let a_at = job.a / 4u + (k / 16u * job.a_columns + first_column / 16u) * MATRIX;
+            let b_at = a_at + job.a_columns * MATRIX;
+            let high_a = coopLoad<coop_mat16x16<f16, B>>(&a_high[a_at], a_stride);
+            let high_b = coopLoad<coop_mat16x16<f16, B>>(&a_high[b_at], a_stride);
+            // Small terms come first.
+            var s0: coop_mat16x16<f32, C>;
+            var s1: coop_mat16x16<f32, C>;
+            var s2: coop_mat16x16<f32, C>;
+            var s3: coop_mat16x16<f32, C>;
+            if (has_low) {
+                let low_a = coopLoad<coop_mat16x16<f16, B>>(&a_low[a_at], a_stride);
+                let low_b = coopLoad<coop_mat16x16<f16, B>>(&a_low[b_at], a_stride);
+                s0 = coopMultiplyAdd(x0a, low_a, s0);
+                s1 = coopMultiplyAdd(x1a, low_a, s1);
+                s2 = coopMultiplyAdd(x2a, low_a, s2);
+                s3 = coopMultiplyAdd(x3a, low_a, s3);
+                s0 = coopMultiplyAdd(x0b, low_b, s0);
+                s1 = coopMultiplyAdd(x1b, low_b, s1);
+                s2 = coopMultiplyAdd(x2b, low_b, s2);
+                s3 = coopMultiplyAdd(x3b, low_b, s3);
+            }
+            if (DTYPE == F32) {
+                let low_at0a = at0a + TILE_LEN;
+                let low_at1a = at1a + TILE_LEN;
+                let low_at2a = at2a + TILE_LEN;
+                let low_at3a = at3a + TILE_LEN;
+                let low_at0b = at0b + TILE_LEN;
+                let low_at1b = at1b + TILE_LEN;
+                let low_at2b = at2b + TILE_LEN;
+                let low_at3b = at3b + TILE_LEN;
+                let low0a = coopLoadT<coop_mat16x16<f16, A>>(&tile[low_at0a], stride);
+                let low1a = coopLoadT<coop_mat16x16<f16, A>>(&tile[low_at1a], stride);
+                let low2a = coopLoadT<coop_mat16x16<f16, A>>(&tile[low_at2a], stride);
+                let low3a = coopLoadT<coop_mat16x16<f16, A>>(&tile[low_at3a], stride);
+                let low0b = coopLoadT<coop_mat16x16<f16, A>>(&tile[low_at0b], stride);
+                let low1b = coopLoadT<coop_mat16x16<f16, A>>(&tile[low_at1b], stride);
+                let low2b = coopLoadT<coop_mat16x16<f16, A>>(&tile[low_at2b], stride);
+                let low3b = coopLoadT<coop_mat16x16<f16, A>>(&tile[low_at3b], stride);
+                s0 = coopMultiplyAdd(low0a, high_a, s0);
+                s1 = coopMultiplyAdd(low1a, high_a, s1);
+                s2 = coopMultiplyAdd(low2a, high_a, s2);
+                s3 = coopMultiplyAdd(low3a, high_a, s3);
+                s0 = coopMultiplyAdd(low0b, high_b, s0);
+                s1 = coopMultiplyAdd(low1b, high_b, s1);
+                s2 = coopMultiplyAdd(low2b, high_b, s2);
+                s3 = coopMultiplyAdd(low3b, high_b, s3);
+            }
+            s0 = coopMultiplyAdd(x0a, high_a, s0);
+            s1 = coopMultiplyAdd(x1a, high_a, s1);
+            s2 = coopMultiplyAdd(x2a, high_a, s2);
+            s3 = coopMultiplyAdd(x3a, high_a, s3);
+            s0 = coopMultiplyAdd(x0b, high_b, s0);
+            s1 = coopMultiplyAdd(x1b, high_b, s1);
+            s2 = coopMultiplyAdd(x2b, high_b, s2);
+            s3 = coopMultiplyAdd(x3b, high_b, s3);
+            c0 = c0 + s0;
+            c1 = c1 + s1;
+            c2 = c2 + s2;
+            c3 = c3 + s3;
+            here = next;
+            workgroupBarrier();
+        }
+
+        var surprised = false;
+        if (DTYPE != F16) {
+            for (var i = 0u; i < X_LOADS; i++) {
+                surprised = surprised || largest_of(most[i]) > guessed[i] + MOST_ABOVE;
             }
         }
+        if (surprised) {
+            atomicStore(&votes[0], 1u);
+        }
+        workgroupBarrier();
+        if (t == 0u) {
+            agreed.y = atomicLoad(&votes[0]);
+        }
+        if (workgroupUniformLoad(&agreed).y == 0u || attempt == 1u) {
+            let stride = job.stride;
+            let rows = (job.tokens + TILE_M - 1u) / TILE_M * TILE_M;
+            let out0 = job.z + (work.w * rows + first_row) * stride + first_column;
+            let out1 = out0 + 16u * stride;
+            let out2 = out1 + 16u * stride;
+            let out3 = out2 + 16u * stride;
+            coopStoreT(c0, &parts[out0], stride);
+            coopStoreT(c1, &parts[out1], stride);
+            coopStoreT(c2, &parts[out2], stride);
+            coopStoreT(c3, &parts[out3], stride);
+            break;
+        }
         for (var i = 0u; i < X_LOADS; i++) {
-            x_scales[i] = scale_of_row(most[i], X_LANES);
+            x_scales[i] = scale_of(largest_of_row(most[i], X_LANES));
+        }
+    }
+    if (DTYPE != F16) {
+        for (var i = 0u; i < X_LOADS; i++) {
             let row = first_row + x_row + i * X_STEP;
             if (x_vector == 0u && work.z == 0u && row < job.tokens) {
                 parts[job.x_scales + work.w * job.tokens + row] = x_scales[i];
             }
         }
     }
-    let a_row = row_of(t / A_LANES, A_LANES);
-    let a_vector = t % A_LANES;
-    let a_place = a_row * STRIDE + slot(a_vector);
-    let a_at = (job.a + (first_column + a_row) * job.a_stride) / 4u + a_vector;
-    let a_step = A_STEP * job.a_stride / 4u;
-
-    // Every subgroup finds the same.
-    var low_row = false;
-    for (var c = lane; c < TILE_N; c += 32u) {
-        low_row = low_row || scales[job.a_scales + min(first_column + c, job.rank - 1u)] < 0.0;
-    }
-    let any_low = subgroupAny(low_row);
-    if (t == 0u) {
-        low_rows = vec4<u32>(u32(any_low));
-    }
-    let has_low = workgroupUniformLoad(&low_rows).x != 0u;
-
-    let tile_row = subgroup / SUBGROUPS_N * 32u;
-    let tile_column = subgroup % SUBGROUPS_N * 32u;
-    let out_row = first_row + tile_row;
-    let rows = (job.tokens + TILE_M - 1u) / TILE_M * TILE_M;
-    let out = job.z + (work.w * rows + out_row) * job.stride + first_column + tile_column;
-
-    var c00: coop_mat16x16<f32, C>;
-    var c10: coop_mat16x16<f32, C>;
-    var c01: coop_mat16x16<f32, C>;
-    var c11: coop_mat16x16<f32, C>;
-    for (var k = start; k < end; k += DEPTH) {
-        // All fetches before all stores, which they would wait for one by one.
-        var x: array<vec4<u32>, X_LOADS>;
-        var high: array<vec4<f16>, A_LOADS>;
-        var low: array<vec4<f16>, A_LOADS>;
-        let v = min(k / X_VALUES + x_vector, x_vectors - 1u);
-        for (var i = 0u; i < X_LOADS; i++) {
-            x[i] = x_words[x_at[i] + v];
-        }
-        for (var i = 0u; i < A_LOADS; i++) {
-            high[i] = a_high[a_at + i * a_step + k / 4u];
-            if (has_low) {
-                low[i] = a_low[a_at + i * a_step + k / 4u];
-            }
-        }
-        workgroupBarrier();
-        for (var i = 0u; i < X_LOADS; i++) {
-            put_x(x_row + i * X_STEP, x_vector * X_VALUES / 4u, x[i], x_scales[i]);
-        }
-        for (var i = 0u; i < A_LOADS; i++) {
-            let place = a_place + i * A_STEP * STRIDE;
-            tile[A_HIGH + place] = high[i];
-            if (has_low) {
-                tile[A_LOW + place] = low[i];
-            }
-        }
-        workgroupBarrier();
-        let stride = STRIDE;
-        let tile_at0 = X_HIGH + tile_row * STRIDE;
-        let tile_at1 = tile_at0 + 16u * STRIDE;
-        // Matrix rows 0 and 1 of X, in the first and second half of the depth.
-        let tile_at0b = tile_at0 + 4u;
-        let tile_at1b = tile_at1 + 4u;
-        let x0a = coopLoadT<coop_mat16x16<f16, A>>(&tile[tile_at0], stride);
-        let x0b = coopLoadT<coop_mat16x16<f16, A>>(&tile[tile_at0b], stride);
-        let x1a = coopLoadT<coop_mat16x16<f16, A>>(&tile[tile_at1], stride);
-        let x1b = coopLoadT<coop_mat16x16<f16, A>>(&tile[tile_at1b], stride);
-        var x0a_low: coop_mat16x16<f16, A>;
-        var x0b_low: coop_mat16x16<f16, A>;
-        var x1a_low: coop_mat16x16<f16, A>;
-        var x1b_low: coop_mat16x16<f16, A>;
-        if (DTYPE == F32) {
-            let low_at0 = tile_at0 - X_HIGH + X_LOW;
-            let low_at1 = tile_at1 - X_HIGH + X_LOW;
-            let low_at0b = low_at0 + 4u;
-            let low_at1b = low_at1 + 4u;
-            x0a_low = coopLoadT<coop_mat16x16<f16, A>>(&tile[low_at0], stride);
-            x0b_low = coopLoadT<coop_mat16x16<f16, A>>(&tile[low_at0b], stride);
-            x1a_low = coopLoadT<coop_mat16x16<f16, A>>(&tile[low_at1], stride);
-            x1b_low = coopLoadT<coop_mat16x16<f16, A>>(&tile[low_at1b], stride);
-        }
-        // Matrices come column by column, and small terms first.
-        let column_at0 = tile_column * STRIDE;
-        let high_at0a = A_HIGH + column_at0;
-        let high_at0b = high_at0a + 4u;
-        let high0a = coopLoad<coop_mat16x16<f16, B>>(&tile[high_at0a], stride);
-        let high0b = coopLoad<coop_mat16x16<f16, B>>(&tile[high_at0b], stride);
-        var s00: coop_mat16x16<f32, C>;
-        var s10: coop_mat16x16<f32, C>;
-        if (has_low) {
-            let low_at0a = A_LOW + column_at0;
-            let low_at0b = low_at0a + 4u;
-            let low0a = coopLoad<coop_mat16x16<f16, B>>(&tile[low_at0a], stride);
-            let low0b = coopLoad<coop_mat16x16<f16, B>>(&tile[low_at0b], stride);
-            s00 = coopMultiplyAdd(x0a, low0a, s00);
-            s10 = coopMultiplyAdd(x1a, low0a, s10);
-            s00 = coopMultiplyAdd(x0b, low0b, s00);
-            s10 = coopMultiplyAdd(x1b, low0b, s10);
-        }
-        if (DTYPE == F32) {
-            s00 = coopMultiplyAdd(x0a_low, high0a, s00);
-            s10 = coopMultiplyAdd(x1a_low, high0a, s10);
-            s00 = coopMultiplyAdd(x0b_low, high0b, s00);
-            s10 = coopMultiplyAdd(x1b_low, high0b, s10);
-        }
-        s00 = coopMultiplyAdd(x0a, high0a, s00);
-        s10 = coopMultiplyAdd(x1a, high0a, s10);
-        s00 = coopMultiplyAdd(x0b, high0b, s00);
-        s10 = coopMultiplyAdd(x1b, high0b, s10);
-        c00 = c00 + s00;
-        c10 = c10 + s10;
-        let column_at1 = (tile_column + 16u) * STRIDE;
-        let high_at1a = A_HIGH + column_at1;
-        let high_at1b = high_at1a + 4u;
-        let high1a = coopLoad<coop_mat16x16<f16, B>>(&tile[high_at1a], stride);
-        let high1b = coopLoad<coop_mat16x16<f16, B>>(&tile[high_at1b], stride);
-        var s01: coop_mat16x16<f32, C>;
-        var s11: coop_mat16x16<f32, C>;
-        if (has_low) {
-            let low_at1a = A_LOW + column_at1;
-            let low_at1b = low_at1a + 4u;
-            let low1a = coopLoad<coop_mat16x16<f16, B>>(&tile[low_at1a], stride);
-            let low1b = coopLoad<coop_mat16x16<f16, B>>(&tile[low_at1b], stride);
-            s01 = coopMultiplyAdd(x0a, low1a, s01);
-            s11 = coopMultiplyAdd(x1a, low1a, s11);
-            s01 = coopMultiplyAdd(x0b, low1b, s01);
-            s11 = coopMultiplyAdd(x1b, low1b, s11);
-        }
-        if (DTYPE == F32) {
-            s01 = coopMultiplyAdd(x0a_low, high1a, s01);
-            s11 = coopMultiplyAdd(x1a_low, high1a, s11);
-            s01 = coopMultiplyAdd(x0b_low, high1b, s01);
-            s11 = coopMultiplyAdd(x1b_low, high1b, s11);
-        }
-        s01 = coopMultiplyAdd(x0a, high1a, s01);
-        s11 = coopMultiplyAdd(x1a, high1a, s11);
-        s01 = coopMultiplyAdd(x0b, high1b, s01);
-        s11 = coopMultiplyAdd(x1b, high1b, s11);
-        c01 = c01 + s01;
-        c11 = c11 + s11;
-    }
-    let stride = job.stride;
-    let out01 = out + 16u;
-    let out10 = out + 16u * stride;
-    let out11 = out10 + 16u;
-    coopStoreT(c00, &parts[out], stride);
-    coopStoreT(c01, &parts[out01], stride);
-    coopStoreT(c10, &parts[out10], stride);
-    coopStoreT(c11, &parts[out11], stride);
 }

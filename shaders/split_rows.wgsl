@@ -1,8 +1,9 @@
 // Splits rows into halves for matrix units: each is brought into f16's range by a power of two and cut, by mask, into a
 // high and a low part of 11 bits each.
 //
-//   A: rows × cols, f32, cols a multiple of 8      high, low: padded rows × stride, f16, zero outside
-//   scales: rows, f32; negative where the row has a low part
+//   A: rows × cols, f32, cols a multiple of 8      scales: rows, f32; negative where the row has a low part
+//   high, low: A padded to whole matrices of 16 × 16, f16, zero outside. Each matrix lies by itself, row by row; those of
+//   16 columns lie side by side, one for each 16 rows, before those of the next 16 columns.
 //
 // For adapters with subgroups of 32, each of which does one row. Work: (job, first of ROWS rows, counted over padded rows).
 // Bindings: 3 A, 4 high, 5 low, 6 scales.
@@ -14,11 +15,12 @@ enable f16;
 
 struct Job {
     a: u32,     // first element, a multiple of 4
-    halves: u32,    // first element of high and of low, a multiple of 4
+    halves: u32,    // first element of high and of low, a multiple of 256
     scales: u32,    // first element
     rows: u32,
     cols: u32,
-    stride: u32,    // a multiple of 4
+    width: u32,     // padded columns, a multiple of 16
+    matrices: u32,  // side by side: padded rows / 16
 }
 
 @group(0) @binding(3) var<storage, read> a: array<vec4<f32>>;
@@ -54,14 +56,16 @@ fn main(
     if (lane == 0u && row < job.rows) {
         scales[job.scales + row] = select(scale, -scale, low_bits != 0u);
     }
-    let out = (job.halves + row * job.stride) / 4u;
-    for (var e = lane; e < job.stride / 4u; e += 32u) {
+    // A row of a matrix is 4 vectors of the 64.
+    let out = job.halves / 4u + row / 16u * 64u + row % 16u * 4u;
+    for (var e = lane; e < job.width / 4u; e += 32u) {
         var value = vec4<f32>(0.0);
         if (e < vectors) {
             value = a[first + e] * scale;
         }
         let halves = split(value);
-        high[out + e] = halves.high;
-        low[out + e] = halves.low;
+        let at = out + e / 4u * job.matrices * 64u + e % 4u;
+        high[at] = halves.high;
+        low[at] = halves.low;
     }
 }

@@ -4,13 +4,16 @@
 //   Z = Σ_p 2^(…) · part_p        parts: rows × stride each, one after the other; Z: tokens × rank, f32
 //
 // Scales of X are among the parts, tokens for each part; scales of A are what split_rows.wgsl left.
+// Products that ran side by side left their parts in buffers of their own; a launch takes those of up to four, since
+// launches that write to one Z wait for each other.
 // Work: (job, first quad). Each workgroup handles CHUNK quads of columns, counted over rows of whole quads.
-// Bindings: 3 parts, 4 Z, 5 scales of A.
+// Bindings: 3 to 6 parts, 7 Z, 8 scales of A.
 
 #import shared/params
 #import shared/exponents
 
 struct Job {
+    source: u32,    // which of the bindings of parts
     parts: u32, // first element, a multiple of 4
     z: u32,     // first element
     tokens: u32,
@@ -22,19 +25,31 @@ struct Job {
     a_scales: u32,  // first element, or NONE
 }
 
-@group(0) @binding(3) var<storage, read> parts: array<vec4<f32>>;
-@group(0) @binding(4) var<storage, read_write> z: array<f32>;
-@group(0) @binding(5) var<storage, read> scales: array<f32>;
+@group(0) @binding(3) var<storage, read> parts0: array<vec4<f32>>;
+@group(0) @binding(4) var<storage, read> parts1: array<vec4<f32>>;
+@group(0) @binding(5) var<storage, read> parts2: array<vec4<f32>>;
+@group(0) @binding(6) var<storage, read> parts3: array<vec4<f32>>;
+@group(0) @binding(7) var<storage, read_write> z: array<f32>;
+@group(0) @binding(8) var<storage, read> scales: array<f32>;
 
 const NONE: u32 = 0xffffffffu;
 const CHUNK: u32 = 256u;
+
+fn quad(job: Job, at: u32) -> vec4<f32> {
+    switch (job.source) {
+        case 0u: { return parts0[at]; }
+        case 1u: { return parts1[at]; }
+        case 2u: { return parts2[at]; }
+        default: { return parts3[at]; }
+    }
+}
 
 fn x_inverse(job: Job, part: u32, row: u32) -> f32 {
     if (job.x_scales == NONE) {
         return 1.0;
     }
     let place = job.x_scales + part * job.tokens + row;
-    return inverse_of(parts[place / 4u][place % 4u]);
+    return inverse_of(quad(job, place / 4u)[place % 4u]);
 }
 
 fn a_inverse(job: Job, row: u32) -> f32 {
@@ -69,7 +84,7 @@ fn main(@builtin(workgroup_id) workgroup: vec3<u32>, @builtin(local_invocation_i
     for (var part = 0u; part < job.count; part++) {
         // The smaller factor comes first: the product of both alone may overflow.
         let x = vec4<f32>(x_inverse(job, part, row));
-        sum += parts[first + part * job.part_len / 4u] * min(a, x) * max(a, x);
+        sum += quad(job, first + part * job.part_len / 4u) * min(a, x) * max(a, x);
     }
     let at = job.z + row * job.rank + column;
     z[at] = sum.x;

@@ -2,13 +2,18 @@
 
 #import shared/exponents
 
-// The scale of a row that `lanes` neighbouring threads share, 4 or 8, each with the largest exponents of its values.
-fn scale_of_row(most: vec4<u32>, lanes: u32) -> f32 {
+// The largest exponent of a row that `lanes` neighbouring threads share, 4 or 8, each with those of its values.
+fn largest_of_row(most: vec4<u32>, lanes: u32) -> u32 {
     var all = largest_of(most);
     all = max(all, subgroupShuffleXor(all, 1u));
     all = max(all, subgroupShuffleXor(all, 2u));
     if (lanes == 8u) {
         all = max(all, subgroupShuffleXor(all, 4u));
     }
-    return scale_of(all);
+    return all;
+}
+
+// The scale of such a row.
+fn scale_of_row(most: vec4<u32>, lanes: u32) -> f32 {
+    return scale_of(largest_of_row(most, lanes));
 }

@@ -1,5 +1,6 @@
 //! Files of adapters that are written while their layers are computed.
 
+use std::cell::Cell;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::io::{self, BufWriter, Write};
 use std::ops::Range;
@@ -10,6 +11,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 
+use super::follower::Follower;
 use super::write::{Module, Target, modules};
 use super::{Adapter, Layer, LayerKey, SaveOptions, TensorData, metadata};
 use crate::io::atomic::{AtomicFile, Flusher, write_error};
@@ -38,6 +40,7 @@ pub(crate) struct Draft<'a> {
     /// Layers of modules that lack others.
     waiting: Mutex<HashMap<usize, Vec<Layer>>>,
     flusher: Option<&'a Flusher>,
+    follower: Option<&'a Follower<'a>>,
     written: Mutex<HashMap<usize, Written>>,
 }
 
@@ -129,15 +132,24 @@ fn written<T>(
         Some(sink) => Sink::Host(sink),
         None => Sink::File(AtomicFile::create(path, options.overwrite, &protect)?),
     };
-    let (planned, end, result, after, written) = {
+    let (planned, end, result, after, written, hashed) = {
         let mut tensors: Vec<_> = modules.iter().flat_map(|m| m.tensors(dtype)).collect();
         // Hashes are not known yet, but how long they are.
-        let before = metadata(&modules, adapter.metadata(), &|| Ok("0".repeat(64))).map_err(failed)?;
+        let has_hash = Cell::new(false);
+        let no_hash = || {
+            has_hash.set(true);
+            Ok("0".repeat(64))
+        };
+        let before = metadata(&modules, adapter.metadata(), &no_hash).map_err(failed)?;
         let layout = Layout::new(&before, &mut tensors).map_err(failed)?;
         first.get().set_size(layout.len()).map_err(failed)?;
         let flusher = match &first {
             Sink::File(file) => Some(Flusher::new(file, layout.len())),
             Sink::Host(_) => None,
+        };
+        let follower = match &first {
+            Sink::File(file) if has_hash.get() => Follower::new(file.file(), &layout.places),
+            _ => None,
         };
         let places = tensors.iter().map(|t| t.name.clone()).zip(layout.places.iter().cloned());
         let draft = Draft {
@@ -152,12 +164,16 @@ fn written<T>(
             end: layout.len().into(),
             waiting: Mutex::default(),
             flusher: flusher.as_ref(),
+            follower: follower.as_ref(),
             written: Mutex::default(),
         };
-        let (result, after) = compute(&draft)?;
-        let (written, end) = draft.finish()?;
+        let (work, hash) = Follower::beside(follower.as_ref(), control, || {
+            let (result, after) = compute(&draft)?;
+            draft.finish().map(|(written, end)| (result, after, written, end))
+        });
+        let (result, after, written, end) = work?;
         flusher.map_or(Ok(()), Flusher::finish).map_err(failed)?;
-        (layout, end, result, after, written)
+        (layout, end, result, after, written, hash.map_err(failed)?)
     };
 
     for (module, written) in modules.iter_mut().zip(&written) {
@@ -166,9 +182,13 @@ fn written<T>(
     let mut tensors: Vec<_> =
         written.iter().flat_map(|w| &w.tensors).map(|place| place.tensor(first.get())).collect();
     TensorOut::sort(&mut tensors);
+    // What was not planned is not in it.
+    let hashed = hashed.filter(|_| tensors.len() == planned.places.len());
     let hash = || {
-        let mut sha = Sha256::new();
-        tensors.iter().try_for_each(|t| (t.write)(&mut Hashing(&mut sha, control)))?;
+        let mut sha = hashed.clone().unwrap_or_default();
+        if hashed.is_none() {
+            tensors.iter().try_for_each(|t| (t.write)(&mut Hashing(&mut sha, control)))?;
+        }
         Ok(crate::words::hex(sha.finalize().as_slice()))
     };
     let metadata = metadata(&modules, &after, &hash).map_err(failed)?;
@@ -300,6 +320,7 @@ impl Draft<'_> {
             };
             write_tensor(&t, self.file, start, self.control).map_err(|e| write_error(self.path, e))?;
             self.flusher.inspect(|flusher| flusher.wrote(size));
+            self.follower.inspect(|follower| follower.wrote(start..start + size));
             let TensorOut { name, dtype, shape, .. } = t;
             tensors.push(Place { name, dtype, shape, start });
         }

@@ -8,6 +8,7 @@
 mod blocks;
 mod draft;
 mod families;
+mod follower;
 mod fuse;
 mod hash;
 mod keys;

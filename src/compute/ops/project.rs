@@ -88,17 +88,14 @@ pub(super) struct ProjectJob {
 /// Bytes that the start of each X should be a multiple of: vector loads of matrix units are aligned.
 pub(super) const X_ALIGN: usize = 16;
 
-/// The rows of a tile, and the parts that a width is split into at most.
+/// The rows of a tile without matrix units and on them, and the parts that a width is split into at most.
 const TILE_M: usize = 128;
+const MATRIX_TILE_M: usize = 64;
 const MAX_PARTS: usize = 8;
 /// The shader for matrix units steps along k by this much, the other one by half of it.
 const STEP: usize = 32;
 /// A part of the width is not worth its sum if it is narrower.
 const LEAST_PART: usize = 256;
-/// A wider part of rows of X may have left the cache when it is read again, once its powers of two are found; f16 has
-/// none to find.
-const CACHED_PART: usize = 1536;
-
 /// The side of a tile of `project_real.wgsl`.
 const REAL_TILE: u32 = 32;
 
@@ -109,7 +106,8 @@ const ENOUGH_TOKENS: usize = 256;
 #[derive(Clone, Copy, Debug)]
 struct Cut {
     kernel: Kernel,
-    /// Columns of a tile; its rows are TILE_M.
+    /// Rows and columns of a tile.
+    rows: usize,
     columns: usize,
     on_units: bool,
     parts: usize,
@@ -131,17 +129,17 @@ impl Cut {
             65.. if !on_units => 128,
             _ => 64,
         };
-        let tiles = job.tokens.div_ceil(TILE_M) * a.rows.div_ceil(columns);
-        let cached = if on_units && job.dtype != Dtype::F16 { a.cols / CACHED_PART } else { 0 };
+        let rows = if on_units { MATRIX_TILE_M } else { TILE_M };
+        let tiles = job.tokens.div_ceil(rows) * a.rows.div_ceil(columns);
         let most = (a.cols / LEAST_PART).clamp(1, most);
-        let parts = (ENOUGH_WORKGROUPS / tiles.max(1)).max(cached).clamp(1, most);
+        let parts = (ENOUGH_WORKGROUPS / tiles.max(1)).clamp(1, most);
         let part_width = a.cols.div_ceil(parts).next_multiple_of(STEP).max(STEP);
         let parts = a.cols.div_ceil(part_width).max(1);
         // Units leave whole tiles behind; otherwise vectors of 4 are what is summed.
-        let (kernel, rows, stride) = match on_units {
+        let (kernel, part_rows, stride) = match on_units {
             true => (
                 matrix_kernel(columns as u32, job.dtype),
-                job.tokens.next_multiple_of(TILE_M),
+                job.tokens.next_multiple_of(rows),
                 a.rows.next_multiple_of(columns),
             ),
             false => (
@@ -150,7 +148,7 @@ impl Cut {
                 if parts == 1 { a.rows } else { a.rows.next_multiple_of(4) },
             ),
         };
-        Self { kernel, columns, on_units, parts, part_width, stride, part_len: rows * stride }
+        Self { kernel, rows, columns, on_units, parts, part_width, stride, part_len: part_rows * stride }
     }
 
     /// Whether Z comes out of `sum_parts.wgsl`.
@@ -181,7 +179,8 @@ job! {
 job! {
     struct MatrixJob {
         job: Job,
-        a_stride: u32,
+        a_width: u32,
+        a_columns: u32,
         x_scales: u32,
         a_scales: u32,
     }
@@ -194,7 +193,8 @@ job! {
         scales: u32,
         rows: u32,
         cols: u32,
-        stride: u32,
+        width: u32,
+        matrices: u32,
     }
 }
 
@@ -205,8 +205,12 @@ const NONE: u32 = u32::MAX;
 const ROWS: usize = 8;
 const CHUNK: usize = 256;
 
+/// Buffers of parts that a launch of `sum_parts.wgsl` takes.
+const SOURCES: usize = 4;
+
 job! {
     struct SumJob {
+        source: u32,
         parts: u32,
         z: u32,
         tokens: u32,
@@ -261,7 +265,7 @@ pub(super) fn declared() -> [Declared; 5] {
     [
         Declared::new::<Job>(each(&[32, 64, 128], kernel)).constant("DEPTH", STEP / 2),
         Declared::new::<MatrixJob>(each(&[32, 64], matrix_kernel))
-            .constant("TILE_M", TILE_M)
+            .constant("TILE_M", MATRIX_TILE_M)
             .constant("DEPTH", STEP),
         Declared::new::<SplitJob>([split_kernel()]).constant("ROWS", ROWS),
         Declared::new::<SumJob>([sum_kernel()]).constant("NONE", NONE).constant("CHUNK", CHUNK),
@@ -363,20 +367,21 @@ impl Tables {
             return self.splits.0[place];
         }
         let shape = a.shapes()[index];
-        let (rows, stride) = (shape.rows.next_multiple_of(columns), shape.cols.next_multiple_of(STEP));
+        let (rows, width) = (shape.rows.next_multiple_of(columns), shape.cols.next_multiple_of(STEP));
         let job = SplitJob {
             a: a.offset(index) as u32,
             halves: self.halves_len as u32,
             scales: self.scales_len as u32,
             rows: shape.rows as u32,
             cols: shape.cols as u32,
-            stride: stride as u32,
+            width: width as u32,
+            matrices: (rows / 16) as u32,
         };
         let place = self.splits.0.len();
         self.split.insert(index, place);
         self.splits.0.push(job);
         self.splits.1.extend((0..rows as u32).step_by(ROWS).map(|row| [place as u32, row, 0, 0]));
-        self.halves_len += rows * stride;
+        self.halves_len += rows * width;
         self.scales_len += shape.rows;
         job
     }
@@ -414,13 +419,14 @@ impl Tables {
             stride: cut.stride as u32,
             part_width: cut.part_width as u32,
         };
-        let (mut x_scales, mut a_scales, mut a_stride) = (NONE, NONE, 0);
+        let (mut x_scales, mut a_scales, mut a_width, mut a_columns) = (NONE, NONE, 0, 0);
         if cut.on_units {
             let split = match self.ready {
                 Some(ready) => ready,
                 None => self.split(a, job.a, cut.columns),
             };
-            (entry.a, a_scales, a_stride) = (split.halves, split.scales, split.stride);
+            (entry.a, a_scales) = (split.halves, split.scales);
+            (a_width, a_columns) = (split.width, split.matrices);
         }
         let Products { plain, matrix, sums, parts_len } = self.inputs.entry(job.x).or_default();
         if cut.is_summed() {
@@ -433,6 +439,7 @@ impl Tables {
             }
             let index = sums.0.len() as u32;
             sums.0.push(SumJob {
+                source: 0,
                 parts: entry.z,
                 z: job.z as u32,
                 tokens: entry.tokens,
@@ -447,7 +454,7 @@ impl Tables {
             sums.1.extend((0..quads).step_by(CHUNK).map(|first| [index, first, 0, 0]));
         }
         let [rows, columns] =
-            [job.tokens.div_ceil(TILE_M), shape.rows.div_ceil(cut.columns)].map(|n| n as u32);
+            [job.tokens.div_ceil(cut.rows), shape.rows.div_ceil(cut.columns)].map(|n| n as u32);
         let tiles = |index: usize| {
             (0..cut.parts as u32).flat_map(move |part| {
                 (0..rows)
@@ -457,7 +464,7 @@ impl Tables {
         if cut.on_units {
             let (table, work) = matrix.entry(cut.kernel).or_default();
             work.extend(tiles(table.len()));
-            table.push(MatrixJob { job: entry, a_stride, x_scales, a_scales });
+            table.push(MatrixJob { job: entry, a_width, a_columns, x_scales, a_scales });
         } else {
             let (table, work) = plain.entry((cut.kernel, !cut.is_summed())).or_default();
             work.extend(tiles(table.len()));
@@ -498,6 +505,7 @@ pub(super) fn encode_f32(
     let [high, low, scales] = &buffers;
     commands.phase(Phase::Split);
     all.launch_splits(commands, a, &buffers)?;
+    let mut left = Vec::new();
     for (i, Products { plain, matrix, sums, parts_len }) in &all.inputs {
         let parts = commands.scratch(gpu, (*parts_len).max(1) as u64 * 4)?;
         commands.phase(Phase::Project);
@@ -509,8 +517,21 @@ pub(super) fn encode_f32(
             let buffers = [x[*i].clone(), whole(high), whole(low), whole(&parts), whole(scales)];
             commands.launch(*kernel, table, work, &buffers)?;
         }
-        commands.phase(Phase::SumParts);
-        commands.launch(sum_kernel(), &sums.0, &sums.1, &[whole(&parts), z.clone(), whole(scales)])?;
+        left.push((sums, parts));
+    }
+    commands.phase(Phase::SumParts);
+    for some in left.chunks(SOURCES) {
+        let (mut table, mut work) = (Vec::new(), Vec::<Work>::new());
+        for (source, ((jobs, of), _)) in (0..).zip(some) {
+            let first = table.len() as u32;
+            table.extend(jobs.iter().map(|job| SumJob { source, ..*job }));
+            work.extend(of.iter().map(|&[job, quad, ..]| [first + job, quad, 0, 0]));
+        }
+        // Bindings that nobody reads are bound all the same.
+        let parts = some.iter().chain(std::iter::repeat(&some[0])).take(SOURCES);
+        let mut buffers: Vec<_> = parts.map(|(_, parts)| whole(parts)).collect();
+        buffers.extend([z.clone(), whole(scales)]);
+        commands.launch(sum_kernel(), &table, &work, &buffers)?;
     }
     Ok(())
 }
