@@ -9,7 +9,8 @@
 # LORAWELD_BENCH_ALL      set: every benchmark, also those that BENCHMARKS.md does not compare
 # PYTHON                  the Python that has torch; `none` leaves PyTorch out
 #
-# Each half of a part has a time limit; a part that fails is said at the end, and the others run all the same.
+# Each half of a part has a time limit; those of all parts but `scaling` add up to nine minutes. One that fails or reaches
+# its limit is said at the end, and the others run all the same.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 : "${LORAWELD_BENCH_RESULTS:=$PWD/target/bench-results.jsonl}" "${PYTHON:=python3}"
@@ -17,14 +18,15 @@ mkdir -p "$(dirname "$LORAWELD_BENCH_RESULTS")"
 export LORAWELD_BENCH_RESULTS XDG_RUNTIME_DIR="${XDG_RUNTIME_DIR:-/tmp}"
 failed=()
 
-# Seconds that a part may take, here and in PyTorch; what of it is compared.
+# Of a part: seconds that it may take here; a pattern of what is compared; and the scripts that do the same in PyTorch, each
+# with the seconds that it may take.
 limits() {
   case $1 in
-  ops) echo "150 100 accumulate/.*/bf16|solve" ;;
-  ssr) echo "120 100 ssr" ;;
-  merge) echo "90 90 projectors|np-lora" ;;
-  fusion) echo "100 40 selection/.*/f16,|slider" ;;
-  scaling) echo "200 0 " ;;
+  ops) echo "100 accumulate/.*/bf16|solve ops:70" ;;
+  ssr) echo "50 ssr ssr:50" ;;
+  merge) echo "75 projectors|np-lora|ties|dare|knots merge:35 merge_entries:60" ;;
+  fusion) echo "60 selection/.*/b?f16,.(kl|fixed)/|slider|encode fusion:35" ;;
+  scaling) echo "200 ." ;;
   *) return 1 ;;
   esac
 }
@@ -63,10 +65,11 @@ rust() {
 [ $# -gt 0 ] || set -- ops ssr merge fusion scaling
 for part; do
   parsed=$(limits "$part") || { echo "no such part: $part (ops, ssr, merge, fusion, scaling)" >&2; exit 2; }
-  read -r ours theirs filter <<<"$parsed"
+  read -r ours filter scripts <<<"$parsed"
   rust "$part" "$ours" "$filter"
-  if [ -f "benches/pytorch/$part.py" ] && [ "$PYTHON" != none ]; then
-    run "$theirs" "$part in PyTorch" "$PYTHON" "benches/pytorch/$part.py"
-  fi
+  [ "$PYTHON" = none ] && continue
+  for script in $scripts; do
+    run "${script#*:}" "$part in PyTorch, ${script%:*}.py" "$PYTHON" "benches/pytorch/${script%:*}.py"
+  done
 done
 [ ${#failed[@]} = 0 ] || { printf 'failed: %s\n' "${failed[@]}" >&2; exit 1; }

@@ -133,6 +133,9 @@ fn bench_flux(c: &mut Criterion) {
         };
         bench(&mut group, &target, &whole, |n| {
             timed(n, || {
+                // Anew each time: an open adapter keeps the hash of its A.
+                let adapters: Vec<Adapter> =
+                    adapters.iter().map(|adapter| Adapter::open(adapter.path()).expect("the file")).collect();
                 let mut calibration = Calibration::new(&adapters).expect("adapters of one model");
                 accumulate(&target, &mut calibration, &layers, &inputs);
                 merge(&target.device, &calibration, &adapters);

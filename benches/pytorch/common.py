@@ -94,7 +94,8 @@ def machine():
     target = torch.empty_like(source)
     copy = 2 * source.numel() / seconds(lambda: target.copy_(source), total=0.3)
     print(f"{torch.__version__}, {NAME}: a copy moves {copy / 1e9:.0f} GB/s", flush=True)
-    write(work="machine", version=torch.__version__, cuda=torch.version.cuda, copy=copy)
+    today = time.strftime("%Y-%m-%d", time.gmtime())
+    write(work="machine", version=torch.__version__, cuda=torch.version.cuda, copy=copy, date=today)
 
 
 torch.manual_seed(0)
