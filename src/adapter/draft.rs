@@ -266,6 +266,12 @@ fn planned<'a>(modules: &'a [Module<'a>]) -> BTreeMap<&'a LayerKey, usize> {
 }
 
 impl Draft<'_> {
+    /// The first byte of what is planned for a layer.
+    pub fn start(&self, layer: &LayerKey) -> Option<u64> {
+        let tensors = self.modules[*self.planned.get(layer)?].tensors(self.dtype);
+        tensors.iter().filter_map(|t| self.places.get(&t.name)).map(|place| place.start).min()
+    }
+
     /// Writes a layer that was planned. One that shares a module with others waits for them.
     ///
     /// # Errors

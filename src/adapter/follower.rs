@@ -94,8 +94,7 @@ impl<'a> Follower<'a> {
     /// Waits until it is, or never will be.
     fn becomes_whole(&self, place: &Range<u64>) -> bool {
         let waits = |progress: &mut Progress| !progress.ended && !progress.whole.contains(place);
-        let progress =
-            self.changed.wait_while(self.lock(), waits).unwrap_or_else(PoisonError::into_inner);
+        let progress = self.changed.wait_while(self.lock(), waits).unwrap_or_else(PoisonError::into_inner);
         progress.whole.contains(place)
     }
 

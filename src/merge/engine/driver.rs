@@ -341,6 +341,10 @@ impl Merging<'_> {
         if let Some(only) = self.run.only {
             units.retain(|unit| unit.iter().any(|(_, planned)| only.layers.contains(&planned.key)));
         }
+        // What comes first in the file is computed first: the file's hash, which is found meanwhile, need not wait for it.
+        if let Some(draft) = draft {
+            units.sort_by_cached_key(|unit| unit.iter().filter_map(|(_, l)| draft.start(&l.key)).min());
+        }
         let units: Vec<&[(usize, &PlannedLayer)]> = units.iter().map(Vec::as_slice).collect();
         let host = |unit: &[(usize, &PlannedLayer)]| {
             let rank = |l| self.rank(l).min(self.run.truncation.rank());
