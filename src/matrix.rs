@@ -258,6 +258,15 @@ impl<T: Copy + Default> Matrix<T> {
         &self.data[i * self.cols..(i + 1) * self.cols]
     }
 
+    /// How many columns come before those at the end that are all zero.
+    pub(crate) fn used_columns(&self) -> usize
+    where
+        T: PartialEq,
+    {
+        let last = |i: usize| self.row(i).iter().rposition(|v| *v != T::default());
+        (0..self.rows).filter_map(last).max().map_or(0, |last| last + 1)
+    }
+
     /// The transpose.
     pub fn transposed(&self) -> Self {
         // In blocks, so that lines of a cache that are read in part are still there for the rest.

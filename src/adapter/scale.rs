@@ -5,7 +5,9 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 
 use regex_lite::{Regex, RegexBuilder};
-use serde_json::{Map, Value};
+use serde::Deserialize;
+use serde::de::{Deserializer, Error as _, MapAccess, Visitor};
+use serde_json::value::RawValue;
 
 use super::keys::LayerKey;
 use crate::{Error, Result};
@@ -92,8 +94,9 @@ const MAX_PATTERNS: usize = 1 << 13;
 const MAX_MATCHES: usize = 1 << 22;
 /// Bytes that a pattern may take when it is compiled.
 const MAX_PATTERN: usize = 1 << 17;
-/// Components that a configuration may tell apart.
+/// Components that a configuration may tell apart, and its fields in all; PEFT has some 50 of each component.
 const MAX_COMPONENTS: usize = 64;
+const MAX_FIELDS: usize = 1 << 13;
 
 impl Pattern {
     /// As PEFT has it: `^` in front asks for the whole name.
@@ -241,7 +244,7 @@ fn configs(
     dora: &mut Option<(PathBuf, String)>,
 ) -> Result<Vec<LoraConfig>> {
     let fail = |reason: String| Error::file(path, reason);
-    let fields: Map<String, Value> = serde_json::from_str(text)
+    let Fields::<MAX_FIELDS>(fields) = serde_json::from_str(text)
         .map_err(|e| fail(format!("{what} should hold a JSON object with PEFT's configuration: {e}")))?;
     let mut configs: Vec<LoraConfig> = Vec::new();
     for (key, value) in &fields {
@@ -262,30 +265,29 @@ fn configs(
             });
             configs.len() - 1
         });
-        let wrong = || fail(format!("{what}: `{key}` is {value}, which makes no sense there"));
+        let value = value.get();
+        let is_given = value != "null";
+        let number = |of: &str| {
+            let wrong = || fail(format!("{what}: `{key}` is {}, which makes no sense there", start(value)));
+            serde_json::from_str::<f64>(of).map_err(|_| wrong())
+        };
         let config = &mut configs[i];
         match field {
             // PEFT calls it `alpha` for LoHa and LoKr.
-            "lora_alpha" | "alpha" if !value.is_null() => {
-                config.alpha = Some(value.as_f64().ok_or_else(wrong)?)
-            }
-            "r" if !value.is_null() => config.rank = Some(value.as_f64().ok_or_else(wrong)?),
-            "alpha_pattern" | "rank_pattern" if !value.is_null() => {
-                let mut patterns = Vec::new();
-                let all = value.as_object().ok_or_else(wrong)?;
-                if all.len() > MAX_PATTERNS {
-                    let found = all.len();
-                    return Err(fail(format!(
-                        "{what}: `{key}` holds {found} patterns, and at most {MAX_PATTERNS} are allowed"
-                    )));
-                }
-                for (pattern, value) in all {
+            "lora_alpha" | "alpha" if is_given => config.alpha = Some(number(value)?),
+            "r" if is_given => config.rank = Some(number(value)?),
+            "alpha_pattern" | "rank_pattern" if is_given => {
+                let Fields::<MAX_PATTERNS>(all) = serde_json::from_str(value).map_err(|e| {
+                    fail(format!("{what}: `{key}` should hold a number for each pattern: {e}"))
+                })?;
+                let mut patterns: Vec<(Pattern, f64)> = Vec::with_capacity(all.len());
+                for (pattern, value) in &all {
                     let regex = Pattern::new(pattern).map_err(|e| {
                         fail(format!(
                             "{what}: `{key}` holds `{pattern}`, which is no regular expression: {e}"
                         ))
                     })?;
-                    patterns.push((regex, value.as_f64().ok_or_else(wrong)?));
+                    patterns.push((regex, number(value.get())?));
                 }
                 *if field == "alpha_pattern" {
                     &mut config.alpha_pattern
@@ -295,8 +297,14 @@ fn configs(
             }
             "use_rslora" => config.rslora = truthy(value),
             "use_dora" if truthy(value) => *dora = Some((path.to_owned(), key.clone())),
-            "peft_type" if value.as_str().is_some_and(|kind| !["LORA", "LOHA", "LOKR"].contains(&kind)) => {
-                return Err(fail(format!("{what}: `{key}` is {value}; supported are LORA, LOHA and LOKR")));
+            "peft_type" => {
+                let kind = serde_json::from_str::<String>(value).unwrap_or_default();
+                if value.starts_with('"') && !["LORA", "LOHA", "LOKR"].contains(&kind.as_str()) {
+                    let kind = start(value);
+                    return Err(fail(format!(
+                        "{what}: `{key}` is {kind}; supported are LORA, LOHA and LOKR"
+                    )));
+                }
             }
             _ => {}
         }
@@ -304,6 +312,47 @@ fn configs(
     Ok(configs)
 }
 
-fn truthy(value: &Value) -> bool {
-    value.as_bool().unwrap_or(false) || value.as_str().is_some_and(|text| text.eq_ignore_ascii_case("true"))
+/// The fields of an object, at most so many, with their values as they are written: most of them are not looked at. Of
+/// fields of one name the last one counts, in the first one's place.
+struct Fields<'a, const MOST: usize>(Vec<(String, &'a RawValue)>);
+
+impl<'de, const MOST: usize> Deserialize<'de> for Fields<'de, MOST> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct FieldsVisitor<const MOST: usize>;
+        impl<'de, const MOST: usize> Visitor<'de> for FieldsVisitor<MOST> {
+            type Value = Fields<'de, MOST>;
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object")
+            }
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+                let mut places: BTreeMap<String, usize> = BTreeMap::new();
+                let mut fields: Vec<(String, &RawValue)> = Vec::new();
+                while let Some((name, value)) = map.next_entry::<String, _>()? {
+                    match places.get(&name) {
+                        Some(&place) => fields[place].1 = value,
+                        None if fields.len() == MOST => {
+                            return Err(A::Error::custom(format!("it may hold at most {MOST} fields")));
+                        }
+                        None => {
+                            places.insert(name.clone(), fields.len());
+                            fields.push((name, value));
+                        }
+                    }
+                }
+                Ok(Fields(fields))
+            }
+        }
+        deserializer.deserialize_map(FieldsVisitor)
+    }
+}
+
+/// A value as a message shows it.
+fn start(value: &str) -> String {
+    let start: String = value.chars().take(80).collect();
+    if start.len() < value.len() { start + "..." } else { start }
+}
+
+/// Whether a value, as it is written, is `true`, or a text of that in any case.
+fn truthy(value: &str) -> bool {
+    value.trim_matches('"').eq_ignore_ascii_case("true")
 }

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
 pub use safetensors::Dtype as FileDtype;
-use serde::de::{Deserializer, Error as _, MapAccess, SeqAccess, Visitor};
+use serde::de::{DeserializeSeed, Deserializer, Error as _, MapAccess, SeqAccess, Visitor};
 use serde::{Deserialize, Serialize};
 
 use super::source::ReadAt;
@@ -391,18 +391,42 @@ impl<'de> Deserialize<'de> for Metadata {
                 f.write_str("an object of texts")
             }
             fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Metadata, A::Error> {
-                let (mut all, mut bytes) = (BTreeMap::new(), 0);
-                while let Some((key, text)) = map.next_entry::<String, String>()? {
-                    bytes += key.len() + text.len();
+                let (mut all, mut before) = (BTreeMap::new(), (0, 0));
+                while let Some(key) = map.next_key_seed(Text { before })? {
+                    before = (before.0 + 1, before.1 + key.len());
+                    let text = map.next_value_seed(Text { before })?;
+                    before.1 += text.len();
                     all.insert(key, text);
-                    if let Some(reason) = too_much(all.len(), bytes) {
-                        return Err(A::Error::custom(reason));
-                    }
                 }
                 Ok(Metadata(all))
             }
         }
         deserializer.deserialize_map(MetadataVisitor)
+    }
+}
+
+/// A name or a text of metadata, which is not copied if it is too much with what came before it: texts, and bytes.
+struct Text {
+    before: (usize, usize),
+}
+
+impl<'de> DeserializeSeed<'de> for Text {
+    type Value = String;
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<String, D::Error> {
+        deserializer.deserialize_str(self)
+    }
+}
+
+impl Visitor<'_> for Text {
+    type Value = String;
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a string")
+    }
+    fn visit_str<E: serde::de::Error>(self, text: &str) -> Result<String, E> {
+        match too_much(self.before.0, self.before.1 + text.len()) {
+            Some(reason) => Err(E::custom(reason)),
+            None => Ok(text.to_owned()),
+        }
     }
 }
 

@@ -127,13 +127,20 @@ impl Factored {
 /// `M_k = s_k·L_b,kᵀ·L_a,k` of each member, whose rows of the roots of the stacked factors these are.
 pub(super) fn cores(members: &[(&Layer, f64)], a: &Matrix, b: &Matrix) -> Vec<Matrix> {
     let mut end = 0;
+    // Factors with more ranks than columns leave the last columns of L zero.
+    let used = [a, b].map(Matrix::used_columns);
     let core = |&(layer, scale): &(&Layer, f64)| {
         let rows = end..end + layer.rank;
         end = rows.end;
-        let block = |l: &Matrix, scale: f64| {
-            Matrix::from_fn(rows.len(), l.cols, |r, c| scale * l[(rows.start + r, c)])
+        let block = |l: &Matrix, used: usize, scale: f64| {
+            Matrix::from_fn(rows.len(), used, |r, c| scale * l[(rows.start + r, c)])
         };
-        times(&block(b, scale).transposed(), &block(a, 1.0))
+        let core = times(&block(b, used[1], scale).transposed(), &block(a, used[0], 1.0));
+        if (core.rows, core.cols) == (b.cols, a.cols) {
+            return core;
+        }
+        let value = |i: usize, j: usize| if i < core.rows && j < core.cols { core[(i, j)] } else { 0.0 };
+        Matrix::from_fn(b.cols, a.cols, value)
     };
     members.iter().map(core).collect()
 }

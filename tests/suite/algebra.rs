@@ -92,6 +92,30 @@ fn svd_over_hard_spectra() {
     }
 }
 
+/// Cores of factors that have more ranks than columns end in zeros.
+#[test]
+fn svd_of_what_ends_in_zeros() {
+    let mut random = Random(24);
+    for (rows, cols) in [(5, 3), (3, 5), (1, 1), (9, 2), (0, 0)] {
+        let block = random.matrix(rows, cols, 1.0);
+        let inside = |i: usize, j: usize| if i < rows && j < cols { block[(i, j)] } else { 0.0 };
+        let a = Matrix::from_fn(9, 9, inside);
+        for case in devices() {
+            let what = format!("{}: {rows} x {cols}", case.name);
+            let tolerance = 10.0 * tolerance(&case.device);
+            let svd = jacobi_svd(&case.device, std::slice::from_ref(&a)).unwrap().remove(0);
+            assert!(svd.converged && svd.values.is_sorted_by(|x, y| x >= y), "{what}");
+            assert!(
+                rebuilt(&svd).data().iter().zip(a.data()).all(|(x, y)| (x - y).abs() <= tolerance),
+                "{what}"
+            );
+            assert!(skewness(&svd.left) <= tolerance && skewness(&svd.right) <= tolerance, "{what}");
+            assert!((0..9).all(|i| svd.left.row(i).iter().any(|v| *v != 0.0)), "{what}");
+            assert!(svd.values[rows.min(cols)..].iter().all(|v| *v <= tolerance), "{what}");
+        }
+    }
+}
+
 #[test]
 fn small_singular_values_of_scaled_matrices_keep_their_digits() {
     // A = D·B with a graded D: Jacobi finds even the smallest to full relative accuracy.

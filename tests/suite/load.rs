@@ -32,15 +32,24 @@ fn measured<T>(name: &str, run: impl FnOnce() -> T) -> T {
     };
     // The peak from here on.
     let _ = fs::write("/proc/self/clear_refs", "5");
-    let (before, start) = (resident("VmRSS:"), Instant::now());
+    let (before, start, worked) = (resident("VmRSS:"), Instant::now(), processor());
     let result = run();
     let peak = resident("VmHWM:");
     eprintln!(
-        "{name}: {:.2} s, {} MiB more than the {before} MiB before",
+        "{name}: {:.2} s, {:.2} s of processors, {} MiB more than the {before} MiB before",
         start.elapsed().as_secs_f64(),
+        processor() - worked,
         peak.saturating_sub(before)
     );
     result
+}
+
+/// Seconds that processors have worked for this process, which other work does not change much, where the system tells.
+fn processor() -> f64 {
+    let text = fs::read_to_string("/proc/self/stat").unwrap_or_default();
+    // Behind the name, which may have spaces in it; the clock ticks are of 10 ms on every system that has them.
+    let fields = text.rsplit_once(')').map_or("", |(_, fields)| fields).split_whitespace();
+    fields.skip(11).take(2).filter_map(|ticks| ticks.parse::<f64>().ok()).sum::<f64>() / 100.0
 }
 
 /// A file of this header and so many bytes, none of which takes room on the disk.
@@ -106,9 +115,19 @@ fn headers_that_ask_for_much_are_refused_by_name() {
     assert!(text.contains("alpha_pattern") && text.contains("at most 8192"), "{text}");
     let text = config("{\"alpha_pattern\":{\"(?:a{999}){999}\":1}}".into());
     assert!(text.contains("no regular expression"), "{text}");
-    let components: Vec<String> = (0..size(65, 1_000_000)).map(|i| format!("\"c{i}.r\":1")).collect();
-    let text = config(format!("{{{}}}", components.join(",")));
+    let fields = |count: usize, of: &str| {
+        let fields: Vec<String> = (0..count).map(|i| format!("\"c{i}.r\":{of}")).collect();
+        config(format!("{{{}}}", fields.join(",")))
+    };
+    let text = fields(65, "1");
     assert!(text.contains("more than 64 components"), "{text}");
+    let text = fields(size(8_193, 1_000_000), "1");
+    assert!(text.contains("at most 8192 fields"), "{text}");
+    let text = fields(1, &format!("[1{}]", ",1".repeat(size(1_000, 6_000_000))));
+    assert!(
+        text.contains("`c0.r` is [1,1,") && text.contains("makes no sense") && text.len() < 400,
+        "{text}"
+    );
 }
 
 /// What may be written can be read: names that are too long are refused before a file is there.

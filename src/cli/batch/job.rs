@@ -75,6 +75,9 @@ pub struct Axis {
 
 /// More points than this in one grid are likely a slip of the step.
 const MOST_VALUES: usize = 10_000;
+/// Jobs of a batch, and bytes of all their words: short lines may ask for any number, and all are held at once.
+const MOST_JOBS: usize = 1 << 18;
+const MOST_BYTES: usize = 1 << 28;
 
 impl Axis {
     fn new(name: &str, values: &str) -> Result<Self, String> {
@@ -129,11 +132,21 @@ impl std::str::FromStr for Axis {
 /// error: grids that nothing mentions, and jobs that write one file, or read what another is to write.
 pub fn read(path: &Path, axes: &[Axis]) -> anyhow::Result<Vec<Result<Job, BadLine>>> {
     let text = disk::read_to_string(path).map_err(|e| loraweld::Error::io(path, "read", e))?;
-    let mut jobs = Vec::new();
+    let (mut jobs, mut bytes) = (Vec::new(), 0usize);
     // Making it takes longer than most lines.
     let mut command = super::super::command();
     let mut mentioned = vec![false; axes.len()];
     for (line, text) in (1..).zip(text.lines()).filter(|(_, text)| !text.trim().is_empty()) {
+        let check = |count: usize, bytes: usize, what: &dyn Fn() -> String| {
+            let reason = match (count > MOST_JOBS, bytes > MOST_BYTES) {
+                (true, _) => format!("would be more than {MOST_JOBS} jobs"),
+                (_, true) => format!("would be jobs of more than {MOST_BYTES} bytes of words"),
+                _ => return Ok(()),
+            };
+            let what = format!("line {line}: with {}, it {reason}, which is the most of one batch", what());
+            Err(loraweld::Error::file(path, what))
+        };
+        check(jobs.len() + 1, bytes, &|| "this line".into())?;
         let bad = |e: anyhow::Error| BadLine { line, message: format!("{e:#}") };
         let (words, own) = match words(text) {
             Ok(parts) => parts,
@@ -157,6 +170,16 @@ pub fn read(path: &Path, axes: &[Axis]) -> anyhow::Result<Vec<Result<Job, BadLin
             }
             None => grid.extend(own),
         }
+        let points = grid.iter().fold(1usize, |points, axis| points.saturating_mul(axis.values.len()));
+        bytes = bytes.saturating_add(longest(&words, &grid).saturating_mul(points));
+        check(jobs.len().saturating_add(points), bytes, &|| {
+            let sizes: Vec<_> =
+                grid.iter().map(|axis| format!("{} of {}", axis.values.len(), axis.name)).collect();
+            match sizes.is_empty() {
+                true => "this line".into(),
+                false => format!("all points of its grid, {}", sizes.join(" times ")),
+            }
+        })?;
         for words in expanded(words, &grid) {
             jobs.push(Job::new(&mut command, line, words).map_err(bad));
         }
@@ -204,6 +227,18 @@ fn words(text: &str) -> anyhow::Result<(Vec<String>, Vec<Axis>)> {
 
 fn mentions(words: &[String], name: &str) -> bool {
     words.iter().any(|word| word.contains(&format!("{{{name}}}")))
+}
+
+/// More bytes than the words have at any point of a grid, with what it takes to hold them.
+fn longest(words: &[String], grid: &[Axis]) -> usize {
+    let grown = |word: &String| {
+        let by = |axis: &Axis| {
+            let value = axis.values.iter().map(String::len).max().unwrap_or(0);
+            word.matches(&format!("{{{}}}", axis.name)).count().saturating_mul(value)
+        };
+        size_of::<String>() + word.len() + grid.iter().map(by).sum::<usize>()
+    };
+    words.iter().map(grown).sum()
 }
 
 /// The words at every point of a grid, of which the last axis runs fastest.
@@ -375,6 +410,20 @@ mod tests {
         assert!(refused(same, &[]).contains("lines 1 and 2 both write"));
         let grid = r#"{"run": "resize a:{s} --rank 4 -o x", "grid": {"s": [1, 2]}}"#;
         assert!(refused(grid, &[]).contains("writes x more than once"));
+        // 10^12 jobs of 100 bytes, and few of many.
+        let axis = "\"0:9999:1\"";
+        let many = format!(
+            r#"{{"run": "resize a:{{s}} --rank {{r}} -o x-{{s}}-{{r}}-{{t}}", "grid": {{"s": {axis}, "r": {axis}, "t": {axis}}}}}"#
+        );
+        let text = refused(&format!("\"inspect a\"\n{many}"), &[]);
+        assert!(text.contains("line 2: ") && text.contains("10000 of r times 10000 of s"), "{text}");
+        assert!(text.contains("more than 262144 jobs"), "{text}");
+        let long = format!(r#"{{"run": "inspect a{{s}}{}", "grid": {{"s": {axis}}}}}"#, "x".repeat(1 << 15));
+        let text = refused(&long, &[]);
+        assert!(text.contains("line 1: ") && text.contains("268435456 bytes"), "{text}");
+        let lines = "\"inspect a\"\n".repeat(3) + &"1\n".repeat(MOST_JOBS - 2);
+        let text = refused(&lines, &[]);
+        assert!(text.contains("line 262145: with this line, it would be more than 262144 jobs"), "{text}");
         let chain = "\"convert a -o x --format same\"\n\"inspect x\"";
         assert!(refused(chain, &[]).contains("line 2 reads x, which line 1 writes"));
     }

@@ -30,7 +30,8 @@ pub struct Svd {
 /// What is below 1e-27·σ_1 (double-single: 1e-19·σ_1) is zero.
 ///
 /// Vectors of equal singular values, and so of zero, are some basis of their space. Results are the same bits in every
-/// run. On the CPU, faer's SVD, whose errors are relative to σ_1.
+/// run. On the CPU, faer's SVD by divide and conquer, whose errors are relative to σ_1; rows and columns of zeros at the end
+/// add nothing to its work.
 ///
 /// # Errors
 /// [`Error::Invalid`](crate::Error::Invalid) if a matrix is not square; [`Error::Device`](crate::Error::Device).
@@ -198,11 +199,18 @@ pub(super) fn jacobi_svd_cpu(a: &Matrix) -> Svd {
     if a.data.iter().any(|v| !v.is_finite()) {
         return failed();
     }
-    let Ok(svd) = view(&a.data, Shape::new(n, n)).svd() else { return failed() };
+    let rows = (0..n).rposition(|i| a.row(i).iter().any(|v| *v != 0.0)).map_or(0, |last| last + 1);
+    let used = rows.max(a.used_columns());
+    let Ok(svd) = view(&a.data, Shape::new(n, n)).submatrix(0, 0, used, used).svd() else { return failed() };
     let (u, s, v) = (svd.U(), svd.S().column_vector(), svd.V());
-    let values = (0..n).map(|i| scale(s[i], e)).collect();
-    let left = Matrix::from_fn(n, n, |i, k| u[(k, i)]);
-    let right = Matrix::from_fn(n, n, |i, k| if s[i] == 0.0 { 0.0 } else { v[(k, i)] });
+    let is_zero = |i: usize| i >= used || s[i] == 0.0;
+    let values = (0..n).map(|i| if is_zero(i) { 0.0 } else { scale(s[i], e) }).collect();
+    // Beyond what is used, the basis goes on with axes.
+    let left = Matrix::from_fn(n, n, |i, k| match i < used && k < used {
+        true => u[(k, i)],
+        false => f64::from(u8::from(i == k)),
+    });
+    let right = Matrix::from_fn(n, n, |i, k| if is_zero(i) || k >= used { 0.0 } else { v[(k, i)] });
     sorted(values, true, |i| (left.row(i), right.row(i)))
 }
 

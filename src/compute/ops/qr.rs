@@ -172,7 +172,7 @@ pub fn qr_l(device: &Device, a: &ScaledRows) -> Result<Vec<Matrix>> {
     if let Operands::Host([all]) = Operands::of("qr_l", device, [(&a.rows, FACTOR)])? {
         let l = |i: usize| {
             let rows = all.matrix(i);
-            let root = Some(root_cpu(rows)).filter(Root::is_exact);
+            let root = exact_root(rows);
             a.unscale(i, root.map_or_else(|| l_cpu(rows), |root| root.left))
         };
         return Ok((0..a.rows.len()).into_par_iter().map(l).collect());
@@ -201,10 +201,14 @@ fn root_cpu(a: MatRef<'_, f64>) -> Root {
     Root::new(&jacobi_svd_cpu(&gram), f64::EPSILON)
 }
 
+/// The root of the Gram matrix where one pass is as good as any: never of more rows than columns, which depend on each other.
+fn exact_root(a: MatRef<'_, f64>) -> Option<Root> {
+    (a.nrows() <= a.ncols()).then(|| root_cpu(a)).filter(Root::is_exact)
+}
+
 /// The CPU twin for one matrix: Q and L.
 fn qr_cpu(a: &[f64], shape: Shape) -> (Matrix, Matrix) {
-    let root = root_cpu(view(a, shape));
-    if root.is_exact() {
+    if let Some(root) = exact_root(view(a, shape)) {
         // Once more, since there are digits for it in f64.
         let q = product(&root.inverse, view(a, shape));
         let q = view(&q.data, shape);

@@ -587,7 +587,17 @@ fn truncated(device: &Device, wholes: &[&Whole<'_>]) -> Result<Vec<One>> {
         let one = |(whole, Lifted { layer, values }): (&&&Whole<'_>, Lifted)| whole.truncated(values, layer);
         Ok(wholes.iter().zip(lifted).map(one).collect())
     };
-    gram_first(wholes, |wholes| truncated_by_grams(device, wholes), by_qr)
+    let by_grams = |wholes: &[&Whole<'_>]| {
+        // Rows of a stack that is taller than wide depend on each other: its Gram matrix is singular for sure.
+        let is_tall = |whole: &&&Whole<'_>| {
+            let Layer { input, output, .. } = whole.update.template;
+            whole.update.rank() > *input.min(output)
+        };
+        let wide: Vec<&Whole<'_>> = wholes.iter().filter(|whole| !is_tall(whole)).copied().collect();
+        let mut found = truncated_by_grams(device, &wide)?.into_iter();
+        Ok(wholes.iter().map(|whole| if is_tall(&whole) { None } else { found.next().flatten() }).collect())
+    };
+    gram_first(wholes, by_grams, by_qr)
 }
 
 /// How far singular vectors may be off for [`truncated_by_grams`]: less than f32 rounds them by.
