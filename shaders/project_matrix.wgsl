@@ -56,7 +56,7 @@ const DEPTH: u32 = 32u;
 // A row of a tile, in vectors of 4. Padded rows keep the loads of a matrix from meeting in a bank, and stay on 16 bytes.
 const STRIDE: u32 = DEPTH / 4u + 2u;
 // 16 rows of a tile, and the vectors of a matrix of A.
-const ROWS: u32 = 16u * STRIDE;
+const SIXTEEN_ROWS: u32 = 16u * STRIDE;
 const MATRIX: u32 = 64u;
 
 // Values of X in 16 bytes, the threads of a row, and how a tile of it is shared: each thread fetches X_LOADS times, X_STEP
@@ -189,9 +189,9 @@ fn main(
             let stride = STRIDE;
             let a_stride = 4u;
             let at0a = here;
-            let at1a = at0a + ROWS;
-            let at2a = at1a + ROWS;
-            let at3a = at2a + ROWS;
+            let at1a = at0a + SIXTEEN_ROWS;
+            let at2a = at1a + SIXTEEN_ROWS;
+            let at3a = at2a + SIXTEEN_ROWS;
             let at0b = at0a + 4u;
             let at1b = at1a + 4u;
             let at2b = at2a + 4u;
