@@ -173,7 +173,7 @@ mod tests {
         });
         assert!(result == 7 && hash.unwrap().is_none());
         // A short file is hashed at the end.
-        assert!(Follower::new(&file, &[0..1]).is_none());
+        assert!(Follower::new(&file, std::slice::from_ref(&(0..1))).is_none());
     }
 
     #[test]
