@@ -12,6 +12,7 @@ use loraweld::{
     Matrix, Method, NpLora, Progress, Report, Result, SaveOptions, Spectrum, Ssr, SvdMerge, Ties, Truncation,
     Tsv, Unnamed, Weighted,
 };
+use sha2::{Digest, Sha256};
 use tempfile::TempDir;
 
 fn fixture(name: &str) -> Adapter {
@@ -255,6 +256,47 @@ fn nothing_is_left_of_a_merge_that_ends_early() {
     run(&at(1.0), &force).unwrap();
     assert_eq!(names(&folder), std::slice::from_ref(&path));
     assert!(Adapter::open(&path).is_ok());
+}
+
+/// The hash of a file of some size is found while it is written, in the order of the file; where a rank is lower than was
+/// planned, the file is written again.
+#[test]
+fn the_hash_of_a_large_file_is_that_of_its_tensors() {
+    let adapter = |seed: u64| {
+        let name = |i: usize| match i % 2 {
+            0 => format!("transformer.transformer_blocks.{}.attn.to_out.0", i / 2),
+            _ => format!("transformer.single_transformer_blocks.{}.proj_out", i / 2),
+        };
+        // As those of the model: the later of them come first in a file of kohya's.
+        let width = |i: usize| if i % 2 == 0 { 3072 } else { 15360 };
+        let layer = |i: usize| {
+            let seed = seed + i as u64;
+            Layer::new(&name(i), matrix(4, width(i), seed), matrix(3072, 4, 100 + seed)).unwrap()
+        };
+        Adapter::new("made", Format::Peft, (0..24).map(layer).collect()).unwrap()
+    };
+    let (x, y) = (adapter(1), adapter(50));
+    let folder = TempDir::new().unwrap();
+    let path = folder.path().join("out");
+    let options = SaveOptions {
+        format: Some(Format::Kohya),
+        dtype: Some(Dtype::F32),
+        overwrite: true,
+        ..Default::default()
+    };
+    let half = Truncation::spectrum(Spectrum::Frobenius(0.999));
+    for (rank, other, truncation) in [(8, &y, Truncation::default()), (4, &x, half)] {
+        let to = Destination { path: &path, sink: None, options: &options, truncation };
+        let adapters = [x.at(1.0), other.at(0.5)];
+        let report = Linear.merge_into(&Device::cpu(), &adapters, &to, Control::default()).unwrap();
+        assert!(report.layers.iter().all(|layer| layer.rank == rank), "{:?}", report.layers[0]);
+        let file = fs::read(&path).unwrap();
+        let header = 8 + u64::from_le_bytes(file[..8].try_into().unwrap()) as usize;
+        assert!(file.len() - header > 4 << 20, "the hash of so few bytes is found at the end");
+        let metadata: serde_json::Value = serde_json::from_slice(&file[8..header]).unwrap();
+        let want: String = Sha256::digest(&file[header..]).iter().map(|byte| format!("{byte:02x}")).collect();
+        assert_eq!(metadata["__metadata__"]["sshs_model_hash"], want, "rank {rank}");
+    }
 }
 
 #[test]
