@@ -263,15 +263,14 @@ fn nothing_is_left_of_a_merge_that_ends_early() {
 #[test]
 fn the_hash_of_a_large_file_is_that_of_its_tensors() {
     let adapter = |seed: u64| {
+        // As in the model: the later of two comes first in the order of names.
         let name = |i: usize| match i % 2 {
-            0 => format!("transformer.transformer_blocks.{}.attn.to_out.0", i / 2),
-            _ => format!("transformer.single_transformer_blocks.{}.proj_out", i / 2),
+            0 => (format!("transformer.transformer_blocks.{}.attn.to_out.0", i / 2), 3072),
+            _ => (format!("transformer.single_transformer_blocks.{}.proj_out", i / 2), 15360),
         };
-        // As those of the model: the later of them come first in a file of kohya's.
-        let width = |i: usize| if i % 2 == 0 { 3072 } else { 15360 };
         let layer = |i: usize| {
-            let seed = seed + i as u64;
-            Layer::new(&name(i), matrix(4, width(i), seed), matrix(3072, 4, 100 + seed)).unwrap()
+            let (seed, (name, width)) = (seed + i as u64, name(i));
+            Layer::new(&name, matrix(4, width, seed), matrix(3072, 4, 100 + seed)).unwrap()
         };
         Adapter::new("made", Format::Peft, (0..24).map(layer).collect()).unwrap()
     };
