@@ -353,7 +353,7 @@ impl Place {
 }
 
 /// Bytes that are copied at a time.
-const COPY: usize = 1 << 20;
+pub(super) const COPY: usize = 1 << 20;
 
 /// Writes a tensor to its place.
 fn write_tensor(t: &TensorOut<'_>, file: &dyn WriteAt, start: u64, control: &Control<'_>) -> io::Result<()> {
@@ -397,7 +397,7 @@ impl Write for Hashing<'_> {
     }
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // Each guarded value is valid after every statement, so a panic elsewhere does not spoil it.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -3,17 +3,16 @@
 use std::collections::HashSet;
 use std::io;
 use std::ops::Range;
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Condvar, Mutex, PoisonError};
 use std::thread;
 
 use sha2::{Digest, Sha256};
 
+use super::draft::{COPY, lock};
 use crate::{Control, WriteAt};
 
 /// Bytes that are worth a thread.
 const ENOUGH: u64 = 4 << 20;
-/// Bytes that are read at a time.
-const PIECE: u64 = 1 << 20;
 
 /// Reads planned places of a file in their order, each once it is whole, and hashes them.
 pub(super) struct Follower<'a> {
@@ -44,7 +43,7 @@ impl<'a> Follower<'a> {
 
     /// Tells that this place is whole.
     pub fn wrote(&self, place: Range<u64>) {
-        self.lock().whole.insert(place);
+        lock(&self.progress).whole.insert(place);
         self.changed.notify_one();
     }
 
@@ -76,14 +75,14 @@ impl<'a> Follower<'a> {
 
     fn follow(&self, control: &Control<'_>) -> io::Result<Option<Sha256>> {
         let mut sha = Sha256::new();
-        let mut buffer = vec![0; PIECE as usize];
+        let mut buffer = vec![0; COPY];
         for place in &self.places {
             if !self.becomes_whole(place) {
                 return Ok(None);
             }
-            for at in place.clone().step_by(PIECE as usize) {
+            for at in place.clone().step_by(COPY) {
                 control.check().map_err(io::Error::other)?;
-                let piece = &mut buffer[..(place.end - at).min(PIECE) as usize];
+                let piece = &mut buffer[..(place.end - at).min(COPY as u64) as usize];
                 self.file.read_at(piece, at)?;
                 sha.update(piece);
             }
@@ -94,13 +93,9 @@ impl<'a> Follower<'a> {
     /// Waits until it is, or never will be.
     fn becomes_whole(&self, place: &Range<u64>) -> bool {
         let waits = |progress: &mut Progress| !progress.ended && !progress.whole.contains(place);
-        let progress = self.changed.wait_while(self.lock(), waits).unwrap_or_else(PoisonError::into_inner);
+        let progress =
+            self.changed.wait_while(lock(&self.progress), waits).unwrap_or_else(PoisonError::into_inner);
         progress.whole.contains(place)
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Progress> {
-        // Progress is valid after every statement, so a panic elsewhere does not spoil it.
-        self.progress.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -109,7 +104,7 @@ struct End<'a>(&'a Follower<'a>);
 
 impl Drop for End<'_> {
     fn drop(&mut self) {
-        self.0.lock().ended = true;
+        lock(&self.0.progress).ended = true;
         self.0.changed.notify_one();
     }
 }
@@ -139,7 +134,7 @@ mod tests {
 
     #[test]
     fn a_file_is_hashed_in_its_order_however_it_is_written() {
-        let len = 3 * PIECE + 5;
+        let len = 3 * COPY as u64 + 5;
         let (start, end) = (100, 100 + 2 * len);
         let places = [start..start + len, start + len..start + len, start + len..end];
         let values: Vec<u8> = (0..2 * len).map(|i| (i * i % 251) as u8).collect();
