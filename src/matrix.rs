@@ -299,3 +299,34 @@ impl<T> std::ops::IndexMut<(usize, usize)> for Matrix<T> {
         &mut self.data[i * self.cols + j]
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Tensors begin at any byte of a file, and a host's arrays at any address.
+    #[test]
+    fn bytes_at_any_address_are_read() {
+        let values = [1.5f32, -2.0, 0.25, 8.0, -0.5, 3.0];
+        for dtype in [Dtype::F32, Dtype::F16, Dtype::Bf16] {
+            let bytes = |v: &f32| match dtype {
+                Dtype::F32 => v.to_le_bytes().to_vec(),
+                Dtype::F16 => half::f16::from_f32(*v).to_le_bytes().to_vec(),
+                Dtype::Bf16 => half::bf16::from_f32(*v).to_le_bytes().to_vec(),
+            };
+            for start in 0..4 {
+                let mut all = vec![0xff; start];
+                all.extend(values.iter().flat_map(bytes));
+                let (own, cut) = (&all[start..], &all[start..all.len() - 1]);
+                let matrix = RawMatrix::new(dtype, 3, 2, own).unwrap();
+                let mut wide = [0f64; 6];
+                matrix.widen_into(&mut wide);
+                assert_eq!(wide, values.map(f64::from), "{dtype} from byte {start}");
+                assert_eq!(matrix.row_range(1, 3).to_vec::<f32>(), values[2..]);
+                assert_eq!(matrix.first_non_finite(), None);
+                assert!(RawMatrix::new(dtype, 3, 2, cut).is_err());
+                assert_eq!(RawMatrix::within(dtype, 3, 2, cut).rows(), 0);
+            }
+        }
+    }
+}

@@ -531,3 +531,42 @@ impl<'a> OnGpu<'a> {
         self.batch.element()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A driver gives its memory at any address.
+    #[test]
+    fn elements_at_any_address_come_back() {
+        let values = [1.0, -0.1, 1e30, 1e-20 / 3.0, f64::INFINITY, 0.0];
+        for (element, bound) in
+            [(Element::F32, 2f64.powi(-24)), (Element::DoubleSingle, 2f64.powi(-48)), (Element::F64, 0.0)]
+        {
+            for start in 0..8 {
+                let mut bytes = vec![0; start + values.len() * element.bytes() as usize];
+                Batch::encode(element, &values, &mut bytes[start..]);
+                let back = Batch::decode(element, &bytes[start..]);
+                assert_eq!(back.len(), values.len());
+                for (got, want) in back.into_iter().zip(values) {
+                    assert!(
+                        got == want || (got - want).abs() <= bound * want.abs(),
+                        "{element:?}: {got} {want}"
+                    );
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn matrices_of_a_batch_lie_apart() {
+        let shapes = [Shape::new(1, 1), Shape::new(0, 4), Shape::new(3, 5), Shape::new(2, 2)];
+        let of = |i: usize| Matrix::from_fn(shapes[i].rows, shapes[i].cols, |_, _| i as f64 + 1.0);
+        let batch = Batch::made_on_host(&shapes, |i, matrix| matrix.fill(i as f64 + 1.0)).unwrap();
+        let all = |batch: &Batch| batch.download(&Device::cpu()).unwrap();
+        assert_eq!(all(&batch), [of(0), of(1), of(2), of(3)]);
+        assert_eq!(all(&batch.select(&[2, 1, 0])), [of(2), of(1), of(0)]);
+        let again = Batch::upload(&Device::cpu(), Element::Host, &[of(3), of(2)]).unwrap();
+        assert_eq!(all(&again), [of(3), of(2)]);
+    }
+}
