@@ -72,6 +72,7 @@ mod tests {
     use super::*;
 
     #[test]
+    #[cfg_attr(miri, ignore = "Miri maps no files")]
     fn a_map_holds_the_same_bytes() {
         let values: Vec<f32> = (0..1000).map(|i| i as f32 * 0.1).collect();
         let map = mapped(&values).unwrap();
@@ -80,6 +81,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "Miri maps no files")]
     fn little_is_held() {
         let many: Vec<Values> = (0..40).map(|_| Values::new(vec![1.0; 4 << 20])).collect();
         // Others run beside it, and hold less than what is left.
