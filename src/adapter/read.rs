@@ -517,13 +517,15 @@ pub(crate) fn f8(bits: u8, dtype: FileDtype) -> half::f16 {
         // The upper half of an f16.
         return half::f16::from_bits(u16::from(bits) << 8);
     }
-    let (sign, exponent, mantissa) = (bits >> 7, i32::from(bits >> 3 & 15), f32::from(bits & 7));
-    let magnitude = match (exponent, bits & 7) {
-        (15, 7) => f32::NAN,
-        (0, _) => mantissa * 2f32.powi(-9),
-        _ => (8.0 + mantissa) * 2f32.powi(exponent - 10),
+    let (sign, rest) = (u16::from(bits & 0x80) << 8, u16::from(bits & 0x7f));
+    let magnitude = match rest {
+        0x7f => half::f16::NAN.to_bits(),
+        // Eighths of the smallest normal number.
+        0..8 => half::f16::from_f32(f32::from(rest) / 512.0).to_bits(),
+        // The exponent of these 8 bits counts from 7, that of an f16 from 15.
+        _ => (rest << 7) + (8 << 10),
     };
-    half::f16::from_f32(if sign == 1 { -magnitude } else { magnitude })
+    half::f16::from_bits(sign | magnitude)
 }
 
 /// One number of any type, in any shape.
@@ -597,9 +599,16 @@ mod tests {
         {
             assert_eq!(f8(bits, FileDtype::F8_E4M3).to_f32(), value);
         }
-        assert!(f8(0x7f, FileDtype::F8_E4M3).is_nan());
+        assert!(f8(0x7f, FileDtype::F8_E4M3).is_nan() && f8(0xff, FileDtype::F8_E4M3).is_nan());
+        // Numbers of one exponent are equally far apart, and twice as far as those of the one before.
+        let all: Vec<f32> = (0..0x7f).map(|bits| f8(bits, FileDtype::F8_E4M3).to_f32()).collect();
+        for bits in 8..0x7e {
+            let distance = |bits: usize| all[bits + 1] - all[bits];
+            let factor = if bits % 8 == 0 && bits > 8 { 2.0 } else { 1.0 };
+            assert_eq!(distance(bits), factor * distance(bits - 1), "{bits:#x}");
+        }
         assert_eq!(f8(0x7b, FileDtype::F8_E5M2).to_f32(), 57344.0);
-        assert_eq!(f8(0x01, FileDtype::F8_E5M2).to_f32(), 2f32.powi(-16));
+        assert_eq!(f8(0x01, FileDtype::F8_E5M2).to_f32(), 1.0 / 65536.0);
         assert!(f8(0x7c, FileDtype::F8_E5M2).is_infinite());
     }
 }

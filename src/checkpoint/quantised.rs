@@ -390,10 +390,11 @@ mod tests {
     const ALL: [Stored; 4] =
         [Stored::Plain(Dtype::F16), Stored::Plain(Dtype::Bf16), Stored::E4m3, Stored::E5m2];
 
-    /// Every number that a type has, but NaN and infinity.
+    /// Every number that a type has, but NaN and infinity; under Miri, which is slow, a few of those of 16 bits.
     fn numbers(stored: Stored) -> Vec<(Vec<u8>, f32)> {
         let count = 1usize << (8 * stored.size());
-        let all = (0..count).map(|bits| {
+        let step = if cfg!(miri) && !stored.is_fp8() { 997 } else { 1 };
+        let all = (0..count).step_by(step).map(|bits| {
             let bytes = (bits as u16).to_le_bytes()[..stored.size()].to_vec();
             let mut value = [0.0];
             stored.widen(&bytes, &mut value);
@@ -423,7 +424,8 @@ mod tests {
 
     #[test]
     fn the_nearest_is_found_and_ties_go_to_even() {
-        for stored in ALL {
+        // It takes neighbours, which Miri has no time for where there are many.
+        for stored in ALL.into_iter().filter(|stored| stored.is_fp8() || !cfg!(miri)) {
             let mut all: Vec<f32> =
                 numbers(stored).into_iter().map(|(_, v)| v).filter(|v| *v >= 0.0).collect();
             all.sort_by(f32::total_cmp);
@@ -446,6 +448,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "it takes a million numbers")]
     fn chance_is_fair_and_depends_on_the_name_alone() {
         for stored in ALL {
             let low = 1.0f32;

@@ -117,7 +117,7 @@ impl From<Dare> for EntryOptions {
             density,
             lambda,
             trim: None,
-            chance: (density * 2f64.powi(32) - 1.0).round() as u32,
+            chance: (density * (1u64 << 32) as f64 - 1.0).round() as u32,
             seed,
             elects: ties,
             scale: if ties { lambda / density } else { 1.0 / density },
