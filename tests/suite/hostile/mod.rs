@@ -61,7 +61,7 @@ fn corpora() {
         ("adapter", |data| bodies::adapter(&mut Unstructured::new(data)).unwrap_or(())),
         ("index", |data| bodies::index(&mut Unstructured::new(data)).unwrap_or(())),
     ];
-    // Miri takes ten minutes for one adapter, which is merged too, and cannot copy files, as a bake does.
+    // Under Miri one adapter, which is merged too, takes more than four minutes, and a bake cannot copy files.
     let some = if cfg!(miri) { 4 } else { bodies.len() };
     for (name, body) in &bodies[..some] {
         let mut done = 0;
