@@ -107,7 +107,8 @@ impl Gpu {
     fn reuse(&self, bytes: u64) -> Option<Buffer> {
         let mut pool = lock(&self.pool);
         let best = best(pool.iter().map(|buffer| buffer.size()), bytes, self.least_waste())?;
-        Some(pool.swap_remove(best))
+        // What stays keeps its order: the oldest are freed first.
+        Some(pool.remove(best))
     }
 
     /// Bytes below which buffers may be far larger than was asked for.

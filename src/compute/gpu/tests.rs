@@ -104,3 +104,25 @@ fn an_allocation_fails_or_loses_the_device() {
         assert!(lost > 0, "method {number}: the device was never lost");
     }
 }
+
+#[test]
+fn the_pool_frees_what_waited_longest() {
+    let options = DeviceOptions { select: Select::Gpu, memory: Some(256 << 20), ..Default::default() };
+    let device = match Device::open(&options) {
+        Ok(device) => device,
+        Err(_) if std::env::var_os("LORAWELD_ALLOW_NO_GPU").is_some() => return,
+        Err(error) => panic!("{error}; set LORAWELD_ALLOW_NO_GPU to accept that no GPU is tested"),
+    };
+    let gpu = device.gpu().unwrap();
+    let sizes = || gpu.pool.lock().unwrap().iter().map(|buffer| buffer.size() >> 20).collect::<Vec<_>>();
+    gpu.evict(u64::MAX / 2, 0);
+    assert!(sizes().is_empty());
+    // The pool has room for 64 MiB.
+    let all = [6, 12, 24].map(|size| gpu.scratch(size << 20).unwrap());
+    drop(all);
+    assert_eq!(sizes(), [6, 12, 24]);
+    drop(gpu.scratch(6 << 20).unwrap());
+    assert_eq!(sizes(), [12, 24, 6], "what was used last is freed last");
+    drop(gpu.scratch(32 << 20).unwrap());
+    assert_eq!(sizes(), [24, 6, 32], "what waited longest made room");
+}
