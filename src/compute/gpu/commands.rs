@@ -106,17 +106,22 @@ struct Ready {
 }
 
 impl Prepared {
-    /// Records one pass. `offset`: the first byte of the binding that a kernel has [`moving`](Kernel::moving), a multiple of
-    /// [`BIND_ALIGN`].
+    /// Records one pass into the encoder of a host, who may submit it at any time. `offset`: the first byte of the binding
+    /// that a kernel has [`moving`](Kernel::moving), a multiple of [`BIND_ALIGN`].
     pub fn record(self: &Arc<Self>, encoder: &mut wgpu::CommandEncoder, offset: u32) {
         let held = self.clone();
         encoder.on_submitted_work_done(move || drop(held));
-        let mut pass = encoder.begin_compute_pass(&Default::default());
-        for Ready { pipeline, group, grid: [x, y, z], moving } in &self.launches {
-            pass.set_pipeline(pipeline);
-            pass.set_bind_group(0, group, if *moving { std::slice::from_ref(&offset) } else { &[] });
-            pass.dispatch_workgroups(*x, *y, *z);
-        }
+        record(&self.launches, encoder, offset);
+    }
+}
+
+/// Records launches as one pass.
+fn record(launches: &[Ready], encoder: &mut wgpu::CommandEncoder, offset: u32) {
+    let mut pass = encoder.begin_compute_pass(&Default::default());
+    for Ready { pipeline, group, grid: [x, y, z], moving } in launches {
+        pass.set_pipeline(pipeline);
+        pass.set_bind_group(0, group, if *moving { std::slice::from_ref(&offset) } else { &[] });
+        pass.dispatch_workgroups(*x, *y, *z);
     }
 }
 
@@ -262,13 +267,14 @@ impl Commands<'_> {
         self.kept.iter().chain(&self.scratch).map(|buffer| buffer.size()).sum()
     }
 
-    /// Submits what was recorded.
-    pub fn submit(self) -> Result<()> {
+    /// Submits what was recorded. Its scratch goes to the next user at once, since the queue keeps users of a buffer apart.
+    pub fn submit(mut self) -> Result<()> {
         let gpu = self.gpu;
         if !self.launches.is_empty() {
-            let (prepared, _) = self.prepare()?;
+            let (launches, tables) = self.ready()?;
             let mut encoder = gpu.device.create_command_encoder(&Default::default());
-            prepared.record(&mut encoder, 0);
+            encoder.on_submitted_work_done(move || drop(tables));
+            record(&launches, &mut encoder, 0);
             gpu.queue.submit([encoder.finish()]);
         }
         gpu.check()
@@ -280,6 +286,13 @@ impl Commands<'_> {
     /// # Errors
     /// [`Error::Device`] if wgpu refuses what is bound.
     pub fn prepare(mut self) -> Result<(Arc<Prepared>, Vec<Arc<Pooled>>)> {
+        let (launches, tables) = self.ready()?;
+        self.kept.extend_from_slice(&self.scratch);
+        Ok((Arc::new(Prepared { launches, _held: (tables, self.kept) }), self.scratch))
+    }
+
+    /// The launches in their order, and what their tables hold of the budget.
+    fn ready(&mut self) -> Result<(Vec<Ready>, Held)> {
         self.launches.sort_by_key(|launch| launch.phase);
         // Both the tables and what wgpu stages them in count.
         let held = self.gpu.meter.hold(2 * self.tables.len() as u64);
@@ -289,12 +302,10 @@ impl Commands<'_> {
         let launches = self.upload_tables().map(|tables| self.bind(&tables));
         let refused = wait::block_on(scope.pop());
         self.gpu.alive()?;
-        if let Some(error) = refused {
-            return Err(Error::Device(format!("{}: {error}", self.gpu.name)));
+        match refused {
+            Some(error) => Err(Error::Device(format!("{}: {error}", self.gpu.name))),
+            None => Ok((launches?, held)),
         }
-        self.kept.extend_from_slice(&self.scratch);
-        let prepared = Prepared { launches: launches?, _held: (held, self.kept) };
-        Ok((Arc::new(prepared), self.scratch))
     }
 
     fn upload_tables(&self) -> Result<wgpu::Buffer> {
