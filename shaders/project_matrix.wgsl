@@ -19,7 +19,7 @@
 // while the next is stored and the one after fetched; matrices of A, which lie as the units want them, come straight
 // from memory.
 // Bindings: 3 X as raw words, 4 high and 5 low parts of A, 6 parts, 7 scales of rows of A.
-// The permutation sets DTYPE and TILE_N, 32 or 64. A subgroup has all tokens of the tile and 16 columns.
+// The permutation sets DTYPE and TILE_N, 32, 64 or 128. A subgroup has all tokens of the tile and 16 columns.
 
 enable f16;
 enable wgpu_cooperative_matrix;
@@ -147,9 +147,10 @@ fn main(
     var x: array<vec4<u32>, X_LOADS>;
     var guessed: array<u32, X_LOADS>;
     var x_scales: array<f32, X_LOADS>;
-    let v = min(start / X_VALUES + x_vector, x_vectors - 1u);
+    let v0 = min(start / X_VALUES + x_vector, x_vectors - 1u);
+    let v1 = min(min(start + DEPTH, last) / X_VALUES + x_vector, x_vectors - 1u);
     for (var i = 0u; i < X_LOADS; i++) {
-        x[i] = x_words[x_at[i] + v];
+        x[i] = x_words[x_at[i] + v0];
         x_scales[i] = 1.0;
         if (DTYPE != F16) {
             guessed[i] = largest_of_row(largest(x[i]), X_LANES);
@@ -159,13 +160,10 @@ fn main(
 
     for (var attempt = 0u; attempt < 2u; attempt++) {
         var most: array<vec4<u32>, X_LOADS>;
-        let v0 = min(start / X_VALUES + x_vector, x_vectors - 1u);
-        let v1 = min(min(start + DEPTH, last) / X_VALUES + x_vector, x_vectors - 1u);
         for (var i = 0u; i < X_LOADS; i++) {
-            let now = x_words[x_at[i] + v0];
+            most[i] = largest(x[i]);
+            put_x(x_place + i * X_STEP * STRIDE, x[i], x_scales[i]);
             x[i] = x_words[x_at[i] + v1];
-            most[i] = largest(now);
-            put_x(x_place + i * X_STEP * STRIDE, now, x_scales[i]);
         }
         workgroupBarrier();
 
@@ -174,46 +172,47 @@ fn main(
         var c2: coop_mat16x16<f32, C>;
         var c3: coop_mat16x16<f32, C>;
         var here = 0u;
-        for (var k = start; k < end; k += DEPTH) {
-            let next = STEP_LEN - here;
-            let ahead = min(min(k + 2u * DEPTH, last) / X_VALUES + x_vector, x_vectors - 1u);
-            for (var i = 0u; i < X_LOADS; i++) {
-                most[i] = max(most[i], largest(x[i]));
-                put_x(next + x_place + i * X_STEP * STRIDE, x[i], x_scales[i]);
-            }
-            // What is fetched here is looked at a step later: whoever looks, waits.
-            for (var i = 0u; i < X_LOADS; i++) {
-                x[i] = x_words[x_at[i] + ahead];
-            }
-            // Matrix rows 0 to 3 of X, in the first (a) and second half (b) of the depth.
-            let stride = STRIDE;
-            let a_stride = 4u;
-            let at0a = here;
-            let at1a = at0a + SIXTEEN_ROWS;
-            let at2a = at1a + SIXTEEN_ROWS;
-            let at3a = at2a + SIXTEEN_ROWS;
-            let at0b = at0a + 4u;
-            let at1b = at1a + 4u;
-            let at2b = at2a + 4u;
-            let at3b = at3a + 4u;
-            let x0a = coopLoadT<coop_mat16x16<f16, A>>(&tile[at0a], stride);
-            let x1a = coopLoadT<coop_mat16x16<f16, A>>(&tile[at1a], stride);
-            let x2a = coopLoadT<coop_mat16x16<f16, A>>(&tile[at2a], stride);
-            let x3a = coopLoadT<coop_mat16x16<f16, A>>(&tile[at3a], stride);
-            let x0b = coopLoadT<coop_mat16x16<f16, A>>(&tile[at0b], stride);
-            let x1b = coopLoadT<coop_mat16x16<f16, A>>(&tile[at1b], stride);
-            let x2b = coopLoadT<coop_mat16x16<f16, A>>(&tile[at2b], stride);
-            let x3b = coopLoadT<coop_mat16x16<f16, A>>(&tile[at3b], stride);
-            let a_at = job.a / 4u + (k / 16u * job.a_columns + first_column / 16u) * MATRIX;
-            let b_at = a_at + job.a_columns * MATRIX;
-            let high_a = coopLoad<coop_mat16x16<f16, B>>(&a_high[a_at], a_stride);
-            let high_b = coopLoad<coop_mat16x16<f16, B>>(&a_high[b_at], a_stride);
-            // Small terms come first.
-            var s0: coop_mat16x16<f32, C>;
-            var s1: coop_mat16x16<f32, C>;
-            var s2: coop_mat16x16<f32, C>;
-            var s3: coop_mat16x16<f32, C>;
-            if (has_low) {
+        // A branch within one loop would make it a quarter slower, and what both share as functions a tenth.
+        let stride = STRIDE;
+        let a_stride = 4u;
+        if (has_low) {
+            for (var k = start; k < end; k += DEPTH) {
+                let next = STEP_LEN - here;
+                let ahead = min(min(k + 2u * DEPTH, last) / X_VALUES + x_vector, x_vectors - 1u);
+                for (var i = 0u; i < X_LOADS; i++) {
+                    most[i] = max(most[i], largest(x[i]));
+                    put_x(next + x_place + i * X_STEP * STRIDE, x[i], x_scales[i]);
+                }
+                // What is fetched here is looked at a step later: whoever looks, waits.
+                for (var i = 0u; i < X_LOADS; i++) {
+                    x[i] = x_words[x_at[i] + ahead];
+                }
+                // Matrix rows 0 to 3 of X, in the first (a) and second half (b) of the depth.
+                let at0a = here;
+                let at1a = at0a + SIXTEEN_ROWS;
+                let at2a = at1a + SIXTEEN_ROWS;
+                let at3a = at2a + SIXTEEN_ROWS;
+                let at0b = at0a + 4u;
+                let at1b = at1a + 4u;
+                let at2b = at2a + 4u;
+                let at3b = at3a + 4u;
+                let x0a = coopLoadT<coop_mat16x16<f16, A>>(&tile[at0a], stride);
+                let x1a = coopLoadT<coop_mat16x16<f16, A>>(&tile[at1a], stride);
+                let x2a = coopLoadT<coop_mat16x16<f16, A>>(&tile[at2a], stride);
+                let x3a = coopLoadT<coop_mat16x16<f16, A>>(&tile[at3a], stride);
+                let x0b = coopLoadT<coop_mat16x16<f16, A>>(&tile[at0b], stride);
+                let x1b = coopLoadT<coop_mat16x16<f16, A>>(&tile[at1b], stride);
+                let x2b = coopLoadT<coop_mat16x16<f16, A>>(&tile[at2b], stride);
+                let x3b = coopLoadT<coop_mat16x16<f16, A>>(&tile[at3b], stride);
+                let a_at = job.a / 4u + (k / 16u * job.a_columns + first_column / 16u) * MATRIX;
+                let b_at = a_at + job.a_columns * MATRIX;
+                let high_a = coopLoad<coop_mat16x16<f16, B>>(&a_high[a_at], a_stride);
+                let high_b = coopLoad<coop_mat16x16<f16, B>>(&a_high[b_at], a_stride);
+                var s0: coop_mat16x16<f32, C>;
+                var s1: coop_mat16x16<f32, C>;
+                var s2: coop_mat16x16<f32, C>;
+                var s3: coop_mat16x16<f32, C>;
+                // Small terms come first.
                 let low_a = coopLoad<coop_mat16x16<f16, B>>(&a_low[a_at], a_stride);
                 let low_b = coopLoad<coop_mat16x16<f16, B>>(&a_low[b_at], a_stride);
                 s0 = coopMultiplyAdd(x0a, low_a, s0);
@@ -224,47 +223,125 @@ fn main(
                 s1 = coopMultiplyAdd(x1b, low_b, s1);
                 s2 = coopMultiplyAdd(x2b, low_b, s2);
                 s3 = coopMultiplyAdd(x3b, low_b, s3);
+                if (DTYPE == F32) {
+                    let low_at0a = at0a + TILE_LEN;
+                    let low_at1a = at1a + TILE_LEN;
+                    let low_at2a = at2a + TILE_LEN;
+                    let low_at3a = at3a + TILE_LEN;
+                    let low_at0b = at0b + TILE_LEN;
+                    let low_at1b = at1b + TILE_LEN;
+                    let low_at2b = at2b + TILE_LEN;
+                    let low_at3b = at3b + TILE_LEN;
+                    let low0a = coopLoadT<coop_mat16x16<f16, A>>(&tile[low_at0a], stride);
+                    let low1a = coopLoadT<coop_mat16x16<f16, A>>(&tile[low_at1a], stride);
+                    let low2a = coopLoadT<coop_mat16x16<f16, A>>(&tile[low_at2a], stride);
+                    let low3a = coopLoadT<coop_mat16x16<f16, A>>(&tile[low_at3a], stride);
+                    let low0b = coopLoadT<coop_mat16x16<f16, A>>(&tile[low_at0b], stride);
+                    let low1b = coopLoadT<coop_mat16x16<f16, A>>(&tile[low_at1b], stride);
+                    let low2b = coopLoadT<coop_mat16x16<f16, A>>(&tile[low_at2b], stride);
+                    let low3b = coopLoadT<coop_mat16x16<f16, A>>(&tile[low_at3b], stride);
+                    s0 = coopMultiplyAdd(low0a, high_a, s0);
+                    s1 = coopMultiplyAdd(low1a, high_a, s1);
+                    s2 = coopMultiplyAdd(low2a, high_a, s2);
+                    s3 = coopMultiplyAdd(low3a, high_a, s3);
+                    s0 = coopMultiplyAdd(low0b, high_b, s0);
+                    s1 = coopMultiplyAdd(low1b, high_b, s1);
+                    s2 = coopMultiplyAdd(low2b, high_b, s2);
+                    s3 = coopMultiplyAdd(low3b, high_b, s3);
+                }
+                s0 = coopMultiplyAdd(x0a, high_a, s0);
+                s1 = coopMultiplyAdd(x1a, high_a, s1);
+                s2 = coopMultiplyAdd(x2a, high_a, s2);
+                s3 = coopMultiplyAdd(x3a, high_a, s3);
+                s0 = coopMultiplyAdd(x0b, high_b, s0);
+                s1 = coopMultiplyAdd(x1b, high_b, s1);
+                s2 = coopMultiplyAdd(x2b, high_b, s2);
+                s3 = coopMultiplyAdd(x3b, high_b, s3);
+                c0 = c0 + s0;
+                c1 = c1 + s1;
+                c2 = c2 + s2;
+                c3 = c3 + s3;
+                here = next;
+                workgroupBarrier();
             }
-            if (DTYPE == F32) {
-                let low_at0a = at0a + TILE_LEN;
-                let low_at1a = at1a + TILE_LEN;
-                let low_at2a = at2a + TILE_LEN;
-                let low_at3a = at3a + TILE_LEN;
-                let low_at0b = at0b + TILE_LEN;
-                let low_at1b = at1b + TILE_LEN;
-                let low_at2b = at2b + TILE_LEN;
-                let low_at3b = at3b + TILE_LEN;
-                let low0a = coopLoadT<coop_mat16x16<f16, A>>(&tile[low_at0a], stride);
-                let low1a = coopLoadT<coop_mat16x16<f16, A>>(&tile[low_at1a], stride);
-                let low2a = coopLoadT<coop_mat16x16<f16, A>>(&tile[low_at2a], stride);
-                let low3a = coopLoadT<coop_mat16x16<f16, A>>(&tile[low_at3a], stride);
-                let low0b = coopLoadT<coop_mat16x16<f16, A>>(&tile[low_at0b], stride);
-                let low1b = coopLoadT<coop_mat16x16<f16, A>>(&tile[low_at1b], stride);
-                let low2b = coopLoadT<coop_mat16x16<f16, A>>(&tile[low_at2b], stride);
-                let low3b = coopLoadT<coop_mat16x16<f16, A>>(&tile[low_at3b], stride);
-                s0 = coopMultiplyAdd(low0a, high_a, s0);
-                s1 = coopMultiplyAdd(low1a, high_a, s1);
-                s2 = coopMultiplyAdd(low2a, high_a, s2);
-                s3 = coopMultiplyAdd(low3a, high_a, s3);
-                s0 = coopMultiplyAdd(low0b, high_b, s0);
-                s1 = coopMultiplyAdd(low1b, high_b, s1);
-                s2 = coopMultiplyAdd(low2b, high_b, s2);
-                s3 = coopMultiplyAdd(low3b, high_b, s3);
+        } else {
+            for (var k = start; k < end; k += DEPTH) {
+                let next = STEP_LEN - here;
+                let ahead = min(min(k + 2u * DEPTH, last) / X_VALUES + x_vector, x_vectors - 1u);
+                for (var i = 0u; i < X_LOADS; i++) {
+                    most[i] = max(most[i], largest(x[i]));
+                    put_x(next + x_place + i * X_STEP * STRIDE, x[i], x_scales[i]);
+                }
+                // What is fetched here is looked at a step later: whoever looks, waits.
+                for (var i = 0u; i < X_LOADS; i++) {
+                    x[i] = x_words[x_at[i] + ahead];
+                }
+                // Matrix rows 0 to 3 of X, in the first (a) and second half (b) of the depth.
+                let at0a = here;
+                let at1a = at0a + SIXTEEN_ROWS;
+                let at2a = at1a + SIXTEEN_ROWS;
+                let at3a = at2a + SIXTEEN_ROWS;
+                let at0b = at0a + 4u;
+                let at1b = at1a + 4u;
+                let at2b = at2a + 4u;
+                let at3b = at3a + 4u;
+                let x0a = coopLoadT<coop_mat16x16<f16, A>>(&tile[at0a], stride);
+                let x1a = coopLoadT<coop_mat16x16<f16, A>>(&tile[at1a], stride);
+                let x2a = coopLoadT<coop_mat16x16<f16, A>>(&tile[at2a], stride);
+                let x3a = coopLoadT<coop_mat16x16<f16, A>>(&tile[at3a], stride);
+                let x0b = coopLoadT<coop_mat16x16<f16, A>>(&tile[at0b], stride);
+                let x1b = coopLoadT<coop_mat16x16<f16, A>>(&tile[at1b], stride);
+                let x2b = coopLoadT<coop_mat16x16<f16, A>>(&tile[at2b], stride);
+                let x3b = coopLoadT<coop_mat16x16<f16, A>>(&tile[at3b], stride);
+                let a_at = job.a / 4u + (k / 16u * job.a_columns + first_column / 16u) * MATRIX;
+                let b_at = a_at + job.a_columns * MATRIX;
+                let high_a = coopLoad<coop_mat16x16<f16, B>>(&a_high[a_at], a_stride);
+                let high_b = coopLoad<coop_mat16x16<f16, B>>(&a_high[b_at], a_stride);
+                var s0: coop_mat16x16<f32, C>;
+                var s1: coop_mat16x16<f32, C>;
+                var s2: coop_mat16x16<f32, C>;
+                var s3: coop_mat16x16<f32, C>;
+                if (DTYPE == F32) {
+                    let low_at0a = at0a + TILE_LEN;
+                    let low_at1a = at1a + TILE_LEN;
+                    let low_at2a = at2a + TILE_LEN;
+                    let low_at3a = at3a + TILE_LEN;
+                    let low_at0b = at0b + TILE_LEN;
+                    let low_at1b = at1b + TILE_LEN;
+                    let low_at2b = at2b + TILE_LEN;
+                    let low_at3b = at3b + TILE_LEN;
+                    let low0a = coopLoadT<coop_mat16x16<f16, A>>(&tile[low_at0a], stride);
+                    let low1a = coopLoadT<coop_mat16x16<f16, A>>(&tile[low_at1a], stride);
+                    let low2a = coopLoadT<coop_mat16x16<f16, A>>(&tile[low_at2a], stride);
+                    let low3a = coopLoadT<coop_mat16x16<f16, A>>(&tile[low_at3a], stride);
+                    let low0b = coopLoadT<coop_mat16x16<f16, A>>(&tile[low_at0b], stride);
+                    let low1b = coopLoadT<coop_mat16x16<f16, A>>(&tile[low_at1b], stride);
+                    let low2b = coopLoadT<coop_mat16x16<f16, A>>(&tile[low_at2b], stride);
+                    let low3b = coopLoadT<coop_mat16x16<f16, A>>(&tile[low_at3b], stride);
+                    s0 = coopMultiplyAdd(low0a, high_a, s0);
+                    s1 = coopMultiplyAdd(low1a, high_a, s1);
+                    s2 = coopMultiplyAdd(low2a, high_a, s2);
+                    s3 = coopMultiplyAdd(low3a, high_a, s3);
+                    s0 = coopMultiplyAdd(low0b, high_b, s0);
+                    s1 = coopMultiplyAdd(low1b, high_b, s1);
+                    s2 = coopMultiplyAdd(low2b, high_b, s2);
+                    s3 = coopMultiplyAdd(low3b, high_b, s3);
+                }
+                s0 = coopMultiplyAdd(x0a, high_a, s0);
+                s1 = coopMultiplyAdd(x1a, high_a, s1);
+                s2 = coopMultiplyAdd(x2a, high_a, s2);
+                s3 = coopMultiplyAdd(x3a, high_a, s3);
+                s0 = coopMultiplyAdd(x0b, high_b, s0);
+                s1 = coopMultiplyAdd(x1b, high_b, s1);
+                s2 = coopMultiplyAdd(x2b, high_b, s2);
+                s3 = coopMultiplyAdd(x3b, high_b, s3);
+                c0 = c0 + s0;
+                c1 = c1 + s1;
+                c2 = c2 + s2;
+                c3 = c3 + s3;
+                here = next;
+                workgroupBarrier();
             }
-            s0 = coopMultiplyAdd(x0a, high_a, s0);
-            s1 = coopMultiplyAdd(x1a, high_a, s1);
-            s2 = coopMultiplyAdd(x2a, high_a, s2);
-            s3 = coopMultiplyAdd(x3a, high_a, s3);
-            s0 = coopMultiplyAdd(x0b, high_b, s0);
-            s1 = coopMultiplyAdd(x1b, high_b, s1);
-            s2 = coopMultiplyAdd(x2b, high_b, s2);
-            s3 = coopMultiplyAdd(x3b, high_b, s3);
-            c0 = c0 + s0;
-            c1 = c1 + s1;
-            c2 = c2 + s2;
-            c3 = c3 + s3;
-            here = next;
-            workgroupBarrier();
         }
 
         var surprised = false;
@@ -281,20 +358,21 @@ fn main(
             agreed.y = atomicLoad(&votes[0]);
         }
         if (workgroupUniformLoad(&agreed).y == 0u || attempt == 1u) {
-            let stride = job.stride;
+            let out_stride = job.stride;
             let rows = (job.tokens + TILE_M - 1u) / TILE_M * TILE_M;
-            let out0 = job.z + (work.w * rows + first_row) * stride + first_column;
-            let out1 = out0 + 16u * stride;
-            let out2 = out1 + 16u * stride;
-            let out3 = out2 + 16u * stride;
-            coopStoreT(c0, &parts[out0], stride);
-            coopStoreT(c1, &parts[out1], stride);
-            coopStoreT(c2, &parts[out2], stride);
-            coopStoreT(c3, &parts[out3], stride);
+            let out0 = job.z + (work.w * rows + first_row) * out_stride + first_column;
+            let out1 = out0 + 16u * out_stride;
+            let out2 = out1 + 16u * out_stride;
+            let out3 = out2 + 16u * out_stride;
+            coopStoreT(c0, &parts[out0], out_stride);
+            coopStoreT(c1, &parts[out1], out_stride);
+            coopStoreT(c2, &parts[out2], out_stride);
+            coopStoreT(c3, &parts[out3], out_stride);
             break;
         }
         for (var i = 0u; i < X_LOADS; i++) {
             x_scales[i] = scale_of(largest_of_row(most[i], X_LANES));
+            x[i] = x_words[x_at[i] + v0];
         }
     }
     if (DTYPE != F16) {

@@ -124,9 +124,12 @@ impl Cut {
         // For few tokens, splitting A would cost more than it saves, and memory that nobody reckoned with.
         let worth_it = job.tokens >= ENOUGH_TOKENS && a.rows >= 8 && a.cols > 0;
         let on_units = capabilities.matrix_units() && whole_vectors && worth_it;
+        // On matrix units a wide tile pays from two of them on, if it is no emptier than narrow ones.
+        let wide_is_full = a.rows.next_multiple_of(128) == a.rows.next_multiple_of(64);
         let columns = match a.rows {
             0..=32 => 32,
             65.. if !on_units => 128,
+            129.. if wide_is_full => 128,
             _ => 64,
         };
         let rows = if on_units { MATRIX_TILE_M } else { TILE_M };
@@ -264,7 +267,7 @@ pub(super) fn declared() -> [Declared; 5] {
     };
     [
         Declared::new::<Job>(each(&[32, 64, 128], kernel)).constant("DEPTH", STEP / 2),
-        Declared::new::<MatrixJob>(each(&[32, 64], matrix_kernel))
+        Declared::new::<MatrixJob>(each(&[32, 64, 128], matrix_kernel))
             .constant("TILE_M", MATRIX_TILE_M)
             .constant("DEPTH", STEP),
         Declared::new::<SplitJob>([split_kernel()]).constant("ROWS", ROWS),
