@@ -9,8 +9,8 @@
 # LORAWELD_BENCH_ALL      set: every benchmark, also those that BENCHMARKS.md does not compare
 # PYTHON                  the Python that has torch; `none` leaves PyTorch out
 #
-# Each half of a part has a time limit; those of all parts but `scaling` add up to nine minutes. One that fails or reaches
-# its limit is said at the end, and the others run all the same.
+# Each half of a part has a time limit; those of all parts but `scaling` add up to nine and a half minutes. One that fails
+# or reaches its limit is said at the end, and the others run all the same.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 : "${LORAWELD_BENCH_RESULTS:=$PWD/target/bench-results.jsonl}" "${PYTHON:=python3}"
@@ -18,15 +18,15 @@ mkdir -p "$(dirname "$LORAWELD_BENCH_RESULTS")"
 export LORAWELD_BENCH_RESULTS XDG_RUNTIME_DIR="${XDG_RUNTIME_DIR:-/tmp}"
 failed=()
 
-# Of a part: seconds that it may take here; a pattern of what is compared; and the scripts that do the same in PyTorch, each
-# with the seconds that it may take.
+# Of a part: seconds that it may take here; a pattern of what is compared, or `all`; and the scripts that do the same in
+# PyTorch, each with the seconds that it may take.
 limits() {
   case $1 in
   ops) echo "100 accumulate/.*/bf16|solve ops:70" ;;
-  ssr) echo "50 ssr ssr:50" ;;
+  ssr) echo "50 ssr ssr:75" ;;
   merge) echo "75 projectors|np-lora|ties|dare|knots merge:35 merge_entries:60" ;;
   fusion) echo "60 selection/.*/b?f16,.(kl|fixed)/|slider|encode fusion:35" ;;
-  scaling) echo "200 ." ;;
+  scaling) echo "200 all" ;;
   *) return 1 ;;
   esac
 }
@@ -46,7 +46,7 @@ run() {
 
 rust() {
   local part=$1 limit=$2 filter=$3
-  [ -n "${LORAWELD_BENCH_ALL:-}" ] && filter=
+  [ -n "${LORAWELD_BENCH_ALL:-}" ] || [ "$filter" = all ] && filter=
   # Results of whole merges are gigabytes of fresh memory: glibc would hand small ones out again and map large ones
   # anew, page by page, and the curves would show that.
   local memory=()
