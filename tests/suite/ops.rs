@@ -54,7 +54,7 @@ impl Stored {
 const DTYPES: [Dtype; 3] = [Dtype::F32, Dtype::F16, Dtype::Bf16];
 
 /// tokens, rank, width: 1, primes, multiples of the tiles and one more or less, empty, rank over width.
-const SHAPES: [(usize, usize, usize); 19] = [
+const SHAPES: [(usize, usize, usize); 22] = [
     (1, 1, 1),
     (2, 1, 3),
     (7, 5, 13),
@@ -75,6 +75,10 @@ const SHAPES: [(usize, usize, usize); 19] = [
     (300, 40, 264),
     (257, 140, 136),
     (513, 12, 72),
+    // Ranks that fill their wide tiles.
+    (300, 200, 264),
+    (257, 256, 136),
+    (320, 250, 72),
 ];
 
 #[test]
