@@ -200,6 +200,12 @@ impl LayerKey {
     }
 }
 
+/// The component whose layers have this name and a dot before theirs; empty for the main model, and for any other name.
+pub(super) fn component_called(name: &str) -> &'static str {
+    let called = |prefix: &str| prefix.strip_suffix('.') == Some(name);
+    PREFIXES.iter().find(|(prefix, _)| called(prefix)).map_or("", |(_, component)| component)
+}
+
 impl fmt::Display for LayerKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.0)

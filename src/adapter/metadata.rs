@@ -166,6 +166,10 @@ fn mixed_ranks(modules: &[Module<'_>]) -> Option<String> {
     if modules.iter().any(|module| !module.is_diffusers()) {
         return None;
     }
+    // A pipeline has one of them, and reads the configuration of that one.
+    if components.contains_key("transformer") && components.contains_key("unet") {
+        return None;
+    }
     let is_mixed = |ranks: &BTreeMap<_, usize>| ranks.values().collect::<BTreeSet<_>>().len() > 1;
     if !components.values().any(is_mixed) {
         return None;

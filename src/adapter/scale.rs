@@ -9,7 +9,7 @@ use serde::Deserialize;
 use serde::de::{Deserializer, Error as _, MapAccess, Visitor};
 use serde_json::value::RawValue;
 
-use super::keys::LayerKey;
+use super::keys::{LayerKey, component_called};
 use crate::{Error, Result};
 
 /// The factor in `ΔW = scale · B · A`, and where it came from.
@@ -212,7 +212,7 @@ impl Scales {
         configs.into_iter().filter_map(|(configs, rule)| {
             // The main model is called `transformer` or `unet`; a configuration without a name is for every layer.
             let of_component = configs.iter().find(|c| match key.component() {
-                "" => !c.component.is_empty() && !c.component.starts_with("text_encoder"),
+                "" => !c.component.is_empty() && c.is_of_main_model(),
                 component => c.component == component,
             });
             Some((of_component.or_else(|| configs.iter().find(|c| c.component.is_empty()))?, rule))
@@ -221,6 +221,23 @@ impl Scales {
 }
 
 impl LoraConfig {
+    /// Whether its component is the main model, by whatever name: `transformer`, `unet`, `prior`.
+    fn is_of_main_model(&self) -> bool {
+        let name = self.component.as_str();
+        !name.starts_with("text_encoder") && component_called(name).is_empty()
+    }
+
+    /// Whether both say the same of every layer.
+    fn says_what(&self, other: &Self) -> bool {
+        fn texts(patterns: &[(Pattern, f64)]) -> Vec<(&str, f64)> {
+            patterns.iter().map(|(pattern, value)| (pattern.text.as_str(), *value)).collect()
+        }
+        let numbers = |c: &Self| (c.alpha, c.rank, c.rslora);
+        numbers(self) == numbers(other)
+            && texts(&self.alpha_pattern) == texts(&other.alpha_pattern)
+            && texts(&self.rank_pattern) == texts(&other.rank_pattern)
+    }
+
     fn alpha(&self, module: &str) -> Option<f64> {
         matching(&self.alpha_pattern, module).or(self.alpha)
     }
@@ -308,6 +325,17 @@ fn configs(
             }
             _ => {}
         }
+    }
+    // Layers of the main model have one name, whatever it is called in a file.
+    let mut main = configs.iter().filter(|c| !c.component.is_empty() && c.is_of_main_model());
+    if let Some(first) = main.next()
+        && let Some(other) = main.find(|other| !other.says_what(first))
+    {
+        let (first, other) = (&first.component, &other.component);
+        return Err(fail(format!(
+            "{what} configures the main model as `{first}` and, in another way, as `{other}`; a pipeline has one of them, \
+             so keep that one alone"
+        )));
     }
     Ok(configs)
 }

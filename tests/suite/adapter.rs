@@ -287,6 +287,44 @@ fn several_ranks_are_told_to_peft() {
 }
 
 #[test]
+fn each_component_has_its_own_configuration() {
+    let folder = TempDir::new().unwrap();
+    let path = folder.path().join("out.safetensors");
+    let of_rank = |name: &str, rank| {
+        let a = Matrix::from_fn(rank, 4, |i, j| (1 + i + j) as f32);
+        Layer::new(name, a, Matrix::from_fn(3, rank, |i, j| (1 + i * j) as f32)).unwrap()
+    };
+    // Before and after `transformer` in the alphabet, in which configurations are read.
+    for other in [
+        "connectors",
+        "text_conditioner",
+        "text_encoder",
+        "text_encoder_2",
+        "transformer_2",
+        "unet",
+        "transformer_1",
+    ] {
+        let other = format!("{other}.b.z");
+        let layers = [("transformer.a.x", 2), ("transformer.a.y", 3), ("transformer.b.x", 3), (&*other, 7)];
+        let layers = layers.map(|(name, rank)| of_rank(name, rank)).to_vec();
+        let Ok(adapter) = Adapter::new("m", Format::Peft, layers) else { panic!("{other}") };
+        let options = SaveOptions { unnamed: Unnamed::Keep, overwrite: true, ..Default::default() };
+        adapter.save(&path, &options).unwrap();
+        assert_same_delta(&adapter, &Adapter::open(&path).unwrap());
+    }
+    let scale = |text: &str| {
+        let adapter = Adapter::from_bytes("x", one(A, B, &[("lora_adapter_metadata", text)], &[]));
+        adapter.map(|adapter| adapter.layers()[0].scale().value)
+    };
+    let two =
+        r#"{"connectors.lora_alpha": 2, "text_conditioner.lora_alpha": 4, "transformer.lora_alpha": 6}"#;
+    assert_eq!(scale(two).unwrap(), 3.0);
+    assert_eq!(scale(r#"{"transformer.lora_alpha": 6, "unet.lora_alpha": 6}"#).unwrap(), 3.0);
+    let error = scale(r#"{"transformer.lora_alpha": 6, "unet.lora_alpha": 2}"#).unwrap_err().to_string();
+    assert!(error.contains("`transformer`") && error.contains("`unet`"), "{error}");
+}
+
+#[test]
 fn scales_follow_the_precedence() {
     let scale = |metadata: &[(&str, &str)], more: &[Raw]| {
         Adapter::from_bytes("x", one(A, B, metadata, more)).unwrap().layers()[0].scale()
