@@ -200,10 +200,10 @@ impl LayerKey {
     }
 }
 
-/// The component whose layers have this name and a dot before theirs; empty for the main model, and for any other name.
-pub(super) fn component_called(name: &str) -> &'static str {
-    let called = |prefix: &str| prefix.strip_suffix('.') == Some(name);
-    PREFIXES.iter().find(|(prefix, _)| called(prefix)).map_or("", |(_, component)| component)
+/// Whether a component of this name is the main model: `transformer`, `unet`, `prior`, or none.
+pub(super) fn is_main_model(name: &str) -> bool {
+    let is_other = |(prefix, of): &(&str, &str)| prefix.strip_suffix('.') == Some(name) && !of.is_empty();
+    !name.starts_with("text_encoder") && !PREFIXES.iter().any(is_other)
 }
 
 impl fmt::Display for LayerKey {

@@ -6,6 +6,7 @@ use std::io;
 use serde_json::{Map, Value};
 
 use super::families::Family;
+use super::keys::is_main_model;
 use super::write::Module;
 use super::{Adapter, Format};
 
@@ -166,8 +167,8 @@ fn mixed_ranks(modules: &[Module<'_>]) -> Option<String> {
     if modules.iter().any(|module| !module.is_diffusers()) {
         return None;
     }
-    // A pipeline has one of them, and reads the configuration of that one.
-    if components.contains_key("transformer") && components.contains_key("unet") {
+    // A reader takes one configuration for the main model, and a pipeline has it under one name.
+    if components.keys().filter(|name| is_main_model(name)).count() > 1 {
         return None;
     }
     let is_mixed = |ranks: &BTreeMap<_, usize>| ranks.values().collect::<BTreeSet<_>>().len() > 1;

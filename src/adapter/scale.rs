@@ -9,7 +9,7 @@ use serde::Deserialize;
 use serde::de::{Deserializer, Error as _, MapAccess, Visitor};
 use serde_json::value::RawValue;
 
-use super::keys::{LayerKey, component_called};
+use super::keys::{LayerKey, is_main_model};
 use crate::{Error, Result};
 
 /// The factor in `ΔW = scale · B · A`, and where it came from.
@@ -212,7 +212,7 @@ impl Scales {
         configs.into_iter().filter_map(|(configs, rule)| {
             // The main model is called `transformer` or `unet`; a configuration without a name is for every layer.
             let of_component = configs.iter().find(|c| match key.component() {
-                "" => !c.component.is_empty() && c.is_of_main_model(),
+                "" => !c.component.is_empty() && is_main_model(&c.component),
                 component => c.component == component,
             });
             Some((of_component.or_else(|| configs.iter().find(|c| c.component.is_empty()))?, rule))
@@ -221,12 +221,6 @@ impl Scales {
 }
 
 impl LoraConfig {
-    /// Whether its component is the main model, by whatever name: `transformer`, `unet`, `prior`.
-    fn is_of_main_model(&self) -> bool {
-        let name = self.component.as_str();
-        !name.starts_with("text_encoder") && component_called(name).is_empty()
-    }
-
     /// Whether both say the same of every layer.
     fn says_what(&self, other: &Self) -> bool {
         fn texts(patterns: &[(Pattern, f64)]) -> Vec<(&str, f64)> {
@@ -327,7 +321,7 @@ fn configs(
         }
     }
     // Layers of the main model have one name, whatever it is called in a file.
-    let mut main = configs.iter().filter(|c| !c.component.is_empty() && c.is_of_main_model());
+    let mut main = configs.iter().filter(|c| !c.component.is_empty() && is_main_model(&c.component));
     if let Some(first) = main.next()
         && let Some(other) = main.find(|other| !other.says_what(first))
     {

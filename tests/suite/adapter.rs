@@ -303,6 +303,7 @@ fn each_component_has_its_own_configuration() {
         "transformer_2",
         "unet",
         "transformer_1",
+        "blocks",
     ] {
         let other = format!("{other}.b.z");
         let layers = [("transformer.a.x", 2), ("transformer.a.y", 3), ("transformer.b.x", 3), (&*other, 7)];
