@@ -1,4 +1,4 @@
-//! Memory that uploads and downloads pass through, kept and used again: making it anew costs more than the copy.
+//! Memory that uploads, tables and downloads pass through, kept and used again: making it anew costs more than the copy.
 
 use std::collections::VecDeque;
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -16,6 +16,11 @@ const UPLOAD: u64 = 16 << 20;
 const UPLOAD_PART: u64 = 64;
 /// Bytes that one thread copies at a time; a multiple of what mapped ranges are aligned to.
 const BLOCK: usize = 1 << 20;
+/// Tables that are kept, and their part of the budget; bytes of one at least.
+const TABLES: usize = 64;
+const TABLES_PART: u64 = 64;
+const MOST_TABLES: u64 = 32 << 20;
+const TABLE: u64 = 16 << 10;
 /// Download buffers that are kept; bytes of one at most, and its part of the budget.
 const DOWNLOADS: usize = 2;
 const DOWNLOAD: u64 = 1 << 30;
@@ -132,6 +137,84 @@ fn fill(view: &mut wgpu::BufferViewMut, start: usize, pieces: &[(usize, &[u8])])
         let (first, last) = ((*at).max(start), (at + bytes.len()).min(end));
         if first < last {
             view.slice(first - start..last - start).copy_from_slice(&bytes[first - at..last - at]);
+        }
+    }
+}
+
+/// A buffer of jobs and work that kernels read, and the one that the host writes them in.
+pub(crate) struct Table {
+    /// Mapped, until it is [sent](Tables::send).
+    written: wgpu::Buffer,
+    pub buffer: wgpu::Buffer,
+    /// The bytes of both.
+    _held: Held,
+}
+
+/// Tables that wait for the next launches.
+pub(crate) struct Tables {
+    mapped: Arc<Mutex<Vec<Table>>>,
+    meter: Arc<Meter>,
+}
+
+impl Tables {
+    pub fn new(meter: &Arc<Meter>) -> Self {
+        Self { mapped: Arc::default(), meter: meter.clone() }
+    }
+
+    /// A table that begins with `bytes`, once what this records has run.
+    pub fn write(
+        &self,
+        device: &wgpu::Device,
+        encoder: &mut wgpu::CommandEncoder,
+        bytes: &[u8],
+    ) -> Result<Table> {
+        let size = (bytes.len() as u64).next_multiple_of(wgpu::COPY_BUFFER_ALIGNMENT).max(4);
+        let table = self.take(device, size);
+        // Kernels would take what was not written for jobs of no size, and write nothing.
+        let refused = |e| Error::Device(format!("cannot write {} bytes of jobs: {e}", bytes.len()));
+        let mut view = table.written.get_mapped_range_mut(..size).map_err(refused)?;
+        view.slice(..bytes.len()).copy_from_slice(bytes);
+        drop(view);
+        table.written.unmap();
+        encoder.copy_buffer_to_buffer(&table.written, 0, &table.buffer, 0, size);
+        Ok(table)
+    }
+
+    /// Takes a table back whose launches have been submitted; the queue keeps its users apart.
+    pub fn put(&self, table: Table) {
+        let (mapped, most) = (self.mapped.clone(), self.meter.share(TABLES_PART, MOST_TABLES));
+        table.written.clone().map_async(wgpu::MapMode::Write, .., move |result| {
+            let mut mapped = mapped.lock().unwrap_or_else(PoisonError::into_inner);
+            let bytes: u64 = mapped.iter().map(|table| 2 * table.buffer.size()).sum();
+            if result.is_ok() && mapped.len() < TABLES && bytes + 2 * table.buffer.size() <= most {
+                mapped.push(table);
+            }
+        });
+    }
+
+    /// The smallest that holds so many bytes, unless it is far too large, or a new one.
+    fn take(&self, device: &wgpu::Device, bytes: u64) -> Table {
+        let size = bytes.next_power_of_two().max(TABLE);
+        let mut mapped = self.mapped.lock().unwrap_or_else(PoisonError::into_inner);
+        let fits = |i: &usize| (size..=4 * size).contains(&mapped[*i].buffer.size());
+        let best = (0..mapped.len()).filter(fits).min_by_key(|&i| mapped[i].buffer.size());
+        if let Some(best) = best {
+            return mapped.swap_remove(best);
+        }
+        drop(mapped);
+        let buffer = |label, usage, mapped_at_creation| {
+            device.create_buffer(&wgpu::BufferDescriptor {
+                label: Some(label),
+                size,
+                usage,
+                mapped_at_creation,
+            })
+        };
+        use wgpu::BufferUsages as Usage;
+        Table {
+            _held: self.meter.hold(2 * size),
+            written: buffer("tables to be", Usage::MAP_WRITE | Usage::COPY_SRC, true),
+            buffer: buffer("job and work tables", Usage::STORAGE | Usage::COPY_DST, false),
         }
     }
 }

@@ -8,8 +8,8 @@ use bytemuck::NoUninit;
 use super::pipelines::Pipeline;
 use super::pool::best;
 use super::{Gpu, Pooled};
-use crate::compute::memory::Held;
 use crate::compute::shaders::{Kernel, Layout, is_declared};
+use crate::compute::staging::Table;
 use crate::compute::wait;
 use crate::{Error, Result};
 
@@ -88,7 +88,7 @@ struct OwnedBinding {
 pub(crate) struct Prepared {
     launches: Vec<Ready>,
     /// What must live until all that was recorded has run.
-    _held: (Held, Vec<Arc<Pooled>>),
+    _held: (Table, Vec<Arc<Pooled>>),
 }
 
 impl std::fmt::Debug for Prepared {
@@ -271,11 +271,11 @@ impl Commands<'_> {
     pub fn submit(mut self) -> Result<()> {
         let gpu = self.gpu;
         if !self.launches.is_empty() {
-            let (launches, tables) = self.ready()?;
             let mut encoder = gpu.device.create_command_encoder(&Default::default());
-            encoder.on_submitted_work_done(move || drop(tables));
+            let (launches, table) = self.ready(&mut encoder)?;
             record(&launches, &mut encoder, 0);
             gpu.queue.submit([encoder.finish()]);
+            gpu.tables.put(table);
         }
         gpu.check()
     }
@@ -286,44 +286,30 @@ impl Commands<'_> {
     /// # Errors
     /// [`Error::Device`] if wgpu refuses what is bound.
     pub fn prepare(mut self) -> Result<(Arc<Prepared>, Vec<Arc<Pooled>>)> {
-        let (launches, tables) = self.ready()?;
+        let mut encoder = self.gpu.device.create_command_encoder(&Default::default());
+        let (launches, table) = self.ready(&mut encoder)?;
+        self.gpu.queue.submit([encoder.finish()]);
         self.kept.extend_from_slice(&self.scratch);
-        Ok((Arc::new(Prepared { launches, _held: (tables, self.kept) }), self.scratch))
+        Ok((Arc::new(Prepared { launches, _held: (table, self.kept) }), self.scratch))
     }
 
-    /// The launches in their order, and what their tables hold of the budget.
-    fn ready(&mut self) -> Result<(Vec<Ready>, Held)> {
+    /// The launches in their order, and their table, once what this records has run.
+    fn ready(&mut self, encoder: &mut wgpu::CommandEncoder) -> Result<(Vec<Ready>, Table)> {
         self.launches.sort_by_key(|launch| launch.phase);
-        // Both the tables and what wgpu stages them in count.
-        let held = self.gpu.meter.hold(2 * self.tables.len() as u64);
+        let gpu = self.gpu;
         // Buffers of hosts may be of another device, or destroyed, which only wgpu knows. (Of another instance it does not: it
         // would take a buffer of its own with the same number, if that is as large.)
-        let scope = self.gpu.device.push_error_scope(wgpu::ErrorFilter::Validation);
-        let launches = self.upload_tables().map(|tables| self.bind(&tables));
-        let refused = wait::block_on(scope.pop());
-        self.gpu.alive()?;
-        match refused {
-            Some(error) => Err(Error::Device(format!("{}: {error}", self.gpu.name))),
-            None => Ok((launches?, held)),
-        }
-    }
-
-    fn upload_tables(&self) -> Result<wgpu::Buffer> {
-        let (gpu, bytes) = (self.gpu, &self.tables);
-        let tables = gpu.device.create_buffer(&wgpu::BufferDescriptor {
-            label: Some("job and work tables"),
-            size: bytes.len().next_multiple_of(4) as u64,
-            usage: wgpu::BufferUsages::STORAGE,
-            mapped_at_creation: true,
+        let scope = gpu.device.push_error_scope(wgpu::ErrorFilter::Validation);
+        let ready = gpu.tables.write(&gpu.device, encoder, &self.tables).map(|table| {
+            let launches = self.bind(&table.buffer);
+            (launches, table)
         });
-        // Kernels would take what was not written for jobs of no size, and write nothing.
-        let mut view = tables.get_mapped_range_mut(..).map_err(|error| {
-            Error::Device(format!("{}: cannot write {} bytes of jobs: {error}", gpu.name, bytes.len()))
-        })?;
-        view.slice(..bytes.len()).copy_from_slice(bytes);
-        drop(view);
-        tables.unmap();
-        Ok(tables)
+        let refused = wait::block_on(scope.pop());
+        gpu.alive()?;
+        match refused {
+            Some(error) => Err(Error::Device(format!("{}: {error}", gpu.name))),
+            None => ready,
+        }
     }
 
     fn bind(&self, tables: &wgpu::Buffer) -> Vec<Ready> {

@@ -19,7 +19,7 @@ use super::capabilities::{Capabilities, Disable};
 use super::memory::{Buffer, Meter};
 use super::pipeline_cache::PipelineCache;
 use super::shaders::job;
-use super::staging::{Downloads, Staging, Uploads};
+use super::staging::{Downloads, Staging, Tables, Uploads};
 use super::wait;
 use crate::{Error, Result};
 
@@ -58,6 +58,7 @@ pub(crate) struct Gpu {
     pub meter: Arc<Meter>,
     staged: AtomicU64,
     uploads: Uploads,
+    tables: Tables,
     downloads: Downloads,
     /// How often something was read back.
     pub reads: AtomicU64,
@@ -113,6 +114,7 @@ impl Gpu {
             pool: Mutex::default(),
             staged: AtomicU64::new(0),
             uploads: Uploads::new(&meter),
+            tables: Tables::new(&meter),
             downloads: Downloads::new(&meter),
             reads: AtomicU64::new(0),
             meter,
@@ -171,6 +173,7 @@ impl Gpu {
     pub fn source_limit(&self, most: u64) -> u64 {
         self.meter.share(SOURCE_PART, most).min(self.max_arena())
     }
+
     /// Copies host bytes (a multiple of 4) into a buffer.
     pub fn write(&self, buffer: &wgpu::Buffer, offset: u64, bytes: &[u8]) -> Result<()> {
         let len = bytes.len() as u64;

@@ -13,9 +13,8 @@ use crate::{
 /// Every so many allocations; all of them with this in the environment.
 const ALL: &str = "LORAWELD_TEST_ALL_ALLOCATIONS";
 
-fn open(cache: &std::path::Path) -> Option<Device> {
-    let pipeline_cache = Some(cache.to_owned());
-    match Device::open(&DeviceOptions { select: Select::Gpu, pipeline_cache, ..Default::default() }) {
+fn open(options: DeviceOptions) -> Option<Device> {
+    match Device::open(&DeviceOptions { select: Select::Gpu, ..options }) {
         Ok(device) => Some(device),
         Err(_) if std::env::var_os("LORAWELD_ALLOW_NO_GPU").is_some() => None,
         Err(error) => panic!("{error}; set LORAWELD_ALLOW_NO_GPU to accept that no GPU is tested"),
@@ -46,11 +45,15 @@ fn methods() -> Vec<Box<dyn Method>> {
 #[test]
 fn an_allocation_fails_or_loses_the_device() {
     let cache = tempfile::tempdir().unwrap();
+    let open = || {
+        let pipeline_cache = Some(cache.path().to_owned());
+        open(DeviceOptions { pipeline_cache, ..Default::default() })
+    };
     let adapters = [adapter(1), adapter(2)];
     let with = [adapters[0].at(1.0), adapters[1].at(-0.6)];
     let every = if std::env::var_os(ALL).is_some() { 1 } else { 7 };
     for (number, method) in methods().iter().enumerate() {
-        let Some(device) = open(cache.path()) else { return };
+        let Some(device) = open() else { return };
         let run = |device: &Device| {
             let merged = method.merge_any(device, &with, Control::default())?.adapter;
             // What comes out is right, or it does not come out.
@@ -85,7 +88,7 @@ fn an_allocation_fails_or_loses_the_device() {
 
         let mut lost = 0;
         for at in (number % every..).step_by(every) {
-            let Some(device) = open(cache.path()) else { return };
+            let Some(device) = open() else { return };
             let meter = fault(&device);
             let first = meter.fault.count.load(Ordering::SeqCst);
             let destroyed = What::Destroyed(device.wgpu().unwrap().0.clone());
@@ -107,12 +110,8 @@ fn an_allocation_fails_or_loses_the_device() {
 
 #[test]
 fn the_pool_frees_what_waited_longest() {
-    let options = DeviceOptions { select: Select::Gpu, memory: Some(256 << 20), ..Default::default() };
-    let device = match Device::open(&options) {
-        Ok(device) => device,
-        Err(_) if std::env::var_os("LORAWELD_ALLOW_NO_GPU").is_some() => return,
-        Err(error) => panic!("{error}; set LORAWELD_ALLOW_NO_GPU to accept that no GPU is tested"),
-    };
+    let options = DeviceOptions { memory: Some(256 << 20), ..Default::default() };
+    let Some(device) = open(options) else { return };
     let gpu = device.gpu().unwrap();
     let sizes = || gpu.pool.lock().unwrap().iter().map(|buffer| buffer.size() >> 20).collect::<Vec<_>>();
     gpu.evict(u64::MAX / 2, 0);
