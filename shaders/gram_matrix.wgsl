@@ -1,43 +1,19 @@
 // Partial Gram matrices on matrix units: G = ZᵀZ over some tokens, lower triangle, with f32's accuracy. The fast twin of
-// gram.wgsl, for adapters with 16×16×16 f16 to f32 matrices and subgroups of 32.
-//
-//   Z: tokens × rank, row-major, f32, rank a multiple of 4
-//   G: one rank × rank matrix for each part of the tokens, stored one after the other
+// gram.wgsl, for adapters with 16×16×16 f16 to f32 matrices and subgroups of 32. shared/gram_tile.wgsl says what Z and G are.
 //
 // The values of a part are brought into f16's range by the least of its tokens' scales (row_scale.wgsl) and split by
 // mask into a high and a low part of 11 bits each; the products of two low parts are left out. The unit's accumulator
 // truncates, so it sums only DEPTH tokens before they are added in f32.
-//
-// Work: (job, tile row, tile column, part). A workgroup makes one TILE × TILE tile of one partial G; only elements with
-// row >= column are written. gram_reduce.wgsl adds the parts.
-// Bindings: 3 Z, 4 partial G, 5 scales of the tokens.
 
 enable f16;
 enable wgpu_cooperative_matrix;
 
 #import shared/params
 #import shared/halves
+#import shared/gram_tile
 
-struct Job {
-    z: u32,     // first element, a multiple of 4
-    gram: u32,  // first element
-    tokens: u32,
-    rank: u32,
-    part_tokens: u32,   // tokens of a part
-    scales: u32,    // first element
-}
-
-@group(0) @binding(3) var<storage, read> z: array<vec4<f32>>;
-@group(0) @binding(4) var<storage, read_write> gram: array<f32>;
-@group(0) @binding(5) var<storage, read> scales: array<f32>;
-
-const TILE: u32 = 128u;
-const DEPTH: u32 = 32u;
-const THREADS: u32 = 256u;
-const QUADS: u32 = TILE / 4u;
 // A row of a tile, in vectors of 4. Padded rows keep the loads of a matrix from meeting in a bank, and stay on 16 bytes.
 const STRIDE: u32 = QUADS + 2u;
-const STEP: u32 = THREADS / QUADS;
 
 // One array, so that every part of it lies on 16 bytes, which loads of matrices need. [token][column / 4]
 const ROW_HIGH: u32 = 0u;
@@ -46,36 +22,11 @@ const COLUMN_HIGH: u32 = ROW_LOW + DEPTH * STRIDE;
 const COLUMN_LOW: u32 = COLUMN_HIGH + DEPTH * STRIDE;
 const TILE_LEN: u32 = COLUMN_LOW + DEPTH * STRIDE;
 var<workgroup> tile: array<vec4<f16>, TILE_LEN>;
-// One 16 × 16 matrix of each subgroup on its way out.
-var<workgroup> patches: array<f32, THREADS * 8u>;
-// The first word holds the bits of the least scale; there are four, 16 bytes, so that the tile stays on them.
-var<workgroup> least: array<atomic<u32>, 4>;
-
-fn fetch(job: Job, token: u32, end: u32, column: u32) -> vec4<f32> {
-    if (token < end && column < job.rank) {
-        return z[(job.z + token * job.rank + column) / 4u];
-    }
-    return vec4<f32>(0.0);
-}
 
 fn put(high_at: u32, low_at: u32, value: vec4<f32>) {
     let halves = split(value);
     tile[high_at] = halves.high;
     tile[low_at] = halves.low;
-}
-
-// Writes the patch of each subgroup to G.
-fn store_patch(job: Job, part: u32, row: u32, column: u32, subgroup: u32, lane: u32, inverse: f32) {
-    workgroupBarrier();
-    for (var q = 0u; q < 8u; q++) {
-        let e = q * 32u + lane;
-        let r = row + e / 16u;
-        let c = column + e % 16u;
-        if (r < job.rank && c <= r) {
-            gram[job.gram + (part * job.rank + r) * job.rank + c] = patches[subgroup * 256u + e] * inverse * inverse;
-        }
-    }
-    workgroupBarrier();
 }
 
 @compute @workgroup_size(THREADS)
@@ -93,16 +44,7 @@ fn main(
     let start = work.w * job.part_tokens;
     let end = min(start + job.part_tokens, job.tokens);
 
-    if (t == 0u) {
-        atomicStore(&least[0], 0x7f000000u);
-    }
-    workgroupBarrier();
-    for (var token = start + t; token < end; token += THREADS) {
-        atomicMin(&least[0], bitcast<u32>(scales[job.scales + token]) & 0x7fffffffu);
-    }
-    workgroupBarrier();
-    let scale = bitcast<f32>(atomicLoad(&least[0]));
-
+    let scale = scale_of_part(job, start, end, t);
     let token_at = t / QUADS;
     let quad = t % QUADS;
     let place = token_at * STRIDE + quad;

@@ -7,7 +7,8 @@
 // sum_parts.wgsl takes the powers out again. f16 and bf16 values are then exact in f16 (short of 2^-32 of the largest of
 // their row); f32 values are split by mask into a high and a low part of 11 bits each, and the products of two low parts
 // left out. Where A came from halves it has no low part, which halves the work. The unit's accumulator truncates, so it
-// sums only DEPTH products before they are added in f32.
+// sums only DEPTH products before they are added in f32. Where FAST is set, X of f32 is rounded to 11 bits, and the unit
+// sums all products with an A without low parts.
 //
 // The power of a row is guessed from its first DEPTH values, with room for others 2^7 times as large. While X passes, each
 // workgroup sees whether that was enough; if not, it begins anew with what it knows then. So X is read once, but for rows
@@ -19,7 +20,7 @@
 // while the next is stored and the one after fetched; matrices of A, which lie as the units want them, come straight
 // from memory.
 // Bindings: 3 X as raw words, 4 high and 5 low parts of A, 6 parts, 7 scales of rows of A.
-// The permutation sets DTYPE and TILE_N, 32, 64 or 128. A subgroup has all tokens of the tile and 16 columns.
+// The permutation sets FAST, DTYPE and TILE_N, 32, 64 or 128. A subgroup has all tokens of the tile and 16 columns.
 
 enable f16;
 enable wgpu_cooperative_matrix;
@@ -70,10 +71,13 @@ const X_LOADS: u32 = TILE_M / X_STEP;
 const ROOM: f32 = 0.015625;
 const MOST_ABOVE: u32 = 7u << 23u;
 
-// Two steps, each a tile of high parts and, of f32, one of low parts; in one array, so that all lie on 16 bytes, which
+// Only f32 has low parts.
+const X_HAS_LOW: bool = DTYPE == F32 && !FAST;
+
+// Two steps, each a tile of high parts and, where X has them, one of low parts; in one array, so that all lie on 16 bytes, which
 // loads of matrices need.
 const TILE_LEN: u32 = TILE_M * STRIDE;
-const STEP_LEN: u32 = TILE_LEN * select(1u, 2u, DTYPE == F32);
+const STEP_LEN: u32 = TILE_LEN * select(1u, 2u, X_HAS_LOW);
 var<workgroup> tile: array<vec4<f16>, 2u * STEP_LEN>;
 
 // Answers that all threads agree on: they go through memory, for naga to see it, and take 16 bytes, so that the tile stays
@@ -87,7 +91,9 @@ fn halves(low: u32, high: u32, scale: f32) -> vec4<f16> {
 
 // Stores 16 bytes of X in halves.
 fn put_x(at: u32, raw: vec4<u32>, scale: f32) {
-    if (DTYPE == F32) {
+    if (DTYPE == F32 && FAST) {
+        tile[at] = vec4<f16>(bitcast<vec4<f32>>(raw) * scale);
+    } else if (DTYPE == F32) {
         let parts = split(bitcast<vec4<f32>>(raw) * scale);
         tile[at] = parts.high;
         tile[at + TILE_LEN] = parts.low;
@@ -223,7 +229,7 @@ fn main(
                 s1 = coopMultiplyAdd(x1b, low_b, s1);
                 s2 = coopMultiplyAdd(x2b, low_b, s2);
                 s3 = coopMultiplyAdd(x3b, low_b, s3);
-                if (DTYPE == F32) {
+                if (X_HAS_LOW) {
                     let low_at0a = at0a + TILE_LEN;
                     let low_at1a = at1a + TILE_LEN;
                     let low_at2a = at2a + TILE_LEN;
@@ -297,48 +303,59 @@ fn main(
                 let b_at = a_at + job.a_columns * MATRIX;
                 let high_a = coopLoad<coop_mat16x16<f16, B>>(&a_high[a_at], a_stride);
                 let high_b = coopLoad<coop_mat16x16<f16, B>>(&a_high[b_at], a_stride);
-                var s0: coop_mat16x16<f32, C>;
-                var s1: coop_mat16x16<f32, C>;
-                var s2: coop_mat16x16<f32, C>;
-                var s3: coop_mat16x16<f32, C>;
-                if (DTYPE == F32) {
-                    let low_at0a = at0a + TILE_LEN;
-                    let low_at1a = at1a + TILE_LEN;
-                    let low_at2a = at2a + TILE_LEN;
-                    let low_at3a = at3a + TILE_LEN;
-                    let low_at0b = at0b + TILE_LEN;
-                    let low_at1b = at1b + TILE_LEN;
-                    let low_at2b = at2b + TILE_LEN;
-                    let low_at3b = at3b + TILE_LEN;
-                    let low0a = coopLoadT<coop_mat16x16<f16, A>>(&tile[low_at0a], stride);
-                    let low1a = coopLoadT<coop_mat16x16<f16, A>>(&tile[low_at1a], stride);
-                    let low2a = coopLoadT<coop_mat16x16<f16, A>>(&tile[low_at2a], stride);
-                    let low3a = coopLoadT<coop_mat16x16<f16, A>>(&tile[low_at3a], stride);
-                    let low0b = coopLoadT<coop_mat16x16<f16, A>>(&tile[low_at0b], stride);
-                    let low1b = coopLoadT<coop_mat16x16<f16, A>>(&tile[low_at1b], stride);
-                    let low2b = coopLoadT<coop_mat16x16<f16, A>>(&tile[low_at2b], stride);
-                    let low3b = coopLoadT<coop_mat16x16<f16, A>>(&tile[low_at3b], stride);
-                    s0 = coopMultiplyAdd(low0a, high_a, s0);
-                    s1 = coopMultiplyAdd(low1a, high_a, s1);
-                    s2 = coopMultiplyAdd(low2a, high_a, s2);
-                    s3 = coopMultiplyAdd(low3a, high_a, s3);
-                    s0 = coopMultiplyAdd(low0b, high_b, s0);
-                    s1 = coopMultiplyAdd(low1b, high_b, s1);
-                    s2 = coopMultiplyAdd(low2b, high_b, s2);
-                    s3 = coopMultiplyAdd(low3b, high_b, s3);
+                if (FAST) {
+                    c0 = coopMultiplyAdd(x0a, high_a, c0);
+                    c1 = coopMultiplyAdd(x1a, high_a, c1);
+                    c2 = coopMultiplyAdd(x2a, high_a, c2);
+                    c3 = coopMultiplyAdd(x3a, high_a, c3);
+                    c0 = coopMultiplyAdd(x0b, high_b, c0);
+                    c1 = coopMultiplyAdd(x1b, high_b, c1);
+                    c2 = coopMultiplyAdd(x2b, high_b, c2);
+                    c3 = coopMultiplyAdd(x3b, high_b, c3);
+                } else {
+                    var s0: coop_mat16x16<f32, C>;
+                    var s1: coop_mat16x16<f32, C>;
+                    var s2: coop_mat16x16<f32, C>;
+                    var s3: coop_mat16x16<f32, C>;
+                    if (X_HAS_LOW) {
+                        let low_at0a = at0a + TILE_LEN;
+                        let low_at1a = at1a + TILE_LEN;
+                        let low_at2a = at2a + TILE_LEN;
+                        let low_at3a = at3a + TILE_LEN;
+                        let low_at0b = at0b + TILE_LEN;
+                        let low_at1b = at1b + TILE_LEN;
+                        let low_at2b = at2b + TILE_LEN;
+                        let low_at3b = at3b + TILE_LEN;
+                        let low0a = coopLoadT<coop_mat16x16<f16, A>>(&tile[low_at0a], stride);
+                        let low1a = coopLoadT<coop_mat16x16<f16, A>>(&tile[low_at1a], stride);
+                        let low2a = coopLoadT<coop_mat16x16<f16, A>>(&tile[low_at2a], stride);
+                        let low3a = coopLoadT<coop_mat16x16<f16, A>>(&tile[low_at3a], stride);
+                        let low0b = coopLoadT<coop_mat16x16<f16, A>>(&tile[low_at0b], stride);
+                        let low1b = coopLoadT<coop_mat16x16<f16, A>>(&tile[low_at1b], stride);
+                        let low2b = coopLoadT<coop_mat16x16<f16, A>>(&tile[low_at2b], stride);
+                        let low3b = coopLoadT<coop_mat16x16<f16, A>>(&tile[low_at3b], stride);
+                        s0 = coopMultiplyAdd(low0a, high_a, s0);
+                        s1 = coopMultiplyAdd(low1a, high_a, s1);
+                        s2 = coopMultiplyAdd(low2a, high_a, s2);
+                        s3 = coopMultiplyAdd(low3a, high_a, s3);
+                        s0 = coopMultiplyAdd(low0b, high_b, s0);
+                        s1 = coopMultiplyAdd(low1b, high_b, s1);
+                        s2 = coopMultiplyAdd(low2b, high_b, s2);
+                        s3 = coopMultiplyAdd(low3b, high_b, s3);
+                    }
+                    s0 = coopMultiplyAdd(x0a, high_a, s0);
+                    s1 = coopMultiplyAdd(x1a, high_a, s1);
+                    s2 = coopMultiplyAdd(x2a, high_a, s2);
+                    s3 = coopMultiplyAdd(x3a, high_a, s3);
+                    s0 = coopMultiplyAdd(x0b, high_b, s0);
+                    s1 = coopMultiplyAdd(x1b, high_b, s1);
+                    s2 = coopMultiplyAdd(x2b, high_b, s2);
+                    s3 = coopMultiplyAdd(x3b, high_b, s3);
+                    c0 = c0 + s0;
+                    c1 = c1 + s1;
+                    c2 = c2 + s2;
+                    c3 = c3 + s3;
                 }
-                s0 = coopMultiplyAdd(x0a, high_a, s0);
-                s1 = coopMultiplyAdd(x1a, high_a, s1);
-                s2 = coopMultiplyAdd(x2a, high_a, s2);
-                s3 = coopMultiplyAdd(x3a, high_a, s3);
-                s0 = coopMultiplyAdd(x0b, high_b, s0);
-                s1 = coopMultiplyAdd(x1b, high_b, s1);
-                s2 = coopMultiplyAdd(x2b, high_b, s2);
-                s3 = coopMultiplyAdd(x3b, high_b, s3);
-                c0 = c0 + s0;
-                c1 = c1 + s1;
-                c2 = c2 + s2;
-                c3 = c3 + s3;
                 here = next;
                 workgroupBarrier();
             }

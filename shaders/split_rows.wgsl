@@ -1,9 +1,10 @@
 // Splits rows into halves for matrix units: each is brought into f16's range by a power of two and cut, by mask, into a
 // high and a low part of 11 bits each.
 //
-//   A: rows × cols, f32, cols a multiple of 8      scales: rows, f32; negative where the row has a low part
+//   A: rows × cols, f32, cols a multiple of 8      scales: padded rows, f32; negative where the row has a low part
 //   high, low: A padded to whole matrices of 16 × 16, f16, zero outside. Each matrix lies by itself, row by row; those of
-//   16 columns lie side by side, one for each 16 rows, before those of the next 16 columns.
+//   16 columns lie side by side, one for each 16 rows, before those of the next 16 columns. Matrices of other A may lie
+//   beside them.
 //
 // For adapters with subgroups of 32, each of which does one row. Work: (job, first of ROWS rows, counted over padded rows).
 // Bindings: 3 A, 4 high, 5 low, 6 scales.
@@ -20,7 +21,7 @@ struct Job {
     rows: u32,
     cols: u32,
     width: u32,     // padded columns, a multiple of 16
-    matrices: u32,  // side by side: padded rows / 16
+    matrices: u32,  // side by side, those of other A too
 }
 
 @group(0) @binding(3) var<storage, read> a: array<vec4<f32>>;
@@ -53,7 +54,7 @@ fn main(
     }
     let scale = scale_of(subgroupMax(largest_of(most)));
     let low_bits = subgroupOr((bits.x | bits.y | bits.z | bits.w) & LOW_BITS);
-    if (lane == 0u && row < job.rows) {
+    if (lane == 0u && row < (job.rows + 15u) / 16u * 16u) {
         scales[job.scales + row] = select(scale, -scale, low_bits != 0u);
     }
     // A row of a matrix is 4 vectors of the 64.

@@ -33,11 +33,12 @@ impl FromStr for Format {
     }
 }
 
-/// `auto`, `f64` or `double-single`.
+/// `auto`, `fast`, `f64` or `double-single`.
 impl fmt::Display for Precision {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Auto => "auto",
+            Self::Fast => "fast",
             Self::F64 => "f64",
             Self::DoubleSingle => "double-single",
         })
@@ -50,9 +51,10 @@ impl FromStr for Precision {
     fn from_str(text: &str) -> Result<Self> {
         match text {
             "auto" => Ok(Self::Auto),
+            "fast" => Ok(Self::Fast),
             "f64" => Ok(Self::F64),
             "double-single" => Ok(Self::DoubleSingle),
-            _ => Err(unknown("precision", text, "`auto`, `f64` or `double-single`")),
+            _ => Err(unknown("precision", text, "`auto`, `fast`, `f64` or `double-single`")),
         }
     }
 }
@@ -70,7 +72,9 @@ mod tests {
             assert_eq!(format.to_string().parse::<Format>().unwrap(), format);
         }
         assert_eq!("diffusers".parse::<Format>().unwrap(), Format::Peft);
-        assert_eq!("double-single".parse::<Precision>().unwrap(), Precision::DoubleSingle);
+        for precision in [Precision::Auto, Precision::Fast, Precision::F64, Precision::DoubleSingle] {
+            assert_eq!(precision.to_string().parse::<Precision>().unwrap(), precision);
+        }
         let said = |error: Error| error.to_string();
         assert!(said("f64".parse::<Dtype>().unwrap_err()).contains("`bf16`"));
         assert!(said("same".parse::<Format>().unwrap_err()).contains("`kohya`"));

@@ -316,7 +316,7 @@ void loraweld_cancel_free(LoraweldCancel *cancel);
  * Opens a device.
  *
  * `select`: `auto` (a hardware GPU, else the CPU; NULL is the same), `cpu`, `gpu` (a software one if there is no other), a
- * number, or a part of the adapter's name. `precision`: `auto` (NULL is the same), `f64` or `double-single`. `memory`:
+ * number, or a part of the adapter's name. `precision`: `auto` (NULL is the same), `fast`, `f64` or `double-single`. `memory`:
  * bytes of device memory to stay within; 0 for 2 GiB. Free `device` with `loraweld_device_free`.
  */
 LoraweldStatus loraweld_device_open(const char *select,

@@ -16,7 +16,7 @@ pub struct LoraweldDevice {
 /// Opens a device.
 ///
 /// `select`: `auto` (a hardware GPU, else the CPU; NULL is the same), `cpu`, `gpu` (a software one if there is no other), a
-/// number, or a part of the adapter's name. `precision`: `auto` (NULL is the same), `f64` or `double-single`. `memory`:
+/// number, or a part of the adapter's name. `precision`: `auto` (NULL is the same), `fast`, `f64` or `double-single`. `memory`:
 /// bytes of device memory to stay within; 0 for 2 GiB. Free `device` with `loraweld_device_free`.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn loraweld_device_open(

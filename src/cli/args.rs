@@ -29,7 +29,8 @@ pub struct Global {
     )]
     pub device: Select,
 
-    /// Arithmetic: `auto` (f32 products, wider sums and factorisations), `f64` or `double-single` throughout.
+    /// Arithmetic: `auto` (f32 products, wider sums and factorisations), `fast` (the same, with statistics of 11 bits where
+    /// the GPU has matrix units), `f64` or `double-single` throughout.
     #[arg(long, global = true, value_name = "TIER", default_value = "auto", help_heading = "Global options")]
     pub precision: Precision,
 

@@ -5,10 +5,10 @@ use std::sync::Arc;
 
 use rayon::prelude::*;
 
+use super::Tier;
 use super::device::{Backend, Device};
 use super::gpu::{Gpu, Pooled, whole};
 use super::shaders::{Declared, Kernel, job};
-use super::{Precision, Tier};
 use crate::{Error, Matrix, Result};
 
 /// Rows and columns.
@@ -67,10 +67,10 @@ impl Element {
 impl Device {
     /// The element type of factors and products.
     pub fn product(&self) -> Element {
-        match (self.is_gpu(), self.precision()) {
+        match (self.is_gpu(), self.precision().is_single()) {
             (false, _) => Element::Host,
-            (true, Precision::Auto) => Element::F32,
-            (true, _) => self.sum(),
+            (true, true) => Element::F32,
+            (true, false) => self.sum(),
         }
     }
 

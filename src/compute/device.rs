@@ -140,7 +140,10 @@ impl Device {
             Ok(Self { memory, precision: options.precision, note, ..Self::cpu() })
         };
         if options.select == Select::Cpu {
-            return cpu(None);
+            let quick = options.precision == Precision::Fast;
+            return cpu(
+                quick.then(|| "`fast` changes nothing on the CPU, which always computes in f64".to_owned())
+            );
         }
         let (instance, adapters) = adapters();
         let Some(index) = choose(&options.select, &adapters)? else {
@@ -250,13 +253,17 @@ impl Device {
             gpu.capabilities.double_single = Some(works);
         }
         let tier = gpu.capabilities.tier(precision)?;
-        let note = (tier == Tier::Host).then(|| {
-            format!(
-                "`{}` has no f64, and double-single arithmetic fails its self-test there: small matrices are \
-                 summed and factored on the CPU",
-                gpu.name
-            )
-        });
+        let mut notes = Vec::new();
+        if tier == Tier::Host {
+            notes.push(
+                "has no f64, and double-single arithmetic fails its self-test there: small matrices are summed and \
+                 factored on the CPU",
+            );
+        }
+        if precision == Precision::Fast && !gpu.capabilities.matrix_units() {
+            notes.push("has no matrix units, without which `fast` computes as `auto` does");
+        }
+        let note = (!notes.is_empty()).then(|| format!("`{}` {}", gpu.name, notes.join("; it ")));
         Ok(Self { backend: Backend::Gpu(Arc::new(gpu)), precision, tier, memory, note })
     }
 
@@ -347,17 +354,21 @@ impl Device {
 
     /// What, and in which arithmetic: `NVIDIA H200 (Vulkan), f32 products, f64 factorisations`.
     pub fn describe(&self) -> String {
-        let arithmetic = match (self.precision, self.tier) {
-            (Precision::Auto, Tier::F64) => "f32 products, f64 sums and factorisations",
-            (Precision::Auto, Tier::DoubleSingle) => "f32 products, double-single sums and factorisations",
-            (_, Tier::F64) => "f64",
-            (_, Tier::DoubleSingle) => "double-single",
+        let Backend::Gpu(gpu) = &self.backend else {
+            return format!("CPU ({}), f64", count(rayon::current_num_threads(), "thread"));
+        };
+        let arithmetic = match (self.precision.is_single(), self.tier) {
+            (true, Tier::F64) => "f32 products, f64 sums and factorisations",
+            (true, Tier::DoubleSingle) => "f32 products, double-single sums and factorisations",
+            (false, Tier::F64) => "f64",
+            (false, Tier::DoubleSingle) => "double-single",
             (_, Tier::Host) => "f32 products, sums and factorisations on the CPU in f64",
         };
-        match &self.backend {
-            Backend::Cpu => format!("CPU ({}), f64", count(rayon::current_num_threads(), "thread")),
-            Backend::Gpu(gpu) => format!("{}, {arithmetic}", gpu.name),
-        }
+        let statistics = match self.precision == Precision::Fast && gpu.capabilities.matrix_units() {
+            true => "statistics of 11 bits, ",
+            false => "",
+        };
+        format!("{}, {statistics}{arithmetic}", gpu.name)
     }
 
     /// The wgpu device and queue under this; `None` on the CPU.

@@ -5,7 +5,7 @@ use loraweld::compute::ops::{
     Activations, Axis, Factor, accumulate, cholesky, cholesky_solve, gram, matmul, project, rank_concat,
     solve,
 };
-use loraweld::compute::{Batch, Element, Shape};
+use loraweld::compute::{Batch, Device, DeviceOptions, Element, Precision, Select, Shape};
 use loraweld::{Dtype, Matrix, RawMatrix};
 
 /// Relative error that a product may have: the kernel's f32 path is held to 2e-6 everywhere, the wide
@@ -217,6 +217,81 @@ fn accumulate_reads_every_type_at_every_alignment() {
                 let error = relative(&sums.download(device).unwrap()[0], &want);
                 let tolerance = 2.0 * product_tolerance(&case);
                 assert!(error <= tolerance, "{}: {dtype} {tokens}x{width}: {error:.1e}", case.name);
+            }
+        }
+    }
+}
+
+/// Sums of one X for several A, in one call, and the exact ones.
+fn sums_of_one_input(device: &Device, x: &Stored, a_exact: &[Matrix]) -> Vec<(Matrix, Matrix)> {
+    let a = Batch::upload(device, device.factor(), a_exact).unwrap();
+    let shapes: Vec<_> = a_exact.iter().map(|a| Shape::new(a.rows(), a.rows())).collect();
+    let mut sums = Batch::zeros(device, device.sum(), &shapes).unwrap();
+    let inputs: Vec<(usize, Activations)> = (0..a_exact.len()).map(|i| (i, x.raw().into())).collect();
+    accumulate(device, &inputs, &a, &mut sums).unwrap();
+    let exact = a_exact.iter().map(|a| {
+        let z = product(&x.exact(), &a.transposed());
+        product(&z.transposed(), &z)
+    });
+    sums.download(device).unwrap().into_iter().zip(exact).collect()
+}
+
+#[test]
+fn layers_that_read_one_input_keep_apart() {
+    let mut random = Random(13);
+    // On matrix units they are one tall A: ranks that end within a matrix and within a tile, and A of halves beside others.
+    for (tokens, width, ranks) in [
+        (300, 264, &[32, 5, 16, 1, 130][..]),
+        (257, 136, &[4, 4, 4]),
+        (320, 72, &[64, 64]),
+        (31, 40, &[3, 7]),
+    ] {
+        for dtype in DTYPES {
+            let x = Stored::new(&random.matrix(tokens, width, 3.0), dtype);
+            let a_exact: Vec<Matrix> = ranks
+                .iter()
+                .enumerate()
+                .map(|(i, &rank)| {
+                    // Each of another magnitude.
+                    let a = random.matrix(rank, width, 10f64.powi(3 * i as i32 - 6));
+                    Stored::new(&a, if i % 2 == 0 { Dtype::F32 } else { Dtype::Bf16 }).exact()
+                })
+                .collect();
+            for case in devices() {
+                for (i, (got, want)) in sums_of_one_input(&case.device, &x, &a_exact).iter().enumerate() {
+                    let error = relative(got, want);
+                    let tolerance = 2.0 * product_tolerance(&case);
+                    assert!(error <= tolerance, "{}: {dtype} {tokens}x{width}, {i}: {error:.1e}", case.name);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn quick_statistics_keep_their_bound() {
+    let options = |precision| DeviceOptions { select: Select::Gpu, precision, ..Default::default() };
+    let Some(Case { device: auto, .. }) = gpus().into_iter().find(|case| case.name == "auto, f64") else {
+        return;
+    };
+    let fast = Device::open(&options(Precision::Fast)).unwrap();
+    let mut random = Random(14);
+    for (tokens, width, ranks) in
+        [(300, 264, &[32, 5, 130][..]), (1024, 512, &[192]), (2048, 768, &[128, 128]), (33, 40, &[8])]
+    {
+        for dtype in DTYPES {
+            let x = Stored::new(&random.matrix(tokens, width, 3.0), dtype);
+            let a_exact: Vec<Matrix> = ranks.iter().map(|&rank| random.matrix(rank, width, 0.1)).collect();
+            let exact = sums_of_one_input(&auto, &x, &a_exact);
+            for ((got, want), (as_auto, _)) in sums_of_one_input(&fast, &x, &a_exact).iter().zip(&exact) {
+                let error = relative(got, want);
+                // Values of 11 bits are off by 2^-12 at most, two of them in each product, and sums are off by less, since
+                // these errors have no common sign.
+                let bound = 2.0 * 2f64.powi(-12);
+                assert!(error <= bound, "{dtype} {tokens}x{width}, {}: {error:.1e}", got.rows());
+                if !fast.capabilities().is_some_and(|c| c.matrix_units()) {
+                    assert_eq!(got, as_auto, "without matrix units there is nothing to round");
+                }
             }
         }
     }

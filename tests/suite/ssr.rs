@@ -7,7 +7,8 @@ use crate::baselines::{few, refactored};
 use crate::common::fixtures::{
     Formula, POOL, Tensors, activations, adapter, at_one, calibrated, data, delta, plain, pool, stored, wide,
 };
-use crate::common::{Case, Random, devices, product, relative};
+use crate::common::{Case, Random, devices, gpus, product, relative};
+use loraweld::compute::{DeviceOptions, Select};
 use loraweld::{
     Absent, Action, Adapter, Calibration, Control, Coordinates, Device, Error, Format, Layer, Matrix, Merged,
     Precision, Prior, Ridge, SaveOptions, Source, Ssr, SsrOptions, TaskBalance, Truncation, Weighted,
@@ -330,6 +331,47 @@ fn who_feeds_whom_is_what_comes_out_where() {
                     case.name
                 );
             }
+        }
+    }
+}
+
+#[test]
+fn quick_statistics_change_a_merge_little() {
+    // Enough tokens and ranks for matrix units, and inputs that have much in common.
+    let (width, rank, tokens) = (256, 80, 600);
+    let mut random = Random(9);
+    let layer = |random: &mut Random| {
+        let (a, b) = (random.matrix(rank, width, 1.0), random.matrix(width, rank, 1.0));
+        Layer::new("layer", a.map(|v| v as f32), b.map(|v| v as f32)).unwrap()
+    };
+    let adapters =
+        ["one", "two"].map(|name| Adapter::new(name, Format::Peft, vec![layer(&mut random)]).unwrap());
+    let weighted = [adapters[0].at(1.0), adapters[1].at(0.7)];
+    let merged = |device: &Device, inputs: &[Vec<f32>]| {
+        let mut calibration = Calibration::new(&adapters).unwrap();
+        for (task, x) in inputs.iter().enumerate() {
+            let x = loraweld::RawMatrix::from_f32(tokens, width, x).unwrap();
+            calibration.accumulate(device, task, "layer", x).unwrap();
+        }
+        Ssr::new(&calibration).merge(device, &weighted).unwrap()
+    };
+    // README.md says these. One channel that outweighs the others takes the bits of what is small beside it.
+    for (outlier, bound) in [(1.0, 1e-3), (100.0, 3e-3)] {
+        let inputs: Vec<Vec<f32>> = (0..2)
+            .map(|_| {
+                let x = random.matrix(tokens, width, 1.0);
+                let at = |i: usize| (x.data()[i] + 0.5) as f32 * if i % width == 7 { outlier } else { 1.0 };
+                (0..tokens * width).map(at).collect()
+            })
+            .collect();
+        let exact = delta(&merged(&Device::cpu(), &inputs).adapter.layers()[0]);
+        for case in gpus().into_iter().filter(|case| case.name == "auto, f64") {
+            let fast =
+                DeviceOptions { select: Select::Gpu, precision: Precision::Fast, ..Default::default() };
+            let [quick, auto] = [&Device::open(&fast).unwrap(), &case.device]
+                .map(|device| worst(&merged(device, &inputs), |_| exact.clone()));
+            println!("an outlier of {outlier}: {quick:.1e}; with `auto` {auto:.1e}");
+            assert!(quick <= bound, "an outlier of {outlier}: {quick:.1e}");
         }
     }
 }

@@ -331,7 +331,7 @@ pub fn calls(u: &mut Unstructured<'_>) -> Result<usize> {
                 }
                 19 => {
                     let (select, precision) =
-                        (Text::of(u, &["cpu"])?, Text::of(u, &["auto", "f64", "double-single"])?);
+                        (Text::of(u, &["cpu"])?, Text::of(u, &["auto", "fast", "f64", "double-single"])?);
                     // What opens a GPU takes long, and is tested elsewhere.
                     let select = Text(select.0.filter(|text| text.as_bytes() == b"cpu"));
                     if select.0.is_none() {

@@ -5,7 +5,7 @@ use rayon::prelude::*;
 
 use super::activations::Bound;
 use super::gram::{self, GramJob, Pending, gram_cpu};
-use super::project::{self, ProjectJob, X_ALIGN, product_bytes, project_cpu};
+use super::project::{self, Arithmetic, ProjectJob, X_ALIGN, product_bytes, project_cpu};
 use super::{Activations, mismatch, same_count};
 use crate::compute::batch::{FACTOR, OnHost, Operands};
 use crate::compute::gpu::{Commands, Gpu, Pooled, whole};
@@ -16,7 +16,7 @@ use crate::{Error, Result};
 /// length: activations go through in windows that fit the device.
 ///
 /// `inputs`: activations (tokens × width) and the index of the A (rank × width) and S (rank × rank) that
-/// they go with. Precision as of the two operations; results do not depend on how inputs are grouped into
+/// they go with. Precision as of the two operations, or less by [`Precision::Fast`](crate::Precision::Fast); results do not depend on how inputs are grouped into
 /// calls beyond rounding.
 ///
 /// # Errors
@@ -200,8 +200,9 @@ fn record(
         Some(upload) => vec![whole(upload)],
         None => inputs.buffers,
     };
-    project::encode(commands, gpu, &x, &project_jobs, a, whole(&z), element)?;
-    let pending = gram::encode(commands, gpu, device, whole(&z), element, &gram_jobs, sums)?;
+    let arithmetic = Arithmetic::of(element, device.precision());
+    project::encode(commands, gpu, &x, &project_jobs, a, whole(&z), arithmetic)?;
+    let pending = gram::encode(commands, device, device.precision(), whole(&z), element, &gram_jobs, sums)?;
     commands.keep(z);
     Ok((upload, pending))
 }

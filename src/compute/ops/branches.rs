@@ -20,7 +20,7 @@ pub(crate) use self::halves::Halves;
 use self::halves::{SplitB, Tiles};
 use self::tile::{APPLY_SUBGROUPS, Block, SCORES_CHANNELS, SCORES_SUBGROUPS, Tile};
 use super::activations::Bound;
-use super::project::{self, ProjectJob, project_cpu};
+use super::project::{self, Arithmetic, ProjectJob, project_cpu};
 use super::{Activations, DTYPES, ENOUGH_WORKGROUPS, gemm, view, view_mut};
 use crate::compute::gpu::{BIND_ALIGN, GRID_WIDTH, Gpu, Phase, Pooled, Prepared, lock, whole};
 use crate::compute::memory::Buffer;
@@ -546,9 +546,9 @@ pub(crate) fn encode(
             z: window.first * rank,
         };
         let z = whole(&buffers.z);
-        let a = call.halves.a.as_ref();
         let x = std::slice::from_ref(&window.bound.binding);
-        project::encode_f32(&mut commands, gpu, x, &[job], layer, z, a)?;
+        let arithmetic = call.halves.a.as_ref().map_or(Arithmetic::F32, Arithmetic::Halves);
+        project::encode(&mut commands, gpu, x, &[job], layer, z, arithmetic)?;
     }
 
     let mut job = job(call, layer, units, running);

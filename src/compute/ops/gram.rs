@@ -6,7 +6,6 @@ use crate::compute::gpu::{Commands, Gpu, Phase, Pooled, Work, whole};
 use crate::compute::shaders::{Declared, Kernel, job, shared_tile};
 use crate::compute::{Batch, Capabilities, Device, Element, Precision, Shape};
 use crate::{Error, Result};
-use std::sync::Arc;
 
 /// `S += ZᵀZ`: blocked Gram accumulation.
 ///
@@ -37,7 +36,8 @@ pub fn gram(device: &Device, z: &Batch, sums: &mut Batch) -> Result<()> {
         .map(|i| GramJob { z: z.offset(i), tokens: z.shapes()[i].rows, rank: z.shapes()[i].cols, sum: i })
         .collect();
     let mut commands = gpu.commands();
-    let pending = encode(&mut commands, gpu, device, rows.binding(), z.element(), &jobs, sums)?;
+    let precision = device.precision().of_others();
+    let pending = encode(&mut commands, device, precision, rows.binding(), z.element(), &jobs, sums)?;
     commands.submit()?;
     match pending {
         Some(pending) => pending.finish(gpu, sums),
@@ -162,7 +162,7 @@ pub(super) struct Pending {
     jobs: Vec<(ReduceJob, usize)>,
 }
 
-/// Sides of tiles: of `gram.wgsl`, each a permutation, of `gram_matrix.wgsl` and of `gram_real.wgsl`.
+/// Sides of tiles: of `gram.wgsl`, each a permutation, of `shared/gram_tile.wgsl` and of `gram_real.wgsl`.
 const SIDES: [u32; 3] = [32, 64, 128];
 const MATRIX_SIDE: u32 = 128;
 const REAL_SIDE: u32 = 16;
@@ -175,8 +175,9 @@ fn kernel(side: u32) -> Kernel {
     shared_tile(Kernel::new("gram").number("TILE", side), side)
 }
 
-fn matrix_kernel() -> Kernel {
-    Kernel::new("gram_matrix")
+/// The kernel on matrix units, with values of 22 bits or of 11.
+fn matrix_kernel(fast: bool) -> Kernel {
+    Kernel::new(if fast { "gram_halves" } else { "gram_matrix" })
 }
 
 fn scale_kernel() -> Kernel {
@@ -202,7 +203,7 @@ pub(super) fn declared() -> [Declared; 5] {
     let pairs = || WIDE.iter().flat_map(|&sums| [(Element::F32, sums), (sums, sums)]);
     [
         Declared::new::<Job>(SIDES.map(kernel)),
-        Declared::new::<MatrixJob>([matrix_kernel()]).constant("TILE", MATRIX_SIDE),
+        Declared::new::<MatrixJob>([false, true].map(matrix_kernel)).constant("TILE", MATRIX_SIDE),
         Declared::new::<ScaleJob>([scale_kernel()]).constant("ROWS", ROWS),
         Declared::new::<Job>(pairs().map(|(part, sums)| real_kernel(part, sums))).constant("TILE", REAL_SIDE),
         Declared::new::<ReduceJob>(pairs().map(|(part, sums)| reduce_kernel(part, sums)))
@@ -245,16 +246,16 @@ pub(super) fn partial_len(tokens: usize, rank: usize, jobs: usize) -> usize {
 /// Records Gram matrices of Z that lies in one buffer.
 pub(super) fn encode(
     commands: &mut Commands<'_>,
-    gpu: &Arc<Gpu>,
     device: &Device,
+    precision: Precision,
     z: wgpu::BufferBinding<'_>,
     z_element: Element,
     jobs: &[GramJob],
     sums: &Batch,
 ) -> Result<Option<Pending>> {
-    let wide = sums.element();
+    let (gpu, wide) = (device.gpu()?, sums.element());
     // A forced precision also holds for products of f32 factors.
-    let real = device.precision() != Precision::Auto || z_element != Element::F32;
+    let real = !precision.is_single() || z_element != Element::F32;
     let part_element = if real { wide } else { Element::F32 };
     if part_element == Element::Host {
         return Err(Error::Device("wide products cannot be summed on the host".into()));
@@ -315,7 +316,7 @@ pub(super) fn encode(
         commands.launch(scale_kernel(), &scale_table, &scale_work, &[buffers[0].clone(), whole(&scales)])?;
         commands.phase(Phase::Gram);
         commands.launch(
-            matrix_kernel(),
+            matrix_kernel(precision == Precision::Fast),
             &table,
             &work,
             &[buffers[0].clone(), buffers[1].clone(), whole(&scales)],

@@ -1,4 +1,4 @@
-use super::project::{self, ProjectJob};
+use super::project::{self, Arithmetic, ProjectJob};
 use super::{gemm, host, mismatch, same_count, view_mut};
 use crate::compute::batch::{FACTOR, Operands};
 use crate::compute::{Batch, Device, Element, Shape};
@@ -51,7 +51,8 @@ pub fn inner_as(device: &Device, x: &Batch, y: &Batch, element: Element) -> Resu
         })
         .collect();
     let mut commands = gpu.commands();
-    project::encode(&mut commands, gpu, &[rows.binding()], &jobs, y, c.binding()?, c.element())?;
+    let arithmetic = Arithmetic::of(c.element(), device.precision().of_others());
+    project::encode(&mut commands, gpu, &[rows.binding()], &jobs, y, c.binding()?, arithmetic)?;
     commands.submit()?;
     Ok(c)
 }

@@ -1,11 +1,11 @@
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 use super::{DTYPES, ENOUGH_WORKGROUPS, dtype_code, gemm, mismatch, view, view_mut};
 use crate::compute::batch::{FACTOR, Operands, WIDE};
 use crate::compute::gpu::{Commands, Gpu, Phase, Pooled, Work, whole};
 use crate::compute::shaders::{Declared, Kernel, job, shared_tile};
-use crate::compute::{Batch, Capabilities, Device, Element, Shape};
+use crate::compute::{Batch, Capabilities, Device, Element, Precision, Shape};
 use crate::{Dtype, Error, RawMatrix, Result};
 
 /// `Z = X·Aᵀ`: what the rank-concatenated A sees of activations.
@@ -49,7 +49,8 @@ pub fn project(device: &Device, x: &[RawMatrix], a: &Batch) -> Result<Batch> {
     let source = gpu.scratch(words.len() as u64)?;
     gpu.write(&source, 0, &words)?;
     let mut commands = gpu.commands();
-    encode(&mut commands, gpu, &[whole(&source)], &jobs, a, z.binding()?, z.element())?;
+    let arithmetic = Arithmetic::of(z.element(), device.precision().of_others());
+    encode(&mut commands, gpu, &[whole(&source)], &jobs, a, z.binding()?, arithmetic)?;
     commands.submit()?;
     Ok(z)
 }
@@ -102,10 +103,9 @@ const REAL_TILE: u32 = 32;
 /// From so many on matrix units are used.
 const ENOUGH_TOKENS: usize = 256;
 
-/// How a product is cut: a kernel, its tile, and parts of the width.
+/// How a product is cut: tiles, and parts of the width.
 #[derive(Clone, Copy, Debug)]
 struct Cut {
-    kernel: Kernel,
     /// Rows and columns of a tile.
     rows: usize,
     columns: usize,
@@ -139,24 +139,62 @@ impl Cut {
         let part_width = a.cols.div_ceil(parts).next_multiple_of(STEP).max(STEP);
         let parts = a.cols.div_ceil(part_width).max(1);
         // Units leave whole tiles behind; otherwise vectors of 4 are what is summed.
-        let (kernel, part_rows, stride) = match on_units {
-            true => (
-                matrix_kernel(columns as u32, job.dtype),
-                job.tokens.next_multiple_of(rows),
-                a.rows.next_multiple_of(columns),
-            ),
-            false => (
-                kernel(columns as u32, job.dtype),
-                job.tokens,
-                if parts == 1 { a.rows } else { a.rows.next_multiple_of(4) },
-            ),
+        let (part_rows, stride) = match on_units {
+            true => (job.tokens.next_multiple_of(rows), a.rows.next_multiple_of(columns)),
+            false => (job.tokens, if parts == 1 { a.rows } else { a.rows.next_multiple_of(4) }),
         };
-        Self { kernel, rows, columns, on_units, parts, part_width, stride, part_len: part_rows * stride }
+        Self { rows, columns, on_units, parts, part_width, stride, part_len: part_rows * stride }
     }
 
     /// Whether Z comes out of `sum_parts.wgsl`.
     fn is_summed(&self) -> bool {
         self.parts > 1 || self.on_units
+    }
+
+    /// Room for the parts after `len` elements; gives their first.
+    fn take_parts(&self, len: &mut usize) -> u32 {
+        let first = *len as u32;
+        *len += self.parts * self.part_len;
+        first
+    }
+
+    /// The product with an A of this shape, but for where A and the result are.
+    fn job(&self, job: &ProjectJob, a: Shape) -> Job {
+        Job {
+            x: job.x_word as u32,
+            a: NONE,
+            z: NONE,
+            tokens: job.tokens as u32,
+            rank: a.rows as u32,
+            width: a.cols as u32,
+            stride: self.stride as u32,
+            part_width: self.part_width as u32,
+        }
+    }
+
+    /// The sum of its parts for an A of this shape, but for where they are.
+    fn sum(&self, job: &ProjectJob, a: Shape) -> SumJob {
+        SumJob {
+            source: 0,
+            parts: NONE,
+            z: job.z as u32,
+            tokens: job.tokens as u32,
+            rank: a.rows as u32,
+            stride: self.stride as u32,
+            part_len: self.part_len as u32,
+            count: self.parts as u32,
+            x_scales: NONE,
+            a_scales: NONE,
+        }
+    }
+
+    /// The tiles of job number `index`.
+    fn work(&self, index: usize, tokens: usize, a: Shape) -> impl Iterator<Item = Work> + use<> {
+        let [rows, columns, parts] =
+            [tokens.div_ceil(self.rows), a.rows.div_ceil(self.columns), self.parts].map(|n| n as u32);
+        (0..parts).flat_map(move |part| {
+            (0..rows).flat_map(move |row| (0..columns).map(move |column| [index as u32, row, column, part]))
+        })
     }
 }
 
@@ -204,6 +242,9 @@ job! {
 /// No scales, in the place of their first element.
 const NONE: u32 = u32::MAX;
 
+/// The side of a matrix of the units.
+const SIDE: usize = 16;
+
 /// Rows that a workgroup of `split_rows.wgsl` splits, and vectors of 4 sums that one of `sum_parts.wgsl` makes.
 const ROWS: usize = 8;
 const CHUNK: usize = 256;
@@ -244,9 +285,9 @@ fn kernel(columns: u32, dtype: Dtype) -> Kernel {
     shared_tile(Kernel::new("project").dtype(dtype).number("TILE_M", rows).number("TILE_N", columns), columns)
 }
 
-/// The kernel on matrix units, with the columns (rank) of its tile and the type of X.
-fn matrix_kernel(columns: u32, dtype: Dtype) -> Kernel {
-    Kernel::new("project_matrix").dtype(dtype).number("TILE_N", columns)
+/// The kernel on matrix units, with the columns (rank) of its tile and the type of X, which `fast` rounds to 11 bits.
+fn matrix_kernel(columns: u32, dtype: Dtype, fast: bool) -> Kernel {
+    Kernel::new("project_matrix").dtype(dtype).number("TILE_N", columns).flag("FAST", fast)
 }
 
 fn split_kernel() -> Kernel {
@@ -262,20 +303,46 @@ pub(super) fn real_kernel(sums: Element) -> Kernel {
 }
 
 pub(super) fn declared() -> [Declared; 5] {
-    let each = |columns: &'static [u32], kernel: fn(u32, Dtype) -> Kernel| {
-        columns.iter().flat_map(move |&columns| DTYPES.map(|dtype| kernel(columns, dtype)))
-    };
+    let each = || [32, 64, 128].into_iter().flat_map(|columns| DTYPES.map(|dtype| (columns, dtype)));
+    let on_units = || each().flat_map(|(columns, dtype)| [false, true].map(|fast| (columns, dtype, fast)));
     [
-        Declared::new::<Job>(each(&[32, 64, 128], kernel)).constant("DEPTH", STEP / 2),
-        Declared::new::<MatrixJob>(each(&[32, 64, 128], matrix_kernel))
-            .constant("TILE_M", MATRIX_TILE_M)
-            .constant("DEPTH", STEP),
+        Declared::new::<Job>(each().map(|(columns, dtype)| kernel(columns, dtype)))
+            .constant("DEPTH", STEP / 2),
+        Declared::new::<MatrixJob>(
+            on_units().map(|(columns, dtype, fast)| matrix_kernel(columns, dtype, fast)),
+        )
+        .constant("TILE_M", MATRIX_TILE_M)
+        .constant("DEPTH", STEP),
         Declared::new::<SplitJob>([split_kernel()]).constant("ROWS", ROWS),
         Declared::new::<SumJob>([sum_kernel()]).constant("NONE", NONE).constant("CHUNK", CHUNK),
         Declared::new::<RealJob>(WIDE.iter().map(|&sums| real_kernel(sums)))
             .constant("TILE", REAL_TILE)
             .dtypes(),
     ]
+}
+
+/// What products are computed in.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Arithmetic<'a> {
+    /// f32.
+    F32,
+    /// f32, where matrix units take the halves of the one A that all jobs multiply by.
+    Halves(&'a SplitA),
+    /// f32, where matrix units round X to 11 bits.
+    Fast,
+    /// A wider type.
+    Real(Element),
+}
+
+impl Arithmetic<'_> {
+    /// What gives products of this type.
+    pub(super) fn of(element: Element, precision: Precision) -> Self {
+        match (element, precision) {
+            (Element::F32, Precision::Fast) => Self::Fast,
+            (Element::F32, _) => Self::F32,
+            _ => Self::Real(element),
+        }
+    }
 }
 
 /// Records the products of activations that lie in some buffers.
@@ -286,209 +353,18 @@ pub(super) fn encode(
     jobs: &[ProjectJob],
     a: &Batch,
     z: wgpu::BufferBinding<'_>,
-    element: Element,
+    arithmetic: Arithmetic<'_>,
 ) -> Result<()> {
-    match element {
-        Element::F32 => encode_f32(commands, gpu, x, jobs, a, z, None),
-        _ => encode_real(commands, x, jobs, a, z, element),
-    }
-}
-
-/// A matrix of A as halves, made once for many products.
-#[derive(Debug)]
-pub(super) struct SplitA {
-    job: SplitJob,
-    /// High and low parts, and scales.
-    buffers: [Arc<Pooled>; 3],
-}
-
-impl SplitA {
-    /// The rows of a tile that matrix units have for this A, if they serve it where tokens are enough.
-    fn columns(gpu: &Gpu, a: Shape) -> Option<usize> {
-        let job = ProjectJob { x: 0, x_word: 0, tokens: ENOUGH_TOKENS, dtype: Dtype::F16, a: 0, z: 0 };
-        let cut = Cut::new(&gpu.capabilities, &job, a, 1);
-        cut.on_units.then_some(cut.columns)
-    }
-
-    /// Splits matrix `index` of A, if matrix units serve it.
-    pub(super) fn new(gpu: &Arc<Gpu>, a: &Batch, index: usize) -> Result<Option<Self>> {
-        let Some(columns) = Self::columns(gpu, a.shapes()[index]) else { return Ok(None) };
-        let mut tables = Tables::default();
-        let job = tables.split(a, index, columns);
-        let mut commands = gpu.commands();
-        let buffers = tables.halves(&mut commands, gpu)?;
-        tables.launch_splits(&mut commands, a, &buffers)?;
-        commands.submit()?;
-        Ok(Some(Self { job, buffers }))
-    }
-
-    /// Bytes that this takes for an A of this shape.
-    pub(super) fn bytes_for(gpu: &Gpu, a: Shape) -> u64 {
-        let halves = |columns| a.rows.next_multiple_of(columns) * a.cols.next_multiple_of(STEP);
-        Self::columns(gpu, a).map_or(0, |columns| 4 * (halves(columns) + a.rows) as u64)
-    }
-
-    pub(super) fn bytes(&self) -> u64 {
-        self.buffers.iter().map(|buffer| buffer.size()).sum()
-    }
-}
-
-/// The tables of the launches that one product takes part in.
-#[derive(Default)]
-struct Tables {
-    /// Where A comes as halves already.
-    ready: Option<SplitJob>,
-    splits: Table<SplitJob>,
-    /// Where each split matrix of A is in `splits`.
-    split: BTreeMap<usize, usize>,
-    /// Elements of high and of low halves of A so far, and of the scales of its rows.
-    halves_len: usize,
-    scales_len: usize,
-    /// The products of each binding of X.
-    inputs: BTreeMap<usize, Products>,
-}
-
-/// The tables of one binding of X. Its parts have a buffer of their own: launches that write to one buffer wait for each
-/// other.
-#[derive(Default)]
-struct Products {
-    /// One launch for each permutation that occurs, and whether it writes Z itself.
-    plain: BTreeMap<(Kernel, bool), Table<Job>>,
-    matrix: BTreeMap<Kernel, Table<MatrixJob>>,
-    sums: Table<SumJob>,
-    /// Elements of parts so far.
-    parts_len: usize,
-}
-
-/// The jobs of a launch, and their work.
-type Table<J> = (Vec<J>, Vec<Work>);
-
-impl Tables {
-    /// The job that splits matrix `index` of A in whole tiles of `columns` rows.
-    fn split(&mut self, a: &Batch, index: usize, columns: usize) -> SplitJob {
-        if let Some(&place) = self.split.get(&index) {
-            return self.splits.0[place];
-        }
-        let shape = a.shapes()[index];
-        let (rows, width) = (shape.rows.next_multiple_of(columns), shape.cols.next_multiple_of(STEP));
-        let job = SplitJob {
-            a: a.offset(index) as u32,
-            halves: self.halves_len as u32,
-            scales: self.scales_len as u32,
-            rows: shape.rows as u32,
-            cols: shape.cols as u32,
-            width: width as u32,
-            matrices: (rows / 16) as u32,
-        };
-        let place = self.splits.0.len();
-        self.split.insert(index, place);
-        self.splits.0.push(job);
-        self.splits.1.extend((0..rows as u32).step_by(ROWS).map(|row| [place as u32, row, 0, 0]));
-        self.halves_len += rows * width;
-        self.scales_len += shape.rows;
-        job
-    }
-
-    /// High and low parts of A, and scales, to be written.
-    fn halves(&self, commands: &mut Commands<'_>, gpu: &Arc<Gpu>) -> Result<[Arc<Pooled>; 3]> {
-        let mut scratch = |elements: usize, size| commands.scratch(gpu, (elements.max(1) * size) as u64);
-        Ok([scratch(self.halves_len, 2)?, scratch(self.halves_len, 2)?, scratch(self.scales_len, 4)?])
-    }
-
-    fn launch_splits(
-        &self,
-        commands: &mut Commands<'_>,
-        a: &Batch,
-        buffers: &[Arc<Pooled>; 3],
-    ) -> Result<()> {
-        let (table, work) = &self.splits;
-        let [high, low, scales] = buffers.each_ref().map(|buffer| whole(buffer));
-        commands.launch(split_kernel(), table, work, &[a.binding()?, high, low, scales])
-    }
-
-    fn add(&mut self, gpu: &Gpu, job: &ProjectJob, a: &Batch, most_parts: usize) {
-        let shape = a.shapes()[job.a];
-        if job.tokens == 0 || shape.rows == 0 {
-            return;
-        }
-        let cut = Cut::new(&gpu.capabilities, job, shape, most_parts);
-        let mut entry = Job {
-            x: job.x_word as u32,
-            a: a.offset(job.a) as u32,
-            z: job.z as u32,
-            tokens: job.tokens as u32,
-            rank: shape.rows as u32,
-            width: shape.cols as u32,
-            stride: cut.stride as u32,
-            part_width: cut.part_width as u32,
-        };
-        let (mut x_scales, mut a_scales, mut a_width, mut a_columns) = (NONE, NONE, 0, 0);
-        if cut.on_units {
-            let split = match self.ready {
-                Some(ready) => ready,
-                None => self.split(a, job.a, cut.columns),
-            };
-            (entry.a, a_scales) = (split.halves, split.scales);
-            (a_width, a_columns) = (split.width, split.matrices);
-        }
-        let Products { plain, matrix, sums, parts_len } = self.inputs.entry(job.x).or_default();
-        if cut.is_summed() {
-            entry.z = *parts_len as u32;
-            *parts_len += cut.parts * cut.part_len;
-            // Values of f16 are in range.
-            if cut.on_units && job.dtype != Dtype::F16 {
-                x_scales = *parts_len as u32;
-                *parts_len += (cut.parts * job.tokens).next_multiple_of(4);
-            }
-            let index = sums.0.len() as u32;
-            sums.0.push(SumJob {
-                source: 0,
-                parts: entry.z,
-                z: job.z as u32,
-                tokens: entry.tokens,
-                rank: entry.rank,
-                stride: entry.stride,
-                part_len: cut.part_len as u32,
-                count: cut.parts as u32,
-                x_scales,
-                a_scales,
-            });
-            let quads = entry.tokens * entry.rank.div_ceil(4);
-            sums.1.extend((0..quads).step_by(CHUNK).map(|first| [index, first, 0, 0]));
-        }
-        let [rows, columns] =
-            [job.tokens.div_ceil(cut.rows), shape.rows.div_ceil(cut.columns)].map(|n| n as u32);
-        let tiles = |index: usize| {
-            (0..cut.parts as u32).flat_map(move |part| {
-                (0..rows)
-                    .flat_map(move |row| (0..columns).map(move |column| [index as u32, row, column, part]))
-            })
-        };
-        if cut.on_units {
-            let (table, work) = matrix.entry(cut.kernel).or_default();
-            work.extend(tiles(table.len()));
-            table.push(MatrixJob { job: entry, a_width, a_columns, x_scales, a_scales });
-        } else {
-            let (table, work) = plain.entry((cut.kernel, !cut.is_summed())).or_default();
-            work.extend(tiles(table.len()));
-            table.push(entry);
-        }
-    }
-}
-
-/// [`encode`] in f32. `ready`: the matrix of A that all jobs multiply by.
-pub(super) fn encode_f32(
-    commands: &mut Commands<'_>,
-    gpu: &Arc<Gpu>,
-    x: &[wgpu::BufferBinding<'_>],
-    jobs: &[ProjectJob],
-    a: &Batch,
-    z: wgpu::BufferBinding<'_>,
-    ready: Option<&SplitA>,
-) -> Result<()> {
+    let (ready, fast) = match arithmetic {
+        Arithmetic::F32 => (None, false),
+        Arithmetic::Halves(ready) => (Some(ready), false),
+        Arithmetic::Fast => (None, true),
+        Arithmetic::Real(element) => return encode_real(commands, x, jobs, a, z, element),
+    };
+    let of_one_x = of_one_x(jobs, a);
     let tables = |most_parts: usize| {
-        let mut tables = Tables { ready: ready.map(|ready| ready.job), ..Default::default() };
-        jobs.iter().for_each(|job| tables.add(gpu, job, a, most_parts));
+        let mut tables = Tables { ready: ready.map(|ready| ready.job), fast, ..Default::default() };
+        of_one_x.iter().for_each(|jobs| tables.add(gpu, jobs, a, most_parts));
         tables
     };
     let mut all = tables(MAX_PARTS);
@@ -537,6 +413,229 @@ pub(super) fn encode_f32(
         commands.launch(sum_kernel(), &table, &work, &buffers)?;
     }
     Ok(())
+}
+
+/// The products that there are, those of one X together.
+fn of_one_x<'a>(jobs: &'a [ProjectJob], a: &Batch) -> Vec<Vec<&'a ProjectJob>> {
+    let mut places = HashMap::new();
+    let mut of_one_x: Vec<Vec<_>> = Vec::new();
+    for job in jobs {
+        let shape = a.shapes()[job.a];
+        if job.tokens == 0 || shape.rows == 0 {
+            continue;
+        }
+        let x = (job.x, job.x_word, job.tokens, shape.cols, job.dtype);
+        let place = *places.entry(x).or_insert(of_one_x.len());
+        if place == of_one_x.len() {
+            of_one_x.push(Vec::new());
+        }
+        of_one_x[place].push(job);
+    }
+    of_one_x
+}
+
+/// A matrix of A as halves, made once for many products.
+#[derive(Debug)]
+pub(super) struct SplitA {
+    job: SplitJob,
+    /// High and low parts, and scales.
+    buffers: [Arc<Pooled>; 3],
+}
+
+impl SplitA {
+    /// The rows of a tile that matrix units have for this A, if they serve it where tokens are enough.
+    fn columns(gpu: &Gpu, a: Shape) -> Option<usize> {
+        let job = ProjectJob { x: 0, x_word: 0, tokens: ENOUGH_TOKENS, dtype: Dtype::F16, a: 0, z: 0 };
+        let cut = Cut::new(&gpu.capabilities, &job, a, 1);
+        cut.on_units.then_some(cut.columns)
+    }
+
+    /// Splits matrix `index` of A, if matrix units serve it.
+    pub(super) fn new(gpu: &Arc<Gpu>, a: &Batch, index: usize) -> Result<Option<Self>> {
+        let Some(columns) = Self::columns(gpu, a.shapes()[index]) else { return Ok(None) };
+        let mut tables = Tables::default();
+        let job = tables.split(a, &Tall::new(a, [index].into_iter()), columns);
+        let mut commands = gpu.commands();
+        let buffers = tables.halves(&mut commands, gpu)?;
+        tables.launch_splits(&mut commands, a, &buffers)?;
+        commands.submit()?;
+        Ok(Some(Self { job, buffers }))
+    }
+
+    /// Bytes that this takes for an A of this shape.
+    pub(super) fn bytes_for(gpu: &Gpu, a: Shape) -> u64 {
+        let halves = |columns| a.rows.next_multiple_of(columns) * a.cols.next_multiple_of(STEP);
+        let scales = a.rows.next_multiple_of(SIDE);
+        Self::columns(gpu, a).map_or(0, |columns| 4 * (halves(columns) + scales) as u64)
+    }
+
+    pub(super) fn bytes(&self) -> u64 {
+        self.buffers.iter().map(|buffer| buffer.size()).sum()
+    }
+}
+
+/// Matrices of A that read one X, as one: each begins a whole matrix of the units further down.
+struct Tall {
+    /// Each matrix and its first row.
+    members: Vec<(usize, usize)>,
+    shape: Shape,
+}
+
+impl Tall {
+    fn new(a: &Batch, indices: impl Iterator<Item = usize>) -> Self {
+        let (mut members, mut shape) = (Vec::new(), Shape::new(0, 0));
+        for index in indices {
+            let first = shape.rows.next_multiple_of(SIDE);
+            members.push((index, first));
+            shape = Shape::new(first + a.shapes()[index].rows, a.shapes()[index].cols);
+        }
+        Self { members, shape }
+    }
+}
+
+/// The tables of the launches that one product takes part in.
+#[derive(Default)]
+struct Tables {
+    /// Where A comes as halves already.
+    ready: Option<SplitJob>,
+    /// Whether X may be rounded.
+    fast: bool,
+    splits: Table<SplitJob>,
+    /// Where the first of matrices of A that are split as one is in `splits`.
+    split: BTreeMap<Vec<usize>, usize>,
+    /// Elements of high and of low halves of A so far, and of the scales of its rows.
+    halves_len: usize,
+    scales_len: usize,
+    /// The products of each binding of X.
+    inputs: BTreeMap<usize, Products>,
+}
+
+/// The tables of one binding of X. Its parts have a buffer of their own: launches that write to one buffer wait for each
+/// other.
+#[derive(Default)]
+struct Products {
+    /// One launch for each permutation that occurs, and whether it writes Z itself.
+    plain: BTreeMap<(Kernel, bool), Table<Job>>,
+    matrix: BTreeMap<Kernel, Table<MatrixJob>>,
+    sums: Table<SumJob>,
+    /// Elements of parts so far.
+    parts_len: usize,
+}
+
+/// The jobs of a launch, and their work.
+type Table<J> = (Vec<J>, Vec<Work>);
+
+impl Tables {
+    /// The job that splits the first rows of A in whole tiles of `columns` rows; jobs for the others follow.
+    fn split(&mut self, a: &Batch, tall: &Tall, columns: usize) -> SplitJob {
+        let key = tall.members.iter().map(|(index, _)| *index).collect();
+        let place = *self.split.entry(key).or_insert(self.splits.0.len());
+        if let Some(split) = self.splits.0.get(place) {
+            return *split;
+        }
+        let Shape { rows, cols } = tall.shape;
+        let (rows, width) = (rows.next_multiple_of(columns), cols.next_multiple_of(STEP));
+        let ends = tall.members.iter().skip(1).map(|(_, first)| *first).chain([rows]);
+        for ((index, first), end) in tall.members.iter().zip(ends) {
+            let job = self.splits.0.len() as u32;
+            self.splits.0.push(SplitJob {
+                a: a.offset(*index) as u32,
+                halves: (self.halves_len + first * SIDE) as u32,
+                scales: (self.scales_len + first) as u32,
+                rows: a.shapes()[*index].rows as u32,
+                cols: cols as u32,
+                width: width as u32,
+                matrices: (rows / SIDE) as u32,
+            });
+            self.splits.1.extend((0..(end - first) as u32).step_by(ROWS).map(|row| [job, row, 0, 0]));
+        }
+        self.halves_len += rows * width;
+        self.scales_len += tall.shape.rows.next_multiple_of(SIDE);
+        self.splits.0[place]
+    }
+
+    /// High and low parts of A, and scales, to be written.
+    fn halves(&self, commands: &mut Commands<'_>, gpu: &Arc<Gpu>) -> Result<[Arc<Pooled>; 3]> {
+        let mut scratch = |elements: usize, size| commands.scratch(gpu, (elements.max(1) * size) as u64);
+        Ok([scratch(self.halves_len, 2)?, scratch(self.halves_len, 2)?, scratch(self.scales_len, 4)?])
+    }
+
+    fn launch_splits(
+        &self,
+        commands: &mut Commands<'_>,
+        a: &Batch,
+        buffers: &[Arc<Pooled>; 3],
+    ) -> Result<()> {
+        let (table, work) = &self.splits;
+        let [high, low, scales] = buffers.each_ref().map(|buffer| whole(buffer));
+        commands.launch(split_kernel(), table, work, &[a.binding()?, high, low, scales])
+    }
+
+    /// Adds products of one X.
+    fn add(&mut self, gpu: &Gpu, jobs: &[&ProjectJob], a: &Batch, most_parts: usize) {
+        let tall = Tall::new(a, jobs.iter().map(|job| job.a));
+        let cut = Cut::new(&gpu.capabilities, jobs[0], tall.shape, most_parts);
+        if cut.on_units {
+            return self.add_on_units(jobs, a, &tall, &cut);
+        }
+        for job in jobs {
+            let shape = a.shapes()[job.a];
+            self.add_plain(job, a, shape, &Cut::new(&gpu.capabilities, job, shape, most_parts));
+        }
+    }
+
+    /// Adds products of one X as one, which passes over X once.
+    fn add_on_units(&mut self, jobs: &[&ProjectJob], a: &Batch, tall: &Tall, cut: &Cut) {
+        let split = match self.ready {
+            Some(ready) => ready,
+            None => self.split(a, tall, cut.columns),
+        };
+        let first = jobs[0];
+        let Products { matrix, sums, parts_len, .. } = self.inputs.entry(first.x).or_default();
+        let parts = cut.take_parts(parts_len);
+        // Values of f16 are in range.
+        let mut x_scales = NONE;
+        if first.dtype != Dtype::F16 {
+            x_scales = *parts_len as u32;
+            *parts_len += (cut.parts * first.tokens).next_multiple_of(4);
+        }
+        for (job, (index, row)) in jobs.iter().zip(&tall.members) {
+            let sum =
+                SumJob { x_scales, a_scales: split.scales + *row as u32, ..cut.sum(job, a.shapes()[*index]) };
+            add_sum(sums, SumJob { parts: parts + *row as u32, ..sum });
+        }
+        let (table, work) =
+            matrix.entry(matrix_kernel(cut.columns as u32, first.dtype, self.fast)).or_default();
+        work.extend(cut.work(table.len(), first.tokens, tall.shape));
+        let job = Job { a: split.halves, z: parts, ..cut.job(first, tall.shape) };
+        table.push(MatrixJob {
+            job,
+            a_width: split.width,
+            a_columns: split.matrices,
+            x_scales,
+            a_scales: split.scales,
+        });
+    }
+
+    /// Adds a product without matrix units.
+    fn add_plain(&mut self, job: &ProjectJob, a: &Batch, shape: Shape, cut: &Cut) {
+        let Products { plain, sums, parts_len, .. } = self.inputs.entry(job.x).or_default();
+        let mut z = job.z as u32;
+        if cut.is_summed() {
+            z = cut.take_parts(parts_len);
+            add_sum(sums, SumJob { parts: z, ..cut.sum(job, shape) });
+        }
+        let kernel = kernel(cut.columns as u32, job.dtype);
+        let (table, work) = plain.entry((kernel, !cut.is_summed())).or_default();
+        work.extend(cut.work(table.len(), job.tokens, shape));
+        table.push(Job { a: a.offset(job.a) as u32, z, ..cut.job(job, shape) });
+    }
+}
+
+fn add_sum((table, work): &mut Table<SumJob>, job: SumJob) {
+    let (index, quads) = (table.len() as u32, job.tokens * job.rank.div_ceil(4));
+    work.extend((0..quads).step_by(CHUNK).map(|first| [index, first, 0, 0]));
+    table.push(job);
 }
 
 fn encode_real(
