@@ -11,18 +11,28 @@ use common::{
     Accumulation, Input, Rate, Systems, Target, Work, bench, criterion, kept_busy, matrix, targets,
 };
 use criterion::{Criterion, criterion_group, criterion_main};
-use loraweld::compute::Batch;
 use loraweld::compute::ops::{Axis, Factor, matmul, rank_concat};
+use loraweld::compute::{Batch, Precision};
 use loraweld::{Dtype, Matrix, RawMatrix};
 
-/// A device as it is, and without its matrix units if it has any.
+/// A device as it is, and, if it has matrix units, with values of 11 bits and without these units.
 fn unit_tiers(target: Target) -> Vec<(&'static str, Target)> {
-    match target.products() {
-        Rate::Matrix => {
-            let without = target.with(|options| options.disable.cooperative_matrix = true);
-            [("", target)].into_iter().chain(without.map(|target| (", no matrix units", target))).collect()
-        }
-        _ => vec![("", target)],
+    if target.products() != Rate::Matrix {
+        return vec![("", target)];
+    }
+    let fast = target.with(|options| options.precision = Precision::Fast);
+    let without = target.with(|options| options.disable.cooperative_matrix = true);
+    let others = [(", fast", fast), (", no matrix units", without)];
+    let others = others.into_iter().filter_map(|(tier, target)| Some((tier, target?)));
+    [("", target)].into_iter().chain(others).collect()
+}
+
+/// What is accumulated in a tier: how many layers read each input, and the type of A, which most files have in 16 bits.
+fn variants(tier: &str) -> &'static [(&'static str, usize, Dtype)] {
+    match tier {
+        "" => &[("", 1, Dtype::F32), (", A of bf16", 1, Dtype::Bf16), (", q, k and v", 3, Dtype::F32)],
+        ", fast" => &[(", A of bf16", 1, Dtype::Bf16)],
+        _ => &[("", 1, Dtype::F32)],
     }
 }
 
@@ -36,11 +46,14 @@ fn bench_accumulate(c: &mut Criterion) {
             for (width, ranks) in shapes {
                 let inputs = Input::many(&target, dtype, tokens, *width);
                 for &rank in *ranks {
-                    let mut work = Accumulation::new(&target, &inputs, layers, rank);
-                    let mut of = work.work();
-                    of.variant += tier;
-                    of.error = Some(work.error());
-                    bench(&mut group, &target, &of, |n| kept_busy(&target.device, n, || work.run()));
+                    for &(variant, sharing, a) in variants(tier) {
+                        let mut work = Accumulation::of(&target, &inputs, sharing * layers, rank, sharing, a);
+                        let mut of = work.work();
+                        of.variant += tier;
+                        of.variant += variant;
+                        of.error = Some(work.error());
+                        bench(&mut group, &target, &of, |n| kept_busy(&target.device, n, || work.run()));
+                    }
                 }
             }
         }

@@ -146,7 +146,11 @@ def of_accumulate(ours, theirs):
         if units:
             least = 1 if rank <= 128 else 0.8
             yield Comparison(label, mine("bf16"), with_units[:1], with_units[1:], least=least)
-            yield Comparison(f"{label}, fast", mine("bf16, fast"), with_units[:1], with_units[1:], least=1)
+            fast = mine("bf16, fast, A of bf16")
+            yield Comparison(f"{label}, A of bf16, fast", fast, with_units[:1], with_units[1:], least=1)
+            for more in ("A of bf16", "q, k and v"):
+                own = [("loraweld, A of f32, each its own X", mine("bf16"))]
+                yield Comparison(f"{label}, {more}", mine(f"bf16, {more}"), with_units[:1], own, opening=False)
         plain = mine("bf16, no matrix units" if units else "bf16")
         yield Comparison(f"{label}, without matrix units", plain, [peer("f32")], least=1)
 

@@ -1,7 +1,7 @@
 //! How time grows with layers, tokens, width, rank, adapters and the order of systems, one after the other.
 //!
 //! `cargo bench --bench scaling -- accumulate` runs one operation. Hundreds of points are too many for criterion: each is
-//! the median of seven timings of 20 ms or more, after a warm-up, waited for once. `benches/plot_scaling.py` draws them
+//! the median of seven timings of 20 ms or more, after a warm-up of .3 s, waited for once. `benches/plot_scaling.py` draws them
 //! and fits the exponents. Where there is no hardware GPU, or without `--bench`, only a few small points run.
 
 mod common;
@@ -54,7 +54,7 @@ impl Scale<'_> {
 
     /// One point: `work` takes a number of repetitions and gives their time; `model` is what theory counts.
     fn point(&self, over: &str, fixed: &str, x: usize, model: f64, mut work: impl FnMut(u64) -> Duration) {
-        let (warm_up, sample, samples) = if self.full { (0.1, 0.02, 7) } else { (0.0, 0.0, 1) };
+        let (warm_up, sample, samples) = if self.full { (0.3, 0.02, 7) } else { (0.0, 0.0, 1) };
         let mut once = work(1).as_secs_f64();
         let mut spent = once;
         while spent < warm_up {
@@ -157,7 +157,7 @@ fn np_lora(scale: &Scale<'_>) {
             })
         });
     };
-    for count in scale.points(4, 512) {
+    for count in scale.points(4, 1024) {
         point("layers", &format!("{width} wide, rank {rank}"), count, count, width, rank);
     }
     for width in scale.points(384, 24576) {
@@ -190,7 +190,7 @@ fn ssr(scale: &Scale<'_>) {
             })
         });
     };
-    for count in scale.points(4, 512) {
+    for count in scale.points(4, 1024) {
         point("layers", &format!("2 adapters, {width} wide, rank {rank}"), count, count, width, rank, 2);
     }
     for width in scale.points(384, 24576) {

@@ -38,11 +38,13 @@ fn accumulate(
     layers: &[LayerShape],
     inputs: &BTreeMap<usize, Vec<Input>>,
 ) {
-    let views: Vec<(&str, Activations<'_>)> = layers
-        .iter()
-        .enumerate()
-        .map(|(i, (layer, width, _))| (layer.as_str(), inputs[width][i % inputs[width].len()].view()))
-        .collect();
+    // Layers that meet in a call must not read one input by chance: they would be computed as one.
+    let mut turns: BTreeMap<usize, _> =
+        inputs.iter().map(|(width, inputs)| (*width, inputs.iter().cycle())).collect();
+    let mut next =
+        |width| turns.get_mut(width).and_then(Iterator::next).expect("inputs of every width").view();
+    let views: Vec<(&str, Activations<'_>)> =
+        layers.iter().map(|(layer, width, _)| (layer.as_str(), next(width))).collect();
     for task in 0..ADAPTERS {
         for block in views.chunks(BLOCK) {
             calibration.accumulate_all(&target.device, Source::Task(task), block).expect("accumulate");

@@ -2,7 +2,7 @@
 
 use loraweld::compute::ops::{accumulate, solve};
 use loraweld::compute::{Batch, Element, Shape};
-use loraweld::{Device, Matrix};
+use loraweld::{Device, Dtype, Matrix};
 use rayon::prelude::*;
 
 use super::{Input, Rate, Target, Work, matrix, relative};
@@ -13,16 +13,42 @@ pub struct Accumulation<'a> {
     inputs: &'a [Input],
     a: Batch,
     sums: Batch,
+    /// The A of each layer.
+    exact: Matrix,
+    /// Layers that read one input.
+    sharing: usize,
     /// The input of the first layer.
     first: usize,
 }
 
 impl<'a> Accumulation<'a> {
-    /// Layers take turns at the inputs, from call to call.
+    /// Layers take turns at the inputs, from call to call; A is of f32.
     pub fn new(target: &'a Target, inputs: &'a [Input], layers: usize, rank: usize) -> Self {
-        let a = matrix(rank, inputs[0].width, 2, 1.0);
-        let a = Batch::upload(&target.device, target.device.factor(), &vec![a; layers]).expect("A");
-        Self { target, inputs, sums: Self::sums(&target.device, layers, rank), a, first: 0 }
+        Self::of(target, inputs, layers, rank, 1, Dtype::F32)
+    }
+
+    /// `sharing` layers read each input, as q, k and v do, and A holds values of a type.
+    pub fn of(
+        target: &'a Target,
+        inputs: &'a [Input],
+        layers: usize,
+        rank: usize,
+        sharing: usize,
+        dtype: Dtype,
+    ) -> Self {
+        let exact = Self::a(rank, inputs[0].width, dtype);
+        let a = vec![exact.clone(); layers];
+        let a = Batch::upload(&target.device, target.device.factor(), &a).expect("A");
+        Self { target, inputs, sums: Self::sums(&target.device, layers, rank), a, exact, sharing, first: 0 }
+    }
+
+    fn a(rank: usize, width: usize, dtype: Dtype) -> Matrix {
+        let a: Matrix = matrix(rank, width, 2, 1.0);
+        match dtype {
+            Dtype::F32 => a,
+            Dtype::F16 => a.map(|v| half::f16::from_f64(v).to_f64()),
+            Dtype::Bf16 => a.map(|v| half::bf16::from_f64(v).to_f64()),
+        }
     }
 
     fn sums(device: &Device, layers: usize, rank: usize) -> Batch {
@@ -30,11 +56,15 @@ impl<'a> Accumulation<'a> {
     }
 
     pub fn run(&mut self) {
-        let layers = self.a.len();
-        let views = self.inputs.iter().map(Input::view).cycle().skip(self.first).take(layers);
+        let turns = self.a.len().div_ceil(self.sharing);
+        let views = self.inputs.iter().map(Input::view).cycle().skip(self.first).take(turns);
+        let views = views.flat_map(|view| std::iter::repeat_n(view, self.sharing)).take(self.a.len());
         let views: Vec<_> = views.enumerate().collect();
-        self.first = (self.first + layers) % self.inputs.len();
-        accumulate(&self.target.device, &views, &self.a, &mut self.sums).expect("accumulate");
+        self.first = (self.first + turns) % self.inputs.len();
+        // Layers that meet in a call must not read one input by chance: they would be computed as one.
+        for some in views.chunks(self.inputs.len() * self.sharing) {
+            accumulate(&self.target.device, some, &self.a, &mut self.sums).expect("accumulate");
+        }
     }
 
     /// The relative error of the first layer's G against f64.
@@ -45,8 +75,7 @@ impl<'a> Accumulation<'a> {
         self.run();
         let got = self.sums.download(&self.target.device).expect("sums");
         let (cpu, x) = (Device::cpu(), self.inputs[0].on_host());
-        let a = matrix(rank, x.width, 2, 1.0);
-        let a = Batch::upload(&cpu, Element::Host, &[a]).expect("A");
+        let a = Batch::upload(&cpu, Element::Host, std::slice::from_ref(&self.exact)).expect("A");
         let mut want = Self::sums(&cpu, 1, rank);
         accumulate(&cpu, &[(0, x.view())], &a, &mut want).expect("accumulate");
         relative(&got[0], &want.download(&cpu).expect("sums")[0])

@@ -16,10 +16,10 @@ const UPLOAD: u64 = 16 << 20;
 const UPLOAD_PART: u64 = 64;
 /// Bytes that one thread copies at a time; a multiple of what mapped ranges are aligned to.
 const BLOCK: usize = 1 << 20;
-/// Tables that are kept, and their part of the budget; bytes of one at least.
-const TABLES: usize = 64;
-const TABLES_PART: u64 = 64;
-const MOST_TABLES: u64 = 32 << 20;
+/// Bytes of tables that are kept, and their part of the budget; bytes of one at least. A caller that submits without
+/// waiting has hundreds on their way.
+const TABLES: u64 = 64 << 20;
+const TABLES_PART: u64 = 32;
 const TABLE: u64 = 16 << 10;
 /// Download buffers that are kept; bytes of one at most, and its part of the budget.
 const DOWNLOADS: usize = 2;
@@ -182,11 +182,11 @@ impl Tables {
 
     /// Takes a table back whose launches have been submitted; the queue keeps its users apart.
     pub fn put(&self, table: Table) {
-        let (mapped, most) = (self.mapped.clone(), self.meter.share(TABLES_PART, MOST_TABLES));
+        let (mapped, most) = (self.mapped.clone(), self.meter.share(TABLES_PART, TABLES));
         table.written.clone().map_async(wgpu::MapMode::Write, .., move |result| {
             let mut mapped = mapped.lock().unwrap_or_else(PoisonError::into_inner);
             let bytes: u64 = mapped.iter().map(|table| 2 * table.buffer.size()).sum();
-            if result.is_ok() && mapped.len() < TABLES && bytes + 2 * table.buffer.size() <= most {
+            if result.is_ok() && bytes + 2 * table.buffer.size() <= most {
                 mapped.push(table);
             }
         });
