@@ -6,7 +6,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use sha2::{Digest, Sha256};
 
 use super::wait;
-use crate::io::disk::{self, File};
+use crate::Error;
+use crate::io::{disk, write_atomic};
 use crate::words::hex;
 
 /// A driver's cache, and the file that it comes from and goes to.
@@ -72,16 +73,14 @@ impl PipelineCache {
         }
         let Some(data) = self.cache.get_data() else { return };
         let bytes = sealed(&data);
-        let write = || -> std::io::Result<()> {
+        let write = || -> crate::Result<()> {
             if disk::read(&self.file).is_ok_and(|old| old == bytes) {
                 return Ok(());
             }
             let folder = self.file.parent().unwrap_or(Path::new("."));
-            disk::create_folder(folder)?;
+            disk::create_folder(folder).map_err(|e| Error::io(folder, "create the folder", e))?;
             // Another process sees the old file or the new one.
-            let (file, temp) = File::temporary(folder, &tempfile::Builder::new())?;
-            file.write_at(&bytes, 0)?;
-            disk::persist(temp, &self.file, true)
+            write_atomic(&self.file, true, &[], |out| out.write_all(&bytes))
         };
         match write() {
             Ok(()) => {

@@ -42,9 +42,9 @@ impl AtomicFile {
             target.file.file_name().unwrap_or_default().to_string_lossy().chars().take(50).collect();
         let prefix = format!(".{name}.loraweld-");
         remove_stale(&target.folder, &prefix);
-        let (file, temp) = create_locked(&target.folder, &prefix)
-            .map_err(|e| Error::io(path, "create a temporary file in its folder", e))?;
-        let listed = Listed::new(&temp);
+        let ((file, temp), listed) =
+            Listed::make(|| create_locked(&target.folder, &prefix), |(_, temp)| temp)
+                .map_err(|e| Error::io(path, "create a temporary file in its folder", e))?;
         Ok(Self { file, place: Place::Beside { target, temp, listed, overwrite } })
     }
 
@@ -114,11 +114,11 @@ impl AtomicFolder {
         // Temporary folders are private by default, but this one is to become an ordinary one.
         #[cfg(unix)]
         builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o777));
-        let temp = disk::temporary_folder(&folder, &builder)
+        let make = || disk::temporary_folder(&folder, &builder);
+        let (temp, listed) = Listed::make(make, |temp| temp.path())
             .map_err(|e| Error::io(path, "create a temporary folder beside it", e))?;
         // Where folders cannot be locked, none is ever taken for stale either.
         let lock = fs::File::open(temp.path()).ok().filter(|file| file.lock().is_ok());
-        let listed = Listed::new(temp.path());
         Ok(Self { target, temp, listed, _lock: lock })
     }
 
@@ -167,9 +167,15 @@ pub(crate) fn free_folder(path: &Path) -> Result<(PathBuf, PathBuf)> {
 }
 
 /// Temporary files and folders that are being written.
-static TEMPORARY: Mutex<BTreeSet<PathBuf>> = Mutex::new(BTreeSet::new());
+static TEMPORARY: Mutex<Temporary> = Mutex::new(Temporary { paths: BTreeSet::new(), ended: false });
 
-fn temporary() -> MutexGuard<'static, BTreeSet<PathBuf>> {
+struct Temporary {
+    paths: BTreeSet<PathBuf>,
+    /// No more are made.
+    ended: bool,
+}
+
+fn temporary() -> MutexGuard<'static, Temporary> {
     TEMPORARY.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -177,22 +183,35 @@ fn temporary() -> MutexGuard<'static, BTreeSet<PathBuf>> {
 struct Listed(PathBuf);
 
 impl Listed {
-    fn new(path: &Path) -> Self {
-        temporary().insert(path.to_owned());
-        Self(path.to_owned())
+    /// Makes one and lists it; the end of the program comes before or after both.
+    fn make<T>(
+        make: impl FnOnce() -> io::Result<T>,
+        path: impl FnOnce(&T) -> &Path,
+    ) -> io::Result<(T, Self)> {
+        let mut temporary = temporary();
+        if temporary.ended {
+            return Err(io::Error::other("the program ends"));
+        }
+        let made = make()?;
+        let path = path(&made).to_owned();
+        temporary.paths.insert(path.clone());
+        Ok((made, Self(path)))
     }
 }
 
 impl Drop for Listed {
     fn drop(&mut self) {
-        temporary().remove(&self.0);
+        temporary().paths.remove(&self.0);
     }
 }
 
-/// Removes the temporary files of all writes that are under way, for a program that ends without waiting for them.
+/// Removes the temporary files of all writes that are under way, for a program that ends without waiting for them. Whatever
+/// would be written after it is refused.
 pub fn remove_temporary_files() {
+    let mut temporary = temporary();
+    temporary.ended = true;
     // Nothing is left to be done about one that does not go.
-    temporary().iter().for_each(|path| drop(disk::remove(path)));
+    temporary.paths.iter().for_each(|path| drop(disk::remove(path)));
 }
 
 /// Sends a file to the disk while it is written, so that little is left to wait for when it is whole.
@@ -372,4 +391,23 @@ pub fn same_file(x: &Path, y: &Path) -> bool {
         })
     };
     real(x).is_some_and(|x| Some(x) == real(y))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_end_of_the_program_does_not_come_between_a_file_and_its_name() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("x");
+        let make = || {
+            assert!(TEMPORARY.try_lock().is_err(), "who removes temporary files waits");
+            fs::write(&path, "x").map(|()| path.clone())
+        };
+        let (made, listed) = Listed::make(make, |path| path).unwrap();
+        assert!(temporary().paths.contains(&made));
+        drop(listed);
+        assert!(!temporary().paths.contains(&made));
+    }
 }
