@@ -175,11 +175,11 @@ fn write(path: &Path, bytes: &[u8]) -> anyhow::Result<()> {
     Ok(write_atomic(path, true, &[], |file| std::io::Write::write_all(file, bytes))?)
 }
 
-/// Why this device, unless its own note has said so.
+/// Why this device, unless a note of its own stands between.
 fn why(device: &Device, select: &Select) -> Option<&'static str> {
     match select {
-        Select::Auto if device.is_gpu() => Some("a hardware GPU, which `--device auto` prefers"),
-        Select::Auto => None,
+        _ if device.note().is_some() => None,
+        Select::Auto => Some("a hardware GPU, which `--device auto` prefers"),
         _ => Some("asked for by --device"),
     }
 }
