@@ -203,10 +203,24 @@ fn updates(adapter: &Adapter) -> BTreeMap<String, Matrix> {
     adapter.layers().iter().map(|layer| (layer.key().as_str().to_owned(), update(layer))).collect()
 }
 
-fn near(what: &str, got: &Matrix, want: &[f64], bound: f64) {
+/// The largest sum of the magnitudes of what an entry of an update is the sum of.
+fn terms(layer: &loraweld::Layer) -> f64 {
+    let (a, b): (Vec<f64>, Vec<f64>) = (layer.a().to_vec(), layer.b().to_vec());
+    let (rank, input) = (layer.rank(), layer.input());
+    let of = |i: usize, j: usize| (0..rank).map(|k| (b[i * rank + k] * a[k * input + j]).abs()).sum::<f64>();
+    let all = (0..layer.output()).flat_map(|i| (0..input).map(move |j| (i, j)));
+    layer.scale().value.abs() * all.fold(0.0, |most, (i, j)| f64::max(most, of(i, j)))
+}
+
+/// What factors of f32 may lose of an update's terms, which may cancel.
+const ROUNDED: f64 = 1e-6;
+
+/// Whether an update is right, within `bound` of its largest entry and `rounded` of its terms.
+fn near(what: &str, got: &loraweld::Layer, want: &[f64], bound: f64, rounded: f64) {
     let most = want.iter().fold(0f64, |most, v| most.max(v.abs()));
-    for (got, want) in got.data().iter().zip(want) {
-        assert!((got - want).abs() <= bound * most.max(1e-30), "{what}: {got} but {want}");
+    let bound = bound * most + rounded * terms(got);
+    for (got, want) in update(got).data().iter().zip(want) {
+        assert!((got - want).abs() <= bound, "{what}: {got} but {want}");
     }
 }
 
@@ -298,7 +312,7 @@ pub fn adapter(u: &mut Unstructured<'_>) -> Result<()> {
     for of in &plain {
         let layer = adapter.find(&of.module).unwrap_or_else(|| panic!("`{}` is lost", of.module));
         assert_eq!((layer.output(), layer.input()), (of.rows, of.cols));
-        near(&of.module, &update(layer), &of.update, 1e-12);
+        near(&of.module, layer, &of.update, 1e-12, 0.0);
         let norm = of.update.iter().map(|v| v * v).sum::<f64>().sqrt();
         assert!((layer.norm() - norm).abs() <= 1e-6 * norm.max(1e-6), "{}: norm", of.module);
     }
@@ -313,10 +327,9 @@ pub fn adapter(u: &mut Unstructured<'_>) -> Result<()> {
         // Two layers may get one name, and some values are too large for a type.
         let Ok(bytes) = saved(&adapter, &options) else { continue };
         let again = Adapter::from_bytes("converted", bytes).unwrap_or_else(|e| panic!("{format}: {e}"));
-        let after = updates(&again);
-        for (key, update) in &before {
-            if let Some(got) = after.get(key) {
-                near(&format!("{format}: {key}"), got, update.data(), 0.02);
+        for layer in again.layers() {
+            if let Some(update) = before.get(layer.key().as_str()) {
+                near(&format!("{format}: {}", layer.key()), layer, update.data(), 0.02, ROUNDED);
             }
         }
     }
@@ -335,7 +348,7 @@ pub fn adapter(u: &mut Unstructured<'_>) -> Result<()> {
             for of in &plain {
                 let half: Vec<f64> = of.update.iter().map(|v| 0.5 * v).collect();
                 let layer = written.find(&of.module).unwrap_or_else(|| panic!("`{}` is lost", of.module));
-                near(&of.module, &update(layer), &half, 1e-5);
+                near(&of.module, layer, &half, 1e-5, ROUNDED);
             }
         }
     }
