@@ -423,17 +423,19 @@ fn joined<'a>(name: String, gathered: Gathered<'a>) -> Result<Module<'a>> {
     let shared = parts.iter().all(|(_, other)| other.a.same(&layer.a));
     let known: Vec<(usize, usize)> = parts.iter().map(|(index, layer)| (*index, layer.output)).collect();
     let (mut row, mut col, mut next) = (0, 0, parts.iter().peekable());
-    let mut pieces = Vec::with_capacity(parts.len());
+    let (mut pieces, mut rows) = (Vec::with_capacity(parts.len()), Vec::new());
     for index in 0..fused.map_or(1, |fused| fused.parts.len()) {
         let Some((_, part)) = next.next_if(|(i, _)| *i == index) else {
             let missing = fused.and_then(|fused| fused.missing(index, layer.input, &known));
-            row += missing.ok_or_else(|| {
+            let missing = missing.ok_or_else(|| {
                 let reason = format!(
                     "`{name}` fuses it with others, of which part {} is missing, and how many rows that has is not known",
                     index + 1
                 );
                 Error::layer(layer.name(), reason)
             })?;
+            rows.push(missing);
+            row += missing;
             continue;
         };
         if part.input != layer.input {
@@ -446,8 +448,17 @@ fn joined<'a>(name: String, gathered: Gathered<'a>) -> Result<Module<'a>> {
             return Err(Error::layer(part.name(), reason));
         }
         pieces.push(Piece { layer: part, row, col, fold: 1.0 });
+        rows.push(part.output);
         row += part.output;
         col += if shared { 0 } else { part.rank };
+    }
+    if fused.is_some_and(|fused| fused.rows(layer.input, row).as_ref() != Some(&rows)) {
+        let reason = format!(
+            "`{name}` fuses it with others, and whoever reads the file would not cut {rows:?} rows for {} inputs apart like \
+             that; choose a format that keeps them apart",
+            layer.input
+        );
+        return Err(Error::layer(layer.name(), reason));
     }
     let a: Vec<&Tensor> =
         if shared { vec![&layer.a] } else { parts.iter().map(|(_, part)| &part.a).collect() };

@@ -248,3 +248,29 @@ fn other_kinds_become_loras_if_that_is_allowed() {
     let notes = result["report"]["notes"].as_array().unwrap();
     assert!(notes.iter().any(|note| note.as_str().unwrap().contains("was cut off")), "{notes:?}");
 }
+
+#[test]
+fn what_nobody_could_cut_apart_again_is_not_fused() {
+    let folder = Folder(TempDir::new().unwrap());
+    let values = |n: usize| f32s(&(0..n).map(|i| 0.25 + i as f32).collect::<Vec<_>>());
+    // A third of all rows for each would be wrong for the first, and is not to be had for the second.
+    for rows in [[8, 6, 4], [7, 6, 6]] {
+        let keys = ["q", "k", "v"].map(|part| {
+            let at = format!("transformer.transformer_blocks.2.attn.to_{part}");
+            [format!("{at}.lora_A.weight"), format!("{at}.lora_B.weight")]
+        });
+        let shapes = rows.map(|rows| [rows, 2]);
+        let tensors: Vec<Raw> = keys
+            .iter()
+            .zip(&shapes)
+            .flat_map(|([a, b], shape)| {
+                [(&**a, "F32", &[2, 6][..], values(12)), (&**b, "F32", shape, values(2 * shape[0]))]
+            })
+            .collect();
+        folder.write("split.safetensors", &[], &tensors);
+        folder.succeeds(&["convert", "split.safetensors", "-o", "x", "--format", "diffusers", "--force"]);
+        let convert = ["convert", "split.safetensors", "-o", "y", "--format", "bfl"];
+        folder.fails(1, &convert, &["transformer_blocks.2.attn.to_q", "keeps them apart"]);
+        assert!(!folder.path("y").exists());
+    }
+}
